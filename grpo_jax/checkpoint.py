@@ -1,0 +1,333 @@
+"""Checkpoints that restore exactly what was saved, or say that they cannot.
+
+Orbax writes the files and makes each checkpoint appear whole or not at all. It has no integrity check, though: one
+flipped bit in a data file restores as other weights, and a changed dtype is cast without a word. So a digest of every
+leaf is kept beside the state, and names, shapes and dtypes are compared here. A loop that resumes reads
+
+    with preemption.lock(run_dir), checkpoint.manager(run_dir / "checkpoints") as checkpoints:
+        state = initial_state(config)
+        if (found := checkpoint.restore(checkpoints, state)) is not None:
+            state, meta = found
+            checkpoint.check_config(meta["config"], config)
+        metrics.truncate(run_dir, int(state.step))
+        ...
+        checkpoint.save(checkpoints, state, {"config": config})
+
+One process drives all devices; several hosts are refused rather than half supported.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from grpo_jax.types import TrainState
+
+_ABSENT = "(absent)"
+
+
+class CheckpointCorruptError(RuntimeError):
+    """A checkpoint cannot be read back as it was written."""
+
+
+def manager(
+    directory: str | os.PathLike[str], *, max_to_keep: int | None = 3, read_only: bool = False
+) -> ocp.CheckpointManager:
+    """Opens a folder of checkpoints; close it, or use it in a `with`.
+
+    Args:
+      directory: created where absent. What a killed save left in it is removed, so hold `lock`, or pass `read_only`.
+      max_to_keep: older checkpoints than this many are deleted after a save; None keeps all.
+      read_only: for a process that looks at the folder of a run that may be alive; creates and removes nothing.
+    """
+    if jax.process_count() > 1:
+        raise NotImplementedError(f"checkpoints are for one process, this is one of {jax.process_count()}")
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        enable_async_checkpointing=False,  # an asynchronous save reports a full disk only at the next one
+    )
+    return ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+
+
+def save(
+    checkpoints: ocp.CheckpointManager,
+    state: TrainState,
+    meta: Mapping[str, Any],
+    *,
+    initial: Sequence[str] = ("ref_params", "frozen"),
+) -> None:
+    """Writes the state as checkpoint `state.step`, and returns when it is on disk.
+
+    Takes the time of a copy to the host, one SHA-256 of it and the writing; the host holds the state once meanwhile.
+
+    Args:
+      checkpoints: from `manager`.
+      state: any pytree in each field; keys are typed ones.
+      meta: what else a resumed run needs, such as its config and position in the data; must be JSON.
+      initial: fields that are still as they were when the run began. They are not written, only their digest is, and
+        `restore` takes them from its `like`. Pass `("frozen",)` in a run that updates its reference.
+
+    Raises:
+      FileExistsError: if this step is saved already. (One that does not verify is replaced: it is what a resumed run
+        meets after it fell back to an older step.)
+      ValueError: if an `initial` field is not what it was in the checkpoint before.
+    """
+    step = int(state.step)
+    _make_room(checkpoints, step, state)
+    leaves = _leaves(state)
+    arrays = {path: _to_host(leaf) for path, leaf in leaves.items()}
+    facts = {path: _facts(leaf, arrays[path]) for path, leaf in leaves.items()}
+    unwritten = sorted(path for path in leaves if path.partition("/")[0] in initial)
+    content = {"step": step, "meta": meta, "leaves": facts, "initial": unwritten, "made_with": _made_with(leaves)}
+    content = json.loads(json.dumps(content))  # as it will be read: tuples are lists, keys are strings
+    if checkpoints.all_steps():
+        _refuse_changed_initial(checkpoints, content)
+    # Orbax refuses arrays without elements; they are made anew from their shape.
+    written = {path: array for path, array in arrays.items() if path not in unwritten and array.size}
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(written),
+        meta=ocp.args.JsonSave({"content": content, "sha256": _json_digest(content)}),
+    )
+    saved = checkpoints.save(step, args=items, force=True)  # forced: Orbax skips steps below its newest
+    checkpoints.wait_until_finished()
+    if not saved:
+        raise RuntimeError(f"Orbax did not save step {step} in {checkpoints.directory}; was it opened read-only?")
+
+
+def restore(
+    checkpoints: ocp.CheckpointManager,
+    like: TrainState,
+    *,
+    step: int | None = None,
+    report: Callable[[str], Any] = warnings.warn,
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """Reads a checkpoint into the structure and onto the devices of `like`, verified to the bit.
+
+    Args:
+      checkpoints: from `manager`.
+      like: arrays, or `jax.ShapeDtypeStruct`s (with a sharding where it matters), so that a large state need not be
+        held twice. Fields that were not written are taken from it and must be arrays; they are shared, not copied.
+      step: None for the newest checkpoint that verifies, reporting which newer ones were passed over.
+      report: takes one line on checkpoints passed over, or on what keeps the resumed run from being bit-exact.
+
+    Returns:
+      The state and the `meta` of `save`, or None where nothing has been saved yet.
+
+    Raises:
+      CheckpointCorruptError: if `step`, or every checkpoint there is, fails to verify.
+      FileNotFoundError: if there is no checkpoint `step`.
+      ValueError: if names, shapes or dtypes differ from `like`, with all that do; nothing is ever cast.
+    """
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    if step is not None:
+        if step not in steps:
+            raise FileNotFoundError(f"no checkpoint of step {step} in {checkpoints.directory}, only {steps[::-1]}")
+        steps = [step]
+    failures = []
+    for candidate in steps:
+        try:
+            state, content = _read(checkpoints, candidate, like)
+        except CheckpointCorruptError as error:
+            failures.append(str(error))
+            continue
+        if failures:
+            report(f"restored step {candidate}, having passed over: " + "; ".join(failures))
+        now = _made_with(_leaves(like))
+        then = content["made_with"]
+        changes = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
+        if changes:
+            report(f"not bit-exact from step {candidate} on: " + ", ".join(changes))
+        return state, content["meta"]
+    if failures:
+        raise CheckpointCorruptError(f"nothing to restore in {checkpoints.directory}: " + "; ".join(failures))
+    return None
+
+
+def check_config(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Refuses to resume under another configuration.
+
+    Args:
+      saved: the configuration in the checkpoint's `meta`.
+      current: that of this run, of JSON values; nested mappings become dotted names.
+      allow: fields, or whole sections, that may change: `("optimizer.learning_rate",)`.
+
+    Returns:
+      The allowed changes, `{field: (old, new)}`, for the record.
+
+    Raises:
+      ValueError: lists each changed field that is not allowed with both values.
+    """
+    old, new = _dotted(saved), _dotted(current)
+    changes = {
+        field: (old.get(field, _ABSENT), new.get(field, _ABSENT))
+        for field in sorted(old.keys() | new.keys())
+        if json.dumps(old.get(field, _ABSENT)) != json.dumps(new.get(field, _ABSENT))
+    }
+    refused = [
+        f"  {field}: {before!r} -> {after!r}"
+        for field, (before, after) in changes.items()
+        if not any(field == name or field.startswith(f"{name}.") for name in allow)
+    ]
+    if refused:
+        raise ValueError("the configuration is not the checkpoint's; undo or allow:\n" + "\n".join(refused))
+    return changes
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by name, such as `params/layers/kernel`; Python and NumPy numbers become arrays, as jit makes them."""
+    found = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two leaves share a name: {sorted({name for name in names if names.count(name) > 1})}")
+    return {
+        name: leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(leaf) for name, leaf in found
+    }
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _to_host(leaf: jax.Array) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _host_form(leaf: Any) -> Any:
+    return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+
+
+def _facts(leaf: jax.Array, array: np.ndarray) -> dict[str, Any]:
+    kind = {"impl": jax.random.key_impl(leaf)} if _is_key(leaf) else {"weak": leaf.weak_type}
+    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "sha256": _digest(array), **kind}
+
+
+def _digest(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype} {array.shape}\n".encode())
+    digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _json_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _made_with(leaves: dict[str, Any]) -> dict[str, str]:
+    """What must be equal for two runs to be equal to the bit, beside their inputs."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in leaves.values()]
+    meshes = {str(dict(s.mesh.shape)) for s in shardings if isinstance(s, jax.sharding.NamedSharding)}
+    libraries = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "mesh": " ".join(sorted(meshes)) or "none",
+        **{name: importlib.metadata.version(name) for name in libraries},
+    }
+
+
+def _make_room(checkpoints: ocp.CheckpointManager, step: int, state: TrainState) -> None:
+    if step not in checkpoints.all_steps():
+        return
+    try:
+        _read(checkpoints, step, state)
+    except CheckpointCorruptError:
+        checkpoints.delete(step)
+    else:
+        raise FileExistsError(f"step {step} is saved already in {checkpoints.directory}; use another folder")
+
+
+def _refuse_changed_initial(checkpoints: ocp.CheckpointManager, content: dict[str, Any]) -> None:
+    """Told at the second save, so that a run does not go on writing checkpoints that it can never restore."""
+    try:
+        before = _read_content(checkpoints, max(checkpoints.all_steps()))["leaves"]
+    except CheckpointCorruptError:
+        return
+    digests = {path: content["leaves"][path]["sha256"] for path in content["initial"]}
+    if changed := [path for path, digest in digests.items() if before.get(path, {}).get("sha256") != digest]:
+        raise ValueError(f"not as in the last checkpoint, so they must be written, see `initial`: {', '.join(changed)}")
+
+
+def _refuse_other_initial(unwritten: dict[str, tuple[Any, dict[str, Any]]]) -> None:
+    for path, (leaf, fact) in unwritten.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"{path} was not written, so `like` must hold its array")
+        if _digest(_to_host(leaf)) != fact["sha256"]:
+            raise ValueError(f"{path} was not written, and that of `like` is not what the run began with")
+
+
+def _from_orbax(checkpoints: ocp.CheckpointManager, step: int, **item: Any) -> Any:
+    """One item of a checkpoint; whatever Orbax makes of broken files (any exception there is) becomes one error."""
+    try:
+        return next(iter(checkpoints.restore(step, args=ocp.args.Composite(**item)).values()))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise CheckpointCorruptError(f"step {step} ({next(iter(item))} unreadable, {reason})") from error
+
+
+def _read_content(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    read = _from_orbax(checkpoints, step, meta=ocp.args.JsonRestore())
+    if not isinstance(read, dict) or _json_digest(read.get("content", {})) != read.get("sha256"):
+        raise CheckpointCorruptError(f"step {step} (the digest of meta differs)")
+    return read["content"]
+
+
+def _read(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    content = _read_content(checkpoints, step)
+    facts, leaves = content["leaves"], _leaves(like)
+    _refuse_mismatch(facts, leaves, f"step {step} in {checkpoints.directory}")
+    _refuse_other_initial({path: (leaves[path], facts[path]) for path in content["initial"]})
+
+    # Read as NumPy arrays: the devices and shardings of the run that saved then play no part.
+    forms = {path: _host_form(leaf) for path, leaf in leaves.items() if path not in content["initial"]}
+    arrays = {path: np.zeros(form.shape, form.dtype) for path, form in forms.items()}
+    written = {path: array for path, array in arrays.items() if array.size}
+    arrays |= _from_orbax(checkpoints, step, state=ocp.args.StandardRestore(written))
+    if broken := [path for path, array in arrays.items() if _digest(array) != facts[path]["sha256"]]:
+        raise CheckpointCorruptError(f"step {step} (the digest of {', '.join(broken)} differs)")
+
+    placed = [_place(arrays[path], leaf, facts[path]) if path in arrays else leaf for path, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), placed), content
+
+
+def _place(array: np.ndarray, like: Any, fact: dict[str, Any]) -> jax.Array:
+    sharding = like.sharding if getattr(like, "committed", like.sharding is not None) else None
+    if "impl" in fact:
+        return jax.device_put(jax.random.wrap_key_data(jnp.array(array), impl=fact["impl"]), sharding)
+    if fact["weak"]:  # a weak float32 beside bfloat16 gives bfloat16, a strong one float32: other bits
+        return jax.device_put(jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array), sharding)
+    # What was not committed to a device must not be now, or it could not meet arrays on a mesh.
+    return jnp.array(array) if sharding is None else jax.device_put(array, sharding)
+
+
+def _refuse_mismatch(facts: dict[str, Any], leaves: dict[str, Any], where: str) -> None:
+    saved = {path: f"{fact['dtype']}{fact['shape']}" for path, fact in facts.items()}
+    wanted = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
+    differing = [
+        f"  {path}: saved {saved.get(path, _ABSENT)}, wanted {wanted.get(path, _ABSENT)}"
+        for path in sorted(saved.keys() | wanted.keys())
+        if saved.get(path) != wanted.get(path)
+    ]
+    if differing:
+        raise ValueError(f"{where} is of another state:\n" + "\n".join(differing))
+
+
+def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(
+        json.loads(json.dumps(config)), is_leaf=lambda node: not isinstance(node, dict) or not node
+    )
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

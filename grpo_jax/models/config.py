@@ -1,0 +1,145 @@
+"""What the decoder needs to know of a model, read from its Hugging Face config by an allow-list."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax.numpy as jnp
+import transformers
+from jax.typing import DTypeLike
+
+from grpo_jax.models import rope
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer of the Llama kind; hashable, so that jit can take it as static."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: rope.Rope
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query and key head before the rotation (Qwen3)
+    windows: tuple[int | None, ...] | None = None  # a layer: see that many last tokens, the own included; None: all
+    initializer_range: float = 0.02
+    param_dtype: DTypeLike = jnp.float32  # of `init`
+    dtype: DTypeLike = jnp.float32  # of the layers' arithmetic
+    logits_dtype: DTypeLike = jnp.float32  # of the operands of the last product; logits themselves are float32
+    remat: bool = True  # recompute a layer in the backward pass instead of keeping its activations
+    hf_config: str = ""  # the Hugging Face config as JSON, for the export
+
+
+# Fields of a Hugging Face config that say nothing of the network's arithmetic.
+_NEUTRAL = {
+    "architectures",
+    "attention_dropout",  # refused below unless 0
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "model_type",
+    "pad_token_id",
+    "pretraining_tp",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "_name_or_path",
+    "_attn_implementation_autoset",
+}
+_NEUTRAL |= set(transformers.PretrainedConfig().to_dict())
+
+_COMMON = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "head_dim",
+}
+_WINDOWED = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
+_FAMILIES = {
+    "llama": _COMMON | {"attention_bias", "mlp_bias"},
+    "mistral": _COMMON | {"sliding_window"},
+    "qwen2": _COMMON | _WINDOWED,
+    "qwen3": _COMMON | _WINDOWED | {"attention_bias"},
+}
+
+
+def from_hf_config(hf_config: transformers.PretrainedConfig, **settings: Any) -> DecoderConfig:
+    """Reads a Hugging Face config; `settings` are fields of `DecoderConfig` such as `dtype` and `remat`.
+
+    Raises:
+      ValueError: for a family or field that the decoder does not honour, with its
+        name and value. Nothing is guessed.
+    """
+    fields = hf_config.to_dict()
+    family = fields["model_type"]
+    if family not in _FAMILIES:
+        raise ValueError(f"model_type = {family!r} is not supported; supported are {sorted(_FAMILIES)}")
+    unknown = {
+        name: value
+        for name, value in fields.items()
+        if name not in _FAMILIES[family] | _NEUTRAL and value not in (None, False, 0, 0.0, "", [], {})
+    }
+    if fields.get("attention_dropout"):
+        unknown["attention_dropout"] = fields["attention_dropout"]
+    if fields["hidden_act"] not in ("silu", "swish"):
+        unknown["hidden_act"] = fields["hidden_act"]
+    if fields.get("quantization_config"):
+        unknown["quantization_config"] = fields["quantization_config"]
+    if unknown:
+        named = ", ".join(f"{name} = {value!r}" for name, value in sorted(unknown.items()))
+        raise ValueError(f"this {family} config asks for what the decoder does not do: {named}")
+
+    num_heads = fields["num_attention_heads"]
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // num_heads
+    num_kv_heads = fields.get("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}")
+    bias = bool(fields.get("attention_bias"))
+    return DecoderConfig(
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=rope.from_parameters(fields["rope_parameters"], head_dim, fields["max_position_embeddings"]),
+        rms_norm_eps=fields["rms_norm_eps"],
+        tie_embeddings=fields["tie_word_embeddings"],
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
+        mlp_bias=bool(fields.get("mlp_bias")),
+        qk_norm=family == "qwen3",
+        windows=_windows(fields),
+        initializer_range=fields["initializer_range"],
+        hf_config=json.dumps(fields, sort_keys=True),
+        **settings,
+    )
+
+
+def _windows(fields: dict[str, Any]) -> tuple[int | None, ...] | None:
+    """The window of each layer; None if every layer sees everything."""
+    window = fields.get("sliding_window")
+    kinds = fields.get("layer_types") or ["sliding_attention"] * fields["num_hidden_layers"]
+    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"layer_types {sorted(unknown)} are not supported")
+    if window is None or "sliding_attention" not in kinds:
+        return None
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

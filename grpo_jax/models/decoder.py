@@ -1,0 +1,286 @@
+"""A decoder-only transformer behind the policy contract.
+
+Letters: `B` prompts, `G` completions, `S` tokens read now, `C` columns of the
+completions' cache, `P` prompt columns, `D` width, `N` query heads, `K` key-value
+heads, `h` head width, `L` layers. The layers are one scanned block, so params
+are stacked on axis 0 and compile time does not grow with depth.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.models import rope
+from grpo_jax.models.attention import KeyValues, attend
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.policies import Policy
+from grpo_jax.types import Array, Params, PRNGKey
+
+
+class PromptCache(NamedTuple):
+    """Keys and values of all prompt tokens but the last."""
+
+    layers: KeyValues  # [L, B, P, K, h]
+    lengths: Array  # [B] int32, columns that hold a token
+
+
+class Cache(NamedTuple):
+    """Keys and values of the completions so far."""
+
+    layers: KeyValues  # [L, B, G, C, K, h]
+    positions: Array  # [B, G, C] int32, -1 where empty
+    column: Array  # [] int32, the next to be written
+
+
+class Sight(NamedTuple):
+    """What each token may see, for every layer alike."""
+
+    cos: Array  # [B, G, S, h / 2]
+    sin: Array
+    queries: Array  # [B, G, S] int32 positions
+    own: Array  # [B, G, C] int32 positions
+    own_mask: Array  # [B, G, S, C] bool
+    prompt_mask: Array | None  # [B, G, S, P] bool
+
+
+class RMSNorm(nn.Module):
+    """`scale * (x / rms(x))`, normalised in float32 and rounded before the scale, as Llama does."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        return scale.astype(self.config.dtype) * normed.astype(self.config.dtype)
+
+
+def _linear(config: DecoderConfig, features: int, use_bias: bool, name: str) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_init=nn.initializers.normal(config.initializer_range),
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    """Projections, rotation, the cache and the joint attention of one layer."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        cache: tuple[KeyValues, Array] | None,
+        layer: Array,
+        prompt: KeyValues | None,
+        window: Array | None,
+        sight: Sight,
+    ) -> tuple[Array, KeyValues | None, KeyValues]:
+        """Reads `x [B, G, S, D]`; returns the output, the cache of all layers and the new keys and values."""
+        c = self.config
+        project = lambda name, heads: _linear(c, heads * c.head_dim, c.qkv_bias, name)(x).reshape(  # noqa: E731
+            *x.shape[:-1], heads, c.head_dim
+        )
+        query, key, value = (
+            project("q_proj", c.num_heads),
+            project("k_proj", c.num_kv_heads),
+            project("v_proj", c.num_kv_heads),
+        )
+        if c.qk_norm:
+            query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
+        query, key = rope.rotate(query, sight.cos, sight.sin), rope.rotate(key, sight.cos, sight.sin)
+
+        own = new = KeyValues(key, value)
+        stored = None
+        if cache is not None:
+            stored, column = cache
+            start = (layer, 0, 0, column, 0, 0)
+            stored = jax.tree.map(
+                lambda all_layers, update: jax.lax.dynamic_update_slice(
+                    all_layers, update[None].astype(all_layers.dtype), start
+                ),
+                stored,
+                new,
+            )
+            own = jax.tree.map(lambda all_layers: all_layers[layer], stored)
+
+        own_mask, prompt_mask = sight.own_mask, sight.prompt_mask
+        if window is not None:
+            own_mask &= sight.queries[..., None] - sight.own[:, :, None, :] < window
+            if prompt_mask is not None:
+                prompt_mask &= sight.queries[..., None] - jnp.arange(prompt_mask.shape[-1]) < window
+        out = attend(query, own, own_mask, prompt, prompt_mask)
+        out = out.reshape(*x.shape[:-1], c.num_heads * c.head_dim)
+        return _linear(c, c.hidden_size, c.o_bias, "o_proj")(out), stored, new
+
+
+class MLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        gate = _linear(c, c.intermediate_size, c.mlp_bias, "gate_proj")(x)
+        up = _linear(c, c.intermediate_size, c.mlp_bias, "up_proj")(x)
+        return _linear(c, c.hidden_size, c.mlp_bias, "down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer; the cache of all layers rides in the carry, which is updated in place."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, KeyValues | None],
+        layer: Array,
+        prompt: KeyValues | None,
+        window: Array | None,
+        sight: Sight,
+        column: Array | None,
+    ) -> tuple[tuple[Array, KeyValues | None], KeyValues]:
+        x, stored = carry
+        cache = None if stored is None else (stored, column)
+        normed = RMSNorm(self.config, name="input_layernorm")(x)
+        out, stored, new = Attention(self.config, name="self_attn")(normed, cache, layer, prompt, window, sight)
+        x = x + out
+        x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_layernorm")(x))
+        return (x, stored), new
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, last norm; and the head as a function of its own."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        c = self.config
+        initializer = nn.initializers.normal(c.initializer_range)
+        self.embed_tokens = nn.Embed(
+            c.vocab_size,
+            c.hidden_size,
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            embedding_init=initializer,
+        )
+        # prevent_cse=False: the scan already keeps the recomputation apart.
+        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )(c)
+        self.norm = RMSNorm(c)
+        if not c.tie_embeddings:
+            self.lm_head = self.param("lm_head", initializer, (c.hidden_size, c.vocab_size), c.param_dtype)
+
+    def __call__(
+        self, tokens: Array, sight: Sight, prompt: KeyValues | None, stored: KeyValues | None, column: Array | None
+    ) -> tuple[Array, KeyValues | None, KeyValues]:
+        """Hidden states `[B, G, S, D]`, the updated cache, and the keys and values of every layer."""
+        c = self.config
+        windows = None
+        if c.windows is not None:
+            no_limit = np.iinfo(np.int32).max
+            windows = jnp.array([no_limit if window is None else window for window in c.windows], jnp.int32)
+        (x, stored), new = self.layers(
+            (self.embed_tokens(tokens), stored), jnp.arange(c.num_layers), prompt, windows, sight, column
+        )
+        return self.norm(x), stored, new
+
+    def unembed(self, hidden: Array) -> Array:
+        """Logits `[..., V]` float32 of hidden states `[..., D]`."""
+        c = self.config
+        head = self.embed_tokens.embedding.T if c.tie_embeddings else self.lm_head
+        return jnp.matmul(
+            hidden.astype(c.logits_dtype), head.astype(c.logits_dtype), preferred_element_type=jnp.float32
+        )
+
+
+@functools.cache
+def decoder(config: DecoderConfig) -> Policy:
+    """The decoder as a policy; the same config gives the same functions, so that jit does not compile again."""
+    module = Decoder(config)
+
+    def init(key: PRNGKey) -> Params:
+        tokens = jnp.zeros((1, 1, 1), jnp.int32)
+        return module.init(key, tokens, _sight(config, tokens, tokens, _causal(tokens)), None, None, None)["params"]
+
+    def cast(params: Params) -> Params:
+        def cast_leaf(path: tuple[Any, ...], leaf: Array) -> Array:
+            head = "embed_tokens" if config.tie_embeddings else "lm_head"
+            return leaf.astype(config.logits_dtype if path[0].key == head else config.dtype)
+
+        return jax.tree_util.tree_map_with_path(cast_leaf, params)
+
+    def prefill(params: Params, tokens: Array, lengths: Array) -> PromptCache:
+        tokens = tokens[:, None, :-1]  # the last token is never in the last column's left: it is read by `extend`
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+        # A pad id may lie outside the vocabulary; its embedding is NaN, and a weight of 0 does not remove that.
+        tokens = jnp.where(positions < lengths[:, None, None], tokens, 0)
+        sight = _sight(config, positions, positions, _causal(positions))
+        _, _, new = module.apply({"params": params}, tokens, sight, None, None, None)
+        return PromptCache(jax.tree.map(lambda layers: layers[:, :, 0], new), lengths - 1)
+
+    def init_cache(B: int, G: int, T: int) -> Cache:
+        empty = jnp.zeros((config.num_layers, B, G, T, config.num_kv_heads, config.head_dim), config.dtype)
+        return Cache(KeyValues(empty, empty), jnp.full((B, G, T), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+    def extend(
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        prompt_cache: PromptCache,
+        cache: Cache | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, Cache | None]:
+        own, column, stored = positions, None, None
+        if cache is not None:
+            stored, column = cache.layers, cache.column
+            own = jax.lax.dynamic_update_slice(cache.positions, positions, (0, 0, column))
+        own_mask = _causal(positions, own)
+        if segments is not None:
+            if cache is not None:
+                raise ValueError("segments keep packed completions apart and go without a cache")
+            own_mask &= segments[..., :, None] == segments[..., None, :]
+        held = jnp.arange(prompt_cache.layers.keys.shape[2]) < prompt_cache.lengths[:, None, None, None]
+        prompt_mask = jnp.broadcast_to(held, (*positions.shape, held.shape[-1]))
+        sight = _sight(config, positions, own, own_mask, prompt_mask)
+        hidden, stored, _ = module.apply({"params": params}, tokens, sight, prompt_cache.layers, stored, column)
+        return hidden, None if cache is None else Cache(stored, own, column + tokens.shape[-1])
+
+    def unembed(params: Params, hidden: Array) -> Array:
+        return module.apply({"params": params}, hidden, method="unembed")
+
+    def take(prompt_cache: PromptCache, rows: Array) -> PromptCache:
+        layers = jax.tree.map(lambda layers: layers[:, rows], prompt_cache.layers)
+        return PromptCache(layers, prompt_cache.lengths[rows])
+
+    return Policy(config, init, cast, prefill, init_cache, extend, unembed, take)
+
+
+def _causal(queries: Array, keys: Array | None = None) -> Array:
+    """`[B, G, S, C]`: a token sees the tokens at its own and earlier positions; empty columns have position -1."""
+    keys = queries if keys is None else keys
+    return (keys[:, :, None, :] <= queries[..., None]) & (keys[:, :, None, :] >= 0)
+
+
+def _sight(
+    config: DecoderConfig, queries: Array, own: Array, own_mask: Array, prompt_mask: Array | None = None
+) -> Sight:
+    return Sight(*rope.angles(config.rope, queries), queries, own, own_mask, prompt_mask)

@@ -1,0 +1,142 @@
+"""The policy contract: what a network must offer to be sampled, scored and trained.
+
+A policy is a hashable static configuration and pure functions of it, so that it
+can be a static argument of `jax.jit`. Params are a plain pytree of arrays.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.types import Array, Params, PRNGKey, Prompts
+
+PromptCache = Any  # pytree of arrays
+Cache = Any  # pytree of arrays
+
+
+class Policy(NamedTuple):
+    """A causal language model as functions.
+
+    A completion is read against the one prompt of its group: `prefill` reads all
+    but the last prompt token, once for the group; `extend` reads the last prompt
+    token and then the completion without its last token, so that
+    `hidden[..., t, :]` predicts completion token `t`. With `S = T` and no cache
+    that is the training forward, with `S = 1` and a cache it is one step of
+    decoding, and gradients flow through the one prompt.
+
+    Attributes:
+      config: hashable: sizes, dtypes and whatever else the functions need.
+      init: `key -> params`.
+      cast: `params -> params` in the dtypes that the network computes in: the
+        sampler's copy, made once a rollout.
+      prefill: `(params, tokens [B, P], lengths [B]) -> prompt_cache`.
+      init_cache: `(B, G, T) -> cache` for `T` tokens of each completion.
+      extend: `(params, tokens [B, G, S], positions [B, G, S], prompt_cache,
+        cache=None, segments=None) -> (hidden [B, G, S, D], cache)`. A token
+        attends to its group's prompt and to tokens of its own completion at its
+        own or earlier positions. `segments [B, G, S]`, without a cache, also
+        keeps apart several completions packed in one row.
+      unembed: `(params, hidden [..., D]) -> logits [..., V]`.
+      take: `(prompt_cache, rows [N]) -> prompt_cache` of those rows.
+    """
+
+    config: Any
+    init: Callable[[PRNGKey], Params]
+    cast: Callable[[Params], Params]
+    prefill: Callable[[Params, Array, Array], PromptCache]
+    init_cache: Callable[[int, int, int], Cache]
+    extend: Callable[..., tuple[Array, Cache]]
+    unembed: Callable[[Params, Array], Array]
+    take: Callable[[PromptCache, Array], PromptCache]
+
+
+class TokenCache(NamedTuple):
+    """The tokens of the completions so far, in the order in which they came."""
+
+    tokens: Array  # [B, G, C] int32
+    positions: Array  # [B, G, C] int32, -1 where empty
+    column: Array  # [] int32, the next to be written
+
+
+def _no_init(key: PRNGKey) -> Params:
+    raise ValueError("this policy has no init: pass from_logits_fn(f, init=...), or bring params of your own")
+
+
+@functools.cache
+def from_logits_fn(
+    f: Callable[[Params, Array, Array], Array], *, init: Callable[[PRNGKey], Params] = _no_init
+) -> Policy:
+    """Any causal network as a policy: flax.nnx, Equinox, plain JAX.
+
+        hidden[b, g, s] = f(params, [prompt[b]; completion[b, g]], mask)[positions[b, g, s]]
+
+    Prompt and completion are packed into one row without a gap. Nothing is cached
+    but tokens, so the whole row is computed again for each decoded token, its
+    prompt once for each completion, and a row's logits are held at once. A
+    network that this is too slow for implements `Policy` itself.
+
+    Args:
+      f: `(params, tokens [N, S], mask [N, S]) -> logits [N, S, V]`. Rows are
+        right-padded, `mask` is True on tokens, and `logits[:, s]` predict token
+        `s + 1` from tokens `0..s` alone. Arrays belong in `params`: with nnx,
+        `graph, params = nnx.split(model)` and `f` merges them again.
+      init: `key -> params`, for whoever calls the policy's own.
+
+    Returns:
+      A policy. The same `f` gives the same policy, so that jit does not compile
+      again: define `f` once, not in a loop.
+
+    Raises:
+      ValueError: from `extend`, if it is given `segments`; from `init`, if there is none.
+      AssertionError: from `extend`, if `f` does not return logits `[N, S, V]`.
+    """
+
+    def extend(
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        prompt_cache: Prompts,
+        cache: TokenCache | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, TokenCache | None]:
+        if segments is not None:
+            raise ValueError("from_logits_fn cannot keep packed completions apart: one completion a row, segments=None")
+        held = tokens, positions
+        if cache is not None:
+            write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, cache.column))
+            held = write(cache.tokens, tokens), write(cache.positions, positions)
+            cache = TokenCache(*held, cache.column + tokens.shape[-1])
+        rows, mask = _pack(prompt_cache, *held)
+        B, G, S = rows.shape
+        logits = f(params, rows.reshape(B * G, S), mask.reshape(B * G, S))
+        chex.assert_shape(logits, (B * G, S, None))
+        return jnp.take_along_axis(logits.reshape(B, G, S, -1), positions[..., None], axis=2), cache
+
+    def init_cache(B: int, G: int, T: int) -> TokenCache:
+        return TokenCache(jnp.zeros((B, G, T), jnp.int32), jnp.full((B, G, T), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+    return Policy(
+        config=f,
+        init=init,
+        cast=lambda params: params,
+        prefill=lambda params, tokens, lengths: Prompts(tokens, lengths),
+        init_cache=init_cache,
+        extend=extend,
+        unembed=lambda params, hidden: hidden.astype(jnp.float32),
+        take=lambda prompt_cache, rows: Prompts(prompt_cache.tokens[rows], prompt_cache.lengths[rows]),
+    )
+
+
+def _pack(prompts: Prompts, tokens: Array, positions: Array) -> tuple[Array, Array]:
+    """Rows `[B, G, P + C - 1]` of prompts and the tokens `[B, G, C]` at their positions; True where there is one."""
+    B, G, C = tokens.shape
+    width = prompts.tokens.shape[1] + C - 1  # the first of the C is the prompt's last token
+    padded = jnp.pad(prompts.tokens, ((0, 0), (0, C - 1)))[:, None]
+    known = jnp.broadcast_to(jnp.arange(width) < prompts.lengths[:, None, None], (B, G, width))
+    places = jnp.where(positions < 0, width, positions)  # an empty column is dropped; -1 would wrap around
+    put = jax.vmap(jax.vmap(lambda row, places, values: row.at[places].set(values, mode="drop")))
+    return put(jnp.where(known, padded, 0), places, tokens), put(known, places, jnp.ones_like(tokens, bool))

@@ -1,0 +1,99 @@
+"""A run may be stopped at any moment and started again, but never run twice at once.
+
+    with preemption.lock(run_dir), preemption.graceful_stop() as stop_requested:
+        for step in range(int(state.step), steps):
+            state, measured = train_step(state, prompts(step))
+            if stop_requested():
+                checkpoint.save(checkpoints, state, meta)
+                break
+"""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+
+@contextlib.contextmanager
+def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps other runs out of a folder, which is created where absent.
+
+    The lock is the kernel's, on `run.lock`, and ends with its process; the text inside only serves the message.
+
+    Raises:
+      RuntimeError: if another run holds it, naming its process and host.
+      OSError: if the folder cannot be written.
+    """
+    path = pathlib.Path(run_dir) / "run.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write in the run folder ({error.strerror})", str(run_dir)) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise RuntimeError(f"the run folder {run_dir} is in use by {holder}; stop it or use another") from error
+        # A forked child shares the lock, and would hold it on when this process is killed.
+        os.register_at_fork(after_in_child=file.close)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def graceful_stop(
+    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+) -> Iterator[Callable[[], bool]]:
+    """Turns the first signal into a request to stop after the step; the second ends the process at once.
+
+    Yields a function that tells whether a stop is requested. Python runs signal handlers only between its own
+    instructions, of which there may be none for minutes while a program runs on the device, so a thread that reads the
+    interpreter's wake-up socket does the work. The exit status at the second signal is `128 + signal`. For the main
+    thread only, as are signals in Python.
+    """
+    requested = threading.Event()
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        while received := reader.recv(1):
+            if received[0] not in signals:
+                continue  # of other handlers, such as an alarm
+            if requested.is_set():
+                os._exit(128 + received[0])
+            requested.set()
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # no lock that print could wait for
+
+    def heard(number: int, frame: object) -> None:
+        """Takes the place of the default action, and of an exception in the middle of a step."""
+
+    def forget() -> None:
+        """A forked worker shares the socket, and would stop this run when it is itself terminated."""
+        if heard in map(signal.getsignal, signals):
+            signal.set_wakeup_fd(-1)
+            for number in signals:
+                signal.signal(number, signal.SIG_DFL)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, heard) for number in signals}
+    os.register_at_fork(after_in_child=forget)
+    try:
+        yield requested.is_set
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        writer.close()  # ends the watcher
+        watcher.join()
+        reader.close()

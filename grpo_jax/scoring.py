@@ -1,0 +1,79 @@
+"""Rollouts to per-token log-probs and entropies, without ever holding `[B, G, T, V]`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.policies import Policy
+from grpo_jax.types import Array, Params, Rollout, Scores
+
+
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("entropy", "chunk_tokens"))
+def score(
+    policy: Policy,
+    params: Params,
+    rollout: Rollout,
+    *,
+    temperature: float | Array = 1.0,
+    entropy: bool = True,
+    chunk_tokens: int = 1024,
+) -> Scores:
+    """What the policy says of the completions of a rollout.
+
+        log_probs[b, g, t] = log softmax(logits[b, g, t] / temperature)[tokens[b, g, t]]
+        entropy[b, g, t]   = -sum_v p[v] log p[v],  p = softmax(logits[b, g, t] / temperature)
+
+    Runs the network code that the sampler runs, with each prompt read once for
+    its group. The head is applied to about `chunk_tokens` tokens at a time, and
+    its logits are recomputed in the backward pass.
+
+    Args:
+      policy: the network, static.
+      params: its parameters, differentiable.
+      rollout: the completions; only those positions are scored.
+      temperature: the one that the rollout was sampled at.
+      entropy: False leaves it out.
+      chunk_tokens: tokens whose logits are held at a time.
+
+    Returns:
+      Scores `[B, G, T]` in float32, 0 on padding. Truncated sampling (top-k and the
+      like) is not replayed: see `sampling.sample`.
+    """
+    B, G, T = rollout.tokens.shape
+    prompts = rollout.prompts
+    prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
+    last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)
+    held = jnp.arange(T) < rollout.lengths[..., None]
+    tokens = jnp.where(held, rollout.tokens, 0)  # a pad id may lie outside the vocabulary, whose embedding is NaN
+    read = jnp.concatenate([jnp.broadcast_to(last[:, None], (B, G, 1)), tokens[..., :-1]], axis=-1)
+    positions = jnp.broadcast_to(prompts.lengths[:, None, None] - 1 + jnp.arange(T), (B, G, T))
+    hidden, _ = policy.extend(params, read, positions, prompt_cache)
+
+    @jax.checkpoint
+    def score_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array | None]:
+        logits = policy.unembed(params, hidden).astype(jnp.float32) / temperature
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        log_probs = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
+        if not entropy:
+            return log_probs, None
+        probs = jax.nn.softmax(logits)
+        # A network may rule a token out by a logit of -inf; 0 * -inf is NaN.
+        return log_probs, normaliser - jnp.sum(probs * jnp.where(probs > 0, logits, 0.0), axis=-1)
+
+    # Chunks are cut along T, which leaves the axis that devices share, B, in one piece.
+    width = min(T, max(1, chunk_tokens // (B * G)))
+    chunks = -(-T // width)
+    log_probs, entropies = jax.lax.map(
+        lambda chunk: score_chunk(*chunk), (_cut(hidden, chunks, width), _cut(tokens, chunks, width))
+    )
+    join = lambda x: jnp.where(held, jnp.moveaxis(x, 0, 2).reshape(B, G, -1)[..., :T], 0.0)  # noqa: E731
+    return Scores(join(log_probs), join(entropies) if entropy else None)
+
+
+def _cut(x: Array, chunks: int, width: int) -> Array:
+    """`[B, G, T, ...]` to `[chunks, B, G, width, ...]`, the last chunk padded with zeros."""
+    padding = [(0, 0)] * x.ndim
+    padding[2] = (0, chunks * width - x.shape[2])
+    x = jnp.pad(x, padding)
+    return jnp.moveaxis(x.reshape(*x.shape[:2], chunks, width, *x.shape[3:]), 2, 0)

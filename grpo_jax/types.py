@@ -1,0 +1,111 @@
+"""The pytrees that the stages hand to each other.
+
+Axes: `B` prompts, `G` completions in a group, `R` reward functions, `P` prompt
+tokens, `T` completion tokens. Everything is right-padded; padding is told by
+lengths and masks, never by comparing tokens with a pad id.
+"""
+
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+PRNGKey = jax.Array  # a typed key, as `jax.random.key` makes
+Params = Any  # a pytree of arrays
+Metrics = dict[str, Any]  # name -> Mean, Max, or a scalar once `summary` has been taken
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts."""
+
+    tokens: Array  # [B, P] int32, right-padded
+    lengths: Array  # [B] int32, at least 1
+    info: Any = ()  # pytree of arrays with leading axis B: answers as tokens, data-set rows
+
+
+class Rollout(NamedTuple):
+    """Prompts with a group of sampled completions each."""
+
+    prompts: Prompts
+    tokens: Array  # [B, G, T] int32, right-padded
+    lengths: Array  # [B, G] int32, the end-of-sequence token included
+    mask: Array  # [B, G, T] bool, what the loss counts; the end-of-sequence token does
+    log_probs: Array  # [B, G, T] float32, of the distribution that was drawn from; 0 on padding
+    truncated: Array  # [B, G] bool, True where no end-of-sequence token came
+
+
+class Scores(NamedTuple):
+    """What the policy says of the tokens of a rollout."""
+
+    log_probs: Array  # [B, G, T] float32, 0 on padding
+    entropy: Array | None = None  # [B, G, T] float32 nats, of the distribution that the token was drawn from
+
+
+class Experience(NamedTuple):
+    """A rollout with all that a loss may ask about it."""
+
+    rollout: Rollout
+    rewards: Array | None = None  # [B, G, R] float32
+    reward_mask: Array | None = None  # [B, G, R] bool, False where this reward could not be given
+    old_log_probs: Array | None = None  # [B, G, T] float32, of the policy that sampled
+    ref_log_probs: Array | None = None  # [B, G, T] float32, of the reference policy
+    advantages: Array | None = None  # [B, G] or [B, G, T] float32
+
+
+class TrainState(NamedTuple):
+    """All that a run must carry from one step to the next."""
+
+    params: Params  # what is differentiated
+    opt_state: Any
+    key: PRNGKey  # of the run; step n uses fold_in(key, n)
+    step: Array  # [] int32
+    skipped: Array  # [] int32, updates that the non-finite guard refused
+    ref_params: Params | None = None  # the reference policy; None without a KL term
+    frozen: Params | None = None  # the base beside adapters
+    extra: Any = ()  # whatever else must survive a restart
+
+
+class Mean(NamedTuple):
+    """A mean as the two sums it is made of, so that parts of a batch add up exactly."""
+
+    sum: Array  # []
+    count: Array  # []
+
+
+class Max(NamedTuple):
+    """A maximum; parts of a batch merge by `maximum`."""
+
+    value: Array  # []
+
+
+Statistics = TypeVar("Statistics")
+
+
+def _is_statistic(node: Any) -> bool:
+    return isinstance(node, Mean | Max)
+
+
+def merge(stacked: Statistics, axis: int = 0) -> Statistics:
+    """Merges statistics that were stacked along an axis, such as those of the micro-batches of a scan."""
+
+    def merge_one(path: Any, node: Any) -> Mean | Max:
+        if isinstance(node, Mean):
+            return Mean(jnp.sum(node.sum, axis), jnp.sum(node.count, axis))
+        if isinstance(node, Max):
+            return Max(jnp.max(node.value, axis))
+        name = jax.tree_util.keystr(path)
+        raise TypeError(f"metric {name} is neither a Mean nor a Max, so parts of a batch cannot be merged: {node}")
+
+    return jax.tree_util.tree_map_with_path(merge_one, stacked, is_leaf=_is_statistic)
+
+
+def summary(metrics: Metrics) -> dict[str, Array]:
+    """The numbers behind the statistics: `sum / count` (0 where nothing was counted) and the maximum."""
+
+    def number(node: Any) -> Array:
+        if isinstance(node, Mean):
+            return jnp.where(node.count == 0, 0.0, node.sum / jnp.where(node.count == 0, 1, node.count))
+        return node.value if isinstance(node, Max) else node
+
+    return {name: number(node) for name, node in metrics.items()}

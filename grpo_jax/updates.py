@@ -1,0 +1,81 @@
+"""Gradients to a new state, unless they are not finite."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax.types import Array, Mean, Metrics, Params, PRNGKey, TrainState
+
+
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKey,
+    *,
+    reference: bool = False,
+    extra: Any = (),
+) -> TrainState:
+    """The state of a run that has not begun.
+
+    Args:
+      params: what is trained.
+      optimizer: any optax optimiser.
+      key: of the whole run; step `n` uses `fold_in(key, n)`.
+      reference: True keeps a copy of `params` as the reference policy, which a KL
+        penalty needs. A copy, since a donated state may not hold an array twice.
+      extra: whatever else must survive a restart.
+    """
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        key=key,
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        ref_params=jax.tree.map(jnp.copy, params) if reference else None,
+        extra=extra,
+    )
+
+
+def update(
+    state: TrainState,
+    grads: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: Array | float = 0.0,
+    max_grad_norm: float | Array | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Applies one update, or none at all if the loss or the gradient is not finite.
+
+    A refused update leaves params and optimiser state as they were, bit for bit, and
+    adds 1 to `state.skipped`. (`optax.apply_if_finite` gives up after some refusals
+    and applies the NaN; this never does.)
+
+    Args:
+      state: before the update; `step` is not touched.
+      grads: like `state.params`.
+      optimizer: the one that made `state.opt_state`.
+      loss: `[]`, of these gradients.
+      max_grad_norm: gradients of a larger global norm are scaled down to it (Pascanu
+        et al. 2013, arXiv:1211.5063, algorithm 1).
+
+    Returns:
+      The new state, and the metrics `grad_norm` (before clipping) and `skipped`.
+    """
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+    if max_grad_norm is not None:
+        scale = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
+    # Selecting, not adding zeros: -0.0 + 0.0 is 0.0.
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    metrics = {
+        "grad_norm": Mean(jnp.where(finite, grad_norm, 0.0), finite.astype(jnp.int32)),
+        "skipped": Mean((~finite).astype(jnp.int32), jnp.ones((), jnp.int32)),
+    }
+    return state._replace(params=params, opt_state=opt_state, skipped=state.skipped + ~finite), metrics
