@@ -1,0 +1,76 @@
+"""GRPO (Group Relative Policy Optimization) in pure JAX: functions over pytrees.
+
+A step, in the order that data flows:
+
+    sample      prompts -> rollout                  sampling.py
+    reward      rollout -> rewards                  rewards/
+    score       rollout -> log-probs, entropy       scoring.py
+    advantage   rewards -> advantages               advantages.py
+    loss        scores, experience -> terms         losses.py
+    update      gradients -> state                  updates.py
+
+`train_step.py` composes them into one pure function; `types.py` has what they hand
+to each other, `policies.py` what a network must offer.
+"""
+
+from grpo_jax import (
+    advantages,
+    checkpoint,
+    data,
+    hf,
+    losses,
+    metrics,
+    models,
+    policies,
+    preemption,
+    rewards,
+    sampling,
+    scoring,
+    tasks,
+    testing,
+    train_step,
+    types,
+    updates,
+)
+from grpo_jax.policies import Policy, from_logits_fn
+from grpo_jax.sampling import sample
+from grpo_jax.scoring import score
+from grpo_jax.train_step import make_collect, make_learn, make_train_step
+from grpo_jax.types import Experience, Max, Mean, Prompts, Rollout, Scores, TrainState
+from grpo_jax.updates import init_state, update
+
+__all__ = [
+    "Experience",
+    "Max",
+    "Mean",
+    "Policy",
+    "Prompts",
+    "Rollout",
+    "Scores",
+    "TrainState",
+    "advantages",
+    "checkpoint",
+    "data",
+    "from_logits_fn",
+    "hf",
+    "init_state",
+    "losses",
+    "make_collect",
+    "make_learn",
+    "make_train_step",
+    "metrics",
+    "models",
+    "policies",
+    "preemption",
+    "rewards",
+    "sample",
+    "sampling",
+    "score",
+    "scoring",
+    "tasks",
+    "testing",
+    "train_step",
+    "types",
+    "update",
+    "updates",
+]

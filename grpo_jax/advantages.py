@@ -106,13 +106,16 @@ def from_rewards(
 
     def advantage(experience: Experience) -> tuple[Array, Metrics]:
         rewards, given = experience.rewards, experience.reward_mask
+        if rewards is None or given is None:
+            raise ValueError("the experience has no rewards: put rewards and reward_mask [B, G, R] into it")
         chex.assert_rank([rewards, given], 3)
         R = rewards.shape[-1]
         for setting, value in (("weights", weights), ("names", names)):
             if value is not None and len(value) != R:
                 raise ValueError(f"{len(value)} {setting} for {R} reward functions: {value}")
         rewards = jnp.where(given, rewards, 0.0)
-        total = rewards @ jnp.asarray([1.0] * R if weights is None else weights, jnp.float32)
+        weighted = rewards * jnp.asarray([1.0] * R if weights is None else weights, jnp.float32)
+        total = jnp.sum(weighted, axis=-1)  # a matrix product may round equal rows apart, and in bfloat16 on a TPU
         scored = jnp.any(given, axis=-1)
         metrics = _moments("reward", total, scored) | {
             "groups_without_spread": Mean(jnp.sum(~_has_spread(total, scored)), jnp.asarray(total.shape[0]))
@@ -145,7 +148,8 @@ def _centered(rewards: Array, mask: Array) -> Array:
 def _has_spread(rewards: Array, mask: Array) -> Array:
     """`[B]`, by comparison: the mean of eight 1.1s is not 1.1, and that rounding would be divided by `eps`."""
     highest = jnp.max(jnp.where(mask, rewards, -jnp.inf), axis=1)
-    return highest > jnp.min(jnp.where(mask, rewards, jnp.inf), axis=1)
+    lowest = jnp.min(jnp.where(mask, rewards, jnp.inf), axis=1)
+    return ~(highest <= lowest)  # a NaN is not to pass for equal rewards: its update is refused
 
 
 def _where_spread(rewards: Array, mask: Array, advantages: Array) -> Array:

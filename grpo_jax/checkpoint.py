@@ -90,7 +90,7 @@ def save(
     arrays = {path: _to_host(leaf) for path, leaf in leaves.items()}
     facts = {path: _facts(leaf, arrays[path]) for path, leaf in leaves.items()}
     unwritten = sorted(path for path in leaves if path.partition("/")[0] in initial)
-    content = {"step": step, "meta": meta, "leaves": facts, "initial": unwritten, "made_with": _made_with(leaves)}
+    content = {"meta": meta, "leaves": facts, "initial": unwritten, "made_with": _made_with(leaves)}
     content = json.loads(json.dumps(content))  # as it will be read: tuples are lists, keys are strings
     if checkpoints.all_steps():
         _refuse_changed_initial(checkpoints, content)
@@ -100,7 +100,8 @@ def save(
         state=ocp.args.StandardSave(written),
         meta=ocp.args.JsonSave({"content": content, "sha256": _json_digest(content)}),
     )
-    saved = checkpoints.save(step, args=items, force=True)  # forced: Orbax skips steps below its newest
+    below_a_broken_one = step < max(checkpoints.all_steps(), default=0)  # where Orbax would skip it
+    saved = checkpoints.save(step, args=items, force=below_a_broken_one)
     checkpoints.wait_until_finished()
     if not saved:
         raise RuntimeError(f"Orbax did not save step {step} in {checkpoints.directory}; was it opened read-only?")

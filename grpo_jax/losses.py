@@ -14,6 +14,7 @@ The metrics of a surrogate or penalty are per-token arrays, reported as means ov
 the tokens that count.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -82,11 +83,11 @@ def ppo_clip(epsilon: Number, epsilon_high: Number | None = None) -> Surrogate:
         del log_probs
         low = jnp.log(jnp.maximum(1.0 - jnp.asarray(epsilon), 0.0))
         high = jnp.log1p(epsilon if epsilon_high is None else epsilon_high)
-        good = advantages > 0
-        bounded = jnp.where(good, jnp.minimum(log_ratio, high), jnp.maximum(log_ratio, low))
+        # An advantage of 0 takes the minimum, too: inf * 0 is NaN.
+        bounded = jnp.where(advantages < 0, jnp.maximum(log_ratio, low), jnp.minimum(log_ratio, high))
         clipped = {
             "clip_low": (advantages < 0) & (log_ratio < low),
-            "clip_high": good & (log_ratio > high),
+            "clip_high": (advantages > 0) & (log_ratio > high),
         }
         return jnp.exp(bounded) * advantages, clipped
 
@@ -135,7 +136,7 @@ def k3(beta: Number) -> Penalty:
 
 
 def _kl(estimate: Callable[[Array, Array], Array], beta: Number) -> Penalty:
-    if isinstance(beta, int | float) and beta < 0:
+    if isinstance(beta, int | float) and not beta >= 0:
         raise ValueError(f"beta is at least 0, got {beta}")
 
     def penalty(scores: Scores, experience: Experience) -> PerToken:
@@ -184,9 +185,10 @@ def prompt_mean(per_token: Array, mask: Array) -> Mean:
 
 
 def constant_length(max_tokens: int) -> Aggregate:
-    """The sum over tokens over `max_tokens` times completions (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783, section 3.2).
+    """The sum over tokens over `max_tokens` times completions (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783).
 
-    The divisor knows no length, so that no completion gains by being long or short.
+    The divisor knows no length, so that no completion gains by being long or short
+    (section 3.2).
 
     Args:
       max_tokens: the limit that completions were sampled under, not the batch's width.
@@ -226,6 +228,8 @@ def policy_loss(
 
     def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
         mask = experience.rollout.mask
+        if experience.advantages is None or experience.old_log_probs is None:
+            raise ValueError("a policy loss needs advantages and old_log_probs; make_learn(..., advantage=) adds them")
         # Padding may hold anything: out before the exponential, or inf * 0 becomes NaN.
         log_ratio = ratio(jnp.where(mask, scores.log_probs - experience.old_log_probs, 0.0), mask)
         gain, per_token = surrogate(log_ratio, _per_token(experience.advantages), scores.log_probs)
@@ -291,7 +295,8 @@ def value(terms: Terms, counts: tuple[Array, ...] | None = None) -> Array:
       counts: those of the whole batch, if the terms are of a part.
     """
     counts = tuple(jax.lax.stop_gradient(term.count) for term in terms) if counts is None else counts
-    return sum(term.sum / jnp.maximum(count, 1) for term, count in zip(terms, counts, strict=True))
+    quotients = [term.sum / jnp.where(count == 0, 1, count) for term, count in zip(terms, counts, strict=True)]
+    return functools.reduce(jnp.add, quotients)
 
 
 def _per_token(advantages: Array) -> Array:

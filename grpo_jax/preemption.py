@@ -1,11 +1,15 @@
 """A run may be stopped at any moment and started again, but never run twice at once.
 
+A loop reads
+
     with preemption.lock(run_dir), preemption.graceful_stop() as stop_requested:
         for step in range(int(state.step), steps):
             state, measured = train_step(state, prompts(step))
             if stop_requested():
                 checkpoint.save(checkpoints, state, meta)
                 break
+
+and what a kill at any other moment leaves behind is the business of `checkpoint` and `metrics`.
 """
 
 import contextlib
@@ -55,38 +59,40 @@ def graceful_stop(
 ) -> Iterator[Callable[[], bool]]:
     """Turns the first signal into a request to stop after the step; the second ends the process at once.
 
-    Yields a function that tells whether a stop is requested. Python runs signal handlers only between its own
-    instructions, of which there may be none for minutes while a program runs on the device, so a thread that reads the
-    interpreter's wake-up socket does the work. The exit status at the second signal is `128 + signal`. For the main
-    thread only, as are signals in Python.
+    Yields a function that tells whether a stop is requested. The exit status at the second signal is `128 + signal`.
+    For the main thread only, as are signals in Python.
+
+    Python runs signal handlers between its own instructions, of which the main thread may have none for minutes while
+    it waits for a device. So a thread counts the signals, which the interpreter also writes to its wake-up socket.
     """
     requested = threading.Event()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
     def watch() -> None:
+        asked = False
         while received := reader.recv(1):
             if received[0] not in signals:
-                continue  # of other handlers, such as an alarm
-            if requested.is_set():
+                continue  # such as an alarm, of another handler
+            if asked:
                 os._exit(128 + received[0])
-            requested.set()
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # no lock that print could wait for
+            asked = True
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
-    def heard(number: int, frame: object) -> None:
-        """Takes the place of the default action, and of an exception in the middle of a step."""
+    def request(number: int, frame: object) -> None:
+        requested.set()
 
     def forget() -> None:
-        """A forked worker shares the socket, and would stop this run when it is itself terminated."""
-        if heard in map(signal.getsignal, signals):
+        """A forked worker shares the socket; terminated, it would stop this run and not itself."""
+        if request in map(signal.getsignal, signals):
             signal.set_wakeup_fd(-1)
             for number in signals:
                 signal.signal(number, signal.SIG_DFL)
 
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, request) for number in signals}
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, heard) for number in signals}
     os.register_at_fork(after_in_child=forget)
     try:
         yield requested.is_set

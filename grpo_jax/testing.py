@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -52,4 +51,4 @@ def random_prompts(seed: int, B: int, P: int, vocab_size: int = 61, *, ragged: b
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, P + 1, B) if ragged else np.full(B, P)
     tokens = np.where(np.arange(P) < lengths[:, None], rng.integers(2, vocab_size, (B, P)), 0)
-    return jax.tree.map(jnp.asarray, Prompts(tokens.astype(np.int32), lengths.astype(np.int32)))
+    return Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32))

@@ -109,7 +109,9 @@ def make_collect(
       reward: `rollout -> (rewards [B, G, R], mask [B, G, R])`, traced; None leaves the
         rewards to the caller.
       temperature: of sampling, and of the scores.
-      top_k: as in `sampling.sample`, and so `top_p` and `min_p`.
+      top_k: as in `sampling.sample`.
+      top_p: as in `sampling.sample`.
+      min_p: as in `sampling.sample`.
       score_old: True fills `old_log_probs`, which `learn` needs if it makes several
         updates of one experience, or if the params change before it.
     """

@@ -70,7 +70,7 @@ class Mean(NamedTuple):
     """A mean as the two sums it is made of, so that parts of a batch add up exactly."""
 
     sum: Array  # []
-    count: Array  # []
+    count: Array  # type: ignore[assignment]  # []; hides tuple.count, which nobody misses
 
 
 class Max(NamedTuple):

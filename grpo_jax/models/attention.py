@@ -47,7 +47,7 @@ def attend(
     own_logits = jnp.einsum("bgskrh,bgckh->bgksrc", query, own.keys, **products)
     own_logits = jnp.where(own_mask[:, :, None, :, None, :], own_logits, _NEVER)
     maximum = jnp.max(own_logits, axis=-1, initial=_NEVER)  # [B, G, K, S, R]
-    if prompt is not None:
+    if prompt is not None and prompt_mask is not None:
         prompt_logits = jnp.einsum("bgskrh,bpkh->bkgsrp", query, prompt.keys, **products)
         prompt_logits = jnp.where(prompt_mask[:, None, :, :, None, :], prompt_logits, _NEVER)
         maximum = jnp.maximum(maximum, jnp.max(prompt_logits, axis=-1, initial=_NEVER).swapaxes(1, 2))

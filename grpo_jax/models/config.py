@@ -40,23 +40,40 @@ class DecoderConfig:
 
 # Fields of a Hugging Face config that say nothing of the network's arithmetic.
 _NEUTRAL = {
+    "_attn_implementation_autoset",
+    "_name_or_path",
     "architectures",
-    "attention_dropout",  # refused below unless 0
+    "auto_map",  # remote code, which is never run: a known model_type is what this decoder does
     "bos_token_id",
     "dtype",
     "eos_token_id",
+    "id2label",
     "initializer_range",
+    "is_llama_config",  # SmolLM2's note to itself
+    "label2id",
     "max_position_embeddings",
+    "max_sequence_length",
     "model_type",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
     "pad_token_id",
-    "pretraining_tp",
-    "torch_dtype",
+    "pretraining_tp",  # how the training cut its products
+    "problem_type",
+    "return_dict",
+    "tokenizer_class",
+    "transformers.js_config",
     "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
-    "_name_or_path",
-    "_attn_implementation_autoset",
 }
-_NEUTRAL |= set(transformers.PretrainedConfig().to_dict())
+# Fields that may be there, with the only values that the decoder does.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_dropout": (0, None),
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True, None),  # transformers attends both ways when it is False
+}
 
 _COMMON = {
     "vocab_size",
@@ -65,7 +82,6 @@ _COMMON = {
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "hidden_act",
     "rms_norm_eps",
     "tie_word_embeddings",
     "rope_parameters",
@@ -79,6 +95,8 @@ _FAMILIES = {
     "qwen3": _COMMON | _WINDOWED | {"attention_bias"},
 }
 
+_OFF: tuple[Any, ...] = (None, False, "", [], {})  # an unknown field that is off asks for nothing; 0 == False
+
 
 def from_hf_config(hf_config: transformers.PretrainedConfig, **settings: Any) -> DecoderConfig:
     """Reads a Hugging Face config; `settings` are fields of `DecoderConfig` such as `dtype` and `remat`.
@@ -91,19 +109,14 @@ def from_hf_config(hf_config: transformers.PretrainedConfig, **settings: Any) ->
     family = fields["model_type"]
     if family not in _FAMILIES:
         raise ValueError(f"model_type = {family!r} is not supported; supported are {sorted(_FAMILIES)}")
-    unknown = {
+    known = _FAMILIES[family] | _NEUTRAL
+    refused = {
         name: value
         for name, value in fields.items()
-        if name not in _FAMILIES[family] | _NEUTRAL and value not in (None, False, 0, 0.0, "", [], {})
+        if (value not in _FIXED[name] if name in _FIXED else name not in known and value not in _OFF)
     }
-    if fields.get("attention_dropout"):
-        unknown["attention_dropout"] = fields["attention_dropout"]
-    if fields["hidden_act"] not in ("silu", "swish"):
-        unknown["hidden_act"] = fields["hidden_act"]
-    if fields.get("quantization_config"):
-        unknown["quantization_config"] = fields["quantization_config"]
-    if unknown:
-        named = ", ".join(f"{name} = {value!r}" for name, value in sorted(unknown.items()))
+    if refused:
+        named = ", ".join(f"{name} = {value!r}" for name, value in sorted(refused.items()))
         raise ValueError(f"this {family} config asks for what the decoder does not do: {named}")
 
     num_heads = fields["num_attention_heads"]
@@ -111,6 +124,8 @@ def from_hf_config(hf_config: transformers.PretrainedConfig, **settings: Any) ->
     num_kv_heads = fields.get("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
         raise ValueError(f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim = {head_dim} is odd; the rotation turns pairs")
     bias = bool(fields.get("attention_bias"))
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
@@ -137,9 +152,13 @@ def from_hf_config(hf_config: transformers.PretrainedConfig, **settings: Any) ->
 def _windows(fields: dict[str, Any]) -> tuple[int | None, ...] | None:
     """The window of each layer; None if every layer sees everything."""
     window = fields.get("sliding_window")
-    kinds = fields.get("layer_types") or ["sliding_attention"] * fields["num_hidden_layers"]
+    kinds = fields.get("layer_types")
+    if kinds is None:  # a family with one kind of layer
+        kinds = ["full_attention" if window is None else "sliding_attention"] * fields["num_hidden_layers"]
     if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
-        raise ValueError(f"layer_types {sorted(unknown)} are not supported")
-    if window is None or "sliding_attention" not in kinds:
+        raise ValueError(f"layer_types = {sorted(unknown)} are not supported")
+    if "sliding_attention" not in kinds:
         return None
+    if window is None or window < 1:
+        raise ValueError(f"layer_types has sliding_attention with sliding_window = {window!r}; it is at least 1")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -7,6 +7,7 @@ are stacked on axis 0 and compile time does not grow with depth.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -88,13 +89,10 @@ class Attention(nn.Module):
     ) -> tuple[Array, KeyValues | None, KeyValues]:
         """Reads `x [B, G, S, D]`; returns the output, the cache of all layers and the new keys and values."""
         c = self.config
-        project = lambda name, heads: _linear(c, heads * c.head_dim, c.qkv_bias, name)(x).reshape(  # noqa: E731
-            *x.shape[:-1], heads, c.head_dim
-        )
+        heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
         query, key, value = (
-            project("q_proj", c.num_heads),
-            project("k_proj", c.num_kv_heads),
-            project("v_proj", c.num_kv_heads),
+            _linear(c, number * c.head_dim, c.qkv_bias, name)(x).reshape(*x.shape[:-1], number, c.head_dim)
+            for name, number in heads.items()
         )
         if c.qk_norm:
             query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
@@ -153,7 +151,7 @@ class Block(nn.Module):
         column: Array | None,
     ) -> tuple[tuple[Array, KeyValues | None], KeyValues]:
         x, stored = carry
-        cache = None if stored is None else (stored, column)
+        cache = None if stored is None or column is None else (stored, column)
         normed = RMSNorm(self.config, name="input_layernorm")(x)
         out, stored, new = Attention(self.config, name="self_attn")(normed, cache, layer, prompt, window, sight)
         x = x + out
@@ -216,6 +214,7 @@ class Decoder(nn.Module):
 def decoder(config: DecoderConfig) -> Policy:
     """The decoder as a policy; the same config gives the same functions, so that jit does not compile again."""
     module = Decoder(config)
+    apply: Callable[..., Any] = module.apply  # its own type allows for mutable collections
 
     def init(key: PRNGKey) -> Params:
         tokens = jnp.zeros((1, 1, 1), jnp.int32)
@@ -234,7 +233,7 @@ def decoder(config: DecoderConfig) -> Policy:
         # A pad id may lie outside the vocabulary; its embedding is NaN, and a weight of 0 does not remove that.
         tokens = jnp.where(positions < lengths[:, None, None], tokens, 0)
         sight = _sight(config, positions, positions, _causal(positions))
-        _, _, new = module.apply({"params": params}, tokens, sight, None, None, None)
+        _, _, new = apply({"params": params}, tokens, sight, None, None, None)
         return PromptCache(jax.tree.map(lambda layers: layers[:, :, 0], new), lengths - 1)
 
     def init_cache(B: int, G: int, T: int) -> Cache:
@@ -261,11 +260,11 @@ def decoder(config: DecoderConfig) -> Policy:
         held = jnp.arange(prompt_cache.layers.keys.shape[2]) < prompt_cache.lengths[:, None, None, None]
         prompt_mask = jnp.broadcast_to(held, (*positions.shape, held.shape[-1]))
         sight = _sight(config, positions, own, own_mask, prompt_mask)
-        hidden, stored, _ = module.apply({"params": params}, tokens, sight, prompt_cache.layers, stored, column)
-        return hidden, None if cache is None else Cache(stored, own, column + tokens.shape[-1])
+        hidden, stored, _ = apply({"params": params}, tokens, sight, prompt_cache.layers, stored, column)
+        return hidden, None if cache is None else Cache(stored, own, cache.column + tokens.shape[-1])
 
     def unembed(params: Params, hidden: Array) -> Array:
-        return module.apply({"params": params}, hidden, method="unembed")
+        return apply({"params": params}, hidden, method="unembed")
 
     def take(prompt_cache: PromptCache, rows: Array) -> PromptCache:
         layers = jax.tree.map(lambda layers: layers[:, rows], prompt_cache.layers)

@@ -1,0 +1,309 @@
+"""GRPO of a Hugging Face model on your own prompts, with your own reward functions.
+
+    python experiments/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k.jsonl \
+        --prompt-column question --answer-after "####" --chat --reward my_rewards:correct
+
+`--model` is a folder or a repository of the Hugging Face Hub. `--data` is JSONL: a
+prompt a line, as text or as chat messages, with any other columns. `--reward` names
+functions as `module:function`, with the signature that TRL uses:
+
+    def correct(prompts, completions, answer, **kwargs) -> list[float | None]
+
+The loop below is all there is: `collect` samples (one program), the rewards are
+computed here on the host, where an exception is seen as it is, and `learn` trains
+(another program). The state is saved every few steps and on the way out; the same
+command goes on where the run stopped. The model is exported as a Hugging Face folder
+every `--export-every` steps and whenever the evaluation is the best so far.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from grpo_jax import advantages, checkpoint, data, hf, losses, metrics, preemption, rewards, sampling, types
+from grpo_jax.train_step import make_collect, make_learn
+from grpo_jax.types import Params
+from grpo_jax.updates import init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a run."""
+
+    model: str
+    data: pathlib.Path
+    reward: tuple[str, ...]  # as module:function, of this folder or installed
+    run_dir: pathlib.Path = pathlib.Path("runs/grpo")
+    reward_weights: tuple[float, ...] | None = None  # one a function; 1 each if not given
+
+    prompt_column: str = "prompt"
+    answer_column: str | None = None  # passed to the rewards as `answer` as well
+    answer_after: str | None = None  # keep of the answer only what follows the last of these, as "####" in GSM8K
+    chat: bool = False  # put prompts that are text through the chat template, as a user's message
+    system: str | None = None  # a system message before each prompt; implies --chat
+    max_prompt_tokens: int = 512
+    too_long: data.TooLong = "refuse"  # what to do with longer prompts
+    bucket: int = 64  # prompts are padded to a multiple of this, so that few programs compile
+
+    loss: str = "grpo"  # of grpo_jax.losses, or your own as module:function
+    advantage: str = "group_advantages"  # of grpo_jax.advantages, or your own as module:function
+    epsilon: float | None = None  # the loss's own, if not given
+    epsilon_high: float | None = None
+    beta: float = 0.0  # weight of the KL term (k3); above 0, the first policy is kept as the reference
+
+    steps: int = 500
+    prompts_per_step: int = 16
+    group_size: int = 8
+    max_tokens: int = 512  # of a completion
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    passes: int = 1  # over each rollout
+    minibatches: int = 1  # updates in a pass
+    micro_batches: int = 1  # parts in which an update is computed, to save memory
+    learning_rate: float = 1e-6
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # trained weights are float32 in any case
+
+    eval_data: pathlib.Path | None = None
+    eval_rows: int = 0  # without --eval-data: held out of the data
+    eval_batch: int = 64
+    evaluate_every: int = 50
+    save_every: int = 50
+    export_every: int | None = None
+    tensorboard: bool = False
+    stop_after_skipped: int = 5  # updates in a row that were not finite
+
+
+def run(config: Config) -> Params:
+    """Trains; returns the trained parameters."""
+    # Everything that can be wrong with the input is looked at before the model is loaded.
+    functions = [load(name) for name in config.reward]
+    tokenizer = hf.load_tokenizer(config.model)
+    eos_ids = hf.eos_ids(config.model, tokenizer)
+    train_rows, eval_rows = read_rows(config)
+    train_prompts, train_rows = encode(tokenizer, train_rows, config)
+    eval_prompts, eval_rows = encode(tokenizer, eval_rows, config) if eval_rows else ([], [])
+    names = [rewards.name_of(function) for function in functions]
+    reward = rewards.host(functions, train_rows, tokenizer, prompt_column=config.prompt_column)
+    eval_reward = rewards.host(functions, eval_rows, tokenizer, prompt_column=config.prompt_column)
+    advantage = advantages.from_rewards(
+        load(config.advantage, "grpo_jax.advantages"), weights=config.reward_weights, names=names
+    )
+    weights = np.ones(len(functions)) if config.reward_weights is None else np.asarray(config.reward_weights)
+
+    with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
+        policy, params = hf.load_pretrained(config.model, compute_dtype=jnp.dtype(config.compute_dtype))
+        learning_rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        optimizer = optax.adamw(learning_rate, b2=0.99, weight_decay=config.weight_decay)
+        sampling_settings = {"max_tokens": config.max_tokens, "eos_ids": eos_ids}
+        collect = jax.jit(
+            make_collect(
+                policy,
+                group_size=config.group_size,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                score_old=config.passes * config.minibatches > 1,
+                **sampling_settings,
+            )
+        )
+        learn = jax.jit(
+            make_learn(
+                policy,
+                optimizer,
+                loss=make_loss(config),
+                advantage=advantage,
+                temperature=config.temperature,
+                passes=config.passes,
+                minibatches=config.minibatches,
+                micro_batches=config.micro_batches,
+                max_grad_norm=config.max_grad_norm,
+            ),
+            donate_argnums=0,
+        )
+
+        def batch(prompts: list[list[int]], rows: np.ndarray) -> types.Prompts:
+            return data.make_prompts([prompts[row] for row in rows], rows, multiple=config.bucket)
+
+        def evaluate(params: Params) -> dict[str, float]:
+            """Mean rewards of the likeliest completions of the evaluation split."""
+            found = []
+            for start in range(0, len(eval_prompts), config.eval_batch):
+                rows = np.arange(start, min(start + config.eval_batch, len(eval_prompts)))
+                filled = np.resize(rows, config.eval_batch)  # the last batch repeats rows, for the same program
+                rollout = sampling.sample(
+                    policy, params, batch(eval_prompts, filled), jax.random.key(0),
+                    group_size=1, greedy=True, **sampling_settings,
+                )  # fmt: skip
+                scores, given = eval_reward(rollout)
+                found.append(np.where(given, scores, np.nan)[: len(rows), 0])
+            means = np.nanmean(np.concatenate(found), axis=0)
+            return {"eval/reward": float(means @ weights)} | {
+                f"eval/{name}": float(mean) for name, mean in zip(names, means, strict=True)
+            }
+
+        # ------------------------------------------------------------------ the run, from its newest checkpoint
+        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        state = init_state(params, optimizer, jax.random.key(config.seed), reference=config.beta > 0)
+        del params
+        with checkpoint.manager(config.run_dir / "checkpoints") as checkpoints:
+            if (found := checkpoint.restore(checkpoints, state)) is not None:
+                state, meta = found
+                allowed = ("run_dir", "steps", "save_every", "export_every", "tensorboard", "stop_after_skipped")
+                checkpoint.check_config(meta["config"], settings, allow=allowed)
+                print(f"resumed at step {int(state.step)} of {config.steps}")
+            first = int(state.step)
+            metrics.truncate(config.run_dir, first)
+            history = metrics.read(config.run_dir) if first else []
+            best = max((line["eval/reward"] for line in history if "eval/reward" in line), default=-np.inf)
+            write = metrics.tensorboard(config.run_dir, purge_step=first) if config.tensorboard else None
+            if eval_prompts and first == 0:
+                print("before training:", {name: round(value, 4) for name, value in evaluate(state.params).items()})
+
+            keys = ("reward", *(f"reward/{name}" for name in names), "eval/reward", "kl", "entropy", "length")
+            skipped_in_a_row = 0
+            with metrics.progress(config.steps, start=first, keys=keys) as show:
+                for n in range(first, config.steps):
+                    started = time.monotonic()
+                    rows = data.batch_rows(config.seed, n, len(train_prompts), config.prompts_per_step)
+                    experience = collect(state, batch(train_prompts, rows))
+                    sampled = time.monotonic()
+                    try:
+                        given, mask = reward(experience.rollout)
+                    except Exception:
+                        save(checkpoints, state, settings, "a reward failed")
+                        raise
+                    rewarded = time.monotonic()
+                    state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
+                    measured = jax.device_get(types.summary(measured))
+                    learned = time.monotonic()
+
+                    last = n + 1 == config.steps
+                    exported = {"tokenizer": tokenizer, "eos_ids": eos_ids}
+                    if eval_prompts and ((n + 1) % config.evaluate_every == 0 or last):
+                        measured |= evaluate(state.params)
+                        if measured["eval/reward"] > best:
+                            best = measured["eval/reward"]
+                            hf.save_pretrained(policy, state.params, config.run_dir / "best", **exported)
+                    if last or (config.export_every and (n + 1) % config.export_every == 0):
+                        folder = config.run_dir / f"step_{n + 1}"
+                        hf.save_pretrained(policy, state.params, folder, **exported)
+
+                    tokens = int(np.sum(experience.rollout.lengths))
+                    timing = {
+                        "sample": sampled - started,
+                        "reward": rewarded - sampled,
+                        "learn": learned - rewarded,
+                        "tokens_per_second": tokens / (learned - started),
+                    }
+                    metrics.append(config.run_dir, n, measured, timing)
+                    if write is not None:
+                        write(n, measured)
+                    show(n, measured, timing["tokens_per_second"])
+                    skipped_in_a_row = skipped_in_a_row + 1 if measured["skipped"] == 1 else 0
+                    if skipped_in_a_row >= config.stop_after_skipped:
+                        save(checkpoints, state, settings, "updates are not finite")
+                        raise FloatingPointError(
+                            f"the last {skipped_in_a_row} updates were not finite and were not applied; lower the "
+                            "learning rate, or look at the metrics of the steps before"
+                        )
+                    if last or stop_requested() or (n + 1) % config.save_every == 0:
+                        checkpoint.save(checkpoints, state, {"config": settings})
+                    if stop_requested() and not last:
+                        raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
+        if first < config.steps:
+            print(f"curves: {metrics.plot(config.run_dir)}\nmodel: {config.run_dir / f'step_{config.steps}'}")
+    return state.params
+
+
+def load(name: str, package: str | None = None) -> Callable[..., Any]:
+    """The function called `module:function`, or `function` of the given package."""
+    module, _, function = name.rpartition(":")
+    if not module and package is None:
+        raise ValueError(f"a function is named module:function, got {name!r}")
+    if str(pathlib.Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(pathlib.Path.cwd()))
+    found = getattr(importlib.import_module(module or package), function, None)
+    if not callable(found):
+        raise ValueError(f"{module or package} has no function {function!r}")
+    return found
+
+
+def make_loss(config: Config) -> losses.Loss:
+    """The loss by its name, with the settings that were given; its own defaults for the rest."""
+    make = load(config.loss, "grpo_jax.losses")
+    given = {
+        "epsilon": config.epsilon,
+        "epsilon_high": config.epsilon_high,
+        "penalty": losses.k3(config.beta) if config.beta else None,
+    }
+    given = {name: setting for name, setting in given.items() if setting is not None}
+    known = inspect.signature(make).parameters
+    if "max_tokens" in known:
+        given["max_tokens"] = config.max_tokens
+    if unknown := set(given) - set(known):
+        raise ValueError(f"the loss {config.loss} has no setting {', '.join(sorted(unknown))}")
+    return make(**given)
+
+
+def read_rows(config: Config) -> tuple[list[data.Row], list[data.Row]]:
+    """The rows to train on and those to evaluate on."""
+    answer = config.answer_column or ("answer" if config.answer_after else None)
+    columns = [config.prompt_column, *([answer] if answer else [])]
+    rows = data.read_jsonl(config.data, columns)
+    held_out = data.read_jsonl(config.eval_data, columns) if config.eval_data else []
+    if config.eval_rows and not held_out:
+        if config.eval_rows >= len(rows):
+            raise ValueError(f"--eval-rows {config.eval_rows} leaves none of the {len(rows)} rows to train on")
+        order = np.random.default_rng(config.seed).permutation(len(rows))
+        held_out = [rows[i] for i in order[: config.eval_rows]]
+        rows = [rows[i] for i in order[config.eval_rows :]]
+    if answer:
+        for row in [*rows, *held_out]:
+            text = row[answer]
+            row["answer"] = text.rpartition(config.answer_after)[2].strip() if config.answer_after else text
+    return rows, held_out
+
+
+def encode(tokenizer: Any, rows: list[data.Row], config: Config) -> tuple[list[list[int]], list[data.Row]]:
+    """The prompts as tokens, and their rows, less those that are too long."""
+
+    def prompt(row: data.Row) -> data.Text:
+        text = row[config.prompt_column]
+        if config.system is None and not config.chat:
+            return text
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+        return messages if config.system is None else [{"role": "system", "content": config.system}, *messages]
+
+    prompts = [data.encode_prompt(tokenizer, prompt(row)) for row in rows]
+    kept = data.limit_prompts(prompts, config.max_prompt_tokens, too_long=config.too_long)
+    if len(kept) < len(rows):
+        print(f"dropped {len(rows) - len(kept)} of {len(rows)} prompts, longer than {config.max_prompt_tokens} tokens")
+    return [prompts[i] for i in kept], [rows[i] for i in kept]
+
+
+def save(checkpoints: Any, state: types.TrainState, settings: dict[str, Any], why: str) -> None:
+    """Saves the state on the way out, unless this step is saved already."""
+    if int(state.step) not in checkpoints.all_steps():
+        checkpoint.save(checkpoints, state, {"config": settings})
+    print(f"{why}; the state of step {int(state.step)} is saved in {checkpoints.directory}")
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,1 @@
+"""Tasks: a prompt builder, a verifier and splits."""
