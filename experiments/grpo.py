@@ -223,9 +223,10 @@ def run(config: Config) -> Params:
                             f"the last {skipped_in_a_row} updates were not finite and were not applied; lower the "
                             "learning rate, or look at the metrics of the steps before"
                         )
-                    if last or stop_requested() or (n + 1) % config.save_every == 0:
+                    stopping = stop_requested()
+                    if last or stopping or (n + 1) % config.save_every == 0:
                         checkpoint.save(checkpoints, state, {"config": settings})
-                    if stop_requested() and not last:
+                    if stopping and not last:
                         raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
         if first < config.steps:
             print(f"curves: {metrics.plot(config.run_dir)}\nmodel: {config.run_dir / f'step_{config.steps}'}")

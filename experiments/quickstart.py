@@ -215,9 +215,10 @@ def train(
                 tokens = measured["length"] * config.prompts_per_step * config.group_size
                 metrics.append(folder, n, measured, {"seconds": seconds})
                 show(n, measured, None if evaluate is None else tokens / seconds)
-                if stop_requested() or (n + 1) % config.save_every == 0 or n + 1 == steps:
+                stopping = stop_requested()
+                if stopping or (n + 1) % config.save_every == 0 or n + 1 == steps:
                     checkpoint.save(checkpoints, state, {"config": settings})
-                if stop_requested():
+                if stopping:
                     raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
     return state
 

@@ -106,9 +106,10 @@ def run(config: Config) -> Params:
                         measured |= evaluate(state.params)
                     metrics.append(config.run_dir, n, measured)
                     show(n, measured)
-                    if due or stop_requested():
+                    stopping = stop_requested()
+                    if due or stopping:
                         checkpoint.save(checkpoints, state, saved)
-                    if stop_requested() and n + 1 < steps:
+                    if stopping and n + 1 < steps:
                         raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
         folder = config.run_dir / "model"
         hf.save_pretrained(policy, state.params, folder, tokenizer=tokenizer, eos_ids=eos_ids)

@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,20 +46,23 @@ def manager(
     """Opens a folder of checkpoints; close it, or use it in a `with`.
 
     Args:
-      directory: created where absent. What a killed save left in it is removed, so hold `lock`, or pass `read_only`.
+      directory: created where absent. What a killed save left in it is removed: hold `preemption.lock` meanwhile.
       max_to_keep: older checkpoints than this many are deleted after a save; None keeps all.
-      read_only: for a process that looks at the folder of a run that may be alive; creates and removes nothing.
+      read_only: to look at the folder of a run that may be alive; nothing is created or removed.
     """
     if jax.process_count() > 1:
         raise NotImplementedError(f"checkpoints are for one process, this is one of {jax.process_count()}")
+    folder = pathlib.Path(directory).absolute()
+    if not read_only:
+        for leftover in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
+            shutil.rmtree(leftover)  # not by Orbax, which does it in the background, also of a save begun meanwhile
     options = ocp.CheckpointManagerOptions(
         max_to_keep=max_to_keep,
         create=not read_only,
-        cleanup_tmp_directories=not read_only,
         read_only=read_only,
         enable_async_checkpointing=False,  # an asynchronous save reports a full disk only at the next one
     )
-    return ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def save(
@@ -207,7 +211,10 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _to_host(leaf: jax.Array) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    array = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    # A second array of the same buffers, because a NumPy copy lives as long as the array that it was taken of.
+    buffers = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, buffers))
 
 
 def _host_form(leaf: Any) -> Any:

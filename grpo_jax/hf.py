@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Params
 
 _WEIGHTS = "model.safetensors"
-_BLOCK = 2**23  # numbers read at a time: what the host holds beside the params is two copies of them
+_BLOCK = 2**22  # numbers read at a time; the host holds two copies of them
 _EMBEDDING = "model.embed_tokens.weight"
 _INDEX = "model.safetensors.index.json"
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configs, chat templates, vocabularies
@@ -53,8 +54,8 @@ def load_pretrained(
     """Reads a model of one of the families in `models`.
 
     Every tensor of the checkpoint is used once and every parameter is filled
-    once. Tensors are read in blocks of 32 MB or less, so that on CPU the host holds little more
-    than the params in `dtype`, elsewhere little more than nothing.
+    once. Tensors are read in blocks of at most 16 MB, so that the host holds little
+    more than the params in `dtype`, and where they live on a device not even those.
 
     Args:
       path_or_repo: a folder, or the id of a repository on the Hugging Face Hub.
@@ -81,14 +82,15 @@ def load_pretrained(
         remat=remat,
     )
     policy = models.decoder(config)
-    leaves, structure = _leaves(policy)
+    shapes = _shapes(policy)
+    leaves = _leaves(shapes)
     with contextlib.ExitStack() as stack:
         weight_map = _weight_map(folder)
         shards = {file: stack.enter_context(_open(folder / file)) for file in sorted(set(weight_map.values()))}
         if offenders := list(_offenders(leaves, shards, weight_map, config.tie_embeddings)):
             raise ValueError("\n  ".join([f"{folder} does not hold the tensors of its config.json:", *offenders]))
         params = [_fill(leaf, shards, weight_map) for leaf in leaves]
-    return policy, jax.tree.unflatten(structure, params)
+    return policy, jax.tree.unflatten(jax.tree.structure(shapes), params)
 
 
 def save_pretrained(
@@ -113,27 +115,23 @@ def save_pretrained(
       tokenizer: saved beside the weights.
       eos_ids: tokens that end a completion, beside those of the config and the tokenizer.
       dtype: of the tensors; None for that of the params.
-      max_shard_bytes: the largest file, unless one tensor is larger.
+      max_shard_bytes: the largest file, unless one tensor is larger; the host holds one at a time.
 
     Raises:
       FileExistsError: if `path` holds what no export wrote.
-      ValueError: if the params are not those of the policy, or the tokenizer has
-        more tokens than the model.
+      AssertionError: if the params are not those of the policy.
+      ValueError: if the tokenizer has more tokens than the model.
     """
     fields = json.loads(getattr(policy.config, "hf_config", None) or "null")
     if fields is None:
         raise ValueError("the policy has no Hugging Face config; make it by models.from_hf_config")
     if tokenizer is not None and len(tokenizer) > fields["vocab_size"]:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {fields['vocab_size']}")
-    leaves, structure = _leaves(policy)
-    arrays, params_structure = jax.tree.flatten(params)
-    shapes = [array.shape for array in arrays]
-    if params_structure != structure or shapes != [leaf.shape for leaf in leaves]:
-        found = jax.tree.map(jnp.shape, params)
-        wanted = jax.tree.unflatten(structure, [leaf.shape for leaf in leaves])
-        raise ValueError(f"the params are not those of the policy:\n  {found}\ninstead of\n  {wanted}")
-
+    shapes = _shapes(policy)
+    chex.assert_trees_all_equal_shapes(params, shapes)
+    leaves, arrays = _leaves(shapes), jax.tree.leaves(params)
     dtypes = [jnp.dtype(array.dtype if dtype is None else dtype) for array in arrays]
+
     path = Path(path).expanduser().resolve()
     _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,13 +148,12 @@ def save_pretrained(
             tokenizer.save_pretrained(partial)
         for written in [*partial.rglob("*"), partial]:
             _sync(written)
+        replaced = partial.with_name(partial.name + ".replaced")
         if path.exists():
-            path.rename(aside := partial.with_suffix(".replaced"))
-            partial.rename(path)
-            shutil.rmtree(aside)
-        else:
-            partial.rename(path)
+            path.rename(replaced)
+        partial.rename(path)
         _sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -164,9 +161,9 @@ def save_pretrained(
 def load_tokenizer(
     path_or_repo: str | os.PathLike[str], *, revision: str | None = None
 ) -> transformers.PreTrainedTokenizerBase:
-    """Reads a tokenizer without running code of the repository; one that needs its own code is refused."""
-    folder = _folder(path_or_repo, revision, _TEXT_FILES)
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    """Reads a tokenizer; one that needs code of its repository is refused."""
+    # An id goes through as it is: transformers repairs some tokenizers, such as DeepSeek's, by the repository's name.
+    return transformers.AutoTokenizer.from_pretrained(path_or_repo, revision=revision, trust_remote_code=False)
 
 
 def eos_ids(
@@ -217,9 +214,12 @@ class _Leaf(NamedTuple):
         return shape[::-1] if self.transposed else shape
 
 
-def _leaves(policy: Policy) -> tuple[list[_Leaf], Any]:
-    flat, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(policy.init, jax.random.key(0)))
-    return [_leaf([key.key for key in path], leaf) for path, leaf in flat], structure
+def _shapes(policy: Policy) -> Params:
+    return jax.eval_shape(policy.init, jax.random.key(0))
+
+
+def _leaves(shapes: Params) -> list[_Leaf]:
+    return [_leaf([key.key for key in path], leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
 
 
 def _leaf(path: list[str], leaf: jax.ShapeDtypeStruct) -> _Leaf:
@@ -391,7 +391,7 @@ def _exported_config(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {name: value for name, value in rope.items() if name != "rope_theta"} if scaled else None,
     }
-    return {name: value for name, value in fields.items() if name not in ("auto_map", "_name_or_path")} | replaced
+    return {name: value for name, value in fields.items() if name != "auto_map"} | replaced
 
 
 def _check_replaceable(path: Path) -> None:
@@ -416,9 +416,12 @@ def _ids(eos: int | Sequence[int] | None) -> set[int]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -89,18 +88,20 @@ def plain(metrics: Mapping[str, Any]) -> dict[str, Number]:
 
 
 def tensorboard(log_dir: RunDir, **options: Any) -> Write:
-    """Returns `write(step, metrics)`; `options` go to `SummaryWriter`, such as `purge_step` in a resumed run."""
+    """Returns `write(step, metrics)`; `options` go to `SummaryWriter`, such as `purge_step` in a resumed run.
+
+    The file follows some seconds later, and is complete when the process has ended, other than by a kill.
+    """
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError("TensorBoard needs an extra: pip install 'grpo-jax[tensorboard]'") from error
-    writer = SummaryWriter(os.fspath(log_dir), **options)
+    writer = SummaryWriter(os.fspath(log_dir), **{"flush_secs": 5} | options)
 
     def write(step: int, metrics: Mapping[str, Any]) -> None:
         for name, value in plain(metrics).items():
             if isinstance(value, int | float):
                 writer.add_scalar(name, value, step)
-        writer.flush()
 
     return write
 
@@ -136,7 +137,7 @@ def progress(
       every: steps between printed lines; the first and the last step are always printed.
       console: where to, standard output unless told otherwise.
     """
-    console = console or rich.console.Console(file=sys.stdout)
+    console = console or rich.console.Console()
     done: list[float] = []  # when each step was done
 
     def cells(step: int, metrics: Mapping[str, Any], tokens_per_second: float | None) -> dict[str, str]:

@@ -62,8 +62,13 @@ def update(
 
     Returns:
       The new state, and the metrics `grad_norm` (before clipping) and `skipped`.
+
+    Raises:
+      ValueError: for a `max_grad_norm` that is not above 0.
     """
-    grad_norm = optax.global_norm(grads)
+    if isinstance(max_grad_norm, int | float) and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is above 0, got {max_grad_norm}; None does not clip")
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
     if max_grad_norm is not None:
         scale = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))

@@ -41,7 +41,6 @@ class DecoderConfig:
 # Fields of a Hugging Face config that say nothing of the network's arithmetic.
 _NEUTRAL = {
     "_attn_implementation_autoset",
-    "_name_or_path",
     "architectures",
     "auto_map",  # remote code, which is never run: a known model_type is what this decoder does
     "bos_token_id",
@@ -106,6 +105,7 @@ def from_hf_config(hf_config: transformers.PretrainedConfig, **settings: Any) ->
         name and value. Nothing is guessed.
     """
     fields = hf_config.to_dict()
+    fields.pop("_name_or_path", None)  # equal models are equal wherever they lie
     family = fields["model_type"]
     if family not in _FAMILIES:
         raise ValueError(f"model_type = {family!r} is not supported; supported are {sorted(_FAMILIES)}")

@@ -50,7 +50,7 @@ def host(
     """
     # All rows' columns, whatever rows a batch has. A `datasets.Dataset` knows them without reading the rows.
     names = getattr(dataset, "column_names", None) or list(dict.fromkeys(name for row in dataset for name in row))
-    if prompt_column not in names:
+    if len(dataset) and prompt_column not in names:
         raise ValueError(f"the data set has no column {prompt_column!r} for the prompts, only {names}")
 
     def reward(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
@@ -91,8 +91,10 @@ def _judge(function: RewardFunction, arguments: Mapping[str, Any], count: int) -
     except Exception as error:
         error.add_note(f"raised by the reward function {name_of(function)} over {count} completions")
         raise
-    if not hasattr(values, "__len__") or len(values) != count:
-        got = f"{len(values)} values" if hasattr(values, "__len__") else f"{type(values).__name__}"
+    # Text, sets and mappings have a length too, and their elements may pass for numbers.
+    listed = getattr(values, "ndim", 0) == 1 or (isinstance(values, Sequence) and not isinstance(values, str | bytes))
+    if not listed or len(values) != count:
+        got = f"{len(values)} values" if listed else type(values).__name__
         raise ValueError(f"the reward function {name_of(function)} returned {got} for {count} completions")
     return [_number(function, i, value) for i, value in enumerate(values)]
 
@@ -101,7 +103,7 @@ def _number(function: RewardFunction, i: int, value: Any) -> float:
     if value is None:
         return math.nan
     try:
-        # NumPy turns arrays of one element into numbers, and Python turns text into them.
+        # Python makes a number of text, and NumPy before 2.4 of an array of one element.
         number = math.nan if isinstance(value, str | bytes) or np.ndim(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan

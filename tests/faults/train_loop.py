@@ -1,0 +1,128 @@
+"""Runs that are killed, for `test_kill_and_resume.py`: `python train_loop.py FOLDER RUN=PLAN...`.
+
+Each plan is a process of the run in `FOLDER/RUN`. Its exit status and the newest checkpoint it left are one line of
+output.
+
+    finish      undisturbed
+    file:N      killed at its Nth file event below the folder, which hits any place in a save on any machine
+    files:N:M   killed at event N, its successor at N + M, at N + 2M ..., until one finishes
+    writing     killed when the arrays of a checkpoint are seen to be written
+    stop:N      asked to stop, by SIGTERM, in step N
+
+The processes are forked, before any of them starts JAX, so that the imports are paid for once.
+"""
+
+import itertools
+import os
+import pathlib
+import signal
+import sys
+import traceback
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+
+from grpo_jax import checkpoint, metrics, preemption
+from grpo_jax.types import TrainState
+
+STEPS = 8
+OPTIMIZER = optax.adamw(0.1)
+
+
+def initial_state() -> TrainState:
+    params = {"w": jnp.linspace(-1.0, 1.0, 6), "b": jnp.zeros((), jnp.bfloat16)}
+    key = jax.random.key(7)
+    extra = {"schedule": (), "coefficient": jnp.asarray(0.5)}
+    reference = jax.tree.map(jnp.copy, params)
+    return TrainState(params, OPTIMIZER.init(params), key, jnp.int32(0), jnp.int32(0), reference, extra=extra)
+
+
+@jax.jit
+def train_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+    x = jax.random.normal(jax.random.fold_in(state.key, state.step), (16, 6))
+
+    def loss(params):
+        drift = optax.tree.norm(optax.tree.sub(params, state.ref_params), squared=True)
+        return jnp.mean((x @ params["w"] + params["b"] - x[:, 0]) ** 2) + state.extra["coefficient"] * drift
+
+    value, gradient = jax.value_and_grad(loss)(state.params)
+    updates, opt_state = OPTIMIZER.update(gradient, state.opt_state, state.params)
+    extra = state.extra | {"coefficient": state.extra["coefficient"] * 0.9}
+    params = optax.apply_updates(state.params, updates)
+    return state._replace(params=params, opt_state=opt_state, step=state.step + 1, extra=extra), {"loss": value}
+
+
+def run(run_dir: pathlib.Path, stop_in: int | None = None) -> None:
+    with (
+        preemption.lock(run_dir),
+        preemption.graceful_stop() as stop_requested,
+        checkpoint.manager(run_dir / "checkpoints", max_to_keep=2) as checkpoints,
+    ):
+        state = initial_state()
+        if (found := checkpoint.restore(checkpoints, state)) is not None:
+            state, meta = found
+            checkpoint.check_config(meta["config"], {"steps": STEPS})
+        metrics.truncate(run_dir, int(state.step))
+        for step in range(int(state.step), STEPS):
+            state, measured = train_step(state)
+            if step == stop_in:
+                os.kill(os.getpid(), signal.SIGTERM)
+            metrics.append(run_dir, step, measured)
+            stop = stop_requested()
+            if stop or (step + 1) % 2 == 0:
+                checkpoint.save(checkpoints, state, {"config": {"steps": STEPS}})
+            if stop:
+                break
+
+
+def die_at_file_event(run_dir: pathlib.Path, kill_at: int) -> None:
+    events = itertools.count()
+    watched = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+    def on_event(event: str, arguments: tuple) -> None:
+        if event in watched and str(run_dir) in str(arguments[0]) and next(events) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(on_event)
+
+
+def start(run_dir: pathlib.Path, plan: str) -> int:
+    if (process := os.fork()) != 0:
+        return process
+    try:
+        kind, _, number = plan.partition(":")
+        if kind == "file":
+            die_at_file_event(run_dir, int(number))
+        run(run_dir, stop_in=int(number) if kind == "stop" else None)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def follow(run_dir: pathlib.Path, plan: str) -> int:
+    process = start(run_dir, plan)
+    while plan == "writing":
+        if any(run_dir.glob(f"checkpoints/*{ocp.utils.TMP_DIR_SUFFIX}/state*/ocdbt*")):
+            os.kill(process, signal.SIGKILL)
+            break
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    steps = [int(path.name) for path in run_dir.glob("checkpoints/*") if path.name.isdigit()]
+    print(run_dir.name, plan, status, max(steps, default=0), flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[2:]:
+        name, plan = argument.split("=")
+        run_dir = pathlib.Path(sys.argv[1]) / name
+        kind, *numbers = plan.split(":")
+        if kind == "files":
+            first, stride = map(int, numbers)
+            next(at for at in itertools.count(first, stride) if follow(run_dir, f"file:{at}") == 0)
+        else:
+            follow(run_dir, plan)

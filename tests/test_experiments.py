@@ -1,0 +1,251 @@
+"""The experiments on Hugging Face checkpoints, on a tiny one that the test makes."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import pathlib
+import sys
+import types
+
+import chex
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from grpo_jax import hf, metrics, testing
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+REWARDS = """
+def contains_answer(prompts, completions, answer, **kwargs):
+    rewards = []
+    for completion, a in zip(completions, answer):
+        right = str(a) in completion
+        rewards.append(1.0 if right else (-0.1 if len(completion) > 200 else 0.0))
+    return rewards
+
+def brevity(completions):
+    return [1.0 / (1 + len(c if isinstance(c, str) else c[0]["content"])) for c in completions]
+
+def broken(prompts, completions, **kwargs):
+    raise LookupError("the verifier is down")
+
+calls = 0
+
+def breaks_later(prompts, completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > 3:
+        raise LookupError("the verifier is down")
+    return [float(i) for i in range(len(completions))]
+
+def too_few(prompts, completions, **kwargs):
+    return [1.0]
+"""
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where dataclasses looks annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+grpo, sft = load("grpo"), load("sft")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint with a BPE tokenizer and chat template, data as GSM8K has it, and reward functions."""
+    folder = tmp_path_factory.mktemp("files")
+    testing.tiny_checkpoint(folder / "model")
+    rows = [{"question": f"What is {a} plus {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+            for a in range(5) for b in range(4)]  # fmt: skip
+    (folder / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [{"prompt": [{"role": "user", "content": row["question"]}], "answer": 7} for row in rows]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    pairs = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(4)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (folder / "my_rewards.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(files, monkeypatch):
+    monkeypatch.chdir(files)
+
+
+def settings(files, run_dir, **changes):
+    return grpo.Config(**{
+        "model": str(files / "model"),
+        "data": files / "gsm8k.jsonl",
+        "reward": ("my_rewards:contains_answer",),
+        "run_dir": run_dir,
+        "prompt_column": "question",
+        "answer_after": "####",
+        "compute_dtype": "float32",
+        "steps": 2,
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "max_tokens": 8,
+        "bucket": 32,
+        "max_prompt_tokens": 64,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "eval_batch": 4,
+        "evaluate_every": 1,
+    } | changes)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """A run of six steps, saved every second step, with an evaluation split, two rewards, a KL term and a chat template."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    config = settings(
+        files, run_dir, steps=6, save_every=2, export_every=3, eval_rows=5, evaluate_every=3, chat=True,
+        reward=("my_rewards:contains_answer", "my_rewards:brevity"), reward_weights=(1.0, 0.5), beta=0.01,
+        passes=2, minibatches=2,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(files)
+        grpo.run(config)
+    return config
+
+
+def test_a_run_measures_evaluates_and_exports(finished):
+    lines = metrics.read(finished.run_dir)
+    assert [line["step"] for line in lines] == list(range(6))
+    for name in ("reward", "reward/contains_answer", "reward/brevity", "kl", "entropy", "ratio_max", "grad_norm"):
+        assert all(np.isfinite(line[name]) for line in lines), name
+    assert [("eval/reward" in line) for line in lines] == [False, False, True, False, False, True]
+    assert lines[2]["reward"] == pytest.approx(lines[2]["reward/contains_answer"] + 0.5 * lines[2]["reward/brevity"])
+    assert {"step_3", "step_6", "best", "metrics.png"} <= {path.name for path in finished.run_dir.iterdir()}
+
+
+def test_the_export_is_what_was_trained(finished, files):
+    policy, exported = hf.load_pretrained(finished.run_dir / "step_6")
+    _, before = hf.load_pretrained(files / "model")
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), exported, before)
+    assert all(jax.tree.leaves(changed))
+    assert hf.load_tokenizer(finished.run_dir / "step_6")("What")["input_ids"]
+    assert policy.config.vocab_size == hf.load_pretrained(files / "model")[0].config.vocab_size
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path):
+    class Stop(Exception):
+        pass
+
+    my_rewards = importlib.import_module("my_rewards")
+    calls = 0
+
+    def contains_answer(prompts, completions, answer, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls > 5:  # two of the evaluation before training, then the third step's
+            raise Stop
+        return my_rewards.contains_answer(prompts, completions, answer)
+
+    stopping = types.SimpleNamespace(contains_answer=contains_answer, brevity=my_rewards.brevity)
+    config = dataclasses.replace(finished, run_dir=tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setitem(sys.modules, "my_rewards", stopping)
+        grpo.run(config)
+    assert len(metrics.read(tmp_path)) == 3
+    grpo.run(config)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (finished.run_dir / "metrics.jsonl").read_bytes()
+    for name in ("step_6", "best"):
+        weights = [safetensors.numpy.load_file(run / name / "model.safetensors") for run in (tmp_path, finished.run_dir)]
+        chex.assert_trees_all_equal(*weights)
+
+
+def test_prompts_as_messages_give_completions_as_messages(files, tmp_path):
+    changes = {"data": files / "chats.jsonl", "prompt_column": "prompt", "answer_after": None}
+    grpo.run(settings(files, tmp_path, reward=("my_rewards:brevity",), **changes))
+    assert metrics.read(tmp_path)[-1]["reward/brevity"] > 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [("dr_grpo", {}), ("dapo", {"epsilon_high": 0.3}), ("gspo", {}), ("grpo_jax.losses:grpo", {"epsilon": 0.1})],
+)
+def test_any_loss_is_taken_by_name_with_the_settings_that_it_has(files, loss, changes):
+    made = grpo.make_loss(settings(files, files, loss=loss, **changes))
+    assert callable(made)
+
+
+def test_a_loss_refuses_settings_that_it_does_not_have(files):
+    with pytest.raises(ValueError, match=r"the loss grpo_jax.losses:sft has no setting epsilon"):
+        grpo.make_loss(settings(files, files, loss="grpo_jax.losses:sft", epsilon=0.1))
+
+
+def test_an_exception_of_a_reward_passes_through_and_the_state_is_kept(files, tmp_path):
+    sys.modules.pop("my_rewards", None)
+    with pytest.raises(LookupError, match="the verifier is down") as raised:
+        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later",)))
+    assert "breaks_later" in raised.value.__notes__[0]
+    assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 2]
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+def test_a_broken_reward_shows_before_the_first_step_where_there_is_an_evaluation(files, tmp_path):
+    with pytest.raises(LookupError):
+        grpo.run(settings(files, tmp_path, reward=("my_rewards:broken",), eval_rows=4))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": ("my_rewards:too_few",)}, r"too_few returned 1 values for 4 completions"),
+        ({"reward": ("my_rewards:absent",)}, r"my_rewards has no function 'absent'"),
+        ({"reward": ("contains_answer",)}, r"named module:function, got 'contains_answer'"),
+        ({"prompt_column": "text"}, r"gsm8k.jsonl:1: no column text; the row has question, answer"),
+        ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
+        ({"eval_rows": 20}, r"--eval-rows 20 leaves none of the 20 rows"),
+        ({"group_size": 1}, r"group_size = 1"),
+        ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),
+        ({"reward_weights": (1.0, 2.0)}, r"2 weights for 1 reward functions"),
+        ({"loss": "ppo"}, r"grpo_jax.losses has no function 'ppo'"),
+        ({"model": "no/such folder"}, r"neither a folder nor the id of a repository"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_trained(files, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        grpo.run(settings(files, tmp_path, **changes))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_malformed_line_is_refused_with_its_number(files, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": oops}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl:2: not JSON"):
+        grpo.run(settings(files, tmp_path / "run", data=tmp_path / "bad.jsonl"))
+
+
+def test_a_finished_run_is_not_trained_on_under_other_settings(finished):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.01"):
+        grpo.run(dataclasses.replace(finished, learning_rate=0.01))
+
+
+def test_supervised_learning_lowers_the_loss_on_completions_and_exports(files, tmp_path):
+    config = sft.Config(
+        model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, epochs=20, batch_size=4,
+        learning_rate=1e-2, bucket=8, max_prompt_tokens=16, max_tokens=8, eval_rows=4, compute_dtype="float32",
+        micro_batches=2, save_every=40,
+    )  # fmt: skip
+    sft.run(config)
+    losses = [line["loss"] for line in metrics.read(tmp_path)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert "eval/loss" in metrics.read(tmp_path)[-1]
+    policy, params = hf.load_pretrained(tmp_path / "model")
+    assert policy.config.hf_config
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = sft.run(config)  # is finished, and does nothing
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
+
+
+def test_supervised_learning_refuses_a_completion_that_does_not_fit(files, tmp_path):
+    with pytest.raises(ValueError, match=r"completion 0 has 2 tokens and the limit is 1"):
+        sft.run(sft.Config(model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, max_tokens=1))
