@@ -197,7 +197,12 @@ def run(config: Config) -> Params:
                     last = n + 1 == config.steps
                     exported = {"tokenizer": tokenizer, "eos_ids": eos_ids}
                     if eval_prompts and ((n + 1) % config.evaluate_every == 0 or last):
-                        measured |= evaluate(state.params)
+                        try:
+                            measured |= evaluate(state.params)
+                        except Exception:
+                            metrics.append(config.run_dir, n, measured)
+                            save(checkpoints, state, settings, "a reward failed")
+                            raise
                         if measured["eval/reward"] > best:
                             best = measured["eval/reward"]
                             hf.save_pretrained(policy, state.params, config.run_dir / "best", **exported)

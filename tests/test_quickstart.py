@@ -139,15 +139,21 @@ def test_every_step_has_a_line_of_metrics(finished):
     assert all(row["grad_norm"] > 0 for row in grpo), "nothing was learned, and these tests show little"
 
 
-def test_the_exported_model_is_the_one_in_the_last_checkpoint(finished):
+def test_the_exported_model_is_the_trained_one_and_the_reference_the_warmed_up_one(finished):
+    """`restore` verifies that the reference is what it was when GRPO began."""
     run_dir, _ = finished
     policy, params = hf.load_pretrained(run_dir / "model")
-    optimizer = optax.adam(optax.constant_schedule(0.0))
-    like = jax.eval_shape(lambda: init_state(policy.init(jax.random.key(0)), optimizer, jax.random.key(0)))
-    with checkpoint.manager(run_dir / "checkpoints", read_only=True) as checkpoints:
-        state, _ = checkpoint.restore(checkpoints, like)
-    assert state.step == STEPS
-    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    schedule = optax.constant_schedule(0.0)
+
+    def restored(folder, optimizer, reference):
+        like = jax.eval_shape(lambda: init_state(policy.init(jax.random.key(0)), optimizer, jax.random.key(0)))
+        with checkpoint.manager(folder / "checkpoints", read_only=True) as checkpoints:
+            return checkpoint.restore(checkpoints, like._replace(ref_params=reference))[0]
+
+    warmed_up = restored(run_dir / "warmup", optax.adamw(schedule), None)
+    trained = restored(run_dir, optax.adam(schedule), warmed_up.params)
+    assert (warmed_up.step, trained.step) == (WARMUP_STEPS, STEPS)
+    jax.tree.map(np.testing.assert_array_equal, params, trained.params)
 
 
 def test_a_finished_run_that_is_started_again_does_nothing_and_gives_the_same_results(finished, capsys):
