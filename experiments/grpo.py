@@ -17,6 +17,7 @@ every `--export-every` steps and whenever the evaluation is the best so far.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import json
@@ -87,6 +88,7 @@ class Config:
     save_every: int = 50
     export_every: int | None = None
     tensorboard: bool = False
+    wandb: str | None = None  # the project to log to
     stop_after_skipped: int = 5  # updates in a row that were not finite
 
 
@@ -165,14 +167,25 @@ def run(config: Config) -> Params:
         with checkpoint.manager(config.run_dir / "checkpoints") as checkpoints:
             if (found := checkpoint.restore(checkpoints, state)) is not None:
                 state, meta = found
-                allowed = ("run_dir", "steps", "save_every", "export_every", "tensorboard", "stop_after_skipped")
+                allowed = (
+                    "run_dir",
+                    "steps",
+                    "save_every",
+                    "export_every",
+                    "tensorboard",
+                    "wandb",
+                    "stop_after_skipped",
+                )
                 checkpoint.check_config(meta["config"], settings, allow=allowed)
                 print(f"resumed at step {int(state.step)} of {config.steps}")
             first = int(state.step)
             metrics.truncate(config.run_dir, first)
             history = metrics.read(config.run_dir) if first else []
             best = max((line["eval/reward"] for line in history if "eval/reward" in line), default=-np.inf)
-            write = metrics.tensorboard(config.run_dir, purge_step=first) if config.tensorboard else None
+            writers = [metrics.tensorboard(config.run_dir, purge_step=first)] if config.tensorboard else []
+            if config.wandb is not None:
+                run_id = hashlib.sha256(str(config.run_dir.absolute()).encode()).hexdigest()[:16]
+                writers.append(metrics.wandb(project=config.wandb, id=run_id, resume="allow", config=settings))
             if eval_prompts and first == 0:
                 print("before training:", {name: round(value, 4) for name, value in evaluate(state.params).items()})
 
@@ -218,7 +231,7 @@ def run(config: Config) -> Params:
                         "tokens_per_second": tokens / (learned - started),
                     }
                     metrics.append(config.run_dir, n, measured, timing)
-                    if write is not None:
+                    for write in writers:
                         write(n, measured)
                     show(n, measured, timing["tokens_per_second"])
                     skipped_in_a_row = skipped_in_a_row + 1 if measured["skipped"] == 1 else 0

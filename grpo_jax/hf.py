@@ -162,9 +162,9 @@ def load_tokenizer(
     path_or_repo: str | os.PathLike[str], *, revision: str | None = None
 ) -> transformers.PreTrainedTokenizerBase:
     """Reads a tokenizer; one that needs code of its repository is refused."""
-    _is_folder(Path(path_or_repo).expanduser(), revision)
+    source = _local(path_or_repo, revision) or path_or_repo
     # An id goes through as it is: transformers repairs some tokenizers, such as DeepSeek's, by the repository's name.
-    return transformers.AutoTokenizer.from_pretrained(path_or_repo, revision=revision, trust_remote_code=False)
+    return transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def eos_ids(
@@ -235,9 +235,8 @@ def _leaf(path: list[str], leaf: jax.ShapeDtypeStruct) -> _Leaf:
 
 def _folder(path_or_repo: str | os.PathLike[str], revision: str | None, patterns: list[str]) -> Path:
     """The folder itself, or a repository's files of those patterns."""
-    path = Path(path_or_repo).expanduser()
-    if _is_folder(path, revision):
-        return path
+    if folder := _local(path_or_repo, revision):
+        return folder
     # Some repositories hold the weights a second time in another layout.
     twice = ["*/*.safetensors", "consolidated*.safetensors"]
     return Path(
@@ -247,17 +246,18 @@ def _folder(path_or_repo: str | os.PathLike[str], revision: str | None, patterns
     )
 
 
-def _is_folder(path: Path, revision: str | None) -> bool:
-    """Whether it is a folder; else it can be the id of a repository."""
+def _local(path_or_repo: str | os.PathLike[str], revision: str | None) -> Path | None:
+    """The folder, or None for what can only be the id of a repository."""
+    path = Path(path_or_repo).expanduser()
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"{path} is a folder and has no revision {revision!r}")
-        return True
+        return path
     try:
-        huggingface_hub.utils.validate_repo_id(os.fspath(path))
+        huggingface_hub.utils.validate_repo_id(os.fspath(path_or_repo))
     except huggingface_hub.errors.HFValidationError:
-        raise FileNotFoundError(f"{path} is neither a folder nor the id of a repository") from None
-    return False
+        raise FileNotFoundError(f"{path_or_repo} is neither a folder nor the id of a repository") from None
+    return None
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

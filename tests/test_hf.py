@@ -275,8 +275,9 @@ def test_code_of_a_checkpoint_is_never_run(checkpoint, tmp_path):
 
 def test_what_is_neither_a_folder_nor_a_repository_is_said_to_be_so(tmp_path):
     for path in (tmp_path / "absent", "./absent", "a/b/c", "~/absent"):
-        with pytest.raises(FileNotFoundError, match="neither a folder nor the id of a repository"):
-            hf.load_pretrained(path)
+        for load in (hf.load_pretrained, hf.load_tokenizer, hf.eos_ids):
+            with pytest.raises(FileNotFoundError, match="neither a folder nor the id of a repository"):
+                load(path)
     with pytest.raises(ValueError, match="is a folder and has no revision 'main'"):
         hf.load_pretrained(FOLDER / "qwen2", revision="main")
 

@@ -6,13 +6,19 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from grpo_jax.losses import grpo
 from grpo_jax.policies import from_logits_fn
+from grpo_jax.rewards import traced
 from grpo_jax.sampling import sample
 from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts, tiny_policy
+from grpo_jax.train_step import make_train_step
+from grpo_jax.types import summary
+from grpo_jax.updates import init_state
 
 V = 13
 LONGEST = 32
@@ -138,6 +144,23 @@ def test_gradient_ascent_makes_the_sampled_completions_likelier(name):
         values.append(value)
         params = jax.tree.map(lambda leaf, slope: leaf + 3e-4 * slope, params, direction)
     assert np.all(np.diff(values) > 0)
+
+
+@every_network
+def test_the_network_trains_by_the_train_step(name):
+    def even(rollout):
+        return jnp.sum((rollout.tokens % 2 == 0) & rollout.mask, axis=-1) / rollout.lengths
+
+    settings = {"group_size": 8, "max_tokens": 4, "eos_ids": ()}
+    optimizer = optax.adam(0.05)
+    step = jax.jit(make_train_step(POLICIES[name], optimizer, reward=traced(even), loss=grpo(), **settings))
+    state = init_state(jax.jit(POLICIES[name].init)(jax.random.key(0)), optimizer, jax.random.key(1))
+    rewards = []
+    for _ in range(25):
+        state, metrics = step(state, random_prompts(0, 2, 5, V))
+        rewards.append(float(summary(metrics)["reward"]))
+    assert rewards[0] < 0.8
+    assert np.mean(rewards[-3:]) > 0.95
 
 
 def test_a_decoder_wrapped_whole_scores_as_with_its_caches():
