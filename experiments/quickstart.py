@@ -119,7 +119,7 @@ def run(config: Config) -> dict[str, float]:
             return imitate(state, data.batch_rows(config.seed, n, len(prompts), config.warmup_batch))
 
         print(f"supervised warm-up on {len(prompts)} demonstrations, such as {prompts[0]}{completions[0]}")
-        state = init_state(policy.init(jax.random.key(config.seed)), optimizer, jax.random.key(config.seed))
+        state = init_state(jax.jit(policy.init)(jax.random.key(config.seed)), optimizer, jax.random.key(config.seed))
         folder = config.run_dir / "warmup"
         state = train(folder, config, state, warmup_step, config.warmup_steps, stop_requested, keys=("loss",))
         before = evaluate(state.params, arithmetic.encode(tokenizer, splits.test))
@@ -245,7 +245,7 @@ def export(
 def main(config: Config) -> dict[str, float]:
     """`run`, or a few steps of it."""
     if config.smoke:
-        config = dataclasses.replace(config, warmup_steps=4, steps=6, evaluate_every=3, save_every=2)
+        config = dataclasses.replace(config, warmup_steps=60, warmup_batch=32, steps=6, evaluate_every=3, save_every=2)
     return run(config)
 
 

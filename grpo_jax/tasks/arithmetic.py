@@ -42,8 +42,8 @@ def splits(seed: int, *, demonstrations: int = 2500, validation: int = 256, test
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A word-level tokenizer in which every character and every tag is a token."""
-    words = [EOS, *TAGS, "+", "=", ",", *"0123456789"]
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=EOS)
+    words = [EOS, "<unk>", *TAGS, "+", "=", ",", *"0123456789"]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     fast = tokenizers.Tokenizer(model)
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"</?\w+>|."), behavior="isolated")
     fast.decoder = tokenizers.decoders.Fuse()
