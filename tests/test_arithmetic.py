@@ -109,7 +109,7 @@ def test_every_tag_and_every_character_is_a_token():
         *arithmetic.TAGS,
         arithmetic.EOS,
     ]
-    assert len(TOKENIZER) == 1 + 4 + 3 + 10
+    assert len(TOKENIZER) == 2 + 4 + 3 + 10
     assert len(set(TOKENIZER.convert_tokens_to_ids([*arithmetic.TAGS, arithmetic.EOS]))) == 5
 
 

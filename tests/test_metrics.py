@@ -1,4 +1,3 @@
-import atexit
 import io
 import json
 import re
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+import tensorboardX
 from matplotlib.image import imread
 from tensorboardX.proto.event_pb2 import Event
 
@@ -80,7 +80,9 @@ def test_timing_has_a_file_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [jnp.ones(2), types.Mean(jnp.float32(1), jnp.float32(1)), {"a": 1.0}, [1.0], 1j, object()], ids=repr
+    "value",
+    [jnp.ones(2), types.Mean(jnp.float32(1), jnp.float32(1)), {"a": 1.0}, [1.0], 1j, object()],
+    ids=lambda v: type(v).__name__,
 )
 def test_what_is_no_single_number_is_refused_by_name_and_nothing_is_written(tmp_path, value):
     with pytest.raises(ValueError, match=r"metric 'loss' must be one number \(see types.summary\)"):
@@ -153,13 +155,13 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path):
 
 
 def test_tensorboard_gets_every_finite_number(tmp_path, monkeypatch):
-    at_exit = []
-    monkeypatch.setattr(atexit, "register", at_exit.append)
+    writers = []
+    make = tensorboardX.SummaryWriter
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", lambda *a, **k: writers.append(make(*a, **k)) or writers[0])
     write = metrics.tensorboard(tmp_path / "board", purge_step=3)
     write(3, {"loss": jnp.float32(0.5), "kl": jnp.nan, "note": "text", "done": True})
     write(4, {"loss": 0.25})
-    for close in at_exit:
-        close()
+    writers[0].close()  # as at the end of the process
     (file,) = (tmp_path / "board").iterdir()
     data, events = file.read_bytes(), []
     while data:  # length, its checksum, the event, its checksum

@@ -25,9 +25,7 @@ CASES = sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir())
 TOLERANCE = 2e-5  # the largest difference met is 9e-6, of logits up to 6
 
 # Most of the time here goes into compiling; without optimisation that takes a sixth of it.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Reference(NamedTuple):

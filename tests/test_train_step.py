@@ -648,6 +648,14 @@ def test_refuses_a_batch_that_does_not_divide_and_tells_the_numbers():
         learn(state_of(optimizer), experience_of())
 
 
+def test_what_is_missing_from_an_experience_is_said():
+    state, experience = state_of(PLAIN), experience_of()._replace(rewards=None, reward_mask=None)
+    with pytest.raises(ValueError, match="the experience has no rewards"):
+        make_learn(POLICY, PLAIN, loss=grpo(), advantage=from_rewards())(state, experience)
+    with pytest.raises(ValueError, match="needs advantages"):
+        make_learn(POLICY, PLAIN, loss=grpo())(state, experience)
+
+
 @pytest.mark.parametrize("settings", [{"micro_batches": 2}, {"minibatches": 2}])
 def test_refuses_a_metric_that_parts_cannot_be_merged_into_and_names_it(settings):
     def loss(scores, experience):

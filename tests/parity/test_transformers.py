@@ -27,9 +27,7 @@ CASES = MAKE["CASES"]
 SIZES = MAKE["SIZES"] | {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
 P, T, G = 21, 12, 2
 # Compiling takes most of the time, and without optimisation a sixth of it.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LENGTHS = np.array([1, 2, 9, 21], np.int32)
 
 
