@@ -171,14 +171,17 @@ def run(config: Config) -> dict[str, float]:
     after = evaluate(state.params, arithmetic.encode(tokenizer, splits.test))
     for problem, old, new in list(zip(splits.test, before["tokens"], after["tokens"], strict=True))[:4]:
         print(f"\n{arithmetic.prompt(problem)}\n  before  {text(tokenizer, old)}\n  after   {text(tokenizer, new)}")
-    results = {f"{name}_{when}": float(found[name]) for when, found in (("before", before), ("after", after))
-               for name in ("greedy", "sampled")}  # fmt: skip
+    results = {
+        f"{name}_{when}": float(found[name])
+        for when, found in (("before", before), ("after", after))
+        for name in ("greedy", "sampled")
+    }
     print(f"\ntest accuracy over {len(splits.test)} problems   before   after")
     for name in ("greedy", "sampled"):
         print(f"  {name:36s}{results[f'{name}_before']:8.3f}{results[f'{name}_after']:8.3f}")
     (config.run_dir / "results.json").write_text(json.dumps(results, indent=2))
-    curves = [key for key in ("reward", "reward/accuracy", "validation", "kl", "entropy", "length", "clip_low",
-                              "clip_high", "grad_norm") if key != "kl" or config.beta]  # fmt: skip
+    curves = ("reward", "reward/accuracy", "validation", "kl" if config.beta else "grad_norm", "entropy", "length")
+    curves = (*curves, "clip_low", "clip_high")
     print(f"curves: {metrics.plot(config.run_dir, keys=curves)}")
     export(policy, state.params, tokenizer, config.run_dir / "model", arithmetic.prompt(splits.test[0]))
     print(f"{time.monotonic() - started:.0f} s in all")

@@ -228,7 +228,7 @@ def decoder(config: DecoderConfig) -> Policy:
         return jax.tree_util.tree_map_with_path(cast_leaf, params)
 
     def prefill(params: Params, tokens: Array, lengths: Array) -> PromptCache:
-        tokens = tokens[:, None, :-1]  # the last token is never in the last column's left: it is read by `extend`
+        tokens = tokens[:, None, :-1]  # the last column can only hold a last token, which `extend` reads
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         # A pad id may lie outside the vocabulary; its embedding is NaN, and a weight of 0 does not remove that.
         tokens = jnp.where(positions < lengths[:, None, None], tokens, 0)
