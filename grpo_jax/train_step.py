@@ -265,7 +265,8 @@ def make_learn(
     def learn_minibatch(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
         grads, (terms, metrics) = gradient(state.params, experience)
         total = losses.value(terms)
-        state, of_update = update(state, grads, optimizer, loss=total, max_grad_norm=max_grad_norm)
+        counted = jnp.any(jnp.stack([term.count > 0 for term in terms]))
+        state, of_update = update(state, grads, optimizer, loss=total, counted=counted, max_grad_norm=max_grad_norm)
         return state, {"loss": Mean(total, jnp.ones((), jnp.int32))} | metrics | of_update
 
     return learn

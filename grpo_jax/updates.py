@@ -44,6 +44,7 @@ def update(
     optimizer: optax.GradientTransformation,
     *,
     loss: Array | float = 0.0,
+    counted: Array | bool = True,
     max_grad_norm: float | Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Applies one update, or none at all if the loss or the gradient is not finite.
@@ -57,6 +58,8 @@ def update(
       grads: like `state.params`.
       optimizer: the one that made `state.opt_state`.
       loss: `[]`, of these gradients.
+      counted: `[]` bool; False, where no token of the batch counted, leaves everything as
+        it was too, momentum and weight decay included, and is no refusal.
       max_grad_norm: gradients of a larger global norm are scaled down to it (Pascanu
         et al. 2013, arXiv:1211.5063, algorithm 1).
 
@@ -77,7 +80,7 @@ def update(
     params = optax.apply_updates(state.params, changes)
     # Selecting, not adding zeros: -0.0 + 0.0 is 0.0.
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jnp.where(finite & counted, new, old), (params, opt_state), (state.params, state.opt_state)
     )
     metrics = {
         "grad_norm": Mean(jnp.where(finite, grad_norm, 0.0), finite.astype(jnp.int32)),

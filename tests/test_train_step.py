@@ -222,61 +222,60 @@ def test_a_step_is_traced_once_whatever_the_batches_hold():
     assert state.step == 3
 
 
-def run(key, batches, *, learning_rate, beta, epsilon, temperature, loop=False):
-    """A whole run with settings that may be traced: the end of its state, and its metrics."""
-    optimizer = optax.sgd(learning_rate)
-    state = init_state(POLICY.init(key), optimizer, key, reference=True)
-    step = make_train_step(
-        POLICY,
-        optimizer,
-        reward=even_tokens,
-        loss=grpo(epsilon=epsilon, penalty=k3(beta)),
-        temperature=temperature,
-        passes=2,
-        **SIZES,
-    )
-    if not loop:
-        state, metrics = jax.lax.scan(step, state, batches)
-        return state[:2], jax.vmap(types.summary)(metrics)
-    step, numbers = jax.jit(step), []
-    for n in range(batches.lengths.shape[0]):
-        state, metrics = step(state, jax.tree.map(lambda x: x[n], batches))  # noqa: B023
-        numbers.append(types.summary(metrics))
-    return state[:2], jax.tree.map(lambda *x: jnp.stack(x), *numbers)
-
-
-BATCHES = jax.tree.map(lambda *x: jnp.stack(x), *(prompts_of(seed) for seed in range(3)))
-DEFAULTS = {"learning_rate": 1.0, "beta": 0.3, "epsilon": 0.05, "temperature": 0.9}
+BATCHES = [prompts_of(seed) for seed in range(3)]
+DEFAULTS = {"seed": 0, "learning_rate": 1.0, "beta": 0.3, "epsilon": 0.05, "temperature": 0.9}
 # The first is the default; then each setting is changed alone, and the key.
 GRID = [{}, {"learning_rate": 0.1}, {"beta": 0.0}, {"epsilon": 0.4}, {"temperature": 0.5}, {"seed": 1}]
 
 
+def begin(setting):
+    key = jax.random.key(setting["seed"])
+    return init_state(POLICY.init(key), optax.sgd(setting["learning_rate"]), key, reference=True)
+
+
+def step_with(setting, state, prompts):
+    """A step whose settings may be traced."""
+    step = make_train_step(
+        POLICY,
+        optax.sgd(setting["learning_rate"]),
+        reward=even_tokens,
+        loss=grpo(epsilon=setting["epsilon"], penalty=k3(setting["beta"])),
+        temperature=setting["temperature"],
+        passes=2,
+        **SIZES,
+    )
+    state, metrics = step(state, prompts)
+    return state, types.summary(metrics)
+
+
 @functools.cache
-def runs():
-    """Those of the grid, all in one program and one after the other."""
-    settings = [{"seed": 0} | DEFAULTS | changed for changed in GRID]
+def looped_runs():
+    """The tables and metrics of a run of each setting of the grid, one step and one run after the other."""
+    step = jax.jit(step_with)
 
-    def one(setting):
-        return run(jax.random.key(setting["seed"]), BATCHES, **{name: setting[name] for name in DEFAULTS})
+    def loop(setting):
+        state, numbers = begin(setting), []
+        for prompts in BATCHES:
+            state, of_step = step(setting, state, prompts)
+            numbers.append(of_step)
+        return state.params, jax.tree.map(lambda *x: jnp.stack(x), *numbers)
 
-    stacked = {name: jnp.array([setting[name] for setting in settings]) for name in settings[0]}
-    together = jax.jit(jax.vmap(one))(stacked)
-    scanned = jax.jit(one)
-    return together, [scanned(setting) for setting in settings]
-
-
-def test_under_scan_a_step_is_the_loop():
-    looped = run(jax.random.key(0), BATCHES, **DEFAULTS, loop=True)
-    assert_close(looped, runs()[1][0])
+    return [loop(DEFAULTS | changed) for changed in GRID]
 
 
-def test_under_vmap_over_keys_and_settings_it_is_the_separate_runs():
-    together, separately = runs()
-    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *separately))
+def test_scanned_and_vmapped_over_keys_and_settings_a_step_is_the_loops_of_the_separate_runs():
+    def scan(setting):
+        batches = jax.tree.map(lambda *x: jnp.stack(x), *BATCHES)
+        state, numbers = jax.lax.scan(functools.partial(step_with, setting), begin(setting), batches)
+        return state.params, numbers
+
+    settings = jax.tree.map(lambda *x: jnp.array(x), *(DEFAULTS | changed for changed in GRID))
+    together = jax.jit(jax.vmap(scan))(settings)
+    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *looped_runs()))
 
 
 def test_every_setting_and_the_key_have_an_effect():
-    tables = [np.asarray(state[0]["table"]) for state, _ in runs()[1]]
+    tables = [np.asarray(params["table"]) for params, _ in looped_runs()]
     for changed, table in zip(GRID[1:], tables[1:], strict=True):
         assert np.abs(table - tables[0]).max() > 1e-3, f"{changed} has no effect"
 
@@ -491,16 +490,18 @@ def test_a_completion_that_nobody_scored_changes_nothing_whatever_it_holds():
 
 
 def test_a_batch_that_nobody_scored_changes_nothing_and_is_counted_as_a_step():
-    optimizer, experience = optax.sgd(1.0), experience_of()
+    """Nor do the optimiser's momentum and weight decay, which need no gradient to move the params."""
+    optimizer, experience = optax.adamw(0.1, weight_decay=0.1), experience_of()
     experience = experience._replace(
         rewards=jnp.full_like(experience.rewards, jnp.nan), reward_mask=jnp.zeros_like(experience.reward_mask)
     )
     settings = {"minibatches": 2, "micro_batches": 2, "loss": grpo(penalty=k3(0.5))}
     learn = make_learn(POLICY, optimizer, advantage=from_rewards(), **settings)
     state = with_other_reference(state_of(optimizer))
+    state = state._replace(opt_state=jax.tree.map(jnp.ones_like, state.opt_state))
     after, metrics = jax.jit(learn)(state, experience)
     numbers = types.summary(metrics)
-    assert raw(after.params) == raw(state.params)
+    assert raw((after.params, after.opt_state)) == raw((state.params, state.opt_state))
     assert (after.step, after.skipped) == (1, 0)
     assert all(np.all(np.isfinite(x)) for x in numbers.values())
     assert numbers["grad_norm"] == numbers["loss"] == 0
