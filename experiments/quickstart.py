@@ -11,8 +11,11 @@ warm-up on the demonstrations of an imperfect teacher, who forgets most carries:
 It learns the layout, and both ways of adding, the wrong one more often. Then GRPO
 rewards right answers (1.0) and the layout (0.1), and nobody shows it anything more.
 So this is elicitation: what GRPO does here is to move probability from a way that
-was taught and is wrong to one that was taught and is right. Correct demonstrations
-alone would do as well; the point is to see GRPO work, end to end.
+was taught and is wrong to one that was taught and is right.
+
+Greedy accuracy on the test split goes from about 0.3 to 0.98 or more for each of seeds
+0 to 4, in about 40 s on 2 CPU cores with Python 3.11 and jax 0.10.2; the README has the
+table.
 
 The test split is touched twice, before and after GRPO; the curve is of a validation
 split. Everything goes to a run folder. A run that was killed goes on where it was
