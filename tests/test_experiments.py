@@ -190,6 +190,16 @@ def test_an_exception_of_a_reward_passes_through_and_the_state_is_kept(files, tm
     assert (tmp_path / "checkpoints" / "3").is_dir()
 
 
+def test_a_run_whose_updates_are_not_finite_stops_with_its_state_saved(files, tmp_path):
+    broken = {"learning_rate": 1e30, "steps": 9, "stop_after_skipped": 2, "reward": ("my_rewards:brevity",)}
+    with pytest.raises(FloatingPointError, match="the last 2 updates were not finite"):
+        grpo.run(settings(files, tmp_path, **broken))
+    lines = metrics.read(tmp_path)
+    assert [line["skipped"] for line in lines][-2:] == [1.0, 1.0]
+    assert len(lines) < 9
+    assert (tmp_path / "checkpoints" / str(len(lines))).is_dir()
+
+
 def test_a_broken_reward_shows_before_the_first_step_where_there_is_an_evaluation(files, tmp_path):
     with pytest.raises(LookupError):
         grpo.run(settings(files, tmp_path, reward=("my_rewards:broken",), eval_rows=4))
