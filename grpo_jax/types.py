@@ -51,6 +51,9 @@ class Experience(NamedTuple):
     old_log_probs: Array | None = None  # [B, G, T] float32, of the policy that sampled
     ref_log_probs: Array | None = None  # [B, G, T] float32, of the reference policy
     advantages: Array | None = None  # [B, G] or [B, G, T] float32
+    old_entropy: Array | None = None  # [B, G, T] float32 nats, of the policy that sampled
+    weights: Array | None = None  # [B, G, T] float32, what the gain of each token is multiplied by
+    token_share: Array | None = None  # [B] float32, tokens of the rollout that count over prompts
 
 
 class TrainState(NamedTuple):

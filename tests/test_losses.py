@@ -1,6 +1,7 @@
-"""Objectives, against their formulas written out token by token in NumPy float64."""
+"""Objectives, every composition in one table, against their formulas written out token by token in NumPy float64."""
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import chex
@@ -10,314 +11,375 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses_reference import (
+    MAX_TOKENS,
+    UNOPTIMISED,
+    Case,
+    Term,
+    all_of,
+    assert_close,
+    bonus,
+    case_of,
+    cispo_weight,
+    clip,
+    completion_losses,
+    evaluate,
+    experience_of,
+    gamma,
+    geometric,
+    kl,
+    likelihood,
+    masked,
+    near_policy,
+    policy,
+    reference,
+    row_of,
+    run,
+    score,
+    soft,
+    token_weights,
+    truncated,
+)
 
 from grpo_jax import losses, types
 from grpo_jax.losses import (
+    bnpo,
+    cispo,
     completion_mean,
+    completion_mean_of_all,
+    completion_sum,
     constant_length,
     dapo,
     dr_grpo,
+    entropy_bonus,
+    gmpo,
     grpo,
     gspo,
+    gspo_token,
     k1,
     k2,
     k3,
-    kl_k1,
-    kl_k2,
     kl_k3,
+    luspo,
+    masked_importance,
+    off_policy_mask,
+    over_rollout,
+    penalty_loss,
+    per_prompt_count,
+    plus,
     policy_loss,
     ppo_clip,
+    product,
+    product_ratio,
     prompt_mean,
+    reinforce,
+    sapo,
     sequence_ratio,
     sft,
     token_mean,
     token_ratio,
+    truncated_importance,
+    vespo,
 )
-from grpo_jax.types import Experience, Mean, Prompts, Rollout, Scores
+from grpo_jax.types import Mean, Scores
 
-MAX_TOKENS = 11  # the limit of sampling; the batches here are narrower
-
-
-# ------------------------------------------------------------------- the reference
+# ---------------------------------------------------------------------- the objectives
 
 
-class Case(NamedTuple):
-    """What a loss sees, in float64."""
+class Objective(NamedTuple):
+    """An objective, and the terms that its formula has."""
 
-    log_probs: Any  # [B, G, T], and so old, ref and entropy
-    old: Any
-    ref: Any
-    entropy: Any
-    advantages: Any  # [B, G] or [B, G, T]
-    mask: Any  # [B, G, T]
+    loss: Any
+    terms: tuple[Term, ...]
+    detached: bool = False  # holds a ratio still, so that its gradient is not the slope of its value
 
 
-class Formula(NamedTuple):
-    """An objective in numbers and words."""
+def row(loss, count, cost, *others, detached=False):
+    """An objective whose first term is that of the policy."""
+    return Objective(loss, (Term(count, cost), *others), detached)
 
-    weight: str  # how tokens count
-    low: float = 0.2
-    high: float = 0.2
-    ratio: str = "token"
-    kl: str | None = None
-    beta: float = 0.0
-    supervised: bool = False
 
+def other(count, cost):
+    """A term without advantages."""
+    return Term(count, cost, of_policy=False)
+
+
+PPO = policy(clip(0.2, 0.2))
+DAPO = policy(clip(0.2, 0.28))
+WIDE = {"epsilon": 0.1, "epsilon_high": 0.2}  # of a sequence's ratio, so that many are within
+WIDE_CLIP = clip(0.1, 0.2)
 
 OBJECTIVES = {
-    "grpo": (grpo(), Formula("completion")),
-    "grpo_high": (grpo(epsilon=0.1, epsilon_high=0.4), Formula("completion", 0.1, 0.4)),
-    "grpo_one_sided": (grpo(epsilon=1.5, epsilon_high=0.3), Formula("completion", 1.5, 0.3)),
-    "grpo_r1": (grpo(epsilon=10.0, penalty=k3(0.001)), Formula("completion", 10.0, 10.0, kl="k3", beta=0.001)),
-    "grpo_k1": (grpo(penalty=k1(0.3)), Formula("completion", kl="k1", beta=0.3)),
-    "grpo_k2": (grpo(penalty=k2(0.3)), Formula("completion", kl="k2", beta=0.3)),
-    "grpo_k3": (grpo(penalty=k3(0.04)), Formula("completion", kl="k3", beta=0.04)),
-    "dr_grpo": (dr_grpo(MAX_TOKENS), Formula("constant")),
-    "dr_grpo_k3": (dr_grpo(MAX_TOKENS, epsilon=0.3, penalty=k3(0.5)), Formula("constant", 0.3, 0.3, kl="k3", beta=0.5)),
-    "dapo": (dapo(), Formula("token", 0.2, 0.28)),
-    "dapo_k2": (dapo(penalty=k2(0.5)), Formula("token", 0.2, 0.28, kl="k2", beta=0.5)),
-    "gspo": (gspo(), Formula("completion", 3e-4, 4e-4, "sequence")),
-    "gspo_wide_k3": (
-        gspo(epsilon=0.1, epsilon_high=0.2, penalty=k3(0.5)),
-        Formula("completion", 0.1, 0.2, "sequence", "k3", 0.5),
+    # the clipped ratio of a token
+    "grpo": row(grpo(), "completion", PPO),
+    "grpo_high": row(grpo(epsilon=0.1, epsilon_high=0.4), "completion", policy(clip(0.1, 0.4))),
+    "grpo_one_sided": row(grpo(epsilon=1.5, epsilon_high=0.3), "completion", policy(clip(1.5, 0.3))),
+    "grpo_delta": row(grpo(delta=1.5), "completion", policy(clip(0.2, 0.2, 1.5))),
+    "dapo_delta": row(dapo(delta=4.0), "token", policy(clip(0.2, 0.28, 4.0))),
+    "bnpo": row(bnpo(), "token", PPO),
+    "bnpo_high_delta": row(bnpo(epsilon=0.3, epsilon_high=0.1, delta=1.5), "token", policy(clip(0.3, 0.1, 1.5))),
+    "dapo": row(dapo(), "token", DAPO),
+    "dr_grpo": row(dr_grpo(MAX_TOKENS), "constant", PPO),
+    "dr_grpo_delta": row(dr_grpo(MAX_TOKENS, epsilon_high=0.3, delta=1.5), "constant", policy(clip(0.2, 0.3, 1.5))),
+    # other levels
+    "grpo_sequence": row(grpo(ratio=sequence_ratio), "completion", policy(clip(0.2, 0.2), "sequence")),
+    "grpo_product": row(grpo(ratio=product_ratio), "completion", policy(clip(0.2, 0.2), "product")),
+    "gspo": row(gspo(), "completion", policy(clip(3e-4, 4e-4), "sequence")),
+    "gspo_wide": row(gspo(**WIDE), "completion", policy(WIDE_CLIP, "sequence")),
+    "gspo_wide_by_token": row(gspo(**WIDE, aggregate=token_mean), "token", policy(WIDE_CLIP, "sequence")),
+    "gspo_token": row(gspo_token(), "completion", policy(clip(3e-4, 4e-4), "sequence_token"), detached=True),
+    "gspo_token_wide": row(
+        gspo_token(**WIDE, aggregate=token_mean), "token", policy(WIDE_CLIP, "sequence_token"), detached=True
     ),
-    "by_prompt": (
-        policy_loss(ppo_clip(0.2), prompt_mean, penalty=k1(0.1)),
-        Formula("prompt", kl="k1", beta=0.1),
+    "luspo": row(luspo(), "completion_sum", policy(clip(2e-3, 2.5e-3), "sequence")),
+    "luspo_wide": row(luspo(**WIDE), "completion_sum", policy(WIDE_CLIP, "sequence")),
+    "gmpo": row(gmpo(), "completion", geometric()),
+    "gmpo_uneven": row(gmpo(epsilon=0.2, epsilon_high=0.5), "completion", geometric(0.2, 0.5)),
+    "gmpo_product": row(gmpo(ratio=product_ratio), "completion", geometric(level="product")),
+    # no hard clip
+    "reinforce": row(reinforce(), "completion_sum", policy(score())),
+    "reinforce_by_token": row(reinforce(aggregate=token_mean), "token", policy(score())),
+    "cispo": row(cispo(), "token", policy(cispo_weight(5.0)), detached=True),
+    "cispo_1_28": row(cispo(max_ratio=1.28), "token", policy(cispo_weight(1.28)), detached=True),
+    "cispo_floor": row(cispo(max_ratio=1.28, min_ratio=0.5), "token", policy(cispo_weight(1.28, 0.5)), detached=True),
+    "cispo_sequence": row(
+        cispo(max_ratio=1.2, ratio=sequence_ratio), "token", policy(cispo_weight(1.2), "sequence"), detached=True
     ),
-    "sequence_by_token": (
-        policy_loss(ppo_clip(0.1), token_mean, ratio=sequence_ratio),
-        Formula("token", 0.1, 0.1, "sequence"),
+    "sapo": row(sapo(), "completion", policy(soft())),
+    "sapo_cold": row(sapo(temperature_good=3.0, temperature_bad=0.4), "completion", policy(soft(3.0, 0.4))),
+    "sapo_sequence": row(sapo(ratio=sequence_ratio), "completion", policy(soft(), "sequence")),
+    "vespo": row(vespo(), "token", policy(gamma(), "product"), detached=True),
+    "vespo_own": row(
+        vespo(power_good=0.5, rate_good=1.5, power_bad=1.0, rate_bad=0.7),
+        *("token", policy(gamma(0.5, 1.5, 1.0, 0.7), "product")),
+        detached=True,
     ),
-    "sft": (sft(), Formula("token", supervised=True)),
+    "vespo_by_token": row(vespo(ratio=token_ratio), "token", policy(gamma(), "token"), detached=True),
+    # how tokens count
+    "completion_mean_of_all": row(grpo(aggregate=completion_mean_of_all), "completion_of_all", PPO),
+    "completion_sum": row(grpo(aggregate=completion_sum), "completion_sum", PPO),
+    "prompt_mean": row(
+        policy_loss(ppo_clip(0.2), prompt_mean, penalty=k1(0.1)), "prompt", PPO, other("prompt", kl("k1", 0.1))
+    ),
+    "per_prompt_count": row(grpo(aggregate=per_prompt_count(13.5)), ("per_prompt", 13.5), PPO),
+    "over_rollout": row(over_rollout(lambda mean: dapo(aggregate=mean)), "rollout", DAPO),
+    "over_rollout_k3": row(
+        over_rollout(lambda mean: cispo(aggregate=mean, penalty=k3(0.5))),
+        *("rollout", policy(cispo_weight(5.0)), other("rollout", kl("k3", 0.5))),
+        detached=True,
+    ),
+    # KL
+    "grpo_r1": row(
+        grpo(epsilon=10.0, penalty=k3(0.001)), "completion", policy(clip(10, 10)), other("completion", kl("k3", 0.001))
+    ),
+    "grpo_k1": row(grpo(penalty=k1(0.3)), "completion", PPO, other("completion", kl("k1", 0.3))),
+    "grpo_k2": row(grpo(penalty=k2(0.3)), "completion", PPO, other("completion", kl("k2", 0.3))),
+    "grpo_k3": row(grpo(penalty=k3(0.3)), "completion", PPO, other("completion", kl("k3", 0.3))),
+    "dr_grpo_k3": row(
+        dr_grpo(MAX_TOKENS, epsilon=0.3, penalty=k3(0.5)),
+        *("constant", policy(clip(0.3, 0.3)), other("constant", kl("k3", 0.5))),
+    ),
+    "dapo_k1_token": row(
+        dapo(penalty=k1(0.5, correction=token_ratio)), "token", DAPO, other("token", kl("k1", 0.5, "token"))
+    ),
+    "dapo_k2_token": row(
+        dapo(penalty=k2(0.5, correction=token_ratio)), "token", DAPO, other("token", kl("k2", 0.5, "token"))
+    ),
+    "dapo_k3_token": row(
+        dapo(penalty=k3(0.5, correction=token_ratio)), "token", DAPO, other("token", kl("k3", 0.5, "token"))
+    ),
+    "gspo_k1_sequence": row(
+        gspo(**WIDE, penalty=k1(0.5, correction=sequence_ratio)),
+        *("completion", policy(WIDE_CLIP, "sequence"), other("completion", kl("k1", 0.5, "sequence"))),
+    ),
+    "gspo_k2_sequence": row(
+        gspo(**WIDE, penalty=k2(0.5, correction=sequence_ratio)),
+        *("completion", policy(WIDE_CLIP, "sequence"), other("completion", kl("k2", 0.5, "sequence"))),
+    ),
+    "gspo_k3_sequence": row(
+        gspo(**WIDE, penalty=k3(0.5, correction=sequence_ratio)),
+        *("completion", policy(WIDE_CLIP, "sequence"), other("completion", kl("k3", 0.5, "sequence"))),
+    ),
+    "gmpo_k3": row(gmpo(penalty=k3(0.5)), "completion", geometric(), other("completion", kl("k3", 0.5))),
+    "dapo_k3_by_completion": row(
+        plus(dapo(), penalty_loss(k3(0.5, correction=sequence_ratio), completion_mean_of_all)),
+        *("token", DAPO, other("completion_of_all", kl("k3", 0.5, "sequence"))),
+    ),
+    # entropy, and sums of losses
+    "grpo_entropy": row(plus(grpo(), entropy_bonus(0.3)), "completion", PPO, other("token", bonus(0.3))),
+    "dapo_entropy_penalty": row(
+        plus(dapo(penalty=k3(0.5)), entropy_bonus(-0.5, aggregate=completion_mean)),
+        *("token", DAPO, other("token", kl("k3", 0.5)), other("completion", bonus(-0.5))),
+    ),
+    "grpo_entropy_sft": row(
+        plus(grpo(), entropy_bonus(0.1, aggregate=prompt_mean), sft()),
+        *("completion", PPO, other("prompt", bonus(0.1)), other("token", likelihood)),
+    ),
+    "sft": Objective(sft(), (other("token", likelihood),)),
+    # corrections for what the sampler and an older policy did otherwise
+    "truncated_token": row(
+        grpo(weight=truncated_importance(2.0)), "completion", policy(clip(0.2, 0.2), correction=truncated(2.0))
+    ),
+    "truncated_token_low_k3": row(
+        dapo(weight=truncated_importance(2.0, low=0.5), penalty=k3(0.5)),
+        *("token", policy(clip(0.2, 0.28), correction=truncated(2.0, 0.5)), other("token", kl("k3", 0.5))),
+    ),
+    "truncated_sequence": row(
+        grpo(weight=truncated_importance(1.25, low=0.8, ratio=sequence_ratio)),
+        *("completion", policy(clip(0.2, 0.2), correction=truncated(1.25, 0.8, "sequence"))),
+    ),
+    "truncated_product": row(
+        grpo(weight=truncated_importance(2.0, ratio=product_ratio)),
+        *("completion", policy(clip(0.2, 0.2), correction=truncated(2.0, 0.0, "product"))),
+    ),
+    "truncated_product_low_vespo": row(
+        vespo(weight=truncated_importance(2.0, low=0.5, ratio=product_ratio)),
+        *("token", policy(gamma(), "product", truncated(2.0, 0.5, "product"))),
+        detached=True,
+    ),
+    "masked_token_cispo": row(
+        cispo(weight=masked_importance(0.5, 2.0)),
+        *("token", policy(cispo_weight(5.0), correction=masked(0.5, 2.0))),
+        detached=True,
+    ),
+    "masked_token_gmpo": row(
+        gmpo(weight=masked_importance(0.5, 2.0)), "completion", geometric(correction=masked(0.5, 2.0))
+    ),
+    "masked_sequence_k3": row(
+        gspo(**WIDE, weight=masked_importance(0.8, 1.25, ratio=sequence_ratio), penalty=k3(0.5)),
+        *("completion", policy(WIDE_CLIP, "sequence", masked(0.8, 1.25, "sequence"))),
+        other("completion", kl("k3", 0.5)),
+    ),
+    "masked_product_sapo": row(
+        sapo(weight=masked_importance(0.0, 2.0, ratio=product_ratio)),
+        *("completion", policy(soft(), correction=masked(0.0, 2.0, "product"))),
+    ),
+    "off_policy_k3": row(
+        grpo(weight=off_policy_mask(0.1), penalty=k3(0.5)),
+        *("completion", policy(clip(0.2, 0.2), correction=near_policy(0.1)), other("completion", kl("k3", 0.5))),
+    ),
+    "off_policy_truncated": row(
+        reinforce(weight=product(off_policy_mask(0.1), truncated_importance(2.0))),
+        *("completion_sum", policy(score(), correction=all_of(near_policy(0.1), truncated(2.0)))),
+    ),
 }
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
-
-# name -> value and slope, with d = log p - log ref
-KLS = {
-    "k1": (lambda d: d, lambda d: 1.0),
-    "k2": (lambda d: d * d / 2, lambda d: d),
-    "k3": (lambda d: np.exp(-d) - 1 + d, lambda d: 1 - np.exp(-d)),
-}
-
-
-def weights(kind, mask, max_tokens=MAX_TOKENS):
-    """What each token's cost is multiplied by, `[B, G, T]`."""
-    B, lengths = len(mask), mask.sum(-1)
-    completions = int((lengths > 0).sum())
-    prompts = sum(bool(mask[b].any()) for b in range(B))
-    weight = np.zeros(mask.shape)
-    for b, g, t in np.argwhere(mask):
-        weight[b, g, t] = {
-            "completion": 1 / (completions * lengths[b, g]) if completions else 0,
-            "token": 1 / lengths.sum() if completions else 0,
-            "prompt": 1 / (prompts * lengths[b].sum()) if prompts else 0,
-            "constant": 1 / (max_tokens * completions) if completions else 0,
-        }[kind]
-    return weight
-
-
-def reference(formula, case):
-    """The loss, and its gradient with respect to `log_probs` worked out by hand."""
-    log_probs, old, ref, _, advantages, mask = case
-    weight = weights(formula.weight, mask)
-    loss, gradient = 0.0, np.zeros(mask.shape)
-    for b, g in np.ndindex(mask.shape[:2]):
-        kept = np.flatnonzero(mask[b, g])
-        log_ratios = log_probs[b, g, kept] - old[b, g, kept]
-        for t, log_ratio in zip(kept, log_ratios, strict=True):
-            w, log_prob = weight[b, g, t], log_probs[b, g, t]
-            if formula.supervised:
-                loss, gradient[b, g, t] = loss - w * log_prob, gradient[b, g, t] - w
-                continue
-            A = advantages[b, g] if advantages.ndim == 2 else advantages[b, g, t]
-            ratio = np.exp(log_ratio if formula.ratio == "token" else np.mean(log_ratios))
-            clipped = min(max(ratio, 1 - formula.low), 1 + formula.high)
-            loss -= w * min(ratio * A, clipped * A)
-            slope = -w * ratio * A if ratio * A <= clipped * A else 0.0  # of the log of the ratio
-            if formula.ratio == "token":
-                gradient[b, g, t] += slope
-            else:
-                gradient[b, g, kept] += slope / len(kept)
-            if formula.kl is not None:
-                value, derivative = KLS[formula.kl]
-                loss += w * formula.beta * value(log_prob - ref[b, g, t])
-                gradient[b, g, t] += w * formula.beta * derivative(log_prob - ref[b, g, t])
-    return loss, gradient
-
-
-def case_of(seed=1, B=4, G=3, T=7, *, per_token=False, spread=0.6, precision=np.float64):
-    """A random case of unequal lengths, with holes, empty completions and an empty prompt."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, T + 1, (B, G))
-    lengths[0, 0], lengths[1, 1], lengths[B - 1] = T, 0, 0
-    mask = np.arange(T) < lengths[..., None]
-    mask[2, 0, 1] = False  # a token that the policy did not write
-    old = -rng.exponential(2.0, (B, G, T))
-    log_probs = np.minimum(old + spread * rng.normal(size=(B, G, T)), -1e-3)
-    ref = np.minimum(old + spread * rng.normal(size=(B, G, T)), -1e-3)
-    advantages = rng.normal(size=(B, G, T) if per_token else (B, G))
-    entropy = rng.exponential(1.0, (B, G, T))
-    numbers = [np.where(mask, x, 0.0) for x in (log_probs, old, ref, entropy)]
-    # Rounded here, so that the reference starts from the very numbers that the code sees.
-    numbers = [x.astype(precision).astype(np.float64) for x in (*numbers, advantages)]
-    return Case(*numbers, mask)
-
-
-def experience_of(case):
-    """As jax arrays, in float64 where that is enabled."""
-    case = Case(*map(jnp.asarray, case))
-    B, G, T = case.mask.shape
-    prompts = Prompts(jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32))
-    tokens, lengths = jnp.zeros((B, G, T), jnp.int32), jnp.sum(case.mask, -1)
-    rollout = Rollout(prompts, tokens, lengths, case.mask, case.old, lengths == T)
-    return Experience(rollout, old_log_probs=case.old, ref_log_probs=case.ref, advantages=case.advantages)
-
-
-@functools.cache
-def compiled(loss):
-    """`(log_probs, entropy, experience) -> ((value, (terms, metrics)), gradient)`."""
-
-    def value(log_probs, entropy, experience):
-        terms, metrics = loss(Scores(log_probs, entropy), experience)
-        return losses.value(terms), (terms, metrics)
-
-    return jax.jit(jax.value_and_grad(value, has_aux=True))
-
-
-def evaluate(loss, case):
-    """Value, gradient and metrics of a case."""
-    (value, (_, metrics)), gradient = compiled(loss)(
-        jnp.asarray(case.log_probs), jnp.asarray(case.entropy), experience_of(case)
-    )
-    return np.asarray(value), np.asarray(gradient), types.summary(metrics)
-
-
-def assert_close(actual, expected, tolerance):
-    """Value and gradient agree to `tolerance` of the largest gradient (and of the loss, if that is larger)."""
-    (loss, gradient), (expected_loss, expected_gradient) = actual, expected
-    largest = np.abs(expected_gradient).max()
-    np.testing.assert_allclose(loss, expected_loss, rtol=0, atol=tolerance * max(largest, abs(expected_loss)))
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=tolerance * largest)
+every_kind = pytest.mark.parametrize("full", [False, True], ids=["per_completion", "per_token_and_weighted"])
 
 
 # --------------------------------------------------- values and gradients of objectives
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["per_completion", "per_token"])
+@every_kind
 @every_objective
-def test_value_and_gradient_match_the_formula_in_float64(name, per_token):
-    loss, formula = OBJECTIVES[name]
-    case = case_of(per_token=per_token)
+def test_value_and_gradient_match_the_formula_in_float64(name, full):
+    case = case_of(full=full)
     with jax.enable_x64(True):
-        value, gradient, _ = evaluate(loss, case)
+        value, gradient, _ = evaluate(OBJECTIVES[name].loss, case)
     assert gradient.dtype == np.float64
-    assert_close((value, gradient), reference(formula, case), 1e-12)
+    assert_close((value, gradient), reference(OBJECTIVES[name].terms, case), 1e-12)
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["per_completion", "per_token"])
+@every_kind
 @every_objective
-def test_value_and_gradient_match_the_formula_in_float32(name, per_token):
-    loss, formula = OBJECTIVES[name]
-    case = case_of(5, per_token=per_token, precision=np.float32)
-    value, gradient, _ = evaluate(loss, case)
+def test_value_and_gradient_match_the_formula_in_float32(name, full):
+    case = case_of(154, full=full, precision=np.float32)
+    value, gradient, _ = evaluate(OBJECTIVES[name].loss, case)
     assert gradient.dtype == np.float32
-    assert_close((value, gradient), reference(formula, case), 1e-6)
+    losses_of_completions, expected = completion_losses(OBJECTIVES[name].terms, case)
+    size = np.abs(losses_of_completions).sum()  # good and bad ones cancel, their rounding does not
+    assert_close((value, gradient), (losses_of_completions.sum(), expected), 1e-6, size)
+
+
+@every_kind
+@every_objective
+def test_the_gradient_of_the_reference_is_the_slope_of_its_value(name, full):
+    """So that the gradient worked out by hand is not an error of its own; what is detached is held where it is."""
+    terms, case = OBJECTIVES[name].terms, case_of(full=full)
+    _, gradient = reference(terms, case)
+    step = 1e-6
+    for field, by_field in (("log_probs", gradient[..., 0]), ("entropy", gradient[..., 1])):
+        for t in range(case.mask.shape[-1]):  # token t of every completion at once: they do not touch each other
+            there, back = getattr(case, field).copy(), getattr(case, field).copy()
+            there[..., t] += step
+            back[..., t] -= step
+            rise = (
+                completion_losses(terms, case._replace(**{field: there}), held=case)[0]
+                - completion_losses(terms, case._replace(**{field: back}), held=case)[0]
+            )
+            np.testing.assert_allclose(by_field[..., t], rise / (2 * step), atol=3e-8 * max(1, np.abs(by_field).max()))
 
 
 @every_objective
-def test_the_gradient_of_the_reference_is_the_slope_of_its_value(name):
-    """So that the gradient worked out by hand is not an error of its own."""
-    _, formula = OBJECTIVES[name]
-    case = case_of(per_token=True)
-    _, gradient = reference(formula, case)
-    step = 1e-6
-    for index in map(tuple, np.argwhere(case.mask)):
-        there, back = case.log_probs.copy(), case.log_probs.copy()
-        there[index] += step
-        back[index] -= step
-        rise = (
-            reference(formula, case._replace(log_probs=there))[0] - reference(formula, case._replace(log_probs=back))[0]
-        )
-        np.testing.assert_allclose(gradient[index], rise / (2 * step), atol=1e-8)
+def test_the_table_says_which_objectives_hold_something_still(name):
+    """The slope of the value, all of it moving, is the gradient unless something is detached."""
+    terms, case = OBJECTIVES[name].terms, case_of(full=True)
+    _, gradient = reference(terms, case)
+    direction = np.where(case.mask, np.random.default_rng(0).normal(size=case.mask.shape), 0.0)
+    there, back = (
+        reference(terms, case._replace(log_probs=case.log_probs + step * direction))[0] for step in (1e-6, -1e-6)
+    )
+    slope, expected = (there - back) / 2e-6, np.sum(gradient[..., 0] * direction)
+    assert np.isclose(slope, expected, rtol=1e-5, atol=1e-7) != OBJECTIVES[name].detached
 
 
-def test_the_cases_reach_every_side_of_the_clip():
-    """A good or bad token below, within or above the bounds: were one missing, an error there would go unseen."""
-    for case in (case_of(), case_of(per_token=True), case_of(5), case_of(5, per_token=True)):
-        advantages = np.broadcast_to(case.advantages.reshape(*case.mask.shape[:2], -1), case.mask.shape)[case.mask]
-        ratio = np.exp(case.log_probs - case.old)[case.mask]
-        sides = set(zip(advantages > 0, np.digitize(ratio, [0.8, 1.28]), strict=True))
-        assert len(sides) == 6
+def test_the_table_has_every_objective_and_every_part():
+    """A function of the package without a row would go unchecked."""
+    parts = {"Aggregate", "Loss", "Penalty", "Ratio", "Surrogate", "Terms", "Weight"}  # types
+    in_other_tests = {"value", "kl_k1", "kl_k2", "kl_k3"}
+    of_objectives = {"ppo_clip", "policy_loss", "clipped_importance", "soft_gate", "gamma_weight", "policy_gradient"}
+    source = inspect.getsource(inspect.getmodule(Objective))
+    table = source[source.index("OBJECTIVES = {") : source.index("every_objective =")]
+    for name in (
+        set(losses.__all__) - parts - in_other_tests - of_objectives - {"sequence_token_ratio", "constant_length"}
+    ):
+        assert name in table, name
 
 
-@pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
-def test_the_clipped_surrogate_is_the_minimum_of_the_formula(transform):
-    ratio, advantages = np.meshgrid([0.01, 0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 2.0, 50.0], [-3.0, -0.5, 0.0, 0.5, 3.0])
-    expected = np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.3) * advantages)
-    gain, _ = transform(ppo_clip(0.2, 0.3))(jnp.log(ratio), jnp.asarray(advantages), None)
-    np.testing.assert_allclose(gain, expected, rtol=1e-6)
+def edges_of(case):
+    """Numbers that some objective compares, one a token, with the bounds it compares them with."""
+    rows = [row_of(case, b, g) for b, g in np.argwhere(case.mask.any(-1))]
 
+    def of_tokens(f):
+        return np.concatenate([np.broadcast_to(f(r), r.old.shape) for r in rows])
 
-def test_the_sequence_ratio_is_the_geometric_mean_of_the_completion_and_is_for_its_tokens_only():
-    case = case_of()
-    log_ratio = case.log_probs - case.old
-    actual = sequence_ratio(jnp.asarray(log_ratio), jnp.asarray(case.mask))
-    for b, g in np.ndindex(case.mask.shape[:2]):
-        ratios = np.exp(log_ratio[b, g][case.mask[b, g]])
-        if ratios.size:
-            geometric = np.prod(ratios) ** (1 / ratios.size)
-            np.testing.assert_allclose(np.exp(actual[b, g][case.mask[b, g]]), geometric, rtol=1e-6)
-    np.testing.assert_array_equal(np.asarray(actual)[~case.mask], 0.0)
-    np.testing.assert_array_equal(token_ratio(log_ratio, case.mask), log_ratio)
-
-
-@pytest.mark.parametrize(("estimate", "name"), [(kl_k1, "k1"), (kl_k2, "k2"), (kl_k3, "k3")])
-def test_a_kl_estimate_matches_its_formula(estimate, name):
-    log_probs, ref = np.random.default_rng(0).normal(-2, 1, (2, 50))
-    value, slope = KLS[name]
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(estimate(log_probs, ref), value(log_probs - ref), rtol=1e-12)
-        actual = jax.vmap(jax.grad(estimate))(jnp.asarray(log_probs), jnp.asarray(ref))
-        np.testing.assert_allclose(actual, np.vectorize(slope)(log_probs - ref), rtol=1e-12)
-
-
-AGGREGATES = {
-    "completion": completion_mean,
-    "token": token_mean,
-    "prompt": prompt_mean,
-    "constant": constant_length(MAX_TOKENS),
-}
-every_aggregate = pytest.mark.parametrize("kind", AGGREGATES)
-
-
-@every_aggregate
-def test_an_aggregate_weighs_tokens_as_its_formula(kind):
-    case = case_of()
-    expected = np.sum(weights(kind, case.mask) * case.entropy)
-    term = AGGREGATES[kind](jnp.asarray(case.entropy), jnp.asarray(case.mask))
-    np.testing.assert_allclose(losses.value((term,)), expected, rtol=1e-6)
-    np.testing.assert_allclose(types.summary({"x": term})["x"], expected, rtol=1e-6)
-    # the reference is checked, too: in words, by the numbers of the docstrings
-    per_completion = [
-        np.mean(x[m]) for x, m in zip(case.entropy.reshape(12, 7), case.mask.reshape(12, 7), strict=True) if m.any()
+    log_ratio, gap = (of_tokens(f) for f in (lambda r: r.log_probs - r.old, lambda r: r.old - r.sampler))
+    mean, total = (of_tokens(lambda r, f=f: f(r.log_probs - r.old)) for f in (np.mean, np.sum))
+    mean_gap, total_gap = (of_tokens(lambda r, f=f: f(r.old - r.sampler)) for f in (np.mean, np.sum))
+    drift = of_tokens(lambda r: np.mean(r.sampler - r.log_probs))
+    edges = [
+        *((np.exp(log_ratio), bounds) for bounds in ([0.8, 1.2], [0.8, 1.28], [0.9, 1.4], [0.7, 1.3], [0.7, 1.1])),
+        *((np.exp(log_ratio), bounds) for bounds in ([1.28, 5.0], [0.5, 1.28])),
+        *((log_ratio, bounds) for bounds in ([-0.4, 0.4], [-0.2, 0.5])),
+        *((np.exp(mean), bounds) for bounds in ([0.9, 1.2], [1 - 3e-4, 1 + 4e-4], [1 - 2e-3, 1 + 2.5e-3])),
+        (np.exp(total), [0.8, 1.2]),
+        (np.exp(gap), [0.5, 2.0]),
+        (np.exp(mean_gap), [0.8, 1.25]),
+        (np.exp(total_gap), [0.5, 2.0]),
+        (drift, [0.1]),
     ]
-    per_prompt = [np.mean(x[m]) for x, m in zip(case.entropy, case.mask, strict=True) if m.any()]
-    everything = case.entropy[case.mask]
-    in_words = {
-        "completion": np.mean(per_completion),
-        "token": np.mean(everything),
-        "prompt": np.mean(per_prompt),
-        "constant": np.sum(everything) / (MAX_TOKENS * len(per_completion)),
-    }
-    np.testing.assert_allclose(expected, in_words[kind], rtol=1e-12)
+    return np.concatenate([r.advantages for r in rows]), edges, log_ratio
 
 
-def test_a_loss_is_the_sum_over_terms_of_sum_over_count_whatever_unit_the_count_has():
-    """A count below 1, as of tokens that are weighted, is divided by like any other."""
-    terms = (Mean(jnp.float32(3.0), jnp.int32(4)), Mean(jnp.float32(0.25), jnp.float32(0.5)), Mean(0.0, jnp.int32(0)))
-    np.testing.assert_allclose(losses.value(terms), 3 / 4 + 0.25 / 0.5 + 0)
-    np.testing.assert_allclose(losses.value(terms, (jnp.int32(6), jnp.float32(2.5), jnp.int32(1))), 3 / 6 + 0.1 + 0)
+@every_kind
+@pytest.mark.parametrize("seed", [69, 154])
+def test_the_cases_reach_every_side_of_every_bound(seed, full):
+    """Good and bad tokens below, within and above: were one missing, an error there would go unseen."""
+    case = case_of(seed, full=full)
+    advantages, edges, log_ratio = edges_of(case)
+    for numbers, bounds in edges:
+        sides = set(zip(advantages > 0, np.digitize(numbers, bounds), strict=True))
+        assert len(sides) == 2 * (len(bounds) + 1), bounds
+        assert min(np.abs(numbers - bound).min() for bound in bounds) > 2e-5  # and float32 takes the same side
+    assert len(set(np.digitize(np.exp(log_ratio[advantages < 0]), [1.2, 1.5, 4.0]))) == 4  # beyond each delta
+    lengths = case.mask.sum(-1)
+    assert len(set(lengths[lengths > 0].tolist())) >= 4
+    assert (lengths[:3] == 0).any()  # an empty completion
+    assert not lengths[3].any()  # an empty prompt
+    assert any((np.diff(np.flatnonzero(case.mask[b, g])) > 1).any() for b, g in np.ndindex(4, 4))  # a hole
+    if full:
+        assert {0.0, 0.25, 1.0, 1.75} == set(case.weights[case.mask].tolist())
+        assert all(len(set(np.sign(row_of(case, b, g).advantages))) == 2 for b, g in ((0, 0), (2, 0)))
 
 
 # ------------------------------------------------------------ errors that others made
@@ -340,6 +402,11 @@ def mean_over_padding(per_token, mask):
     return Mean(jnp.sum(jnp.where(mask, per_token, 0.0)), jnp.asarray(mask.size))
 
 
+def mean_over_prompts_too(per_token, mask):
+    """Prompt tokens, three each, in the denominator."""
+    return Mean(jnp.sum(jnp.where(mask, per_token, 0.0)), jnp.sum(mask) + 3 * mask.shape[0] * mask.shape[1])
+
+
 def completion_mean_with_the_excluded(per_token, mask):
     """Excluded completions are out of the numerator only."""
     means = jnp.sum(jnp.where(mask, per_token, 0.0), -1) / jnp.maximum(jnp.sum(mask, -1), 1)
@@ -351,75 +418,190 @@ def length_of_the_batch(per_token, mask):
     return constant_length(mask.shape[-1])(per_token, mask)
 
 
+def differentiated_importance(log_ratio, advantages, log_probs):
+    """CISPO without the stop-gradient."""
+    return jnp.exp(jnp.minimum(log_ratio, jnp.log(5.0))) * advantages * log_probs, {}
+
+
+def differentiated_gamma(log_ratio, advantages, log_probs):
+    """VESPO without the stop-gradient."""
+    k, rate = jnp.where(advantages < 0, 3.0, 2.0), jnp.where(advantages < 0, 2.0, 3.0)
+    return jnp.exp(k * log_ratio - rate * jnp.expm1(log_ratio)) * advantages * log_probs, {}
+
+
+def unscaled_gate(log_ratio, advantages, log_probs):
+    """SAPO without `4 / tau`."""
+    tau = jnp.where(advantages > 0, 1.0, 1.05)
+    return jax.nn.sigmoid(tau * jnp.expm1(log_ratio)) * advantages, {}
+
+
+def reversed_k3(scores, experience):
+    """The difference with the wrong sign, in k3."""
+    return 0.3 * kl_k3(experience.ref_log_probs, scores.log_probs), {}
+
+
+def detached_correction(scores, experience):
+    """A KL estimate times a ratio that is not differentiated: the value of the unbiased one, with another gradient."""
+    ratio = jax.lax.stop_gradient(jnp.exp(scores.log_probs - experience.old_log_probs))
+    return 0.5 * ratio * kl_k3(scores.log_probs, experience.ref_log_probs), {}
+
+
+def weighted_penalty(scores, experience):
+    """The off-policy mask on the penalty as well."""
+    (weight, _), (cost, _) = off_policy_mask(0.1)(scores, experience), k3(0.5)(scores, experience)
+    return weight * cost, {}
+
+
+def inverse_importance(scores, experience):
+    """The sampler over the old policy."""
+    return jnp.minimum(jnp.exp(experience.rollout.log_probs - experience.old_log_probs), 2.0), {}
+
+
+def masked_good_and_bad(scores, experience):
+    """The off-policy mask without a look at the advantage."""
+    worse = experience._replace(advantages=-jnp.ones_like(experience.advantages))
+    return off_policy_mask(0.1)(scores, worse)
+
+
+# name -> an erroneous loss, the objective it should have been, and whether its value shows it as well
 OTHERS_ERRORS = {
-    "wrong_side": (policy_loss(clipped_on_the_wrong_side, completion_mean), Formula("completion")),
-    "both_sides": (policy_loss(clipped_on_both_sides, completion_mean), Formula("completion")),
-    "mean_over_padding": (policy_loss(ppo_clip(0.2), mean_over_padding), Formula("token")),
-    "excluded_count": (policy_loss(ppo_clip(0.2), completion_mean_with_the_excluded), Formula("completion")),
-    "padded_width": (policy_loss(ppo_clip(0.2), length_of_the_batch), Formula("constant")),
+    "wrong_side": (policy_loss(clipped_on_the_wrong_side, completion_mean), "grpo", True),
+    "both_sides": (policy_loss(clipped_on_both_sides, completion_mean), "grpo", True),
+    "mean_over_padding": (policy_loss(ppo_clip(0.2), mean_over_padding), "bnpo", True),
+    "mean_over_prompts": (policy_loss(ppo_clip(0.2), mean_over_prompts_too), "bnpo", True),
+    "excluded_count": (policy_loss(ppo_clip(0.2), completion_mean_with_the_excluded), "grpo", True),
+    "padded_width": (policy_loss(ppo_clip(0.2), length_of_the_batch), "dr_grpo", True),
+    "update_for_rollout": (dapo(), "over_rollout", True),
+    "no_delta": (grpo(), "grpo_delta", True),
+    "delta_as_a_distance": (grpo(delta=2.5), "grpo_delta", True),
+    "sum_for_mean": (gspo(**WIDE, ratio=product_ratio), "gspo_wide", True),
+    "sequence_for_gspo_token": (gspo(**WIDE, aggregate=token_mean), "gspo_token_wide", False),
+    "luspo_without_length": (gspo(**WIDE), "luspo_wide", True),
+    "cispo_differentiated": (policy_loss(differentiated_importance, token_mean), "cispo", False),
+    "cispo_cap_as_a_distance": (cispo(max_ratio=2.28), "cispo_1_28", True),
+    "cispo_with_ppo": (bnpo(epsilon_high=0.28), "cispo_1_28", True),
+    "vespo_differentiated": (policy_loss(differentiated_gamma, token_mean, ratio=product_ratio), "vespo", False),
+    "vespo_of_the_mean": (vespo(ratio=sequence_ratio), "vespo", True),
+    "vespo_swapped": (vespo(power_good=3.0, rate_good=2.0, power_bad=2.0, rate_bad=3.0), "vespo", True),
+    "sapo_unscaled": (policy_loss(unscaled_gate, completion_mean), "sapo", True),
+    "gmpo_bounds_on_the_ratio": (gmpo(epsilon=-np.log(0.6), epsilon_high=np.log(1.4)), "gmpo", True),
+    "gmpo_arithmetic": (grpo(epsilon=1 - np.exp(-0.4), epsilon_high=np.exp(0.4) - 1), "gmpo", True),
+    "k3_reversed": (grpo(penalty=reversed_k3), "grpo_k3", True),
+    "k3_not_corrected": (dapo(penalty=k3(0.5)), "dapo_k3_token", True),
+    "k3_correction_detached": (dapo(penalty=detached_correction), "dapo_k3_token", False),
+    "penalty_weighted": (grpo(weight=off_policy_mask(0.1), penalty=weighted_penalty), "off_policy_k3", True),
+    "entropy_penalised": (plus(grpo(), entropy_bonus(-0.3)), "grpo_entropy", True),
+    "importance_inverse": (grpo(weight=inverse_importance), "truncated_token", True),
+    "importance_clipped_for_masked": (cispo(weight=truncated_importance(2.0, low=0.5)), "masked_token_cispo", True),
+    "off_policy_of_good": (grpo(weight=masked_good_and_bad, penalty=k3(0.5)), "off_policy_k3", True),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS_ERRORS)
 def test_the_reference_tells_the_errors_of_other_libraries_apart(name):
-    loss, formula = OTHERS_ERRORS[name]
-    case = case_of()
+    loss, objective, in_value = OTHERS_ERRORS[name]
+    case = case_of(full=True)
     value, gradient, _ = evaluate(loss, case)
-    expected_value, expected_gradient = reference(formula, case)
-    assert np.abs(gradient - expected_gradient).max() > 0.1 * np.abs(expected_gradient).max()
-    assert abs(value - expected_value) > 1e-3
+    expected_value, expected_gradient = reference(OBJECTIVES[objective].terms, case)
+    assert np.abs(gradient - expected_gradient).max() > 0.02 * np.abs(expected_gradient).max()
+    assert (abs(value - expected_value) > 5e-4) == in_value
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    log_probs=st.floats(-30, 0, width=32),
-    exponent=st.floats(-10, 1),
-    sign=st.sampled_from([-1, 1]),
+# Every keyword of every objective and part, with another value than the one it starts from.
+SETTINGS = {
+    "grpo": (grpo, {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0}),
+    "bnpo": (bnpo, {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0}),
+    "dr_grpo": (
+        functools.partial(dr_grpo, max_tokens=MAX_TOKENS),
+        {"max_tokens": 12, "epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0},
+    ),
+    "dapo": (dapo, {"epsilon": 0.1, "epsilon_high": 0.4, "delta": 2.0}),
+    "gspo": (gspo, {"epsilon": 0.5, "epsilon_high": 0.5}),
+    "gspo_token": (gspo_token, {"epsilon": 0.5, "epsilon_high": 0.5}),
+    "luspo": (luspo, {"epsilon": 0.5, "epsilon_high": 0.5}),
+    "gmpo": (gmpo, {"epsilon": 0.1, "epsilon_high": 0.1}),
+    "reinforce": (reinforce, {}),
+    "cispo": (cispo, {"max_ratio": 1.5, "min_ratio": 0.7}),
+    "sapo": (sapo, {"temperature_good": 2.0, "temperature_bad": 2.0}),
+    "vespo": (vespo, {"power_good": 1.0, "rate_good": 1.0, "power_bad": 1.0, "rate_bad": 1.0}),
+}
+# Those of `policy_loss`, which every objective passes on.
+PARTS = {
+    "aggregate": per_prompt_count(7.0),
+    "ratio": product_ratio,
+    "weight": truncated_importance(1.5),
+    "penalty": k3(0.5),
+}
+OF_WEIGHTS = {
+    "truncated_importance": (truncated_importance, {"limit": 1.2, "low": 0.8, "ratio": product_ratio}),
+    "masked_importance": (masked_importance, {"low": 0.9, "high": 1.5, "ratio": product_ratio}),
+    "off_policy_mask": (off_policy_mask, {"threshold": 0.0}),
+}
+OF_PENALTIES = {
+    name: (lambda f=f, **changed: f(**{"beta": 0.5} | changed), {"beta": 0.4, "correction": token_ratio})
+    for name, f in (("k1", k1), ("k2", k2), ("k3", k3))
+}
+OF_ENTROPY = (
+    lambda **changed: plus(grpo(), entropy_bonus(**{"coefficient": 0.5} | changed)),
+    {"coefficient": 0.4, "aggregate": completion_mean},
 )
-def test_k3_is_never_negative(log_probs, exponent, sign):
-    ref = np.float32(log_probs + sign * 10**exponent)
-    assert kl_k3(np.float32(log_probs), ref) >= 0
 
 
-def test_k3_is_not_negative_where_the_formula_as_written_is():
-    difference = np.linspace(-1e-3, 1e-3, 20001, dtype=np.float32)
-    as_written = jnp.exp(difference) - difference - 1
-    assert np.min(as_written) < 0
-    ours = kl_k3(jnp.zeros_like(difference), difference)
-    assert np.min(ours) >= 0
-    np.testing.assert_allclose(ours, difference.astype(np.float64) ** 2 / 2, atol=1e-9)
+def list_settings():
+    """Identifier, the loss as it comes, and the loss with one setting changed."""
+    for name, (make, changes) in SETTINGS.items():
+        base = make()
+        for setting, value in changes.items():
+            yield f"{name}-{setting}", base, make(**{setting: value})
+        for part, value in PARTS.items():
+            if part != "ratio" or name not in ("reinforce", "vespo"):  # which has none, and has this one
+                yield f"{name}-{part}", base, make(**{part: value})
+    for argument, table in (("weight", OF_WEIGHTS), ("penalty", OF_PENALTIES)):
+        for name, (make, changes) in table.items():
+            base = reinforce(**{argument: make()})
+            for setting, value in changes.items():
+                yield f"{name}-{setting}", base, reinforce(**{argument: make(**{setting: value})})
+    make, changes = OF_ENTROPY
+    base = make()
+    for setting, value in changes.items():
+        yield f"entropy_bonus-{setting}", base, make(**{setting: value})
 
 
-# ------------------------------------------------- what the KL estimates' gradients are
+EFFECTS = {name: pair for name, *pair in list_settings()}
 
 
-def test_the_docstrings_tell_the_expected_value_and_gradient_of_each_kl_estimate():
-    """On a categorical distribution whose every outcome is enumerated, in float64."""
-    theta, ref = np.random.default_rng(0).normal(size=(2, 5))
-    p, ref = np.exp(theta) / np.exp(theta).sum(), np.exp(ref) / np.exp(ref).sum()
-    forward = np.sum(p * np.log(p / ref))  # KL(p, ref)
-    of_forward = p * (np.log(p / ref) - forward)  # its gradient by theta
-    of_reverse = p - ref  # that of KL(ref, p)
+@pytest.mark.parametrize("name", EFFECTS)
+def test_every_setting_has_an_effect_on_the_gradient(name):
+    base, changed = EFFECTS[name]
+    case = case_of(154, precision=np.float32)
+    _, before, _ = evaluate(base, case)
+    _, after, _ = evaluate(changed, case)
+    assert np.abs(after - before).max() > 1e-3 * np.abs(before).max()
 
-    def expected(estimate):
-        """The mean over samples of p of the estimate and of its gradient: the sampling is not differentiated."""
 
-        def sampled(theta):
-            return jnp.sum(p * estimate(jax.nn.log_softmax(theta), jnp.log(ref)))
+def test_every_setting_of_every_objective_is_in_the_table():
+    for name, (_, changes) in (SETTINGS | OF_WEIGHTS).items():
+        named = inspect.signature(getattr(losses, name)).parameters.values()
+        assert {p.name for p in named if p.kind != p.VAR_KEYWORD} == set(changes), name
+    assert set(inspect.signature(policy_loss).parameters) - {"surrogate"} == set(PARTS)
 
-        with jax.enable_x64(True):
-            return jax.tree.map(np.asarray, jax.value_and_grad(sampled)(jnp.asarray(theta)))
 
-    k1_value, k1_gradient = expected(kl_k1)
-    k2_value, k2_gradient = expected(kl_k2)
-    k3_value, k3_gradient = expected(kl_k3)
-    np.testing.assert_allclose(k1_value, forward, rtol=1e-12)
-    np.testing.assert_allclose(k1_gradient, 0.0, atol=1e-14)
-    assert abs(k2_value - forward) > 0.01
-    np.testing.assert_allclose(k2_gradient, of_forward, atol=1e-14)
-    np.testing.assert_allclose(k3_value, forward, rtol=1e-12)
-    np.testing.assert_allclose(k3_gradient, of_reverse, atol=1e-14)
-    assert np.abs(of_forward - of_reverse).max() > 0.01
+def test_gspo_token_is_gspo_where_a_completion_has_one_advantage():
+    """As the paper says (section 4.3), under the mean over completions; else they differ (see the errors)."""
+    case = case_of()
+    with jax.enable_x64(True):
+        a, b = (evaluate(make(**WIDE), case)[:2] for make in (gspo, gspo_token))
+    assert_close(a, b, 1e-12)
+
+
+def test_weights_of_a_rollout_are_left_alone_by_supervised_learning_and_penalties():
+    """They correct the policy's gain; a zero weight takes a token out of it, not out of a denominator."""
+    case = case_of()
+    nothing = case._replace(weights=np.zeros(case.mask.shape))
+    for loss, count in ((sft(), "token"), (grpo(penalty=k1(1.0)), "completion")):
+        _, gradient, _ = evaluate(loss, nothing)
+        weight = token_weights(count, case)
+        np.testing.assert_allclose(gradient[..., 0], -weight if count == "token" else weight, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- properties of every objective
@@ -428,8 +610,8 @@ def test_the_docstrings_tell_the_expected_value_and_gradient_of_each_kl_estimate
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e4, -1e4])
 @every_objective
 def test_what_padding_holds_changes_neither_value_nor_gradient_nor_metric(name, garbage):
-    loss, _ = OBJECTIVES[name]
-    case = case_of(per_token=True)
+    loss = OBJECTIVES[name].loss
+    case = case_of(154, full=True)
 
     def spoil(**fields):
         return case._replace(**{f: np.where(case.mask, getattr(case, f), bad) for f, bad in fields.items()})
@@ -437,8 +619,9 @@ def test_what_padding_holds_changes_neither_value_nor_gradient_nor_metric(name, 
     clean_value, clean_gradient, clean_metrics = evaluate(loss, case)
     for spoiled in (
         spoil(log_probs=garbage),  # a log-ratio that overflows
-        spoil(log_probs=garbage, old=-garbage, ref=0.5, entropy=garbage, advantages=garbage),
-        spoil(ref=garbage, advantages=-1.0, old=-garbage),
+        spoil(log_probs=garbage, old=-garbage, ref=0.5, entropy=garbage, advantages=garbage, sampler=garbage),
+        spoil(ref=garbage, advantages=-1.0, old=-garbage, sampler=garbage, weights=garbage),
+        spoil(sampler=-garbage, weights=1.0, entropy=-garbage),
     ):
         value, gradient, metrics = evaluate(loss, spoiled)
         np.testing.assert_array_equal(value, clean_value)
@@ -450,24 +633,27 @@ def test_what_padding_holds_changes_neither_value_nor_gradient_nor_metric(name, 
 @every_objective
 def test_wider_padding_changes_nothing(name):
     """Not even of a constant length, which is the limit of sampling and not the width of the batch."""
-    loss, _ = OBJECTIVES[name]
-    case = case_of(per_token=True)
-    wide = Case(*(np.pad(x, ((0, 0), (0, 0), (0, 4))) if x.ndim == 3 else x for x in case))
+    loss = OBJECTIVES[name].loss
+    case = case_of(full=True)
+    wide = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 0), (0, 4))) if x.ndim == 3 else x, case)
     with jax.enable_x64(True):
         value, gradient, metrics = evaluate(loss, case)
         wide_value, wide_gradient, wide_metrics = evaluate(loss, wide)
-    assert_close((wide_value, wide_gradient[..., :-4]), (value, gradient), 1e-12)
+    assert_close((wide_value, wide_gradient[:, :, :-4]), (value, gradient), 1e-12)
+    np.testing.assert_array_equal(wide_gradient[:, :, -4:], 0.0)
     chex.assert_trees_all_close(wide_metrics, metrics, rtol=1e-12)
 
 
 @every_objective
 def test_reordering_a_group_or_the_prompts_reorders_the_gradient(name):
-    loss, _ = OBJECTIVES[name]
+    loss = OBJECTIVES[name].loss
     case = case_of()
-    order = np.ix_([2, 0, 3, 1], [1, 2, 0])
+    prompts, group = [2, 0, 3, 1], [1, 3, 2, 0]
+    order = np.ix_(prompts, group)
+    reordered = jax.tree.map(lambda x: x[order] if x.ndim > 1 else x[prompts], case)
     with jax.enable_x64(True):
         value, gradient, metrics = evaluate(loss, case)
-        other_value, other_gradient, other_metrics = evaluate(loss, Case(*(x[order] for x in case)))
+        other_value, other_gradient, other_metrics = evaluate(loss, reordered)
     assert_close((other_value, other_gradient), (value, gradient[order]), 1e-12)
     chex.assert_trees_all_close(other_metrics, metrics, rtol=1e-12)
 
@@ -475,37 +661,36 @@ def test_reordering_a_group_or_the_prompts_reorders_the_gradient(name):
 @every_objective
 def test_parts_of_a_batch_add_up_to_the_whole_batch(name):
     """Sums over total counts: value, gradient and metrics of unequal parts, one without a single token."""
-    loss, _ = OBJECTIVES[name]
-    case = case_of()
-    parts = [Case(*(x[b : b + 1] for x in case)) for b in range(4)]
+    loss = OBJECTIVES[name].loss
+    case = case_of(full=True)
+    parts = [jax.tree.map(lambda x, b=b: x[b : b + 1], case) for b in range(4)]
     assert sorted({int(part.mask.sum()) for part in parts})[0] == 0
 
     def evaluate_part(log_probs, entropy, experience, counts):
         terms, metrics = loss(Scores(log_probs, entropy), experience)
         return losses.value(terms, counts), (terms, metrics)
 
-    of_part = jax.jit(jax.value_and_grad(evaluate_part, has_aux=True))
+    of_part = jax.jit(jax.value_and_grad(evaluate_part, (0, 1), has_aux=True), compiler_options=UNOPTIMISED)
     with jax.enable_x64(True):
-        value, gradient, metrics = evaluate(loss, case)
-        whole = loss(Scores(jnp.asarray(case.log_probs)), experience_of(case))[0]
+        value, gradient, whole_metrics, whole = run(loss, case)
         counts = tuple(term.count for term in whole)
         values, gradients = zip(
             *(of_part(jnp.asarray(p.log_probs), jnp.asarray(p.entropy), experience_of(p), counts) for p in parts),
             strict=True,
         )
-        of_parts = jax.tree.map(lambda *x: jnp.stack(x), *(aux for _, aux in values))
+        of_parts = jax.tree.map(lambda *x: np.stack(x), *(aux for _, aux in values))
         terms, merged = types.merge(of_parts)
-        assert_close((sum(v for v, _ in values), np.concatenate(gradients)), (value, gradient), 1e-12)
+        gradients = np.concatenate([np.stack(g, -1) for g in gradients])
+        assert_close((sum(float(v) for v, _ in values), gradients), (value, gradient), 1e-12)
         assert_close((losses.value(terms), gradient), (value, gradient), 1e-12)
-        chex.assert_trees_all_equal(tuple(term.count for term in terms), counts)
-        chex.assert_trees_all_close(types.summary(merged), metrics, rtol=1e-12)
+        chex.assert_trees_all_close(tuple(term.count for term in terms), counts, rtol=1e-14)
+        chex.assert_trees_all_close(types.summary(merged), types.summary(whole_metrics), rtol=1e-12)
 
 
 @every_objective
 def test_a_batch_without_a_token_that_counts_has_value_0_and_gradient_0(name):
-    loss, _ = OBJECTIVES[name]
-    case = case_of()
-    value, gradient, metrics = evaluate(loss, case._replace(mask=np.zeros_like(case.mask)))
+    case = case_of(154)
+    value, gradient, metrics = evaluate(OBJECTIVES[name].loss, case._replace(mask=np.zeros_like(case.mask)))
     assert value == 0
     np.testing.assert_array_equal(gradient, 0.0)
     assert all(number == 0 for number in metrics.values())
@@ -513,85 +698,97 @@ def test_a_batch_without_a_token_that_counts_has_value_0_and_gradient_0(name):
 
 @every_objective
 def test_advantages_of_0_give_no_gradient_but_that_of_the_penalty(name):
-    loss, formula = OBJECTIVES[name]
-    case = case_of()
+    loss, terms, _ = OBJECTIVES[name]
+    case = case_of(154)
     case = case._replace(advantages=np.zeros_like(case.advantages))
     value, gradient, _ = evaluate(loss, case)
-    assert_close((value, gradient), reference(formula, case), 1e-6)
-    if formula.kl is None and not formula.supervised:
+    assert_close((value, gradient), reference(tuple(t for t in terms if not t.of_policy), case), 1e-6)
+    if all(term.of_policy for term in terms):
         assert value == 0
         np.testing.assert_array_equal(gradient, 0.0)
 
 
-@every_objective
+@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if not objective.detached])
 def test_the_gradient_is_the_slope_of_the_value(name):
-    loss, _ = OBJECTIVES[name]
-    case = case_of()
-
+    """Where nothing is detached; the others are held against the reference, which holds still what they detach."""
+    loss, case = OBJECTIVES[name].loss, case_of()
     with jax.enable_x64(True):
-        experience, entropy = experience_of(case), jnp.asarray(case.entropy)
+        experience = experience_of(case)
 
-        def value(log_probs):
+        def value(log_probs, entropy):
             return losses.value(loss(Scores(log_probs, entropy), experience)[0])
 
-        chex.assert_numerical_grads(
-            jax.jit(value), (jnp.asarray(case.log_probs),), order=1, atol=1e-6, eps=1e-6, modes="rev"
-        )
+        of = jnp.asarray(case.log_probs), jnp.asarray(case.entropy)
+        chex.assert_numerical_grads(value, of, order=1, atol=1e-6, eps=1e-6, modes="rev")
 
 
 @every_objective
 def test_equal_policies_have_ratio_1_and_the_gradient_of_the_plain_policy_gradient(name):
-    loss, formula = OBJECTIVES[name]
-    case = case_of()
-    case = case._replace(old=case.log_probs, ref=case.log_probs)
+    """Whatever the objective, its first update on its own samples is REINFORCE's, summed over each completion."""
+    loss, terms, _ = OBJECTIVES[name]
+    case = case_of(154, precision=np.float32)
+    case = case._replace(old=case.log_probs, ref=case.log_probs, sampler=case.log_probs)
     value, gradient, metrics = evaluate(loss, case)
-    weight = weights(formula.weight, case.mask)
-    if formula.supervised:
-        assert_close((value, gradient), (-np.sum(weight * case.log_probs), -weight), 1e-6)
-        return
-    assert metrics["ratio_max"] == 1
-    assert metrics["clip_low"] == metrics["clip_high"] == 0
-    np.testing.assert_allclose(value, -np.sum(weight * case.advantages[..., None]), rtol=1e-5)
-    expected = -weight * case.advantages[..., None]  # k2 and k3 are flat where the policies are equal
-    expected += formula.beta * weight if formula.kl == "k1" else 0.0
-    if formula.ratio == "sequence":  # each token has its completion's mean
-        tokens = np.maximum(case.mask.sum(-1, keepdims=True), 1)
-        expected = case.mask * expected.sum(-1, keepdims=True) / tokens
-    np.testing.assert_allclose(gradient, expected, atol=1e-7)
+    assert_close((value, gradient), reference(terms, case), 3e-6)
+    if "ratio_max" in metrics:
+        assert metrics["ratio_max"] == 1
+    assert all(metrics[m] == 0 for m in ("clip_low", "clip_high", "clip_delta", "off_policy") if m in metrics)
+    assert metrics.get("importance", 1) == metrics.get("correction", 1) == 1
+    assert metrics.get("correction_bounded", 0) == 0
+    if name in ("grpo_product", "gmpo_product"):  # each token's ratio is that of all
+        terms = (terms[0]._replace(count="completion_sum"),)
+    plain = [t._replace(cost=policy(score())) if t.of_policy else t for t in terms]
+    _, expected = reference(plain, case)
+    np.testing.assert_allclose(gradient.sum(2), expected.sum(2), atol=1e-6 * np.abs(expected).max() * 8)
 
 
 @every_objective
 def test_old_and_reference_policies_and_advantages_get_no_say_in_the_count(name):
-    """A term's count is of the mask alone, so that it can be totalled before anything is computed."""
-    loss, _ = OBJECTIVES[name]
-    a, b = case_of(1), case_of(5)._replace(mask=case_of(1).mask)
-    counts = [[term.count for term in loss(Scores(jnp.asarray(c.log_probs)), experience_of(c))[0]] for c in (a, b)]
-    chex.assert_trees_all_equal(*counts)
+    """A term's count is of the mask alone (and of the rollout's), so that it can be totalled ahead of all else."""
+    loss = OBJECTIVES[name].loss
+    a = case_of(154)
+    b = case_of(69)._replace(mask=a.mask, token_share=a.token_share)
+    chex.assert_trees_all_equal(*([term.count for term in run(loss, case)[3]] for case in (a, b)))
 
 
 # --------------------------------------------------------------------------- extremes
 
 
-def one_token(log_ratio, advantage, loss):
-    """Value and gradient for two tokens of one completion, of which the second has this log-ratio."""
+def one_token(log_ratio, advantage, loss, gap=0.0):
+    """Value, gradient by log-probs and metrics for two tokens of one completion, of which the second has these.
+
+    Args:
+      log_ratio: policy over old policy.
+      advantage: of the completion.
+      loss: what to evaluate.
+      gap: old policy over sampler, in logarithms.
+    """
     case = Case(
         log_probs=np.array([[[-1.0, -1.0]]]),
         old=np.array([[[-1.0, -1.0 - log_ratio]]]),
         ref=np.full((1, 1, 2), -1.0),
+        sampler=np.array([[[-1.0, -1.0 - log_ratio - gap]]]),
         entropy=np.zeros((1, 1, 2)),
         advantages=np.array([[advantage]]),
         mask=np.ones((1, 1, 2), bool),
+        token_share=np.full(1, 2.0),
     )
-    value, gradient, _ = evaluate(loss, case)
-    return value, gradient[0, 0]
+    value, gradient, metrics = evaluate(loss, case)
+    return value, gradient[0, 0, :, 0], metrics
+
+
+R1 = grpo(epsilon=10.0)
+DR_GRPO_2 = dr_grpo(2)
 
 
 @pytest.mark.parametrize("log_ratio", [50.0, 100.0, 1e4, 1e30])
 @pytest.mark.parametrize(
-    "loss", [grpo(), dapo(), dr_grpo(2), grpo(epsilon=10.0)], ids=["grpo", "dapo", "dr_grpo", "r1"]
+    "loss",
+    [OBJECTIVES["grpo"].loss, OBJECTIVES["dapo"].loss, DR_GRPO_2, R1, OBJECTIVES["bnpo"].loss],
+    ids=["grpo", "dapo", "dr_grpo", "r1", "bnpo"],
 )
 def test_a_good_token_of_enormous_ratio_has_a_finite_value_and_gradient_exactly_0(loss, log_ratio):
-    value, gradient = one_token(log_ratio, 1.0, loss)
+    value, gradient, _ = one_token(log_ratio, 1.0, loss)
     assert np.isfinite(value)
     assert gradient[1] == 0
     np.testing.assert_allclose(gradient[0], -0.5)
@@ -599,16 +796,83 @@ def test_a_good_token_of_enormous_ratio_has_a_finite_value_and_gradient_exactly_
 
 @pytest.mark.parametrize("log_ratio", [-50.0, -100.0, -1e4, -1e30])
 def test_a_bad_token_of_vanishing_ratio_has_a_finite_value_and_gradient_exactly_0(log_ratio):
-    value, gradient = one_token(log_ratio, -1.0, grpo())
+    value, gradient, _ = one_token(log_ratio, -1.0, OBJECTIVES["grpo"].loss)
     np.testing.assert_allclose(value, (1 + 0.8) / 2)
     np.testing.assert_allclose(gradient, [0.5, 0.0])
 
 
+@pytest.mark.parametrize("log_ratio", [50.0, 100.0, 1e4])
+def test_a_bad_token_beyond_delta_costs_delta_and_has_gradient_exactly_0(log_ratio):
+    value, gradient, metrics = one_token(log_ratio, -1.0, OBJECTIVES["grpo_delta"].loss)
+    np.testing.assert_allclose(value, (1 + 1.5) / 2)
+    np.testing.assert_allclose(gradient, [0.5, 0.0])
+    assert metrics["clip_delta"] == 0.5
+
+
+# Those whose cost of a bad token grows without bound are left out for it.
+BOUNDED = {
+    **{
+        f"{name}{sign}": (OBJECTIVES[name].loss, sign)
+        for name in ("grpo_delta", "dapo_delta", "cispo", "cispo_floor", "cispo_sequence", "reinforce")
+        for sign in "+-"
+    },
+    **{f"{name}{sign}": (OBJECTIVES[name].loss, sign) for name in ("sapo", "sapo_cold", "vespo") for sign in "+-"},
+    **{f"{name}{sign}": (OBJECTIVES[name].loss, sign) for name in ("sapo_sequence", "vespo_own") for sign in "+-"},
+    **{
+        f"{name}+": (OBJECTIVES[name].loss, "+")
+        for name in ("gspo", "gspo_wide", "gspo_token", "luspo", "gmpo", "gmpo_product", "grpo_product")
+    },
+}
+
+
+@pytest.mark.parametrize("log_ratio", [50.0, 100.0, 1e4, -50.0, -100.0, -1e4])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_an_objective_that_is_bounded_is_finite_at_any_ratio(name, log_ratio):
+    loss, sign = BOUNDED[name]
+    value, gradient, _ = one_token(log_ratio, 1.0 if sign == "+" else -1.0, loss)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("log_ratio", [-50.0, -100.0, -1e4])
+@pytest.mark.parametrize("name", ["gspo", "gspo_wide", "gspo_token", "luspo", "gmpo", "grpo_product", "dapo", "bnpo"])
+def test_a_bad_token_of_vanishing_ratio_is_finite_in_every_clipped_objective(name, log_ratio):
+    value, gradient, _ = one_token(log_ratio, -1.0, OBJECTIVES[name].loss)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [21.0, 50.0, 100.0, 1e4])
+def test_the_soft_gate_is_open_above_20_and_shut_far_below(advantage, log_ratio):
+    tau = 1.0 if advantage > 0 else 1.05
+    value, gradient, _ = one_token(log_ratio, advantage, OBJECTIVES["sapo"].loss)
+    np.testing.assert_allclose(value, -(2 / tau + 4 / tau) * advantage / 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [-advantage / 2, 0.0], rtol=1e-6)
+    value, gradient, _ = one_token(-log_ratio, advantage, OBJECTIVES["sapo"].loss)
+    np.testing.assert_allclose(value, -(2 / tau + 4 / tau / (1 + np.exp(tau))) * advantage / 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [-advantage / 2, 0.0], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [50.0, 100.0, 1e4])
+def test_the_gamma_weight_is_that_at_1e_minus_8_below_and_0_above(advantage, log_ratio):
+    k, rate = (0.5, 1.5) if advantage > 0 else (1.0, 0.7)
+    loss = OBJECTIVES["vespo_own"].loss
+    _, gradient, metrics = one_token(-log_ratio, advantage, loss)
+    weight = 1e-8**k * np.exp(rate * (1 - 1e-8))
+    np.testing.assert_allclose(gradient, np.full(2, -weight * advantage / 2), rtol=1e-5)
+    np.testing.assert_allclose(metrics["importance"], weight, rtol=1e-5)
+    _, gradient, metrics = one_token(log_ratio, advantage, loss)
+    np.testing.assert_array_equal(gradient, 0.0)
+    assert metrics["importance"] == 0
+
+
 @pytest.mark.parametrize("log_ratio", [100.0, 1e4, -100.0, -1e4])
-@pytest.mark.parametrize("loss", [grpo(), gspo()], ids=["grpo", "gspo"])
-def test_an_advantage_of_0_has_value_and_gradient_0_whatever_the_ratio(loss, log_ratio):
+@pytest.mark.parametrize("name", ["grpo", "gspo", "grpo_delta", "cispo", "sapo", "vespo", "gmpo", "luspo", "reinforce"])
+def test_an_advantage_of_0_has_value_and_gradient_0_whatever_the_ratio(name, log_ratio):
     """A group of equal rewards has it, and an overflowing ratio times 0 would be NaN."""
-    value, gradient = one_token(log_ratio, 0.0, loss)
+    value, gradient, _ = one_token(log_ratio, 0.0, OBJECTIVES[name].loss)
     assert value == 0
     np.testing.assert_array_equal(gradient, 0.0)
 
@@ -616,76 +880,45 @@ def test_an_advantage_of_0_has_value_and_gradient_0_whatever_the_ratio(loss, log
 @pytest.mark.parametrize("log_ratio", [-100.0, -1.0])
 def test_an_epsilon_of_1_or_more_has_no_lower_bound(log_ratio):
     for epsilon in (1.0, 10.0):
-        value, gradient = one_token(log_ratio, -1.0, grpo(epsilon=epsilon))
+        value, gradient, _ = one_token(log_ratio, -1.0, grpo(epsilon=epsilon))
         np.testing.assert_allclose(value, (1 + np.exp(log_ratio)) / 2, rtol=1e-6)
         np.testing.assert_allclose(gradient, [0.5, np.exp(log_ratio) / 2], rtol=1e-6, atol=1e-40)
 
 
-# ---------------------------------------------------------------------------- metrics
+DROPPING = {
+    "grpo": (grpo(weight=masked_importance()), [0.5, 0.0]),
+    "dapo_product": (dapo(weight=masked_importance(ratio=product_ratio)), [0.0, 0.0]),
+    "gspo_sequence": (gspo(weight=masked_importance(ratio=sequence_ratio)), [0.0, 0.0]),
+    "cispo": (cispo(weight=masked_importance()), [0.5, 0.0]),
+    "sapo": (sapo(weight=masked_importance()), [0.5, 0.0]),
+    "gmpo_sequence": (gmpo(weight=masked_importance(ratio=sequence_ratio)), [0.0, 0.0]),
+    "k3": (grpo(weight=masked_importance(), penalty=k3(0.5)), [0.5, 0.0]),
+}
 
 
-def test_metrics_tell_which_tokens_were_clipped_and_the_mean_kl_and_entropy():
-    ratio = np.array([0.5, 0.9, 1.0, 2.0, 1.21, 99.0])
-    mask = np.array([True] * 5 + [False])
-    shape = (1, 2, 6)
-    case = Case(
-        log_probs=np.full(shape, -1.0),
-        old=np.broadcast_to(-1.0 - np.log(ratio), shape),
-        ref=np.full(shape, -1.5),
-        entropy=np.broadcast_to([1.0, 2.0, 3.0, 4.0, 5.0, 77.0], shape),
-        advantages=np.array([[1.0, -2.0]]),
-        mask=np.broadcast_to(mask, shape),
-    )
-    value, _, metrics = evaluate(grpo(penalty=k3(0.1)), case)
-    kl = np.exp(-0.5) - 1 + 0.5
-    np.testing.assert_allclose(metrics["clip_low"], 1 / 10)  # of the bad completion, the 0.5
-    np.testing.assert_allclose(metrics["clip_high"], 2 / 10)  # of the good one, the 2 and the 1.21
-    np.testing.assert_allclose(metrics["ratio_max"], 2.0, rtol=1e-6)
-    np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-5)
-    np.testing.assert_allclose(metrics["entropy"], 3.0)
-    good, bad = np.mean([0.5, 0.9, 1.0, 1.2, 1.2]), -2 * np.mean([0.8, 0.9, 1.0, 2.0, 1.21])
-    np.testing.assert_allclose(metrics["policy_loss"], -(good + bad) / 2, rtol=1e-6)
-    np.testing.assert_allclose(value, metrics["policy_loss"] + 0.1 * kl, rtol=1e-6)
+@pytest.mark.parametrize("size", [50.0, 100.0, 1e4])
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_token_left_out_leaves_no_trace_even_where_its_ratio_overflows(name, size):
+    loss, expected = DROPPING[name]
+    for log_ratio, gap in ((size, size), (size, -size), (-size, size), (-size, -size)):
+        value, gradient, metrics = one_token(log_ratio, -1.0, loss, gap)
+        assert np.isfinite(value)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+        assert metrics["correction_bounded"] == np.mean(np.equal(expected, 0))
 
 
-def test_without_scored_entropy_there_is_no_entropy_metric():
-    case = case_of()
-    _, metrics = grpo()(Scores(jnp.asarray(case.log_probs)), experience_of(case))
-    assert set(metrics) == {"policy_loss", "ratio_max", "clip_low", "clip_high"}
-
-
-# --------------------------------------------------------------------------- settings
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        (lambda: grpo(epsilon=0), r"^epsilon is above 0, got 0$"),
-        (lambda: grpo(epsilon=-0.2), r"^epsilon is above 0, got -0.2$"),
-        (lambda: dapo(epsilon_high=-0.1), r"^epsilon_high is above 0, got -0.1$"),
-        (lambda: gspo(epsilon=float("nan")), r"^epsilon is above 0, got nan$"),
-        (lambda: dr_grpo(0), r"^max_tokens is above 0, got 0$"),
-        (lambda: constant_length(-5), r"^max_tokens is above 0, got -5$"),
-        (lambda: k1(-0.1), r"^beta is at least 0, got -0.1$"),
-        (lambda: k2(-1), r"^beta is at least 0, got -1$"),
-        (lambda: k3(float("nan")), r"^beta is at least 0, got nan$"),
-    ],
-)
-def test_refuses_a_setting_out_of_range_and_names_it(setting, message):
-    with pytest.raises(ValueError, match=message):
-        setting()
-
-
-@pytest.mark.parametrize("penalty", [k1, k2, k3])
-def test_a_kl_penalty_without_a_reference_policy_says_what_to_do(penalty):
-    case = case_of()
-    experience = experience_of(case)._replace(ref_log_probs=None)
-    with pytest.raises(ValueError, match="reference=True"):
-        grpo(penalty=penalty(0.1))(Scores(jnp.asarray(case.log_probs)), experience)
+@pytest.mark.parametrize("size", [50.0, 100.0, 1e4])
+def test_truncation_bounds_a_gap_of_any_size(size):
+    loss = reinforce(weight=truncated_importance(2.0, low=0.25))
+    for gap, weight in ((size, 2.0), (-size, 0.25)):
+        _, gradient, metrics = one_token(0.0, 1.0, loss, gap)
+        np.testing.assert_allclose(gradient, [-1.0, -weight])
+        np.testing.assert_allclose(metrics["correction"], (1 + weight) / 2)
+        assert metrics["correction_bounded"] == 0.5
 
 
 def test_settings_can_be_traced_and_vmapped():
-    case = case_of()
+    case = case_of(154)
     scores, experience = Scores(jnp.asarray(case.log_probs)), experience_of(case)
 
     def value(epsilon, epsilon_high, beta):
@@ -694,5 +927,76 @@ def test_settings_can_be_traced_and_vmapped():
     grid = np.array([[0.1, 0.3, 0.0], [0.2, 0.2, 0.5], [1.5, 0.4, 1.0]])
     together = jax.jit(jax.vmap(value))(*map(jnp.asarray, grid.T))
     for (low, high, beta), actual in zip(grid.tolist(), together, strict=True):
-        expected, _ = reference(Formula("completion", low, high, kl="k3", beta=beta), case)
-        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+        terms = (Term("completion", policy(clip(low, high))), other("completion", kl("k3", beta)))
+        np.testing.assert_allclose(actual, reference(terms, case)[0], rtol=1e-5)
+
+
+TRACED = {
+    "delta": (lambda x: grpo(delta=x), 1.5, grpo(delta=1.5)),
+    "max_ratio": (lambda x: cispo(max_ratio=x), 1.28, cispo(max_ratio=1.28)),
+    "min_ratio": (lambda x: cispo(min_ratio=x), 0.5, cispo(min_ratio=0.5)),
+    "temperature_good": (lambda x: sapo(temperature_good=x), 3.0, sapo(temperature_good=3.0)),
+    "power_bad": (lambda x: vespo(power_bad=x), 1.0, vespo(power_bad=1.0)),
+    "rate_good": (lambda x: vespo(rate_good=x), 1.0, vespo(rate_good=1.0)),
+    "gmpo": (lambda x: gmpo(epsilon=x), 0.2, gmpo(epsilon=0.2)),
+    "coefficient": (lambda x: entropy_bonus(x), 0.3, entropy_bonus(0.3)),
+    "limit": (lambda x: grpo(weight=truncated_importance(x)), 2.0, grpo(weight=truncated_importance(2.0))),
+    "low": (lambda x: grpo(weight=masked_importance(x)), 0.8, grpo(weight=masked_importance(0.8))),
+    "threshold": (lambda x: grpo(weight=off_policy_mask(x)), 0.1, grpo(weight=off_policy_mask(0.1))),
+    "count": (lambda x: grpo(aggregate=per_prompt_count(x)), 7.0, grpo(aggregate=per_prompt_count(7.0))),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_traced_setting_is_that_setting(name):
+    make, setting, same = TRACED[name]
+    case = case_of(154)
+    scores, experience = Scores(jnp.asarray(case.log_probs), jnp.asarray(case.entropy)), experience_of(case)
+    traced = jax.jit(lambda x: losses.value(make(x)(scores, experience)[0]), compiler_options=UNOPTIMISED)
+    np.testing.assert_allclose(traced(setting), evaluate(same, case)[0], rtol=1e-6)
+
+
+# ------------------------------------------------- properties of any case, not of the chosen ones
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(sorted(OBJECTIVES)),
+    seed=st.integers(0, 10**6),
+    garbage=st.sampled_from([np.nan, np.inf, -np.inf, 1e30]),
+)
+def test_no_case_is_changed_by_what_padding_holds(name, seed, garbage):
+    case = case_of(seed, full=True)
+    spoiled = {f: np.where(case.mask, getattr(case, f), garbage) for f in ("log_probs", "old", "ref", "sampler")}
+    value, gradient, _ = evaluate(OBJECTIVES[name].loss, case)
+    spoiled_value, spoiled_gradient, _ = evaluate(OBJECTIVES[name].loss, case._replace(**spoiled))
+    np.testing.assert_array_equal(spoiled_value, value)
+    np.testing.assert_array_equal(spoiled_gradient, gradient)
+    np.testing.assert_array_equal(gradient[~case.mask], 0.0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(sorted(OBJECTIVES)),
+    seed=st.integers(0, 10**6),
+    group=st.permutations(range(4)),
+    prompts=st.permutations(range(4)),
+)
+def test_no_case_depends_on_the_order_of_prompts_or_of_a_group(name, seed, group, prompts):
+    case = case_of(seed)
+    order = np.ix_(prompts, group)
+    shuffled = jax.tree.map(lambda x: x[order] if x.ndim > 1 else x[prompts], case)
+    value, gradient, _ = evaluate(OBJECTIVES[name].loss, case)
+    other_value, other_gradient, _ = evaluate(OBJECTIVES[name].loss, shuffled)
+    np.testing.assert_allclose(other_value, value, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(other_gradient, gradient[order], rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from(sorted(OBJECTIVES)), seed=st.integers(0, 10**6))
+def test_in_every_case_equal_policies_have_ratio_1_and_clip_nothing(name, seed):
+    case = case_of(seed)
+    _, gradient, metrics = evaluate(OBJECTIVES[name].loss, case._replace(old=case.log_probs, sampler=case.log_probs))
+    assert np.all(np.isfinite(gradient))
+    assert metrics.get("ratio_max", 1) == 1
+    assert not any(metrics.get(clip, 0) for clip in ("clip_low", "clip_high", "clip_delta", "correction_bounded"))

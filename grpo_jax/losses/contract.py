@@ -1,0 +1,50 @@
+"""What the parts of an objective hand to each other.
+
+Axes: `B` prompts, `G` completions in a group, `T` completion tokens.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from grpo_jax.types import Array, Experience, Mean, Metrics, Scores
+
+Number = float | Array
+Terms = tuple[Mean, ...]
+PerToken = tuple[Array, dict[str, Array]]  # [B, G, T], and metrics [B, G, T] to be averaged over the tokens that count
+
+Loss = Callable[[Scores, Experience], tuple[Terms, Metrics]]
+Ratio = Callable[[Array, Array], Array]  # (log_ratio [B, G, T], mask) -> log_ratio
+Surrogate = Callable[[Array, Array, Array], PerToken]  # (log_ratio, advantages, log_probs) -> gain, to be maximised
+Weight = Callable[[Scores, Experience], PerToken]  # what the gain of each token is multiplied by; not differentiated
+Penalty = Callable[[Scores, Experience], PerToken]  # a cost, to be minimised
+Aggregate = Callable[[Array, Array], Mean]  # (per_token [B, G, T], mask) -> how tokens count
+
+
+def masked_sum(x: Array, mask: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """The sum of what counts; `where`, not `x * mask`: NaN * 0 is NaN."""
+    return jnp.sum(jnp.where(mask, x, 0.0), axis=axis)
+
+
+def difference(a: Array, b: Array, mask: Array) -> Array:
+    """`a - b` where it counts, else 0: padding may hold anything, and must be out before an exponential sees it."""
+    return jnp.where(mask, a, 0.0) - jnp.where(mask, b, 0.0)
+
+
+def per_token(advantages: Array) -> Array:
+    """`[B, G]` to `[B, G, 1]`, which broadcasts; `[B, G, T]` as it is."""
+    return advantages[..., None] if advantages.ndim == 2 else advantages
+
+
+def check_positive(**settings: Number | None) -> None:
+    """Refuses Python numbers that are not above 0; traced ones cannot be looked at and pass."""
+    for name, setting in settings.items():
+        if isinstance(setting, int | float) and not setting > 0:
+            raise ValueError(f"{name} is above 0, got {setting}")
+
+
+def check_not_negative(**settings: Number | None) -> None:
+    """Refuses Python numbers that are below 0; traced ones pass."""
+    for name, setting in settings.items():
+        if isinstance(setting, int | float) and not setting >= 0:
+            raise ValueError(f"{name} is at least 0, got {setting}")

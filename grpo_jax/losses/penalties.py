@@ -1,0 +1,138 @@
+"""Penalties: costs in the loss that keep the policy near a reference, or its entropy up.
+
+Three estimates of the divergence `KL(p, ref)` from tokens that `p` drew (Schulman 2020,
+joschu.net/blog/kl-approx.html), with `d = log p - log ref`. What a loss follows is not
+their value but the expectation of their gradient, where the tokens are given:
+
+    estimate            expected value     expected gradient, on-policy
+    k1 = d              KL(p, ref)         0: as a cost in a loss it does nothing on average
+    k2 = d^2 / 2        biased             that of KL(p, ref)
+    k3 = e^-d - 1 + d   KL(p, ref)         that of KL(ref, p)
+    ratio * k1          KL(p, ref)         that of KL(p, ref)
+    ratio * k2          biased             neither's
+    ratio * k3          KL(p, ref)         that of KL(p, ref)
+
+The last three are those with `correction=token_ratio`: multiplied by the ratio to the
+policy that sampled, which is differentiated, they are also right off-policy. As a cost
+of the reward (`advantages.kl_cost`) it is the value that counts, and the policy gradient
+does the rest. A test enumerates a distribution and checks each line.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from grpo_jax.losses.aggregates import token_mean
+from grpo_jax.losses.contract import (
+    Aggregate,
+    Loss,
+    Number,
+    Penalty,
+    PerToken,
+    Ratio,
+    Terms,
+    check_not_negative,
+    difference,
+)
+from grpo_jax.types import Array, Experience, Metrics, Scores
+
+KL = Callable[[Array, Array], Array]  # (log_probs, ref_log_probs) -> estimate
+
+
+def kl_k1(log_probs: Array, ref_log_probs: Array) -> Array:
+    """`log p - log ref`: unbiased as a value, but its gradient under samples of `p` is 0 on average."""
+    return log_probs - ref_log_probs
+
+
+def kl_k2(log_probs: Array, ref_log_probs: Array) -> Array:
+    """`(log p - log ref)^2 / 2`: biased as a value; on-policy its gradient is that of KL(p, ref)."""
+    return (log_probs - ref_log_probs) ** 2 / 2
+
+
+def kl_k3(log_probs: Array, ref_log_probs: Array) -> Array:
+    """`ref / p - 1 - log(ref / p)`: unbiased as a value, never negative; on-policy its gradient is that of KL(ref, p).
+
+    By `expm1`: written out, rounding makes it negative near 0.
+    """
+    log_ratio = ref_log_probs - log_probs
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def k1(beta: Number, *, correction: Ratio | None = None) -> Penalty:
+    """`beta * kl_k1`; without a correction its gradient is 0 on average."""
+    return _kl(kl_k1, beta, correction)
+
+
+def k2(beta: Number, *, correction: Ratio | None = None) -> Penalty:
+    """`beta * kl_k2`."""
+    return _kl(kl_k2, beta, correction)
+
+
+def k3(beta: Number, *, correction: Ratio | None = None) -> Penalty:
+    """`beta * kl_k3`, the penalty of GRPO (Shao et al. 2024, arXiv:2402.03300, equation 4).
+
+    Args:
+      beta: at least 0.
+      correction: the level of a ratio that the estimate is multiplied by. None is the
+        paper's; `token_ratio` is the unbiased estimate of DeepSeek-V3.2
+        (arXiv:2512.02556, section 3.1), TRL's default (`use_bias_correction_kl`).
+
+    Raises:
+      ValueError: for a `beta` below 0.
+    """
+    return _kl(kl_k3, beta, correction)
+
+
+def _kl(estimate: KL, beta: Number, correction: Ratio | None) -> Penalty:
+    check_not_negative(beta=beta)
+
+    def penalty(scores: Scores, experience: Experience) -> PerToken:
+        mask = experience.rollout.mask
+        if experience.ref_log_probs is None:
+            raise ValueError(
+                "a KL penalty needs the log-probs of a reference policy: make the state with "
+                "init_state(..., reference=True), or put ref_log_probs into the experience"
+            )
+        kl = estimate(jnp.where(mask, scores.log_probs, 0.0), jnp.where(mask, experience.ref_log_probs, 0.0))
+        cost = beta * kl
+        if correction is not None:
+            if experience.old_log_probs is None:
+                raise ValueError("a correction needs old_log_probs: make_collect(..., score_old=True) adds them")
+            log_ratio = correction(difference(scores.log_probs, experience.old_log_probs, mask), mask)
+            cost = jnp.exp(log_ratio) * cost
+        return cost, {"kl": kl}
+
+    return penalty
+
+
+def penalty_loss(penalty: Penalty, aggregate: Aggregate) -> Loss:
+    """A penalty as a loss of its own, with its own aggregate, to be joined by `plus`."""
+
+    def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
+        mask = experience.rollout.mask
+        cost, metrics = penalty(scores, experience)
+        return (aggregate(cost, mask),), {name: token_mean(x, mask) for name, x in metrics.items()}
+
+    return loss
+
+
+def entropy_bonus(coefficient: Number, *, aggregate: Aggregate = token_mean) -> Loss:
+    """A reward for entropy, as a loss of its own to be joined by `plus` (Williams and Peng 1991).
+
+        loss = -coefficient * aggregate(entropy)
+
+    The entropy is the exact one of each token's distribution, not an estimate from
+    the token drawn. `entropy_control` adapts the coefficient to a target.
+
+    Args:
+      coefficient: below 0 it is a penalty.
+      aggregate: `token_mean` in TRL, whatever its loss type.
+    """
+
+    def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
+        if scores.entropy is None:
+            raise ValueError("an entropy bonus needs entropies: score with entropy=True")
+        entropy = aggregate(scores.entropy, experience.rollout.mask)
+        return (entropy._replace(sum=-coefficient * entropy.sum),), {}
+
+    return loss

@@ -1,0 +1,178 @@
+"""Surrogates: what is maximised, of a log-ratio and an advantage.
+
+A surrogate is `(log_ratio [B, G, T], advantages, log_probs) -> (gain, metrics)`. They
+differ in the weight `w` that a token's gradient `w * A * grad log_prob` gets as its
+ratio leaves 1; `notebooks/02_objectives.ipynb` draws them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.losses.contract import Number, PerToken, Surrogate, check_not_negative, check_positive
+from grpo_jax.types import Array
+
+_LARGEST = 20.0  # of a log-ratio that is exponentiated without a bound of its own: e^20 is 5e8
+
+
+def ppo_clip(epsilon: Number, epsilon_high: Number | None = None, delta: Number | None = None) -> Surrogate:
+    """The clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, equation 7).
+
+        gain = min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)
+
+    It is the lower bound of the two for either sign of `A`: above `1 + epsilon_high`
+    a good token and below `1 - epsilon` a bad one get no gradient; the weight of every
+    other is its ratio. With `delta` the first ratio is `min(ratio, delta)`, so that a
+    bad token above `delta` gets no gradient either (the dual clip of Ye et al. 2020,
+    arXiv:1912.09729, equation 5; two-sided clipping in INTELLECT-2, Prime Intellect
+    2025, arXiv:2505.07291).
+
+    Computed in log space, as `A * exp(min(log_ratio, log(1 + epsilon_high)))` for a
+    good token and with the maximum for a bad one: a clipped ratio is then never
+    exponentiated, so that it cannot turn a gradient of 0 into `0 * inf`.
+
+    Args:
+      epsilon: lower distance from 1; from 1 upwards there is no lower bound.
+      epsilon_high: upper distance; `epsilon` if None, larger in DAPO's clip-higher.
+      delta: upper bound on the ratio of a bad token, above `1 + epsilon_high`; None for
+        no bound.
+
+    Returns:
+      A surrogate with the metrics `clip_low`, `clip_high` and, with `delta`,
+      `clip_delta`: the shares of tokens clipped there, over all tokens that count.
+
+    Raises:
+      ValueError: for an epsilon that is not above 0, or a delta that is not above
+        `1 + epsilon_high`.
+    """
+    high = epsilon if epsilon_high is None else epsilon_high
+    check_positive(epsilon=epsilon, epsilon_high=epsilon_high)
+    if isinstance(delta, int | float) and isinstance(high, int | float) and not delta > 1 + high:
+        raise ValueError(f"delta is a bound above 1 + epsilon_high = {1 + high:g}, got {delta}")
+
+    def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
+        del log_probs
+        lowest, highest = jnp.log1p(-jnp.minimum(jnp.asarray(epsilon), 1.0)), jnp.log1p(high)
+        bounded = clip_where_it_earns(log_ratio, advantages, lowest, highest)
+        metrics = {
+            "clip_low": (advantages < 0) & (log_ratio < lowest),
+            "clip_high": (advantages > 0) & (log_ratio > highest),
+        }
+        if delta is not None:
+            bounded = jnp.minimum(bounded, jnp.log(delta))
+            metrics["clip_delta"] = (advantages < 0) & (log_ratio > jnp.log(delta))
+        return jnp.exp(bounded) * advantages, metrics
+
+    return surrogate
+
+
+def clip_where_it_earns(log_ratio: Array, advantages: Array, lowest: Number, highest: Number) -> Array:
+    """Bounds a log-ratio on the side where moving on would earn more: above for a good token, below for a bad one.
+
+    An advantage of 0 is bounded above, too: inf * 0 is NaN.
+    """
+    return jnp.where(advantages < 0, jnp.maximum(log_ratio, lowest), jnp.minimum(log_ratio, highest))
+
+
+def policy_gradient() -> Surrogate:
+    """The score function (Williams 1992, doi:10.1007/BF00992696): no ratio, the weight of every token is 1.
+
+    gain = A * log_prob
+    """
+
+    def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
+        del log_ratio
+        return advantages * log_probs, {}
+
+    return surrogate
+
+
+def clipped_importance(max_ratio: Number, min_ratio: Number = 0.0) -> Surrogate:
+    """The score function under a clipped importance weight (CISPO, MiniMax 2025, arXiv:2506.13585, equations 4 and 5).
+
+        gain = sg(clip(ratio, min_ratio, max_ratio)) * A * log_prob
+
+    The weight is not differentiated, so that no token's gradient is dropped.
+
+    Args:
+      max_ratio: the cap itself. The paper writes it `1 + epsilon_high`; TRL's
+        `epsilon_high` is the cap, so its 5.0 is 5.0 here.
+      min_ratio: the floor; the paper trains without one.
+
+    Returns:
+      A surrogate with the metric `clip_high`, the share of tokens above the cap.
+
+    Raises:
+      ValueError: for a `max_ratio` that is not above 0 and `min_ratio`.
+    """
+    check_positive(max_ratio=max_ratio)
+    check_not_negative(min_ratio=min_ratio)
+    if isinstance(max_ratio, int | float) and isinstance(min_ratio, int | float) and not max_ratio > min_ratio:
+        raise ValueError(f"max_ratio is above min_ratio = {min_ratio}, got {max_ratio}")
+
+    def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
+        highest = jnp.log(max_ratio)
+        weight = jnp.maximum(jnp.exp(jnp.minimum(log_ratio, highest)), min_ratio)
+        return jax.lax.stop_gradient(weight) * advantages * log_probs, {"clip_high": log_ratio > highest}
+
+    return surrogate
+
+
+def soft_gate(temperature_good: Number = 1.0, temperature_bad: Number = 1.05) -> Surrogate:
+    """A smooth gate in place of the clip (SAPO, Gao et al. 2025, arXiv:2511.20347, equations 5 and 6).
+
+        gain = 4 / tau * sigmoid(tau * (ratio - 1)) * A
+
+    The weight is `4 p (1 - p) ratio` with `p = sigmoid(tau (ratio - 1))`: 1 at ratio 1,
+    like the ratio below it, and smoothly to 0 far above, after a peak of 1.6 near ratio 2.
+    A log-ratio above 20 counts as 20.
+
+    Args:
+      temperature_good: `tau` where `A > 0`.
+      temperature_bad: `tau` elsewhere; larger falls off faster.
+
+    Raises:
+      ValueError: for a temperature that is not above 0.
+    """
+    check_positive(temperature_good=temperature_good, temperature_bad=temperature_bad)
+
+    def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
+        del log_probs
+        tau = jnp.where(advantages > 0, temperature_good, temperature_bad)
+        distance = jnp.expm1(jnp.minimum(log_ratio, _LARGEST))
+        return 4 / tau * jax.nn.sigmoid(tau * distance) * advantages, {}
+
+    return surrogate
+
+
+def gamma_weight(
+    power_good: Number = 2.0, rate_good: Number = 3.0, power_bad: Number = 3.0, rate_bad: Number = 2.0
+) -> Surrogate:
+    """The score function under a weight of the shape of a gamma density (VESPO, 2026, arXiv:2602.10693).
+
+        gain = sg(ratio^k * exp(lambda * (1 - ratio))) * A * log_prob
+
+    The weight is 1 at ratio 1. It is meant for the ratio of whole completions,
+    `product_ratio`; the log-ratio is held between log(1e-8) and 20, as in TRL.
+
+    Args:
+      power_good: `k` where `A >= 0`.
+      rate_good: `lambda` where `A >= 0`.
+      power_bad: `k` where `A < 0`.
+      rate_bad: `lambda` where `A < 0`.
+
+    Returns:
+      A surrogate with the metric `importance`, the mean weight.
+
+    Raises:
+      ValueError: for a power or a rate below 0.
+    """
+    check_not_negative(power_good=power_good, rate_good=rate_good, power_bad=power_bad, rate_bad=rate_bad)
+
+    def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
+        log_ratio = jnp.clip(log_ratio, jnp.log(1e-8), _LARGEST)
+        k = jnp.where(advantages < 0, power_bad, power_good)
+        rate = jnp.where(advantages < 0, rate_bad, rate_good)
+        weight = jax.lax.stop_gradient(jnp.exp(k * log_ratio - rate * jnp.expm1(log_ratio)))
+        return weight * advantages * log_probs, {"importance": weight}
+
+    return surrogate
