@@ -18,7 +18,9 @@ from grpo_jax import losses, types
 from grpo_jax.advantages import Advantage, from_rewards
 from grpo_jax.losses import Loss, Terms
 from grpo_jax.policies import Policy
+from grpo_jax.preparation import Hook
 from grpo_jax.sampling import sample
+from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import score
 from grpo_jax.types import Array, Experience, Max, Mean, Metrics, Params, PRNGKey, Prompts, Rollout, TrainState
 from grpo_jax.updates import update
@@ -27,6 +29,7 @@ Reward = Callable[[Rollout], tuple[Array, Array]]  # rewards [B, G, R] float32, 
 Collect = Callable[[TrainState, Prompts], Experience]
 Learn = Callable[[TrainState, Experience], tuple[TrainState, Metrics]]
 Step = Callable[[TrainState, Prompts], tuple[TrainState, Metrics]]
+Number = float | Array
 Tree = TypeVar("Tree")
 
 
@@ -35,25 +38,29 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     reward: Reward,
-    loss: Loss,
+    loss: Loss | Scheduled,
     group_size: int,
     max_tokens: int,
     eos_ids: Sequence[int],
-    advantage: Advantage | None = None,
-    temperature: float | Array = 1.0,
+    advantage: Advantage | Scheduled | None = None,
+    prepare: Sequence[Hook] = (),
+    temperature: Number | Scheduled = 1.0,
     top_k: int | None = None,
-    top_p: float | Array | None = None,
-    min_p: float | Array | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    score_old: bool = False,
     passes: int = 1,
     minibatches: int = 1,
     micro_batches: int = 1,
-    max_grad_norm: float | Array | None = None,
+    max_grad_norm: Number | None = None,
 ) -> Step:
     """One step of GRPO as a pure function `(state, prompts) -> (state, metrics)`.
 
     It can be jitted whole, scanned, and vmapped over states and over any setting that
     is a number. Settings are those of `make_collect` and `make_learn`; `reward` is
-    traced (`rewards.callback` makes a traced reward of a host one).
+    traced (`rewards.callback` makes a traced reward of a host one); `advantage` is
+    `from_rewards()` unless given, and the old policy is scored wherever several updates
+    need it.
     """
     collect = make_collect(
         policy,
@@ -65,13 +72,14 @@ def make_train_step(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        score_old=passes * minibatches > 1,
+        score_old=score_old or passes * minibatches > 1,
     )
     learn = make_learn(
         policy,
         optimizer,
         loss=loss,
         advantage=from_rewards() if advantage is None else advantage,
+        prepare=prepare,
         temperature=temperature,
         passes=passes,
         minibatches=minibatches,
@@ -92,10 +100,10 @@ def make_collect(
     max_tokens: int,
     eos_ids: Sequence[int],
     reward: Reward | None = None,
-    temperature: float | Array = 1.0,
+    temperature: Number | Scheduled = 1.0,
     top_k: int | None = None,
-    top_p: float | Array | None = None,
-    min_p: float | Array | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
     score_old: bool = False,
 ) -> Collect:
     """The first half of a step, `(state, prompts) -> experience`.
@@ -108,18 +116,20 @@ def make_collect(
       eos_ids: tokens that end a completion.
       reward: `rollout -> (rewards [B, G, R], mask [B, G, R])`, traced; None leaves the
         rewards to the caller.
-      temperature: of sampling, and of the scores.
+      temperature: of sampling, and of the scores; may be `Scheduled`.
       top_k: as in `sampling.sample`.
       top_p: as in `sampling.sample`.
       min_p: as in `sampling.sample`.
-      score_old: True fills `old_log_probs`, which `learn` needs if it makes several
-        updates of one experience, or if the params change before it.
+      score_old: True fills `old_log_probs` and `old_entropy`, which `learn` needs if it
+        makes several updates of one experience, if the params change before it, or if a
+        hook asks for them.
     """
     if group_size < 2:
         raise ValueError(f"a group needs at least 2 completions to compare, got group_size = {group_size}")
 
     def collect(state: TrainState, prompts: Prompts) -> Experience:
         sample_key, _ = step_keys(state)
+        temperature_now = at(temperature, state)
         rollout = sample(
             policy,
             state.params,
@@ -128,7 +138,7 @@ def make_collect(
             group_size=group_size,
             max_tokens=max_tokens,
             eos_ids=eos_ids,
-            temperature=temperature,
+            temperature=temperature_now,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
@@ -138,8 +148,8 @@ def make_collect(
             rewards, given = reward(rollout)
             experience = experience._replace(rewards=rewards, reward_mask=given)
         if score_old:
-            old = score(policy, state.params, rollout, temperature=temperature, entropy=False)
-            experience = experience._replace(old_log_probs=old.log_probs)
+            old = score(policy, state.params, rollout, temperature=temperature_now)
+            experience = experience._replace(old_log_probs=old.log_probs, old_entropy=old.entropy)
         return experience
 
     return collect
@@ -149,26 +159,31 @@ def make_learn(
     policy: Policy,
     optimizer: optax.GradientTransformation,
     *,
-    loss: Loss,
-    advantage: Advantage | None = None,
-    temperature: float | Array = 1.0,
+    loss: Loss | Scheduled,
+    advantage: Advantage | Scheduled | None = None,
+    prepare: Sequence[Hook] = (),
+    temperature: Number | Scheduled = 1.0,
     passes: int = 1,
     minibatches: int = 1,
     micro_batches: int = 1,
-    max_grad_norm: float | Array | None = None,
+    max_grad_norm: Number | None = None,
 ) -> Learn:
     """The second half of a step, `(state, experience) -> (state, metrics)`.
 
     Adds the reference's log-probs, if the state has a reference, and the advantages,
-    then makes `passes * minibatches` updates.
+    calls the hooks, then makes `passes * minibatches` updates.
 
     Args:
       policy: the network.
       optimizer: any optax optimiser.
-      loss: `(scores, experience) -> (terms, metrics)`.
-      advantage: `experience -> (advantages, metrics)`; None for a loss that asks for
-        none, such as `losses.sft()`.
-      temperature: of the scores; the one that the rollout was sampled at.
+      loss: `(scores, experience) -> (terms, metrics)`; may be `Scheduled`.
+      advantage: `experience -> (advantages, metrics)`, may be `Scheduled`; None for a
+        loss that asks for none, such as `losses.sft()`, and for an experience that comes
+        with its own.
+      prepare: hooks `experience -> (experience, metrics)`, called in this order once
+        before the split; see `preparation`.
+      temperature: of the scores; the one that the rollout was sampled at, and so may be
+        `Scheduled`.
       passes: how often the experience is gone through; each pass in an order of its own.
       minibatches: updates in a pass, each of `B / minibatches` prompts.
       micro_batches: parts of an update that are computed one after the other to save
@@ -190,7 +205,8 @@ def make_learn(
     updates = passes * minibatches
 
     def learn(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
-        experience, metrics = prepare(state, experience)
+        experience = jax.tree.map(jnp.asarray, experience)  # rewards of the host are NumPy's
+        experience, metrics = prepared(state, experience)
         if updates == 1:
             state, of_updates = learn_minibatch(state, experience)
         else:
@@ -204,7 +220,7 @@ def make_learn(
             of_updates = types.merge(of_updates)
         return state._replace(step=state.step + 1), metrics | of_updates
 
-    def prepare(state: TrainState, experience: Experience) -> tuple[Experience, Metrics]:
+    def prepared(state: TrainState, experience: Experience) -> tuple[Experience, Metrics]:
         """Adds what is computed once, before the batch is split."""
         rollout, B = experience.rollout, experience.rollout.tokens.shape[0]
         if B % (minibatches * micro_batches):
@@ -212,60 +228,64 @@ def make_learn(
                 f"{B} prompts do not divide into {minibatches} minibatches of {micro_batches} micro-batches; "
                 f"use a batch of a multiple of {minibatches * micro_batches} prompts"
             )
+        metrics = _rollout_metrics(rollout)
+        if experience.reward_mask is not None:  # what nothing could score teaches nothing, and counts nowhere
+            scored = jnp.any(experience.reward_mask, axis=-1, keepdims=True)
+            experience = experience._replace(rollout=rollout._replace(mask=rollout.mask & scored))
+        if state.ref_params is not None and experience.ref_log_probs is None:
+            experience = experience._replace(ref_log_probs=score_reference(state, rollout))
+        if advantage is not None:
+            advantages, of_rewards = at(advantage, state)(experience)
+            experience, metrics = experience._replace(advantages=advantages), metrics | of_rewards
+        for hook in prepare:
+            experience, of_hook = hook(experience)
+            metrics = metrics | of_hook
         if updates > 1 and experience.old_log_probs is None:
             raise ValueError(
                 f"{passes} passes over {minibatches} minibatches need the old_log_probs of the policy that "
                 "sampled: make_collect(..., score_old=True) adds them"
             )
-        metrics = _rollout_metrics(rollout)
-        if state.ref_params is not None and experience.ref_log_probs is None:
-            experience = experience._replace(ref_log_probs=score_reference(state.ref_params, rollout))
-        if advantage is not None:
-            advantages, of_rewards = advantage(experience)
-            experience, metrics = experience._replace(advantages=advantages), metrics | of_rewards
-        if experience.reward_mask is not None:  # what nothing could score teaches nothing, and counts nowhere
-            scored = jnp.any(experience.reward_mask, axis=-1, keepdims=True)
-            experience = experience._replace(rollout=rollout._replace(mask=rollout.mask & scored))
         return experience, metrics
 
-    def score_reference(ref_params: Params, rollout: Rollout) -> Array:
+    def score_reference(state: TrainState, rollout: Rollout) -> Array:
         def log_probs(part: Rollout) -> Array:
-            return score(policy, ref_params, part, temperature=temperature, entropy=False).log_probs
+            return score(policy, state.ref_params, part, temperature=at(temperature, state), entropy=False).log_probs
 
         parts = minibatches * micro_batches
         return log_probs(rollout) if parts == 1 else _join(jax.lax.map(log_probs, _split(rollout, parts)))
 
-    def evaluate(params: Params, experience: Experience) -> tuple[Terms, Metrics]:
-        scores = score(policy, params, experience.rollout, temperature=temperature)
+    def evaluate(params: Params, state: TrainState, experience: Experience) -> tuple[Terms, Metrics]:
+        scores = score(policy, params, experience.rollout, temperature=at(temperature, state))
         if experience.old_log_probs is None:
             experience = experience._replace(old_log_probs=jax.lax.stop_gradient(scores.log_probs))
-        return loss(scores, experience)
+        return at(loss, state)(scores, experience)
 
     def part_loss(
-        params: Params, part: Experience, counts: tuple[Array, ...] | None
+        params: Params, state: TrainState, part: Experience, counts: tuple[Array, ...] | None
     ) -> tuple[Array, tuple[Terms, Metrics]]:
-        terms, metrics = evaluate(params, part)
+        terms, metrics = evaluate(params, state, part)
         return losses.value(terms, counts), (terms, metrics)
 
-    def gradient(params: Params, experience: Experience) -> tuple[Params, tuple[Terms, Metrics]]:
+    def gradient(state: TrainState, experience: Experience) -> tuple[Params, tuple[Terms, Metrics]]:
         if micro_batches == 1:
-            return jax.grad(part_loss, has_aux=True)(params, experience, None)
+            return jax.grad(part_loss, has_aux=True)(state.params, state, experience, None)
         parts = _split(experience, micro_batches)
         # The divisors of the whole come first. They hang on masks alone, so XLA drops the network from this sweep.
-        counts = jax.lax.map(lambda part: tuple(term.count for term in evaluate(params, part)[0]), parts)
+        counts = jax.lax.map(lambda part: tuple(t.count for t in evaluate(state.params, state, part)[0]), parts)
         counts = tuple(jax.lax.stop_gradient(jnp.sum(count)) for count in counts)
 
         def add(total: Params, part: Experience) -> tuple[Params, tuple[Terms, Metrics]]:
-            grads, aux = jax.grad(part_loss, has_aux=True)(params, part, counts)
-            return jax.tree.map(jnp.add, total, grads), aux
+            grads, aux = jax.grad(part_loss, has_aux=True)(state.params, state, part, counts)
+            return jax.tree.map(lambda sum, g: sum + g.astype(sum.dtype), total, grads), aux
 
-        grads, aux = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-        return grads, types.merge(aux)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), state.params)
+        grads, aux = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params), types.merge(aux)
 
     def learn_minibatch(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
-        grads, (terms, metrics) = gradient(state.params, experience)
+        grads, (terms, metrics) = gradient(state, experience)
         total = losses.value(terms)
-        counted = jnp.any(jnp.stack([term.count > 0 for term in terms]))
+        counted = jnp.any(jnp.stack([term.count > 0 for term in terms])) & jnp.any(experience.rollout.mask)
         state, of_update = update(state, grads, optimizer, loss=total, counted=counted, max_grad_norm=max_grad_norm)
         return state, {"loss": Mean(total, jnp.ones((), jnp.int32))} | metrics | of_update
 
@@ -293,7 +313,7 @@ def _join(tree: Tree) -> Tree:
 
 
 def _rollout_metrics(rollout: Rollout) -> Metrics:
-    lengths, completions = rollout.lengths, jnp.asarray(rollout.lengths.size)
+    lengths, completions = rollout.lengths, jnp.sum(rollout.lengths > 0)  # 0 where there is none
     return {
         "length": Mean(jnp.sum(lengths), completions),
         "length_max": Max(jnp.max(lengths)),

@@ -13,12 +13,18 @@ from hypothesis.extra import numpy as hnp
 
 from grpo_jax import types
 from grpo_jax.advantages import (
+    batch_normalised_advantages,
     batch_scaled_advantages,
     centered_advantages,
+    from_normalised_rewards,
     from_rewards,
     group_advantages,
+    kl_cost,
     leave_one_out_advantages,
+    process_advantages,
+    rewards_to_go,
 )
+from grpo_jax.losses import kl_k1, kl_k2, kl_k3
 from grpo_jax.types import Experience, Mean, Prompts, Rollout
 
 mean, population, sample = statistics.fmean, statistics.pstdev, statistics.stdev
@@ -256,7 +262,7 @@ def test_metrics_carry_the_names_of_the_rewards_and_the_share_of_groups_that_tea
     assert set(metrics) == {"reward", "reward_std", "groups_without_spread"} | {
         f"reward/{name}{suffix}" for name in ("right", "brief") for suffix in ("", "_std")
     }
-    assert types.summary(metrics)["groups_without_spread"] == 0.75
+    assert types.summary(metrics)["groups_without_spread"] == pytest.approx(2 / 3)  # of those that were judged
     assert metrics["reward/right"] == Mean(9.5, 7)
 
 
@@ -292,3 +298,170 @@ def test_refuses_rewards_without_an_axis_of_reward_functions():
     experience = experience_of(TWO_REWARDS)
     with pytest.raises(AssertionError):
         from_rewards()(experience._replace(rewards=experience.rewards[..., 0]))
+
+
+# ------------------------------------------------------------- of the batch, without groups
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rewards=hnp.arrays(np.float32, (3, 4), elements=st.integers(-4, 4)),
+    mask=hnp.arrays(bool, (3, 4)),
+    ddof=st.sampled_from([0, 1]),
+    garbage=st.sampled_from([np.nan, np.inf, 1e30]),
+)
+def test_normalised_by_the_batch_knows_no_groups(rewards, mask, ddof, garbage):
+    batch = rewards[mask].tolist()
+    deviation = {0: population, 1: sample}[ddof]
+    expected = np.zeros((3, 4))
+    if len(set(batch)) > 1:
+        expected = np.where(mask, (rewards - mean(batch)) / (deviation(batch) + 0.25), 0.0)
+    actual = batch_normalised_advantages(jnp.where(mask, rewards, garbage), jnp.array(mask), ddof=ddof, eps=0.25)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reward", [1.1, 0.0, 3e7])
+def test_a_batch_of_equal_rewards_normalised_gets_exactly_0(reward):
+    np.testing.assert_array_equal(batch_normalised_advantages(jnp.full((3, 8), reward)), 0.0)
+
+
+def test_the_baseline_variant_is_that_of_the_centered_rewards():
+    rewards = np.array(REWARDS)
+    centered = rewards - rewards.mean(1, keepdims=True)
+    actual = batch_normalised_advantages(centered_advantages(jnp.array(REWARDS)), eps=0.0)
+    np.testing.assert_allclose(actual, (centered - centered.mean()) / centered.std(), rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------- each reward by itself (GDPO)
+
+
+def gdpo_in_plain_python(rewards, given, weights, ddof, eps):
+    """Normalised in the group by each reward, added, normalised over the batch."""
+    deviation = {0: population, 1: sample}[ddof]
+    B, G, R = rewards.shape
+    total = np.zeros((B, G))
+    for b, k in np.ndindex(B, R):
+        kept = [float(rewards[b, g, k]) for g in range(G) if given[b, g, k]]
+        for g in range(G):
+            if given[b, g, k] and len(set(kept)) > 1:
+                total[b, g] += weights[k] * (rewards[b, g, k] - mean(kept)) / (deviation(kept) + eps)
+    scored = given.any(-1)
+    batch = total[scored].tolist()
+    advantages = np.where(scored, (total - mean(batch)) / (deviation(batch) + eps), 0.0)
+    for b in range(B):
+        if len(set(total[b][scored[b]].tolist())) < 2:
+            advantages[b] = 0.0
+    return advantages
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("missing", [False, True], ids=["all_given", "some_missing"])
+def test_gdpo_matches_the_formula_in_plain_python(ddof, missing):
+    rng = np.random.default_rng(0)
+    rewards = np.stack([rng.integers(0, 2, (4, 5)), 100 * rng.normal(size=(4, 5))], axis=-1).astype(np.float32)
+    rewards[3] = [1.0, 7.0]  # a group without spread
+    given = rng.random((4, 5, 2)) < 0.7 if missing else np.ones((4, 5, 2), bool)
+    advantage = from_normalised_rewards(weights=(1.0, 0.5), ddof=ddof, eps=1e-4)
+    experience = Experience(None, jnp.asarray(np.where(given, rewards, np.nan)), jnp.asarray(given))
+    actual, metrics = jax.jit(advantage)(experience)
+    expected = gdpo_in_plain_python(rewards.astype(np.float64), given, (1.0, 0.5), ddof, 1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(actual[3], 0.0)
+    assert {"reward", "reward_std", "groups_without_spread", "reward/0", "reward/1_std"} <= set(metrics)
+
+
+def test_gdpo_tells_apart_what_the_sum_of_rewards_does_not():
+    """Rewards (1, 0) and (0, 1) have one sum; where the second reward is rarer, earning it is worth more."""
+    rewards = jnp.array([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+    experience = Experience(None, rewards, jnp.ones(rewards.shape, bool))
+    np.testing.assert_array_equal(from_rewards()(experience)[0], 0.0)
+    weighted, _ = from_normalised_rewards(weights=(1.0, 2.0))(experience)
+    assert weighted[0, 3] > 0 > weighted[0, 0]
+
+
+# ------------------------------------------------------------- rewards of steps and tokens
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.5, 0.0])
+def test_what_a_token_still_earns_is_the_discounted_sum_from_it_on(discount):
+    rng = np.random.default_rng(0)
+    rewards, mask = rng.normal(size=(2, 3, 5)), rng.random((2, 3, 5)) < 0.7
+    expected = np.zeros((2, 3, 5))
+    for b, g, t in np.ndindex(2, 3, 5):
+        for s in range(t, 5):
+            if mask[b, g, s]:
+                expected[b, g, t] += discount ** (s - t) * rewards[b, g, s]
+    spoiled = jnp.where(mask, rewards, jnp.nan)
+    np.testing.assert_allclose(
+        rewards_to_go(spoiled, jnp.array(mask), discount=discount), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_process_supervision_sums_the_normalised_rewards_of_the_steps_still_to_end():
+    rng = np.random.default_rng(1)
+    rewards, mask = rng.normal(size=(2, 3, 6)), rng.random((2, 3, 6)) < 0.5
+    mask[1] = [[False] * 6, [True] + [False] * 5, [False] * 6]  # one step in the whole group
+    expected = np.zeros((2, 3, 6))
+    steps = rewards[0][mask[0]].tolist()
+    for g, t in np.ndindex(3, 6):
+        for s in range(t, 6):
+            if mask[0, g, s]:
+                expected[0, g, t] += (rewards[0, g, s] - mean(steps)) / (population(steps) + 1e-4)
+    actual = process_advantages(jnp.where(mask, rewards, jnp.nan), jnp.array(mask))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_process_supervision_of_one_step_each_is_outcome_supervision():
+    rewards = jnp.array(REWARDS)
+    by_token = jnp.zeros((4, 4, 3)).at[..., 2].set(rewards)
+    ends = jnp.zeros((4, 4, 3), bool).at[..., 2].set(True)
+    expected = jnp.broadcast_to(group_advantages(rewards)[..., None], (4, 4, 3))
+    np.testing.assert_allclose(process_advantages(by_token, ends), expected, rtol=1e-6)
+
+
+# ------------------------------------------------------------- divergence as a cost of the reward
+
+
+def of_log_probs(old=True):
+    rng = np.random.default_rng(0)
+    mask = np.arange(4) < rng.integers(1, 5, (2, 3))[..., None]
+    sampler, old_log_probs, ref = (jnp.asarray(np.where(mask, x, np.nan)) for x in rng.normal(size=(3, 2, 3, 4)))
+    lengths = jnp.asarray(mask.sum(-1))
+    prompts = Prompts(jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32))
+    rollout = Rollout(prompts, jnp.zeros(mask.shape, jnp.int32), lengths, jnp.asarray(mask), sampler, lengths == 4)
+    rewards = jnp.asarray(rng.normal(size=(2, 3, 1)), jnp.float32)
+    experience = Experience(rollout, rewards, jnp.ones((2, 3, 1), bool), old_log_probs, ref)
+    return experience if old else experience._replace(old_log_probs=None)
+
+
+@pytest.mark.parametrize("estimate", [kl_k1, kl_k2, kl_k3])
+@pytest.mark.parametrize("old", [True, False], ids=["scored", "sampler"])
+def test_the_cost_is_the_divergence_summed_over_the_completion_and_taken_off_the_reward(estimate, old):
+    experience = of_log_probs(old)
+    log_probs = experience.old_log_probs if old else experience.rollout.log_probs
+    d = np.asarray(log_probs - experience.ref_log_probs, np.float64)
+    kl = {kl_k1: d, kl_k2: d**2 / 2, kl_k3: np.exp(-d) - 1 + d}[estimate]
+    expected = 0.3 * np.nansum(kl, axis=-1)
+    np.testing.assert_allclose(kl_cost(0.3, estimate=estimate)(experience), expected, rtol=1e-5)
+    actual, metrics = from_rewards(leave_one_out_advantages, cost=kl_cost(0.3, estimate=estimate))(experience)
+    net = np.asarray(experience.rewards[..., 0]) - expected
+    np.testing.assert_allclose(actual, net - (net.sum(1, keepdims=True) - net) / 2, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(types.summary(metrics)["cost"], expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(types.summary(metrics)["reward"], net.mean(), rtol=1e-4)
+
+
+def test_a_cost_of_the_reward_gives_on_average_the_gradient_of_the_divergence():
+    """With every outcome enumerated: the mean of cost * grad log p is the gradient of KL(p, ref)."""
+    theta, ref = np.random.default_rng(0).normal(size=(2, 5))
+    p, ref = np.exp(theta) / np.exp(theta).sum(), np.exp(ref) / np.exp(ref).sum()
+    cost = np.asarray(kl_k1(np.log(p), np.log(ref)))
+    by_policy_gradient = sum(p[i] * cost[i] * ((np.arange(5) == i) - p) for i in range(5))
+    expected = p * (np.log(p / ref) - np.sum(p * np.log(p / ref)))
+    np.testing.assert_allclose(by_policy_gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_cost_without_a_reference_says_what_to_do():
+    with pytest.raises(ValueError, match="reference=True"):
+        kl_cost(0.1)(of_log_probs()._replace(ref_log_probs=None))
+    with pytest.raises(ValueError, match=r"^beta is at least 0, got -0\.1$"):
+        kl_cost(-0.1)

@@ -1,0 +1,132 @@
+"""Settings that change during a run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax import losses
+from grpo_jax.advantages import from_rewards
+from grpo_jax.policies import from_logits_fn
+from grpo_jax.sampling import sample
+from grpo_jax.schedules import Scheduled, at, cosine_with_hold
+from grpo_jax.testing import random_prompts
+from grpo_jax.train_step import make_collect, make_train_step, step_keys
+from grpo_jax.types import summary
+from grpo_jax.updates import init_state
+
+V, STEPS = 9, 10
+SIZES = {"group_size": 4, "max_tokens": 5, "eos_ids": (1,)}
+
+
+def bigram(params, tokens, mask):
+    return params["table"][tokens]
+
+
+POLICY = from_logits_fn(bigram, init=lambda key: {"table": jax.random.normal(key, (V, V))})
+
+
+def two_rewards(rollout):
+    even = jnp.mean(rollout.tokens % 2 == 0, axis=-1)
+    short = -rollout.lengths.astype(jnp.float32)
+    return jnp.stack([even, short], axis=-1), jnp.ones((*even.shape, 2), bool)
+
+
+def state_of(step=0, extra=()):
+    state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(0.1), jax.random.key(0), reference=True, extra=extra)
+    return state._replace(ref_params=POLICY.init(jax.random.key(9)), step=jnp.int32(step))
+
+
+def after_a_step(state, **settings):
+    step = make_train_step(POLICY, optax.sgd(0.1), reward=two_rewards, **SIZES, **settings)
+    return jax.jit(step)(state, random_prompts(0, 4, 3, V))
+
+
+def test_the_cosine_holds_at_the_start_falls_and_stays_at_the_end():
+    schedule = cosine_with_hold(0.1, 0.04, 1000)
+    steps = np.arange(1001)
+    values = np.asarray(jax.vmap(schedule)(steps))
+    np.testing.assert_allclose(values[:101], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(values[450], 0.07, rtol=1e-6)  # half way between 100 and 800
+    np.testing.assert_allclose(values[800:], 0.04, rtol=1e-6)
+    assert np.all(np.diff(values) <= 1e-8)  # it falls, and never jumps: the tutorial's code rises
+    assert np.abs(np.diff(values)).max() < 0.06 * np.pi / 2 / 700 * 1.01
+    between = optax.cosine_decay_schedule(0.06, 700)
+    np.testing.assert_allclose(values[100:801], 0.04 + jax.vmap(between)(np.arange(701)), atol=1e-7)
+
+
+@pytest.mark.parametrize(("hold", "tail"), [(-0.1, 0.2), (0.1, -0.2), (0.5, 0.5), (0.9, 0.2)])
+def test_refuses_shares_that_leave_no_step(hold, tail):
+    with pytest.raises(ValueError, match=f"got {hold} and {tail}$"):
+        cosine_with_hold(0.1, 0.04, 100, hold=hold, tail=tail)
+
+
+def test_what_is_not_scheduled_is_the_same_at_every_step():
+    part = losses.grpo()
+    assert at(part, state_of(3)) is part
+    assert at(Scheduled(lambda step, extra: step + extra), state_of(3, extra=4)) == 7
+
+
+SCHEDULES = {
+    "constant": lambda step: 0.3,
+    "linear": optax.linear_schedule(0.1, 0.04, STEPS),
+    "cosine": cosine_with_hold(0.1, 0.04, STEPS),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("step", [0, 5, 9])
+def test_a_scheduled_beta_is_the_loss_with_the_beta_of_that_step(name, step):
+    schedule = SCHEDULES[name]
+    scheduled = Scheduled(lambda step, extra: losses.grpo(penalty=losses.k3(schedule(step))))
+    state, metrics = after_a_step(state_of(step), loss=scheduled)
+    plain, expected = after_a_step(state_of(step), loss=losses.grpo(penalty=losses.k3(float(schedule(step)))))
+    np.testing.assert_allclose(state.params["table"], plain.params["table"], atol=1e-7)
+    np.testing.assert_allclose(summary(metrics)["loss"], summary(expected)["loss"], rtol=1e-5)
+
+
+def test_a_scheduled_clip_acts_on_every_update_of_a_step():
+    clip = Scheduled(lambda step, extra: losses.grpo(epsilon=jnp.where(step < 5, 1e-3, 10.0)))
+    settings = {"passes": 3, "minibatches": 2}
+    tight, _ = after_a_step(state_of(4), loss=clip, **settings)
+    loose, _ = after_a_step(state_of(5), loss=clip, **settings)
+    np.testing.assert_allclose(
+        tight.params["table"], after_a_step(state_of(4), loss=losses.grpo(epsilon=1e-3), **settings)[0].params["table"]
+    )
+    np.testing.assert_allclose(
+        loose.params["table"], after_a_step(state_of(5), loss=losses.grpo(epsilon=10.0), **settings)[0].params["table"]
+    )
+    other = after_a_step(state_of(4), loss=losses.grpo(epsilon=10.0), **settings)[0].params["table"]
+    assert np.abs(tight.params["table"] - other).max() > 1e-3
+
+
+def test_scheduled_reward_weights_are_those_of_the_step():
+    def advantage(step, extra):
+        return from_rewards(weights=(1.0, jnp.where(step < 5, 1.0, 0.0)))
+
+    for step, weight in ((4, 1.0), (5, 0.0)):
+        state, _ = after_a_step(state_of(step), loss=losses.grpo(), advantage=Scheduled(advantage))
+        plain, _ = after_a_step(state_of(step), loss=losses.grpo(), advantage=from_rewards(weights=(1.0, weight)))
+        np.testing.assert_allclose(state.params["table"], plain.params["table"], atol=1e-7)
+
+
+def test_a_scheduled_temperature_is_that_of_sampling_and_of_the_scores():
+    temperature = Scheduled(lambda step, extra: jnp.where(step < 5, 1.0, 0.5))
+    for step, expected in ((4, 1.0), (5, 0.5)):
+        state, prompts = state_of(step), random_prompts(0, 4, 3, V)
+        experience = make_collect(POLICY, temperature=temperature, score_old=True, **SIZES)(state, prompts)
+        rollout = sample(POLICY, state.params, prompts, step_keys(state)[0], temperature=expected, **SIZES)
+        np.testing.assert_array_equal(experience.rollout.tokens, rollout.tokens)
+        np.testing.assert_allclose(experience.old_log_probs, rollout.log_probs, atol=1e-5)
+        moved, metrics = after_a_step(state, loss=losses.grpo(), temperature=temperature)
+        plain, _ = after_a_step(state, loss=losses.grpo(), temperature=expected)
+        np.testing.assert_allclose(moved.params["table"], plain.params["table"], atol=1e-7)
+        np.testing.assert_allclose(summary(metrics)["ratio_max"], 1.0)
+
+
+def test_a_schedule_may_look_at_extra():
+    loss = Scheduled(lambda step, extra: losses.grpo(penalty=losses.k3(extra["beta"])))
+    state, _ = after_a_step(state_of(extra={"beta": jnp.asarray(0.7)}), loss=loss)
+    plain, _ = after_a_step(state_of(), loss=losses.grpo(penalty=losses.k3(0.7)))
+    np.testing.assert_allclose(state.params["table"], plain.params["table"], atol=1e-7)
