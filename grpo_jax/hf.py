@@ -83,14 +83,52 @@ def load_pretrained(
     )
     policy = models.decoder(config)
     shapes = _shapes(policy)
-    leaves = _leaves(shapes)
+    params = _read(folder, _leaves(shapes), config.tie_embeddings)
+    return policy, jax.tree.unflatten(jax.tree.structure(shapes), params)
+
+
+def load_reward_model(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    revision: str | None = None,
+) -> tuple[Policy, Params, Array]:
+    """Reads a sequence-classification checkpoint with one label, `*ForSequenceClassification` in transformers.
+
+    Args:
+      path_or_repo: as in `load_pretrained`.
+      dtype: as in `load_pretrained`.
+      compute_dtype: as in `load_pretrained`.
+      revision: as in `load_pretrained`.
+
+    Returns:
+      The network, whose `unembed` is not to be used; its params; and the head `[D, 1]`,
+      which makes the score of the last token's hidden state.
+
+    Raises:
+      FileNotFoundError: as in `load_pretrained`.
+      ValueError: as in `load_pretrained`.
+    """
+    folder = _folder(path_or_repo, revision, [*_TEXT_FILES, "*.safetensors"])
+    hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    hf_config.tie_word_embeddings = True  # there is no head over the vocabulary
+    compute = dtype if compute_dtype is None else compute_dtype
+    policy = models.decoder(models.from_hf_config(hf_config, param_dtype=dtype, dtype=compute))
+    shapes = _shapes(policy)
+    head = _Leaf(["score.weight"], (hf_config.hidden_size, 1), np.dtype(dtype), stacked=False, transposed=True)
+    *params, weight = _read(folder, [*_leaves(shapes), head], tied=False)
+    return policy, jax.tree.unflatten(jax.tree.structure(shapes), params), weight
+
+
+def _read(folder: Path, leaves: list["_Leaf"], tied: bool) -> list[Array]:
+    """The parameters, if the folder's tensors are exactly theirs."""
     with contextlib.ExitStack() as stack:
         weight_map = _weight_map(folder)
         shards = {file: stack.enter_context(_open(folder / file)) for file in sorted(set(weight_map.values()))}
-        if offenders := list(_offenders(leaves, shards, weight_map, config.tie_embeddings)):
+        if offenders := list(_offenders(leaves, shards, weight_map, tied)):
             raise ValueError("\n  ".join([f"{folder} does not hold the tensors of its config.json:", *offenders]))
-        params = [_fill(leaf, shards, weight_map) for leaf in leaves]
-    return policy, jax.tree.unflatten(jax.tree.structure(shapes), params)
+        return [_fill(leaf, shards, weight_map) for leaf in leaves]
 
 
 def save_pretrained(

@@ -1,6 +1,66 @@
-"""Verifiers: on tokens, inside the program (`traced`), and on text, on the host (`host`)."""
+"""Verifiers: on text, on the host, and on tokens, inside the program.
 
-from grpo_jax.rewards.host import HostReward, callback, host, name_of
-from grpo_jax.rewards.tokens import TokenReward, exact_answer, tag_format, traced
+    host.py         functions with TRL's signature -> the reward of a rollout; combine; callback
+    text.py         verifiers of text: answers, layout, length, repetition, language
+    mathematics.py  accuracy: whether two answers are equal as mathematics
+    python.py       python_tests: code against unit tests, in a sandbox
+    judging.py      judge: a language model behind an HTTP endpoint
+    model.py        reward_model: a sequence-classification checkpoint in JAX
+    pool.py         WorkerPool, isolated: worker processes that can be killed
+    tokens.py       verifiers of tokens, traced into the step
 
-__all__ = ["HostReward", "TokenReward", "callback", "exact_answer", "host", "name_of", "tag_format", "traced"]
+The makers here are those of text; `rewards.tokens` has the traced ones of the same names.
+"""
+
+from grpo_jax.rewards import text, tokens
+from grpo_jax.rewards.host import HostReward, RewardFunction, callback, combine, host, name_of, tolerant
+from grpo_jax.rewards.judging import judge
+from grpo_jax.rewards.mathematics import accuracy
+from grpo_jax.rewards.model import reward_model
+from grpo_jax.rewards.pool import WorkerPool, isolated
+from grpo_jax.rewards.python import python_tests
+from grpo_jax.rewards.text import (
+    cosine_length,
+    exact_answer,
+    format,
+    language_consistency,
+    reasoning_length,
+    repetition_penalty,
+    self_consistency,
+    soft_overlong,
+    strict_format,
+    tag_count,
+    worked_steps,
+)
+from grpo_jax.rewards.tokens import TokenReward, traced
+
+__all__ = [
+    "HostReward",
+    "RewardFunction",
+    "TokenReward",
+    "WorkerPool",
+    "accuracy",
+    "callback",
+    "combine",
+    "cosine_length",
+    "exact_answer",
+    "format",
+    "host",
+    "isolated",
+    "judge",
+    "language_consistency",
+    "name_of",
+    "python_tests",
+    "reasoning_length",
+    "repetition_penalty",
+    "reward_model",
+    "self_consistency",
+    "soft_overlong",
+    "strict_format",
+    "tag_count",
+    "text",
+    "tokens",
+    "tolerant",
+    "traced",
+    "worked_steps",
+]

@@ -1,8 +1,13 @@
 """Verifiers on text, on the host, with TRL's signature, so that users' functions run unchanged."""
 
+import asyncio
+import concurrent.futures
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_jax.types import Array, Rollout
 
-RewardFunction = Callable[..., Sequence[float | None]]  # f(prompts, completions, **columns)
+RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> list[float | None], plain or async
+LogMetric = Callable[[str, float], None]
 HostReward = Callable[[Rollout], tuple[np.ndarray, np.ndarray]]  # rewards [B, G, R] float32, mask [B, G, R] bool
 
 
@@ -23,6 +29,7 @@ def host(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompt_column: str = "prompt",
+    log_metric: LogMetric | None = None,
 ) -> HostReward:
     """Makes `rollout -> (rewards, mask)` of functions `f(prompts, completions, **columns) -> list[float | None]`.
 
@@ -30,14 +37,18 @@ def host(
     as the data set has them, the completions as text without special tokens (as
     `[{"role": "assistant", "content": text}]` where prompts are messages), the token
     ids as `completion_ids`, and every other column of the data set by its name, None
-    where a row lacks it. A function without `**kwargs` is given what it names. None says
-    that a completion could not be judged; it is masked, not scored.
+    where a row lacks it; and from TRL `log_metric(name, value)` and `log_extra(column,
+    values)`. A function without `**kwargs` is given what it names. None says that a
+    completion could not be judged; it is masked, not scored. Functions that are `async`
+    wait together, on an event loop of their own.
 
     Args:
       functions: `R` of them.
       dataset: rows that `prompts.info["row"]` points into.
       tokenizer: turns tokens into text.
       prompt_column: the name of the prompt's column.
+      log_metric: where metrics of the functions go; None drops them, as what is given to
+        `log_extra` is dropped: there is no table of completions here.
 
     Returns:
       The reward. An exception of a function passes through as it is, with a note that
@@ -68,8 +79,10 @@ def host(
             "prompts": prompts,
             "completions": [[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
             "completion_ids": ids,
+            "log_metric": log_metric or _ignore,
+            "log_extra": _ignore,
         }
-        judged = [_judge(function, arguments, B * G) for function in functions]
+        judged = _call(functions, arguments, B * G)
         rewards = np.array(judged, np.float32).reshape(len(functions), B, G).transpose(1, 2, 0)
         return np.nan_to_num(rewards), ~np.isnan(rewards)
 
@@ -81,16 +94,148 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def _judge(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> list[float]:
-    """The values of one function; NaN where it returned None."""
-    parameters = inspect.signature(function).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+def _ignore(name: str, value: Any) -> None:
+    """Takes a metric that nobody asked for."""
+
+
+def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | None = None) -> RewardFunction:
+    """One reward function made of several: their weighted sum.
+
+        r[i] = sum over k of weights[k] * functions[k](...)[i]
+
+    A value that could not be given is left out of the sum; where none could, the sum is
+    None. Given TRL's `log_metric`, it logs each function's mean and deviation as
+    `reward/<name>` and `reward/<name>_std`. (Several functions under `host`, weighed by `from_rewards`,
+    keep their rewards apart instead, and have the same metrics.)
+
+    Args:
+      functions: reward functions, plain or async.
+      weights: one a function; all 1 if None.
+
+    Raises:
+      ValueError: for no function, or another number of weights.
+    """
+    if not functions or (weights is not None and len(weights) != len(functions)):
+        given = None if weights is None else len(weights)
+        raise ValueError(f"combine takes at least one function and a weight for each, got {len(functions)} and {given}")
+    scale = np.ones(len(functions)) if weights is None else np.asarray(weights, np.float64)
+
+    def combined(
+        prompts: Sequence[Any], completions: Sequence[Any], log_metric: LogMetric = _ignore, **columns: Any
+    ) -> list[float | None]:
+        arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
+        values = np.array(_call(functions, arguments, len(completions)), np.float64).reshape(len(functions), -1)
+        given: Any = ~np.isnan(values)
+        for function, row, kept in zip(functions, values, given, strict=True):
+            if kept.any():
+                log_metric(f"reward/{name_of(function)}", float(row[kept].mean()))
+                log_metric(f"reward/{name_of(function)}_std", float(row[kept].std()))
+        total = np.where(given, scale[:, None] * np.nan_to_num(values), 0.0).sum(axis=0)
+        return [float(x) if kept else None for x, kept in zip(total, given.any(axis=0), strict=True)]
+
+    return combined
+
+
+def tolerant(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
+    """Masks the batches that a reward function fails on, up to a number of them in a row.
+
+    What an exception costs is then a batch from which nothing is learned, and not the
+    run; nothing is scored as 0. It is told as a `RuntimeWarning` with its traceback and,
+    given TRL's `log_metric`, counted as `<name>/failed`, 1 or 0 a batch.
+
+    Args:
+      function: plain or async; one that is async is waited for by itself. For faults of
+        single completions, see `pool.isolated`.
+      batches: at this many failures in a row the exception passes through; 1 is at once.
+
+    Raises:
+      ValueError: for fewer than 1 batch.
+    """
+    if batches < 1:
+        raise ValueError(f"batches is at least 1, got {batches}")
+    name, failures = name_of(function), 0
+
+    def reward(
+        prompts: Sequence[Any], completions: Sequence[Any], log_metric: LogMetric = _ignore, **columns: Any
+    ) -> list[float | None]:
+        nonlocal failures
+        arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
+        try:
+            (values,) = _call([function], arguments, len(completions))
+        except Exception as error:
+            failures += 1
+            if failures >= batches:
+                raise
+            warnings.warn(
+                f"{name} failed on a batch of {len(completions)} completions, the first of them to the prompt "
+                f"{str(prompts[0])[:80]!r}; the batch is masked, failure {failures} in a row of {batches} that end the "
+                f"run\n{''.join(traceback.format_exception(error))}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            log_metric(f"{name}/failed", 1.0)
+            return [None] * len(completions)
+        failures = 0
+        log_metric(f"{name}/failed", 0.0)
+        return [None if math.isnan(value) else value for value in values]
+
+    reward.__name__ = reward.__qualname__ = name
+    return reward
+
+
+def _call(functions: Sequence[RewardFunction], arguments: Mapping[str, Any], count: int) -> list[list[float]]:
+    """The values of each function; NaN where it returned None."""
+    results: list[Any] = []
     try:
-        values = function(**arguments)
+        for function in functions:
+            with _noted(function, count):
+                results.append(function(**_accepted(function, arguments)))
+        results = _gathered(functions, results, count)
+    finally:
+        for result in results:
+            if inspect.iscoroutine(result):  # one that was never waited for, since another function raised
+                result.close()
+    return [_numbers(function, values, count) for function, values in zip(functions, results, strict=True)]
+
+
+def _accepted(function: RewardFunction, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return arguments
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+
+
+@contextlib.contextmanager
+def _noted(function: RewardFunction, count: int) -> Iterator[None]:
+    """Adds to an exception which function raised it."""
+    try:
+        yield
     except Exception as error:
         error.add_note(f"raised by the reward function {name_of(function)} over {count} completions")
         raise
+
+
+def _gathered(functions: Sequence[RewardFunction], results: list[Any], count: int) -> list[Any]:
+    """The results, with what is awaitable waited for, all together."""
+
+    async def wait(function: RewardFunction, result: Any) -> Any:
+        if not inspect.isawaitable(result):
+            return result
+        with _noted(function, count):
+            return await result
+
+    async def wait_for_all() -> list[Any]:
+        return await asyncio.gather(*map(wait, functions, results))
+
+    if not any(map(inspect.isawaitable, results)):
+        return results
+    # In a thread: a notebook has a running loop already, inside of which no other can run.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(wait_for_all())).result()
+
+
+def _numbers(function: RewardFunction, values: Any, count: int) -> list[float]:
+    """The values of one function, checked."""
     # Text, sets and mappings have a length too, and their elements may pass for numbers.
     listed = getattr(values, "ndim", 0) == 1 or (isinstance(values, Sequence) and not isinstance(values, str | bytes))
     if not listed or len(values) != count:

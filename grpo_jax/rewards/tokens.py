@@ -1,7 +1,13 @@
-"""Verifiers on tokens: traced, so that a whole step, or a whole run, is one program."""
+"""Verifiers on tokens: traced, so that a whole step, or a whole run, is one program.
+
+`grpo_jax.rewards.text` has the counterparts on text. The two agree where each tag is one
+token and white space is none; what only text can tell (numbers in another notation,
+`####`) or only tokens (whether the end token came) is said where they differ.
+"""
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from grpo_jax.types import Array, Rollout
@@ -24,7 +30,8 @@ def exact_answer(start: int, end: int) -> TokenReward:
 
     The answer is `prompts.info["answer"] [B, K]`, right-padded, of
     `prompts.info["answer_length"] [B]` tokens. Only the first `start` counts: a second
-    answer is no second chance.
+    answer is no second chance. `text.exact_answer` without settings, in a vocabulary
+    without white space and `####`.
     """
 
     def reward(rollout: Rollout) -> Array:
@@ -46,6 +53,9 @@ def exact_answer(start: int, end: int) -> TokenReward:
 def tag_format(tags: Sequence[int], eos_ids: Sequence[int]) -> TokenReward:
     """1 where the completion is `<think>...</think><answer>...</answer>` and an end token, else 0.
 
+    `text.strict_format` is the counterpart on text, which cannot tell whether the end
+    token came, and allows white space between the pairs and a newline at the end.
+
     Args:
       tags: the four tags' tokens in that order, each of which is to occur exactly once:
         the first at the very start, the third straight after the second, the fourth
@@ -64,6 +74,176 @@ def tag_format(tags: Sequence[int], eos_ids: Sequence[int]) -> TokenReward:
         return (once & in_order & jnp.isin(last, jnp.array(eos_ids, jnp.int32))).astype(jnp.float32)
 
     return reward
+
+
+def soft_overlong(max_tokens: int, cache: int) -> TokenReward:
+    """A punishment that grows over the last `cache` tokens (DAPO, Yu et al. 2025, arXiv:2503.14476, equation 13).
+
+        0 up to max_tokens - cache tokens, ((max_tokens - cache) - length) / cache up to max_tokens, -1 beyond
+
+    Counted in tokens, the end token included. A completion without an end that was cut at
+    `max_tokens` gets -1.
+
+    Args:
+      max_tokens: 20480 in the paper, the limit that completions are sampled under.
+      cache: 4096 in the paper.
+
+    Raises:
+      ValueError: unless `0 < cache <= max_tokens`.
+    """
+    if not 0 < cache <= max_tokens:
+        raise ValueError(f"cache is above 0 and at most max_tokens = {max_tokens}, got {cache}")
+
+    def reward(rollout: Rollout) -> Array:
+        return jnp.clip((max_tokens - cache - rollout.lengths) / cache, -1.0, 0.0)
+
+    return reward
+
+
+def tag_pairs(tags: Sequence[int]) -> TokenReward:
+    """The share of tag pairs that are right: for `<think>...</think><answer>...</answer>` 1 for both, 0.5 for one.
+
+    A pair is right where its two tags occur exactly once, the opening one first, and
+    after the end of the right pair before it: `text.format` on tokens.
+
+    Args:
+      tags: the tags' tokens, opening and closing in turn.
+
+    Raises:
+      ValueError: unless there are two tokens a pair, all different.
+    """
+    pairs = _pairs(tags)
+
+    def reward(rollout: Rollout) -> Array:
+        tokens = _visible(rollout)
+        right, end = jnp.zeros(rollout.lengths.shape), jnp.full(rollout.lengths.shape, -1)
+        for opening, closing in pairs:
+            once = (jnp.sum(tokens == opening, axis=-1) == 1) & (jnp.sum(tokens == closing, axis=-1) == 1)
+            start, stop = (jnp.argmax(tokens == tag, axis=-1) for tag in (opening, closing))
+            good = once & (end < start) & (start < stop)
+            right, end = right + good, jnp.where(good, stop, end)
+        return right / len(pairs)
+
+    return reward
+
+
+def tag_count(tags: Sequence[int]) -> TokenReward:
+    """The share of tags that occur exactly once, 0.25 for each of four: `text.tag_count` on tokens.
+
+    Args:
+      tags: the tags' tokens, opening and closing in turn.
+
+    Raises:
+      ValueError: unless there are two tokens a pair, all different.
+    """
+    _pairs(tags)
+
+    def reward(rollout: Rollout) -> Array:
+        counts = jnp.sum(_visible(rollout)[..., None] == jnp.array(tags, jnp.int32), axis=-2)
+        return jnp.mean(counts == 1, axis=-1, dtype=jnp.float32)
+
+    return reward
+
+
+def reasoning_length(tags: Sequence[int], eos_ids: Sequence[int], *, per: int = 1000) -> TokenReward:
+    """`min(length / per, 1)` where `tag_format` gives 1, else 0.
+
+    The length is that of the reasoning between the first two tags, in tokens
+    (`text.reasoning_length` counts characters).
+
+    Args:
+      tags: as of `tag_format`.
+      eos_ids: tokens that end a completion.
+      per: tokens that earn the full reward.
+
+    Raises:
+      ValueError: unless `per > 0` and there are 4 tags.
+    """
+    if not per > 0:
+        raise ValueError(f"reasoning is measured per a number of tokens above 0, got {per}")
+    formed = tag_format(tags, eos_ids)
+
+    def reward(rollout: Rollout) -> Array:
+        tokens = _visible(rollout)
+        opened, thought = (jnp.argmax(tokens == tag, axis=-1) for tag in tags[:2])
+        return formed(rollout) * jnp.minimum((thought - opened - 1) / per, 1.0)
+
+    return reward
+
+
+def cosine_length(
+    correct: TokenReward,
+    *,
+    max_length: int,
+    min_wrong: float = -1.0,
+    max_wrong: float = -0.5,
+    min_correct: float = 0.5,
+    max_correct: float = 1.0,
+    threshold: float = 0.5,
+) -> TokenReward:
+    """Right answers earn more the shorter, wrong ones lose less the longer they are, along a cosine.
+
+        progress = min(length / max_length, 1)
+        reward = long + (short - long) * (1 + cos(pi * progress)) / 2
+
+    where a right completion, one to which `correct` gives more than the threshold, has
+    `short = max_correct` and `long = min_correct`, and a wrong one `short = min_wrong`
+    and `long = max_wrong`: `text.cosine_length` on tokens, which says where it is from.
+    The length counts the end token.
+
+    Raises:
+      ValueError: unless `max_length > 0`.
+    """
+    if not max_length > 0:
+        raise ValueError(f"max_length is a number of tokens above 0, got {max_length}")
+
+    def reward(rollout: Rollout) -> Array:
+        right = correct(rollout) > threshold
+        short, long = jnp.where(right, max_correct, min_wrong), jnp.where(right, min_correct, max_wrong)
+        progress = jnp.minimum(rollout.lengths / max_length, 1.0)
+        return long + 0.5 * (short - long) * (1.0 + jnp.cos(jnp.pi * progress))
+
+    return reward
+
+
+def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> TokenReward:
+    """`(1 - unique / total) * max_penalty` over the n-grams of the completion: `text.repetition_penalty` on tokens.
+
+    0 for a completion of fewer than `ngram` tokens, the end token counted. Unique n-grams
+    are counted after sorting, in O(T log T).
+
+    Args:
+      ngram: tokens in a row that count as one.
+      max_penalty: what a completion of nothing but repetition comes near to; 0 or below.
+
+    Raises:
+      ValueError: unless `ngram > 0` and `max_penalty <= 0`.
+    """
+    if not (ngram > 0 and -float("inf") < max_penalty <= 0):
+        raise ValueError(
+            f"ngram is above 0 and max_penalty at most 0, got ngram = {ngram}, max_penalty = {max_penalty}"
+        )
+
+    def reward(rollout: Rollout) -> Array:
+        T = rollout.tokens.shape[-1]
+        if ngram > T:
+            return jnp.zeros(rollout.lengths.shape)
+        tokens, places = _visible(rollout), T - ngram + 1
+        # Those that end in padding are all different, those of nothing but padding start with -1: neither counts.
+        grams = [tokens[..., start : start + places] for start in range(ngram)]
+        ordered = jnp.stack(jax.lax.sort(grams, num_keys=ngram))  # [ngram, B, G, places]
+        same = jnp.all(ordered[..., 1:] == ordered[..., :-1], axis=0)
+        repeated = jnp.sum(same & (ordered[0, ..., 1:] >= 0), axis=-1)
+        total = jnp.maximum(rollout.lengths - ngram + 1, 1)
+        return jnp.where(repeated > 0, repeated / total * max_penalty, 0.0)
+
+    return reward
+
+
+def _pairs(tags: Sequence[int]) -> list[tuple[int, int]]:
+    if not tags or len(tags) % 2 or len(set(tags)) != len(tags):
+        raise ValueError(f"tags are different tokens, opening and closing in turn, got {tags}")
+    return list(zip(tags[::2], tags[1::2], strict=True))
 
 
 def _visible(rollout: Rollout) -> Array:

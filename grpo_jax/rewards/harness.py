@@ -1,0 +1,403 @@
+"""What runs in the sandboxes of `python_tests`: the completion's code in one, the tests in another.
+
+The tests reach the code through a pipe that carries plain data and nothing that could be executed, so that their
+verdict is formed where the code has never been: it can lie about what its functions return, and about nothing else.
+Standard library only; run as
+
+    harness.py program CODE                run the code as a program, on this process's standard input and output
+    harness.py subject CODE                run the code, then answer requests on standard input
+    harness.py checker TESTS FROM TO       run the tests against the subject at these two files
+
+with open files named by their numbers and limits as JSON in the last argument.
+"""
+
+import ast
+import builtins
+import contextlib
+import ctypes
+import functools
+import itertools
+import json
+import operator
+import os
+import platform
+import resource
+import struct
+import symtable
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+LINE_LIMIT = 1 << 20  # bytes of a message between the tests and the code
+ITEM_LIMIT = 100_000  # items that the tests can take of an iterator
+
+
+# ------------------------------------------------------------------------------------------ limits
+
+# Numbers of system calls, on x86_64 and on aarch64 (-1: it has none); from the kernel's tables.
+DENIED = {
+    "fork": (57, -1),
+    "vfork": (58, -1),
+    "ptrace": (101, 117),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "perf_event_open": (298, 241),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "io_uring_setup": (425, 425),
+}
+CLONE, CLONE3 = (56, 220), 435
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+
+
+def seccomp_filter(machine: str) -> bytes:
+    """The BPF program by which the kernel refuses new processes, and what else tested code has no use for.
+
+    Limits of processes (`RLIMIT_NPROC`) do not hold for root, whatever user a sandbox shows. Threads are allowed; they
+    share the limits of their process.
+    """
+    column, architecture = MACHINES[machine]
+    load, equal, above, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, refuse, missing, kill = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38, 0x80000000  # EPERM, ENOSYS
+    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    program += [(above, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # x32's numbers for the same calls
+    for numbers in DENIED.values():
+        if numbers[column] >= 0:
+            program += [(equal, 0, 1, numbers[column]), (give, 0, 0, refuse)]
+    program += [(equal, 0, 1, CLONE3), (give, 0, 0, missing)]  # its flags cannot be seen; libraries then use clone
+    program += [(equal, 0, 3, CLONE[column]), (load, 0, 0, 16), (bits, 1, 0, 0x10000), (give, 0, 0, refuse)]
+    program += [(give, 0, 0, allow)]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+
+
+def confine(memory: int, output: int, seconds: int) -> None:
+    """Limits this process, for good: address space, a file's size, processor time, open files, and the system calls."""
+    limits = {
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_FSIZE: output,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    for what, value in limits.items():
+        hard = resource.getrlimit(what)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (value, value))
+    if sys.platform == "linux" and platform.machine() in MACHINES:
+        program = seccomp_filter(platform.machine())
+        code = ctypes.create_string_buffer(program, len(program))
+        header = ctypes.create_string_buffer(struct.pack("HL", len(program) // 8, ctypes.addressof(code)))
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        no_new_privileges, set_seccomp, mode_filter = 38, 22, 2
+        nothing = ctypes.c_ulong(0)
+        if prctl(no_new_privileges, ctypes.c_ulong(1), nothing, nothing, nothing) or prctl(
+            set_seccomp, ctypes.c_ulong(mode_filter), header, nothing, nothing
+        ):
+            raise OSError(ctypes.get_errno(), "the kernel refused the filter of system calls")
+
+
+# ------------------------------------------------------------------------------------------ plain data
+
+
+class NotPlain(TypeError):
+    """A value that is not made of numbers, text, bytes, lists, tuples, sets and dictionaries."""
+
+
+def pack(value: Any, keep: Callable[[Any], int]) -> Any:
+    """Plain data as what JSON can hold; of what else is in it, the number that `keep` gives it.
+
+    Subclasses lose their class: a `Counter` arrives as a dictionary.
+    """
+    if value is None or type(value) is bool:
+        return value
+    if isinstance(value, int):
+        return int(value) if abs(value) < 2**63 else {"int": hex(value)}  # decimals of a long one take quadratic time
+    if isinstance(value, float | str):
+        return float(value) if isinstance(value, float) else str(value)
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": bytes(value).hex()}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, dict):
+        return {"dict": [[pack(k, keep), pack(v, keep)] for k, v in value.items()]}
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            items = [pack(item, keep) for item in value]
+            return items if kind is list else {kind.__name__: items}
+    return {"object": keep(value)}
+
+
+def unpack(value: Any, get: Callable[[int], Any]) -> Any:
+    """The value that `pack` was given, with `get(number)` for what was kept."""
+    if isinstance(value, list):
+        return [unpack(item, get) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "object":
+        return get(content)
+    if kind == "int":
+        return int(content, 16)
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    if kind == "complex":
+        return complex(*content)
+    if kind == "dict":
+        return {unpack(k, get): unpack(v, get) for k, v in content}
+    return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](unpack(item, get) for item in content)
+
+
+# ------------------------------------------------------------------------------------------ the code
+
+
+def program(source: str) -> None:
+    """Runs the code as a program. What it prints is all that counts."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"], sys.argv = module, ["program.py"]
+    print("ready", 1, flush=True)
+    exec(compile(source, "program.py", "exec"), vars(module))
+
+
+def subject(source: str) -> None:
+    """Runs the code, then does what the tests request, one request a line. Ends if the code does."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(null, number)
+    replies.write(b'"ready"\n')
+    replies.flush()
+    module = types.ModuleType("solution")
+    sys.modules["solution"] = module
+    exec(compile(source, "solution.py", "exec"), vars(module))
+    objects: list[Any] = [vars(module)]
+    operations: dict[str, Callable[..., Any]] = {
+        "item": operator.getitem,
+        "attribute": getattr,
+        "call": lambda function, arguments, named: function(*arguments, **named),
+        "list": lambda value: list(itertools.islice(value, ITEM_LIMIT)),
+        "length": len,
+        "truth": bool,
+    }
+
+    def keep(value: Any) -> int:
+        objects.append(value)
+        return len(objects) - 1
+
+    for line in requests:
+        try:
+            request = json.loads(line)
+            value = operations[request["do"]](*unpack(request["with"], objects.__getitem__))
+            reply = {"value": pack(value, keep)}
+        except Exception as error:
+            reply = {"raised": type(error).__name__, "message": str(error)[:1000]}
+        replies.write(json.dumps(reply).encode() + b"\n")
+        replies.flush()
+
+
+# ------------------------------------------------------------------------------------------ the tests
+
+
+class Gone(BaseException):
+    """The code's process has ended, or says what is no answer. No `except Exception` of a test holds it up."""
+
+
+class Subject:
+    """The process of the code, as the tests reach it."""
+
+    def __init__(self, replies: BinaryIO, requests: BinaryIO) -> None:
+        self.replies, self.requests = replies, requests
+        self.asked = self.gone = self.unusable = False
+
+    def read(self) -> Any:
+        line = self.replies.readline(LINE_LIMIT)
+        if not line.endswith(b"\n"):
+            raise Gone
+        return json.loads(line)
+
+    def ask(self, what: str, *arguments: Any) -> Any:
+        packed = pack(arguments, self._number_of)
+        self.asked = True
+        try:
+            if self.gone:
+                raise Gone
+            self.requests.write(json.dumps({"do": what, "with": packed}).encode() + b"\n")
+            self.requests.flush()
+            reply = self.read()
+            value = unpack(reply.get("value"), lambda number: Remote(self, number))
+            raised, message = str(reply.get("raised", "")), str(reply.get("message", ""))
+        except BaseException as error:  # a closed pipe, or whatever else than an answer it wrote
+            self.gone = True
+            raise Gone from error
+        if raised:
+            raise _usual(raised)(message)
+        return value
+
+    def _number_of(self, value: Any) -> int:
+        if isinstance(value, Remote):
+            return int(vars(value)["_number"])
+        self.unusable = True
+        raise NotPlain(f"a {type(value).__name__} cannot be passed from the tests to the code")
+
+
+def _usual(name: str) -> type[Exception]:
+    """The builtin exception of that name, or else RuntimeError.
+
+    StopIteration is not among them: it would end an iteration of the tests early, with success.
+    """
+    kind = getattr(builtins, name, None)
+    usual = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError)
+    if isinstance(kind, type) and (issubclass(kind, usual) or kind in (Exception, ValueError)):
+        return kind
+    return RuntimeError
+
+
+class Remote:
+    """An object of the code that is not plain data: it can be called, iterated over, and has attributes and items.
+
+    Comparisons are the tests' own, by identity; an object that says that it equals everything is not asked.
+    """
+
+    def __init__(self, subject: Subject, number: Any) -> None:
+        vars(self).update(_subject=subject, _number=number)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._subject.ask("call", self, arguments, named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._subject.ask("attribute", self, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._subject.ask("item", self, key)
+
+    def __iter__(self) -> Any:
+        return iter(self._subject.ask("list", self))
+
+    def __len__(self) -> int:
+        return self._subject.ask("length", self)
+
+    def __bool__(self) -> bool:
+        return self._subject.ask("truth", self)
+
+
+def is_test(statement: ast.stmt) -> bool:
+    """Whether a statement of the tests is a test; the others prepare."""
+    if isinstance(statement, ast.FunctionDef):
+        return statement.name.startswith("test") and not statement.args.args
+    call = isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant)
+    return isinstance(statement, ast.Assert) or call
+
+
+def asked_for(source: str) -> set[str]:
+    """The names that the tests use and do not define: the code's.
+
+    Builtins are Python's, or the code could put its own `all` or `abs` into a test of something else. Where a single
+    builtin is all that the tests name, as in `assert sum(10, 15) == 6`, it is what they test.
+    """
+    module = symtable.symtable(source, "tests.py", "exec")
+    used, own, tables = set(), set(), [module]
+    for table in tables:
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if table is module or symbol.is_global():
+                used |= {symbol.get_name()} if symbol.is_referenced() else set()
+                own |= {symbol.get_name()} if symbol.is_assigned() or symbol.is_imported() else set()
+    names = used - own
+    return names - set(dir(builtins)) or (names if len(names) == 1 else set())
+
+
+def imports_solution(tree: ast.Module) -> bool:
+    """Whether the tests import what they test, from the module `solution`."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return any("solution" in (getattr(node, "module", None), *(alias.name for alias in node.names)) for node in imports)
+
+
+def checker(source: str, replies: BinaryIO, requests: BinaryIO) -> None:
+    """Runs the tests against the subject: a line with their number, then one for each that passed."""
+    verdict = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+
+    def unusable(reason: str) -> None:
+        print("unusable", " ".join(reason.split())[:1000], file=verdict)
+
+    try:
+        tree = ast.parse(source)
+        names = set() if imports_solution(tree) else asked_for(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return unusable(f"the tests are no Python: {error}")
+    total = sum(map(is_test, tree.body))
+    if not total:
+        return unusable("there is no test")
+    if not names and not imports_solution(tree):
+        return unusable("the tests name nothing that the code would define")
+    code = Subject(replies, requests)
+    if code.read() != "ready":
+        return None
+    print("ready", total, file=verdict)
+    scope: dict[str, Any] = {"__name__": "tests"}
+    namespace = Remote(code, 0)
+    for name in sorted(names):
+        with contextlib.suppress(LookupError, Gone):  # a NameError where a test uses it
+            scope[name] = namespace[name]
+    solution = types.ModuleType("solution")
+    sys.modules["solution"] = solution
+    vars(solution)["__getattr__"] = functools.partial(_attribute, namespace)
+    code.asked = False
+    for number, statement in enumerate(tree.body):
+        try:
+            exec(compile(ast.Module([statement], []), "tests.py", "exec"), scope)
+            if is_test(statement) and isinstance(statement, ast.FunctionDef):
+                scope[statement.name]()
+        except (Exception, SystemExit, Gone) as error:
+            missing = isinstance(error, NameError) and error.name in names
+            if code.unusable or not (is_test(statement) or code.asked or missing):
+                return unusable(f"{type(error).__name__}: {error}")
+            if not is_test(statement):
+                return None  # what later tests need is not there
+        else:
+            if is_test(statement) and not code.gone:
+                print("passed", number, file=verdict)
+    return None
+
+
+def _attribute(namespace: Remote, name: str) -> Any:
+    try:
+        return namespace[name]
+    except LookupError:
+        raise AttributeError(name) from None
+
+
+def _source(number: str) -> str:
+    with os.fdopen(int(number), "rb") as file:
+        file.seek(0)
+        return file.read().decode()
+
+
+def main(role: str, file: str, *rest: str) -> None:
+    """Plays one of the three roles."""
+    limits: Mapping[str, int] = json.loads(rest[-1])
+    source = _source(file)
+    confine(**limits)
+    if role == "program":
+        program(source)
+    elif role == "subject":
+        subject(source)
+    else:
+        checker(source, os.fdopen(int(rest[0]), "rb"), os.fdopen(int(rest[1]), "wb"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

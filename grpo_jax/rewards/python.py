@@ -1,0 +1,288 @@
+"""Code that a model wrote, run against unit tests, where it can do no harm."""
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from grpo_jax.rewards.pool import START_TIMEOUT, Outcome, environment, kill_group, settle
+from grpo_jax.rewards.sandbox import bubblewrap
+from grpo_jax.rewards.text import text_of
+
+HARNESS = Path(__file__).with_name("harness.py")
+CODE_LIMIT = 1 << 16  # characters; longer code is wrong
+
+
+def python_tests(
+    *,
+    share: bool = False,
+    timeout: float = 10.0,
+    memory: int = 512 * 2**20,
+    output: int = 2**20,
+    workers: int = 2,
+    executor: Callable[[str, Any], Sequence[bool]] | None = None,
+    accept_unsandboxed_execution: bool = False,
+) -> Callable[..., list[float | None]]:
+    """1 where the completion's code passes all of the row's tests, else 0; or the share that it passes.
+
+    The code is the completion's last block of Markdown marked `python` or `py`, or else its
+    last block without a mark, or else, where it opens no block, all of it. It has the
+    standard library. The column `tests` holds either
+
+    - Python, as a string or a list of strings that are run one after the other. Every
+      `assert`, every call and every `def test...():` at the top level is a test: passed if
+      nothing is raised. What else there is prepares them. Names that it does not define are the code's
+      (`assert add(1, 2) == 3`), or imported (`from solution import add`).
+    - Or a list of pairs `(stdin, stdout)`: for each the code is run as a program, and what
+      it prints must be that, but for spaces at the ends of lines and empty lines at the end.
+
+    Code and tests never share a process. Programs' output is compared here. Tests in
+    Python run in a sandbox of their own, and call the code's functions through a pipe that
+    carries plain data. So there is no result that the code could write, no checker that it
+    could patch, no expected value that it could read, and ending the process early passes
+    nothing. The price: what tests pass to the code is plain data (numbers, text, bytes,
+    lists, tuples, sets, dictionaries) and copied, so that changes of an argument in place are not seen;
+    what the code returns is plain data too, or an object that can be called, iterated over, indexed
+    and asked for attributes, but equals nothing.
+
+    The sandbox is bubblewrap's (`sandbox.bubblewrap`): no network, a read-only system, no
+    environment, no `/proc`, a `/tmp` of 32 MiB. Of the kernel a process gets `memory` bytes of
+    addresses, files of `output` bytes, 64 open files, and no further processes
+    (`harness.seccomp_filter`, on x86_64 and aarch64). Not prevented: code that knows a test's input by heart and
+    computes nothing, threads (within `memory`), use of a processor for `timeout`, and holes in the kernel.
+
+    Scores 0: failed tests, no code, code of more than 65536 characters, and, whatever
+    passed before, tests that together took longer than `timeout` (counted in `timeouts`).
+    Masked and counted in `faults`: tests that cannot be run whatever the code (no Python, no test,
+    a function as an argument), and a sandbox that does not start. See `pool.settle`.
+
+    Args:
+      share: reward the share of tests passed, not only all of them.
+      timeout: seconds for all tests of a completion, from when the interpreter is ready.
+      memory: bytes of address space for the code, and as many for the tests.
+      output: bytes that a program may print, and that a file may have. A program that prints more fails.
+      workers: how many completions are tested at a time.
+      executor: `(code, tests) -> [passed, ...]`, one bool a test, instead of all that: a
+        sandbox of the caller's own, which keeps its own limits. `TimeoutError` from it is
+        the completion's fault, another exception its own.
+      accept_unsandboxed_execution: run what a model writes with the rights of this process
+        where there is no bubblewrap: it can read and delete your files, use the network, and
+        forge the verdict. The limits still hold.
+
+    Raises:
+      ValueError: where there is no sandbox and none of the two arguments before; for a
+        setting out of range; from the reward, if the data set has no column `tests`.
+    """
+    if timeout <= 0 or memory < 2**26 or output < 1 or workers < 1:
+        raise ValueError(
+            f"timeout is above 0 s, memory at least 64 MiB (2**26), output and workers at least 1, "
+            f"got {timeout}, {memory}, {output} and {workers}"
+        )
+    run = _by(executor) if executor else _Runner(_prefix(accept_unsandboxed_execution), timeout, memory, output).judge
+    counts = {"timeouts": 0, "faults": 0}
+
+    def reward(
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        if "tests" not in columns:
+            raise ValueError("the python_tests reward needs a column tests with unit tests for the code")
+        codes = [code_of(text_of(completion)) for completion in completions]
+        with ThreadPoolExecutor(workers) as threads:
+            outcomes = list(threads.map(run, codes, columns["tests"]))
+        if not share:
+            outcomes = [o if o.value is None else o._replace(value=float(o.value == 1)) for o in outcomes]
+        return settle(outcomes, "python_tests", counts, log_metric=log_metric)
+
+    reward.__name__ = reward.__qualname__ = "python_tests"
+    reward.counts = counts  # type: ignore[attr-defined]
+    return reward
+
+
+def code_of(completion: str) -> str:
+    """The code of a completion, by the rule of `python_tests`; a block that is not closed is none."""
+    marked, plain, opened = "", "", False
+    mark: str | None = None  # of the block that the line is in
+    block: list[str] = []
+    for line in completion.split("\n"):
+        fence = line.strip()
+        if mark is None and fence.startswith("```"):
+            mark, block, opened = fence[3:].strip().lower(), [], True
+        elif mark is not None and fence == "```":
+            marked = "\n".join(block) if mark in ("python", "py") else marked
+            plain = "\n".join(block) if mark == "" else plain
+            mark = None
+        elif mark is not None:
+            block.append(line)
+    return (marked or plain) if opened else completion
+
+
+def _prefix(unsandboxed: bool) -> list[str]:
+    try:
+        # A virtual environment is not shown: the interpreter behind it has the standard library.
+        return bubblewrap(read=[os.path.realpath(sys.base_prefix), sys.base_prefix, str(HARNESS)])
+    except ValueError as error:
+        if unsandboxed:
+            return []
+        raise ValueError(
+            f"python_tests runs code that a model wrote. {error}. Or give executor=, a sandbox of your own. "
+            "accept_unsandboxed_execution=True runs the code with all your rights"
+        ) from error
+
+
+def _by(executor: Callable[[str, Any], Sequence[bool]]) -> Callable[[str, Any], Outcome]:
+    def run(code: str, tests: Any) -> Outcome:
+        try:
+            passed = list(executor(code, tests))
+        except TimeoutError:
+            return Outcome(None, "timeout")
+        except Exception as error:
+            return Outcome(None, "error", f"the executor raised {type(error).__name__}: {error}")
+        return Outcome(sum(map(bool, passed)) / len(passed)) if passed else Outcome(None, "error", "no test was run")
+
+    return run
+
+
+class _Runner(NamedTuple):
+    """Runs code and tests in processes, with these limits."""
+
+    prefix: list[str]
+    timeout: float
+    memory: int
+    output: int
+
+    def judge(self, code: str, tests: Any) -> Outcome:
+        """The share of tests that the code passes."""
+        if not code.strip() or len(code) > CODE_LIMIT:
+            return Outcome(0.0)
+        tests = [tests] if isinstance(tests, str) else tests
+        try:
+            if all(isinstance(test, str) for test in tests) and tests:
+                return self.run_asserts(code, "\n".join(tests))
+            pairs = [(str(given), str(wanted)) for given, wanted in tests]
+        except (TypeError, ValueError):
+            pairs = []
+        if not pairs:
+            kind = "tests are Python as a string or a list of strings, or a list of pairs (stdin, stdout)"
+            return Outcome(None, "error", f"{kind}, got {tests!r:.200}")
+        return self.run_pairs(code, pairs)
+
+    def run_pairs(self, code: str, pairs: Sequence[tuple[str, str]]) -> Outcome:
+        passed, left = 0, self.timeout
+        for given, wanted in pairs:
+            with _file(code) as source, _file(given) as stdin, _file() as errors:
+                with self.process(["program", source.fileno()], stdin=stdin, stderr=errors) as process:
+                    said = _listen(process, left, self.output)
+                if not said.ready:
+                    return _lost(errors)
+            left -= said.seconds
+            if said.end == "late":
+                return Outcome(None, "timeout", "the tests took longer than their limit")
+            passed += said.end == "closed" and _lines(said.text) == _lines(wanted)
+        return Outcome(passed / len(pairs))
+
+    def run_asserts(self, code: str, tests: str) -> Outcome:
+        from_code, to_tests = os.pipe()
+        from_tests, to_code = os.pipe()
+        with _file(code) as source, _file(tests) as checks, _file() as errors, contextlib.ExitStack() as processes:
+            try:
+                subject = self.process(["subject", source.fileno()], stdin=from_tests, stdout=to_tests, stderr=errors)
+                processes.enter_context(subject)
+                checker = self.process(["checker", checks.fileno(), from_code, to_code], stderr=errors)
+                process = processes.enter_context(checker)
+            finally:
+                for end in (from_code, to_tests, from_tests, to_code):  # else neither would see the other's end
+                    os.close(end)
+            said = _listen(process, self.timeout, self.output)
+            for line in said.text.splitlines():
+                if line.startswith("unusable"):
+                    return Outcome(None, "error", f"the tests cannot be run: {line.removeprefix('unusable ')}")
+            if not said.ready:
+                return _lost(errors)
+        if said.end == "late":
+            return Outcome(None, "timeout", "the tests took longer than their limit")
+        return Outcome(said.text.count("passed") / int(said.ready))
+
+    @contextlib.contextmanager
+    def process(self, role: list[Any], **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """The harness in one of its roles, with the files that are numbered there. Killed in the end."""
+        limits = {"memory": self.memory, "output": self.output, "seconds": int(self.timeout) + 2}
+        # Without the packages beside this one (-S): those that start slowly would count as the code's time.
+        python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+        with tempfile.TemporaryDirectory() as folder:
+            process = subprocess.Popen(
+                [*self.prefix, python, "-I", "-S", str(HARNESS), *map(str, role), json.dumps(limits)],
+                **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **streams},
+                pass_fds=[number for number in role if isinstance(number, int)],
+                env=environment() | {"PYTHONHASHSEED": "0"},
+                cwd=folder,
+                start_new_session=True,
+            )
+            try:
+                yield process
+            finally:
+                kill_group(process)
+                if process.stdout:
+                    process.stdout.close()
+
+
+def _file(text: str = "") -> IO[bytes]:
+    """An open file without a name."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the caller
+    file.write(text.encode(errors="replace"))
+    file.seek(0)
+    return file
+
+
+def _lost(errors: IO[bytes]) -> Outcome:
+    errors.seek(0)
+    return Outcome(None, "lost", f"the sandbox did not start: {errors.read(2000).decode(errors='replace').strip()}")
+
+
+class _Said(NamedTuple):
+    """What a process wrote to standard output, from when it was ready."""
+
+    ready: str  # its first line, without the word; empty if it never came
+    text: str
+    end: str  # "closed", "late" or "flood"
+    seconds: float
+
+
+def _listen(process: subprocess.Popen[bytes], timeout: float, limit: int) -> _Said:
+    """Reads what a process writes, whose first line says that it is ready, until it ends or a limit is reached."""
+    assert process.stdout is not None
+    received, first, since = b"", b"", time.monotonic()
+    deadline = since + START_TIMEOUT
+    end = ""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while not end:
+            left = deadline - time.monotonic()
+            if left <= 0 or not selector.select(left):
+                end = "late" if time.monotonic() >= deadline else ""
+                continue
+            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            received += chunk
+            if not first and received.startswith(b"ready") and b"\n" in received:
+                first, _, received = received.partition(b"\n")
+                since = time.monotonic()
+                deadline = since + timeout
+            if not chunk or len(received) > limit:
+                end = "flood" if chunk else "closed"
+    ready = first.decode(errors="replace").partition(" ")[2]
+    return _Said(ready, received.decode(errors="replace"), end, time.monotonic() - since)
+
+
+def _lines(text: str) -> list[str]:
+    """What two programs' outputs are compared by."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
