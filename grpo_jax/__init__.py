@@ -6,25 +6,38 @@ A step, in the order that data flows:
     reward      rollout -> rewards                  rewards/
     score       rollout -> log-probs, entropy       scoring.py
     advantage   rewards -> advantages               advantages.py
-    loss        scores, experience -> terms         losses.py
+    loss        scores, experience -> terms         losses/
     update      gradients -> state                  updates.py
 
 `train_step.py` composes them into one pure function; `types.py` has what they hand
-to each other, `policies.py` what a network must offer.
+to each other, `policies.py` what a network must offer. Around the step: `preparation.py`
+(filters of tokens), `dynamic_sampling.py`, `schedules.py`, `reference.py` (renewal of the
+reference policy), `entropy_control.py`, `curriculum.py`, and `recipes.py` with published
+settings. Around the run: `tasks/`, `evaluation.py`, `metrics.py`, `monitoring.py` and
+`checkpoint.py`.
 """
 
 from grpo_jax import (
     advantages,
     checkpoint,
+    curriculum,
     data,
+    dynamic_sampling,
+    entropy_control,
+    evaluation,
     hf,
     losses,
     metrics,
     models,
+    monitoring,
     policies,
     preemption,
+    preparation,
+    recipes,
+    reference,
     rewards,
     sampling,
+    schedules,
     scoring,
     tasks,
     testing,
@@ -34,6 +47,7 @@ from grpo_jax import (
 )
 from grpo_jax.policies import Policy, from_logits_fn
 from grpo_jax.sampling import sample
+from grpo_jax.schedules import Scheduled
 from grpo_jax.scoring import score
 from grpo_jax.train_step import make_collect, make_learn, make_train_step
 from grpo_jax.types import Experience, Max, Mean, Prompts, Rollout, Scores, TrainState
@@ -46,11 +60,16 @@ __all__ = [
     "Policy",
     "Prompts",
     "Rollout",
+    "Scheduled",
     "Scores",
     "TrainState",
     "advantages",
     "checkpoint",
+    "curriculum",
     "data",
+    "dynamic_sampling",
+    "entropy_control",
+    "evaluation",
     "from_logits_fn",
     "hf",
     "init_state",
@@ -60,11 +79,16 @@ __all__ = [
     "make_train_step",
     "metrics",
     "models",
+    "monitoring",
     "policies",
     "preemption",
+    "preparation",
+    "recipes",
+    "reference",
     "rewards",
     "sample",
     "sampling",
+    "schedules",
     "score",
     "scoring",
     "tasks",

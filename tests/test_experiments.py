@@ -41,6 +41,12 @@ def breaks_later(prompts, completions, **kwargs):
         raise LookupError("the verifier is down")
     return [float(i) for i in range(len(completions))]
 
+def make(scale=2.0):
+    def made(completions, log_metric, **kwargs):
+        log_metric("made/calls", 1.0)
+        return [scale * (i % 3) for i in range(len(completions))]
+    return made
+
 def too_few(prompts, completions, **kwargs):
     return [1.0]
 """
@@ -260,3 +266,57 @@ def test_supervised_learning_lowers_the_loss_on_completions_and_exports(files, t
 def test_supervised_learning_refuses_a_completion_that_does_not_fit(files, tmp_path):
     with pytest.raises(ValueError, match=r"completion 0 has 2 tokens and the limit is 1"):
         sft.run(sft.Config(model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, max_tokens=1))
+
+
+# ------------------------------------------------------------- sampling ahead
+
+
+def overlapping(files, run_dir, **changes):
+    """A learning rate at which one update moves the policy visibly; checkpoints after steps 2, 4 and 6."""
+    return settings(
+        files,
+        run_dir,
+        steps=6,
+        save_every=2,
+        reward=("my_rewards:make()",),
+        learning_rate=0.05,
+        overlap=True,
+        **changes,
+    )
+
+
+@pytest.mark.slow
+def test_sampled_ahead_the_ratio_is_to_the_policy_that_sampled_and_checkpoints_are_on_policy(files, tmp_path):
+    """Steps 1, 3 and 5 learn from a batch of the policy before; steps 0, 2 and 4 follow a checkpoint."""
+    grpo.run(overlapping(files, tmp_path))
+    ratio_max = [line["ratio_max"] for line in metrics.read(tmp_path)]
+    np.testing.assert_allclose(ratio_max[::2], 1.0, rtol=1e-5)
+    assert min(ratio_max[3::2]) > 1.01  # the first update has a learning rate of 0
+    assert [line["made/calls"] for line in metrics.read(tmp_path)] == [1.0] * 6
+    grpo.run(dataclasses.replace(overlapping(files, tmp_path / "plain"), overlap=False))
+    np.testing.assert_allclose([line["ratio_max"] for line in metrics.read(tmp_path / "plain")], 1.0, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_sampled_ahead_goes_on_to_the_same_bits(files, tmp_path, monkeypatch):
+    expected = grpo.run(overlapping(files, tmp_path / "whole"))
+    monkeypatch.setattr(grpo.metrics, "append", _fails_at(5, grpo.metrics.append))
+    with pytest.raises(KeyboardInterrupt):
+        grpo.run(overlapping(files, tmp_path / "killed"))
+    monkeypatch.undo()
+    monkeypatch.chdir(files)
+    resumed = grpo.run(overlapping(files, tmp_path / "killed"))
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert metrics.read(tmp_path / "killed") == metrics.read(tmp_path / "whole")
+
+
+def _fails_at(step, function):
+    """As if the process had been killed when it wrote the metrics of a step."""
+
+    def append(run_dir, n, *arguments):
+        if n == step:
+            raise KeyboardInterrupt
+        return function(run_dir, n, *arguments)
+
+    return append

@@ -89,12 +89,12 @@ def encode(fast: transformers.PreTrainedTokenizerFast, problems: np.ndarray) -> 
 def accuracy(fast: transformers.PreTrainedTokenizerFast) -> rewards.TokenReward:
     """1 where the tagged answer is the sum."""
     _, _, start, end = _tags(fast)
-    return rewards.exact_answer(start, end)
+    return rewards.tokens.exact_answer(start, end)
 
 
 def layout(fast: transformers.PreTrainedTokenizerFast) -> rewards.TokenReward:
     """1 where the four tags stand as they should."""
-    return rewards.tag_format(_tags(fast), [fast.eos_token_id])
+    return rewards.tokens.tag_format(_tags(fast), [fast.eos_token_id])
 
 
 def _tags(fast: transformers.PreTrainedTokenizerFast) -> list[int]:
