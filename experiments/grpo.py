@@ -3,17 +3,25 @@
     python experiments/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k.jsonl \
         --prompt-column question --answer-after "####" --chat --reward my_rewards:correct
 
-`--model` is a folder or a repository of the Hugging Face Hub. `--data` is JSONL: a
+`--model` is a folder or a repository of the Hugging Face Hub. `--data` is JSONL, CSV or Parquet: a
 prompt a line, as text or as chat messages, with any other columns. `--reward` names
 functions as `module:function`, with the signature that TRL uses:
 
     def correct(prompts, completions, answer, **kwargs) -> list[float | None]
+
+and as `module:maker()` what makes one, such as `grpo_jax.rewards:accuracy()`.
 
 The loop below is all there is: `collect` samples (one program), the rewards are
 computed here on the host, where an exception is seen as it is, and `learn` trains
 (another program). The state is saved every few steps and on the way out; the same
 command goes on where the run stopped. The model is exported as a Hugging Face folder
 every `--export-every` steps and whenever the evaluation is the best so far.
+
+With `--overlap` the next batch is sampled while the rewards of this one are computed,
+for verifiers that keep the device waiting. That batch then comes from the policy before
+the update, which the ratio takes into account. No batch is in flight while a checkpoint
+is written, so that a run which was killed goes on to the same bits; one that was asked to
+stop between two checkpoints samples its batch in flight again.
 """
 
 import dataclasses
@@ -33,7 +41,19 @@ import numpy as np
 import optax
 import tyro
 
-from grpo_jax import advantages, checkpoint, data, hf, losses, metrics, preemption, rewards, sampling, types
+from grpo_jax import (
+    advantages,
+    checkpoint,
+    data,
+    hf,
+    losses,
+    metrics,
+    monitoring,
+    preemption,
+    rewards,
+    sampling,
+    types,
+)
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Params
 from grpo_jax.updates import init_state
@@ -90,19 +110,24 @@ class Config:
     tensorboard: bool = False
     wandb: str | None = None  # the project to log to
     stop_after_skipped: int = 5  # updates in a row that were not finite
+    overlap: bool = False  # sample the next batch while this one is rewarded, from the policy before the update
 
 
 def run(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     # Everything that can be wrong with the input is looked at before the model is loaded.
-    functions = [load(name) for name in config.reward]
+    functions = [load(name.removesuffix("()"))() if name.endswith("()") else load(name) for name in config.reward]
     tokenizer = hf.load_tokenizer(config.model)
     eos_ids = hf.eos_ids(config.model, tokenizer)
     train_rows, eval_rows = read_rows(config)
     train_prompts, train_rows = encode(tokenizer, train_rows, config)
     eval_prompts, eval_rows = encode(tokenizer, eval_rows, config) if eval_rows else ([], [])
     names = [rewards.name_of(function) for function in functions]
-    reward = rewards.host(functions, train_rows, tokenizer, prompt_column=config.prompt_column)
+    logged: dict[str, list[float]] = {}  # what reward functions log of a step
+    reward = rewards.host(
+        functions, train_rows, tokenizer, prompt_column=config.prompt_column,
+        log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
+    )  # fmt: skip
     eval_reward = rewards.host(functions, eval_rows, tokenizer, prompt_column=config.prompt_column)
     advantage = advantages.from_rewards(
         load(config.advantage, "grpo_jax.advantages"), weights=config.reward_weights, names=names
@@ -121,7 +146,7 @@ def run(config: Config) -> Params:
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
-                score_old=config.passes * config.minibatches > 1,
+                score_old=config.overlap or config.passes * config.minibatches > 1,
                 **sampling_settings,
             )
         )
@@ -131,6 +156,7 @@ def run(config: Config) -> Params:
                 optimizer,
                 loss=make_loss(config),
                 advantage=advantage,
+                prepare=(monitoring.repetition(), monitoring.unjudged(names)),
                 temperature=config.temperature,
                 passes=config.passes,
                 minibatches=config.minibatches,
@@ -142,6 +168,11 @@ def run(config: Config) -> Params:
 
         def batch(prompts: list[list[int]], rows: np.ndarray) -> types.Prompts:
             return data.make_prompts([prompts[row] for row in rows], rows, multiple=config.bucket)
+
+        def collect_batch(state: types.TrainState, n: int) -> types.Experience:
+            """The batch of step `n`, with the policy of `state`; under way when this returns."""
+            rows = data.batch_rows(config.seed, n, len(train_prompts), config.prompts_per_step)
+            return collect(state._replace(step=jnp.int32(n)), batch(train_prompts, rows))
 
         def evaluate(params: Params) -> dict[str, float]:
             """Mean rewards of the likeliest completions of the evaluation split."""
@@ -190,12 +221,15 @@ def run(config: Config) -> Params:
                 print("before training:", {name: round(value, 4) for name, value in evaluate(state.params).items()})
 
             keys = ("reward", *(f"reward/{name}" for name in names), "eval/reward", "kl", "entropy", "length")
-            skipped_in_a_row = 0
+            skipped_in_a_row, ahead = 0, None
             with metrics.progress(config.steps, start=first, keys=keys) as show:
                 for n in range(first, config.steps):
                     started = time.monotonic()
-                    rows = data.batch_rows(config.seed, n, len(train_prompts), config.prompts_per_step)
-                    experience = collect(state, batch(train_prompts, rows))
+                    last = n + 1 == config.steps
+                    saving = last or (n + 1) % config.save_every == 0
+                    experience = collect_batch(state, n) if ahead is None else ahead
+                    ahead = collect_batch(state, n + 1) if config.overlap and not saving else None
+                    jax.block_until_ready(experience)
                     sampled = time.monotonic()
                     try:
                         given, mask = reward(experience.rollout)
@@ -205,10 +239,14 @@ def run(config: Config) -> Params:
                     rewarded = time.monotonic()
                     state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
                     measured = jax.device_get(types.summary(measured))
+                    measured = {name: float(np.mean(values)) for name, values in logged.items()} | measured
+                    logged.clear()
                     learned = time.monotonic()
 
-                    last = n + 1 == config.steps
                     exported = {"tokenizer": tokenizer, "eos_ids": eos_ids}
+                    if last or (config.export_every and (n + 1) % config.export_every == 0):
+                        folder = config.run_dir / f"step_{n + 1}"
+                        hf.save_pretrained(policy, state.params, folder, **exported)
                     if eval_prompts and ((n + 1) % config.evaluate_every == 0 or last):
                         try:
                             measured |= evaluate(state.params)
@@ -219,10 +257,6 @@ def run(config: Config) -> Params:
                         if measured["eval/reward"] > best:
                             best = measured["eval/reward"]
                             hf.save_pretrained(policy, state.params, config.run_dir / "best", **exported)
-                    if last or (config.export_every and (n + 1) % config.export_every == 0):
-                        folder = config.run_dir / f"step_{n + 1}"
-                        hf.save_pretrained(policy, state.params, folder, **exported)
-
                     tokens = int(np.sum(experience.rollout.lengths))
                     timing = {
                         "sample": sampled - started,
@@ -231,6 +265,9 @@ def run(config: Config) -> Params:
                         "tokens_per_second": tokens / (learned - started),
                     }
                     metrics.append(config.run_dir, n, measured, timing)
+                    history.append({"step": n} | metrics.plain(measured))
+                    for warning in monitoring.warnings(history):
+                        print(f"step {n + 1}: {warning}")
                     for write in writers:
                         write(n, measured)
                     show(n, measured, timing["tokens_per_second"])
@@ -242,7 +279,7 @@ def run(config: Config) -> Params:
                             "learning rate, or look at the metrics of the steps before"
                         )
                     stopping = stop_requested()
-                    if last or stopping or (n + 1) % config.save_every == 0:
+                    if saving or stopping:
                         checkpoint.save(checkpoints, state, {"config": settings})
                     if stopping and not last:
                         raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
@@ -276,7 +313,8 @@ def make_loss(config: Config) -> losses.Loss:
     known = inspect.signature(make).parameters
     if "max_tokens" in known:
         given["max_tokens"] = config.max_tokens
-    if unknown := set(given) - set(known):
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if unknown := set(given) - set(known) - ({"penalty"} if takes_any else set()):
         raise ValueError(f"the loss {config.loss} has no setting {', '.join(sorted(unknown))}")
     return make(**given)
 
@@ -285,8 +323,8 @@ def read_rows(config: Config) -> tuple[list[data.Row], list[data.Row]]:
     """The rows to train on and those to evaluate on."""
     answer = config.answer_column or ("answer" if config.answer_after else None)
     columns = [config.prompt_column, *([answer] if answer else [])]
-    rows = data.read_jsonl(config.data, columns)
-    held_out = data.read_jsonl(config.eval_data, columns) if config.eval_data else []
+    rows = data.read_rows(config.data, columns)
+    held_out = data.read_rows(config.eval_data, columns) if config.eval_data else []
     if config.eval_rows and not held_out:
         if config.eval_rows >= len(rows):
             raise ValueError(f"--eval-rows {config.eval_rows} leaves none of the {len(rows)} rows to train on")

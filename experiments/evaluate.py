@@ -1,0 +1,234 @@
+"""Evaluation of any checkpoint on a task or on your own rows: greedy accuracy, pass@k and majority@k, with intervals.
+
+    python experiments/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --task countdown --chat
+    python experiments/evaluate.py --model runs/grpo/step_500 --data gsm8k_test.jsonl --prompt-column question \
+        --answer-after "####" --chat --reward my_rewards:correct --group-size 16 --k 1 4 16 --extract my_rewards:answer
+
+`--model` is a folder or a repository of the Hugging Face Hub. A run exports such folders,
+`best` and `step_N` in its run folder; its Orbax checkpoints, which hold the state of the
+optimiser and are read with the settings of the run alone, are not read here.
+
+`--task` is a module of `grpo_jax.tasks`, or your own as `module:function`, a function
+`seed -> Task`. `--data` is a file of rows (JSONL, CSV, Parquet) or a data set of the Hub,
+with rewards of the signature that TRL uses, as in `grpo.py`. The first reward function, or
+the task's verifier, says what is right: from `--threshold` on.
+
+Into the folder `--output`, over what is there: `greedy.jsonl` and `samples.jsonl`, a prompt a line
+with its completions, each reward and the pass rate; `summary.json`, with the settings.
+`--filtered` writes the rows that the model solves sometimes, to train on.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import rich
+import tyro
+
+from grpo_jax import data, evaluation, hf, metrics, rewards
+from grpo_jax.data import TooLong
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of an evaluation."""
+
+    model: str
+    revision: str | None = None  # of a repository; a commit repeats an evaluation
+    output: pathlib.Path = pathlib.Path("evaluation")
+
+    task: str | None = None  # of grpo_jax.tasks, or your own as module:function
+    task_seed: int = 0  # that of the run, or its training rows may be among those looked at
+    split: str | None = None  # of the task, `test` unless given, or of a data set of the Hub
+    data: str | None = None  # instead of a task
+    subset: str | None = None  # of a data set of the Hub
+    reward: tuple[str, ...] = ()  # as module:function, of this folder or installed; after the task's verifier
+    rows: int | None = None  # the first ones only
+
+    prompt_column: str = "prompt"
+    answer_column: str | None = None  # passed to the rewards as `answer` as well
+    answer_after: str | None = None  # keep of the answer only what follows the last of these, as "####" in GSM8K
+    chat: bool = False  # put prompts that are text through the chat template, as a user's message
+    system: str | None = None  # a system message before each prompt; implies --chat
+    thinking: bool | None = None  # `enable_thinking` of chat templates that know it, such as Qwen3's
+    max_prompt_tokens: int = 2048
+    too_long: TooLong = "refuse"  # what to do with longer prompts; to drop them changes the task
+    bucket: int = 64
+
+    greedy: bool = True  # one likeliest completion a prompt
+    group_size: int = 8  # completions a prompt beside it; 0 for none
+    k: tuple[int, ...] = (1, 8)  # of pass@k and majority@k
+    max_tokens: int = 512  # of a completion
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    extract: str | None = "grpo_jax.rewards.text:answer_of"  # completion -> answer, for the majority
+    threshold: float = 1.0  # of the first reward, from which on a completion is right
+    level: float = 0.95  # of the intervals
+    seed: int = 0
+    batch_size: int = 64  # prompts at a time
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    filtered: pathlib.Path | None = None  # where to write the rows whose pass rate lies between the next two
+    low: float = 0.0
+    high: float = 1.0
+    shown: int = 4  # prompts in the table
+
+
+def run(config: Config) -> dict[str, dict[str, float]]:
+    """Evaluates, and returns the summaries by name: `greedy`, `samples`."""
+    # Everything that can be wrong with the input is looked at before the model is loaded.
+    check(config)
+    rows, functions = read(config)
+    extract = None if config.extract is None else load(config.extract)
+    tokenizer = hf.load_tokenizer(config.model, revision=config.revision)
+    eos_ids = hf.eos_ids(config.model, tokenizer, revision=config.revision)
+    prompts = [encode(tokenizer, row[config.prompt_column], config) for row in rows]
+    kept = data.limit_prompts(prompts, config.max_prompt_tokens, too_long=config.too_long)
+    if len(kept) < len(rows):
+        print(f"dropped {len(rows) - len(kept)} of {len(rows)} prompts, longer than {config.max_prompt_tokens} tokens")
+    prompts, rows = [prompts[i] for i in kept], [rows[i] for i in kept]
+    policy, params = hf.load_pretrained(
+        config.model, compute_dtype=jnp.dtype(config.compute_dtype), revision=config.revision
+    )
+
+    def evaluate(**settings: Any) -> tuple[dict[str, float], list[evaluation.Item]]:
+        return evaluation.evaluate(
+            policy,
+            params,
+            tokenizer,
+            [prepared(row, config) for row in rows],
+            functions,
+            eos_ids=eos_ids,
+            max_tokens=config.max_tokens,
+            threshold=config.threshold,
+            prompts=prompts,
+            prompt_column=config.prompt_column,
+            batch_size=config.batch_size,
+            bucket=config.bucket,
+            level=config.level,
+            seed=config.seed,
+            **settings,
+        )
+
+    found = {}
+    if config.greedy:
+        found["greedy"] = evaluate(greedy=True)
+    if config.group_size:
+        found["samples"] = evaluate(
+            group_size=config.group_size,
+            k=config.k,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            extract=extract,
+        )
+
+    config.output.mkdir(parents=True, exist_ok=True)
+    for name, (summary, items) in found.items():
+        evaluation.write_items(config.output / f"{name}.jsonl", items)
+        rich.print(evaluation.sample_table(items, config.shown))
+        print(f"{name}, {len(items)} prompts:\n{report(summary)}")
+    summaries = {name: summary for name, (summary, _) in found.items()}
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    content = {"config": settings} | {name: metrics.plain(summary) for name, summary in summaries.items()}
+    (config.output / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"items and summary: {config.output}")
+    if config.filtered is not None:
+        rates = evaluation.pass_rates(found["samples"][1])
+        between = evaluation.between(rows, rates, low=config.low, high=config.high)
+        config.filtered.write_text("".join(json.dumps(row) + "\n" for row in between), encoding="utf-8")
+        print(f"{len(between)} of {len(rows)} rows have a pass rate between {config.low} and {config.high}: "
+              f"{config.filtered}")  # fmt: skip
+    return summaries
+
+
+def check(config: Config) -> None:
+    """Refuses settings that do not go together."""
+    if (config.task is None) == (config.data is None):
+        raise ValueError("what to evaluate on is either --task or --data")
+    if config.task is None and not config.reward:
+        raise ValueError("--data needs a --reward, as module:function, which says what is right")
+    if not config.greedy and not config.group_size:
+        raise ValueError("nothing to do: neither --greedy nor --group-size")
+    if config.group_size and (wrong := [k for k in config.k if not 1 <= k <= config.group_size]):
+        raise ValueError(f"--k is from 1 to --group-size {config.group_size}, got {wrong[0]}")
+    if config.filtered is not None and config.group_size < 2:
+        raise ValueError("--filtered goes by the pass rate of several completions: --group-size is at least 2")
+    folder = pathlib.Path(config.model)
+    exports = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if exports and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is the folder of a run; evaluate one of its exports: {', '.join(exports)}")
+
+
+def read(config: Config) -> tuple[list[data.Row], list[Callable[..., Any]]]:
+    """The rows to evaluate on, and the reward functions, of which the first says what is right."""
+    functions = [load(name) for name in config.reward]
+    if config.task is not None:
+        name = config.task if ":" in config.task else f"grpo_jax.tasks.{config.task}:task"
+        task = load(name)(config.task_seed)
+        split = config.split or "test"
+        if split not in task.splits._fields:
+            raise ValueError(f"{config.task} has the splits {', '.join(task.splits._fields)}, not {split!r}")
+        rows, functions = getattr(task.splits, split), [task.verifier, *functions]
+    else:
+        answer = config.answer_column or ("answer" if config.answer_after else None)
+        columns = [config.prompt_column, *([answer] if answer else [])]
+        rows = data.read_rows(config.data, columns, split=config.split, subset=config.subset)
+    if config.task is not None and config.prompt_column != "prompt":
+        raise ValueError(f"the prompt's column of a task is `prompt`, got --prompt-column {config.prompt_column}")
+    names = [rewards.name_of(function) for function in functions]
+    if len(set(names)) < len(names):
+        raise ValueError(f"reward functions have one name each, got {', '.join(names)}")
+    return rows[: config.rows], functions
+
+
+def prepared(row: data.Row, config: Config) -> data.Row:
+    """The row as the reward functions see it."""
+    if config.answer_column is None and config.answer_after is None:
+        return row
+    answer = row[config.answer_column or "answer"]
+    return row | {"answer": answer.rpartition(config.answer_after)[2].strip() if config.answer_after else answer}
+
+
+def encode(tokenizer: Any, prompt: data.Text, config: Config) -> list[int]:
+    """The prompt as tokens."""
+    template = {} if config.thinking is None else {"enable_thinking": config.thinking}
+    if config.system is not None or config.chat:
+        messages = data.chat(prompt) if isinstance(prompt, str) else list(prompt)
+        system = [] if config.system is None else [{"role": "system", "content": config.system}]
+        prompt = [*system, *messages]
+    return data.encode_prompt(tokenizer, prompt, **template)
+
+
+def report(summary: dict[str, float]) -> str:
+    """A line a number, with its interval where it has one."""
+    lines = []
+    for name, value in summary.items():
+        if f"{name}_low" in summary:
+            lines.append(f"  {name} {value:.4f} [{summary[f'{name}_low']:.4f}, {summary[f'{name}_high']:.4f}]")
+        elif not name.endswith(("_low", "_high")):
+            lines.append(f"  {name} {value:.4g}")
+    return "\n".join(lines)
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function called `module:function`."""
+    module, _, function = name.rpartition(":")
+    if not module:
+        raise ValueError(f"a function is named module:function, got {name!r}")
+    if str(pathlib.Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(pathlib.Path.cwd()))
+    found = getattr(importlib.import_module(module), function, None)
+    if not callable(found):
+        raise ValueError(f"{module} has no function {function!r}")
+    return found
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Config, description=__doc__))
