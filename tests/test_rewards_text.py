@@ -1,5 +1,6 @@
 """Verifiers on text: the exact rule of each, and what hostile completions make of it."""
 
+import asyncio
 import inspect
 import itertools
 import math
@@ -440,11 +441,11 @@ def test_partial_credit_up_to_one_half_and_punishment_are_no_right_answer():
     assert scores(reward, [""] * 4, completion_ids=[[]] * 4) == [-1.0, 1.0, -1.0, 1.0]
 
 
-def test_what_a_verifier_gives_that_is_no_number_is_not_hidden():
-    reward = text.cosine_length(lambda **columns: [math.nan, math.inf], max_length=1)
-    values = scores(reward, [""] * 2, completion_ids=[[]] * 2)
-    assert math.isnan(values[0])
-    assert values[1] == math.inf
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_a_verifier_gives_that_is_no_number_is_refused(value):
+    reward = text.cosine_length(lambda **columns: [0.0, value], max_length=1)
+    with pytest.raises(ValueError, match=f"returned {value} for completion 1"):
+        scores(reward, [""] * 2, completion_ids=[[]] * 2)
 
 
 def test_a_verifier_that_returns_too_few_values_is_named():
@@ -455,17 +456,18 @@ def test_a_verifier_that_returns_too_few_values_is_named():
         scores(text.cosine_length(short, max_length=1), ["", ""], completion_ids=[[], []])
 
 
-def test_an_async_verifier_is_refused():
-    async def remote(**columns):
-        return []
+def test_an_async_verifier_is_waited_for():
+    async def remote(completions):
+        await asyncio.sleep(0)
+        return [1.0, 0.0, None]
 
     class Remote:
-        async def __call__(self, **columns):
-            return []
+        async def __call__(self, completions):
+            return await remote(completions)
 
     for function in (remote, Remote()):
-        with pytest.raises(TypeError, match=r"takes a plain reward function, and \w+ is async"):
-            text.cosine_length(function, max_length=1)
+        reward = text.cosine_length(function, max_length=1)
+        assert scores(reward, [""] * 3, completion_ids=[[]] * 3) == [1.0, -1.0, None]
 
 
 @pytest.mark.parametrize("max_length", [0, -5])

@@ -82,7 +82,7 @@ def host(
             "log_metric": log_metric or _ignore,
             "log_extra": _ignore,
         }
-        judged = _call(functions, arguments, B * G)
+        judged = call(functions, arguments, B * G)
         rewards = np.array(judged, np.float32).reshape(len(functions), B, G).transpose(1, 2, 0)
         return np.nan_to_num(rewards), ~np.isnan(rewards)
 
@@ -124,7 +124,7 @@ def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | N
         prompts: Sequence[Any], completions: Sequence[Any], log_metric: LogMetric = _ignore, **columns: Any
     ) -> list[float | None]:
         arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
-        values = np.array(_call(functions, arguments, len(completions)), np.float64).reshape(len(functions), -1)
+        values = np.array(call(functions, arguments, len(completions)), np.float64).reshape(len(functions), -1)
         given: Any = ~np.isnan(values)
         for function, row, kept in zip(functions, values, given, strict=True):
             if kept.any():
@@ -161,7 +161,7 @@ def tolerant(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
         nonlocal failures
         arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
         try:
-            (values,) = _call([function], arguments, len(completions))
+            (values,) = call([function], arguments, len(completions))
         except Exception as error:
             failures += 1
             if failures >= batches:
@@ -183,8 +183,15 @@ def tolerant(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
     return reward
 
 
-def _call(functions: Sequence[RewardFunction], arguments: Mapping[str, Any], count: int) -> list[list[float]]:
-    """The values of each function; NaN where it returned None."""
+def call(functions: Sequence[RewardFunction], arguments: Mapping[str, Any], count: int) -> list[list[float]]:
+    """The values that each reward function gives to `count` completions; NaN where it returned None.
+
+    Each is given those of the arguments that it takes. Those that are `async` are waited for together.
+
+    Raises:
+      ValueError: for a wrong number of values or one that is not a finite number or None. An exception of a function
+        passes through, with a note that names it.
+    """
     results: list[Any] = []
     try:
         for function in functions:

@@ -17,7 +17,6 @@ length with the weights `R1_WEIGHTS`.
 """
 
 import collections
-import inspect
 import itertools
 import math
 import re
@@ -28,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from grpo_jax.rewards.host import RewardFunction, name_of
+from grpo_jax.rewards.host import RewardFunction, call
 
 R1_WEIGHTS = (1.0, 0.1, 0.01)  # of accuracy, format and reasoning length, in this order
 TAGS = ("think", "answer")
@@ -245,9 +244,9 @@ def _share_of_pairs(text: str, marks: Sequence[tuple[str, str]]) -> float:
 
 
 def strict_format(*, tags: Sequence[str] = TAGS) -> RewardFunction:
-    r"""1.0 where the whole completion is `^<think>...</think>\s*<answer>...</answer>$` with each tag exactly once, else 0.0.
+    r"""1.0 where the whole completion is `^<think>...</think>\s*<answer>...</answer>$`, else 0.0.
 
-    The rule of DeepSeek-R1's template (arXiv:2501.12948, table 1). Nothing stands before
+    The rule of DeepSeek-R1's template (arXiv:2501.12948, table 1), each tag exactly once. Nothing stands before
     the first tag, only white space between the pairs, and after the last tag nothing but
     one newline, which `$` allows. What is between the tags may be empty. Compared tag by
     tag, not by a regular expression, whose backtracking a hostile completion could use.
@@ -259,7 +258,7 @@ def strict_format(*, tags: Sequence[str] = TAGS) -> RewardFunction:
 
     Raises:
       ValueError: for tags that are not different names.
-    """  # noqa: E501
+    """
     marks = _marks(tags)
     return _per_text("strict_format", lambda text: float(_sections(text, marks) is not None))
 
@@ -380,9 +379,8 @@ def cosine_length(
     included.
 
     Args:
-      correct: a reward function, not `async`. A completion is right where it gives more
-        than the threshold. What it could not judge (None) stays None, and a NaN or an
-        infinity is passed on as it is.
+      correct: a reward function, plain or async. A completion is right where it gives more
+        than the threshold; what it could not judge (None) stays None.
       max_length: tokens from which on a reward stays at its `long` end.
       min_wrong: of a wrong completion without length.
       max_wrong: of a wrong completion of `max_length`.
@@ -391,19 +389,15 @@ def cosine_length(
       threshold: in the units of `correct`.
 
     Raises:
-      ValueError: unless `max_length > 0`; from the reward, for a wrong number of values
-        from `correct`.
-      TypeError: if `correct` is `async`.
+      ValueError: unless `max_length > 0`; from the reward, for values of `correct` that
+        `host` would refuse.
     """
     if not max_length > 0:
         raise ValueError(f"max_length is a number of tokens above 0, got {max_length}")
-    if inspect.iscoroutinefunction(correct) or inspect.iscoroutinefunction(getattr(correct, "__call__", None)):  # noqa: B004
-        raise TypeError(f"cosine_length takes a plain reward function, and {name_of(correct)} is async")
-    takes = inspect.signature(correct).parameters
 
-    def scale(value: float | None, length: int) -> float | None:
-        if value is None or not math.isfinite(value):
-            return value
+    def scale(value: float, length: int) -> float | None:
+        if math.isnan(value):
+            return None
         short, long = (max_correct, min_correct) if value > threshold else (min_wrong, max_wrong)
         return long + 0.5 * (short - long) * (1.0 + math.cos(math.pi * min(length / max_length, 1.0)))
 
@@ -411,12 +405,7 @@ def cosine_length(
         prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float | None]:
         arguments = columns | {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
-            arguments = {name: value for name, value in arguments.items() if name in takes}
-        values = correct(**arguments)
-        if len(values) != len(completions):
-            got = f"{len(values)} values for {len(completions)} completions"
-            raise ValueError(f"the reward function {name_of(correct)} returned {got}")
+        (values,) = call([correct], arguments, len(completions))
         return [scale(value, len(ids)) for value, ids in zip(values, completion_ids, strict=True)]
 
     return _named("cosine_length", reward)
