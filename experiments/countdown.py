@@ -93,7 +93,11 @@ def run(config: Config) -> dict[str, float]:
     task = with_prompts(task, data.chat if config.style == "chat" else dialogue)
     prompts = [data.encode_prompt(tokenizer, row["prompt"]) for row in task.splits.train]
     functions = [task.verifier, rewards.strict_format()]
-    reward = rewards.host(functions, task.splits.train, tokenizer)
+    logged: dict[str, list[float]] = {}  # what reward functions log of a step
+    reward = rewards.host(
+        functions, task.splits.train, tokenizer,
+        log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
+    )  # fmt: skip
     names = [rewards.name_of(function) for function in functions]
     sampling = {"max_tokens": config.max_tokens, "eos_ids": eos_ids}
 
@@ -145,6 +149,8 @@ def run(config: Config) -> dict[str, float]:
                     given, mask = reward(experience.rollout)
                     state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
                     measured = jax.device_get(types.summary(measured))
+                    measured = {name: float(np.mean(values)) for name, values in logged.items()} | measured
+                    logged.clear()
                     seconds = time.monotonic() - started
                     last, stopping = n + 1 == config.steps, stop_requested()
                     if last or (n + 1) % config.evaluate_every == 0:

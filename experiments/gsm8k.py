@@ -113,7 +113,11 @@ def run(config: Config) -> dict[str, float]:
     task = with_prompts(gsm8k.task(config.seed, validation=config.validation_rows, **rows), data.chat)
     prompts = [data.encode_prompt(tokenizer, row["prompt"]) for row in task.splits.train]
     functions = [task.verifier, rewards.strict_format()]
-    reward = rewards.host(functions, task.splits.train, tokenizer)
+    logged: dict[str, list[float]] = {}  # what reward functions log of a step
+    reward = rewards.host(
+        functions, task.splits.train, tokenizer,
+        log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
+    )  # fmt: skip
 
     with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
         policy, params = hf.load_pretrained(config.model, compute_dtype=jnp.dtype(config.compute_dtype))
@@ -157,6 +161,8 @@ def run(config: Config) -> dict[str, float]:
                     state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
                     state = after(state, measured)
                     measured = jax.device_get(types.summary(measured))
+                    measured = {name: float(np.mean(values)) for name, values in logged.items()} | measured
+                    logged.clear()
                     seconds = time.monotonic() - started
                     last, stopping = n + 1 == config.steps, stop_requested()
                     if last or (n + 1) % config.evaluate_every == 0:

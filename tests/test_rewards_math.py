@@ -159,12 +159,14 @@ def test_no_hostile_completion_scores_or_hinders_the_others(tmp_path):
     reward = accuracy(workers=2, timeout=1.0)
     began = time.monotonic()
     completions = [text for attack in HOSTILE.values() for text in (attack, boxed("4"))]
-    rewards = reward(["?"] * len(completions), completions, solution=["4"] * len(completions))
+    metrics = {}
+    columns = {"solution": ["4"] * len(completions), "log_metric": metrics.__setitem__}
+    rewards = reward(["?"] * len(completions), completions, **columns)
     assert time.monotonic() - began < 5 + 1.2 * len(HOSTILE)
     assert dict(zip(HOSTILE, rewards[::2], strict=True)) == dict.fromkeys(HOSTILE, 0.0)
     assert rewards[1::2] == [1.0] * len(HOSTILE)
-    assert 0 < reward.counts["timeouts"] < len(HOSTILE)
-    assert reward.counts["faults"] == 0
+    assert 0 < metrics["accuracy/timeouts"] < len(HOSTILE)
+    assert metrics["accuracy/faults"] == 0
 
 
 @pytest.mark.parametrize(

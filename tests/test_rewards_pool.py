@@ -354,9 +354,6 @@ def test_rewards_of_what_the_completion_and_what_the_verifier_caused(pool, verif
         rewards = reward(["?"] * 8, completions, answer=["4"] * 8, log_metric=metrics.__setitem__)
     assert rewards == [1.0, 0.0, -1.0, -1.0, None, None, None, 1.0]
     assert metrics == {"score/timeouts": 2, "score/faults": 2}
-    assert reward.counts == {"timeouts": 2, "faults": 2}
-    reward(["?"], ["hang"], answer=["4"])
-    assert reward.counts == {"timeouts": 3, "faults": 2}
 
 
 def test_chat_messages_settings_and_columns_it_does_not_name(pool, verifiers):
@@ -378,10 +375,7 @@ def test_a_pool_of_its_own(verifiers):
 
 
 def test_settle_of_outcomes_without_faults_is_silent():
-    counts = {"timeouts": 0, "faults": 0}
-    assert settle([Outcome(0.5), Outcome(None), Outcome(None, "exhausted")], "r", counts, wrong=-2.0) == [
-        0.5,
-        None,
-        -2.0,
-    ]
-    assert counts == {"timeouts": 1, "faults": 0}
+    outcomes = [Outcome(0.5), Outcome(None), Outcome(None, "exhausted")]
+    metrics = {}
+    assert settle(outcomes, "r", wrong=-2.0, log_metric=metrics.__setitem__) == [0.5, None, -2.0]
+    assert metrics == {"r/timeouts": 1, "r/faults": 0}

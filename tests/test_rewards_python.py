@@ -234,7 +234,6 @@ def test_tests_that_cannot_be_run_mask(case, code):
         rewards = reward(["?"], [code], tests=[UNUSABLE[case]], log_metric=metrics.__setitem__)
     assert rewards == [None]
     assert metrics == {"python_tests/timeouts": 0, "python_tests/faults": 1}
-    assert reward.counts == {"timeouts": 0, "faults": 1}
 
 
 @pytest.mark.parametrize("tests", ["assert f() == 1", [["", "1"]]], ids=["asserts", "program"])
@@ -245,9 +244,10 @@ def test_what_takes_too_long_is_wrong_whatever_passed_before(tests):
     )
     tests = f"{tests}\nassert g()" if isinstance(tests, str) else tests
     began = time.monotonic()
-    assert reward(["?"], [code], tests=[tests]) == [0.0]
+    metrics = {}
+    assert reward(["?"], [code], tests=[tests], log_metric=metrics.__setitem__) == [0.0]
     assert time.monotonic() - began < 5
-    assert reward.counts == {"timeouts": 1, "faults": 0}
+    assert metrics == {"python_tests/timeouts": 1, "python_tests/faults": 0}
 
 
 def test_the_limit_is_for_all_tests_of_a_completion():
@@ -317,7 +317,6 @@ def test_a_sandbox_that_breaks_later_masks(monkeypatch, tmp_path, tests):
     flag.touch()
     with pytest.warns(RuntimeWarning, match=r"the sandbox did not start: (?s:.*)bwrap: no more"):
         assert reward(["?"], [ADD], tests=[tests]) == [None]
-    assert reward.counts == {"timeouts": 0, "faults": 1}
 
 
 def test_a_callers_own_executor(monkeypatch, tmp_path):
@@ -332,13 +331,14 @@ def test_a_callers_own_executor(monkeypatch, tmp_path):
             raise ConnectionError("no sandbox to be had")
         return [True, code == "right"]
 
-    columns = {"tests": ["t1", "t2", "t3", "t4"]}
+    metrics = {}
+    columns = {"tests": ["t1", "t2", "t3", "t4"], "log_metric": metrics.__setitem__}
     for share, half in ((False, 0.0), (True, 0.5)):
         reward = python_tests(executor=executor, workers=1, share=share)
         with pytest.warns(RuntimeWarning, match="ConnectionError: no sandbox to be had"):
             rewards = reward(["?"] * 4, ["```python\nright\n```", "wrong", "slow", "unreachable"], **columns)
         assert rewards == [1.0, half, 0.0, None]
-        assert reward.counts == {"timeouts": 1, "faults": 1}
+        assert metrics == {"python_tests/timeouts": 1, "python_tests/faults": 1}
     assert seen[:2] == [("right", "t1"), ("wrong", "t2")]
 
 

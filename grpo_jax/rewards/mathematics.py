@@ -71,5 +71,4 @@ def accuracy(
         return judge(prompts, completions, gold=columns[found], log_metric=columns.get("log_metric"))
 
     reward.__name__ = reward.__qualname__ = "accuracy"
-    reward.counts = judge.counts  # type: ignore[attr-defined]
     return reward

@@ -202,7 +202,7 @@ def isolated(
                  score    otherwise; None masks, as ever
 
     `score` says itself what else is wrong, for instance an answer that it cannot parse.
-    Both kinds are counted and reported as by `settle`.
+    Both kinds are reported as by `settle`.
 
     Args:
       score: of a module's top level; see `WorkerPool.map`. It is given the completion's text,
@@ -214,9 +214,6 @@ def isolated(
       wrong: the reward of a wrong answer.
       settings: arguments of `score` that are the same for every completion.
       name: what metrics call the reward, by default the name of `score`.
-
-    Returns:
-      The reward function. `counts` on it is a dictionary of the `timeouts` and `faults` so far.
     """
     pool = WorkerPool(workers=workers, timeout=timeout, memory=memory) if pool is None else pool
     label = name or score.__name__
@@ -224,7 +221,6 @@ def isolated(
     parameters = inspect.signature(score).parameters.values()
     everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = {parameter.name for parameter in parameters}
-    counts = {"timeouts": 0, "faults": 0}
 
     def reward(
         prompts: Sequence[Any],
@@ -237,31 +233,26 @@ def isolated(
         given = {"prompt": list(prompts), **lists, "completion": [text_of(completion) for completion in completions]}
         wanted = {k: v for k, v in given.items() if (everything or k in named) and k not in fixed}
         items = [fixed | {k: v[i] for k, v in wanted.items()} for i in range(len(completions))]
-        return settle(pool.map(score, items), label, counts, wrong=wrong, log_metric=log_metric)
+        return settle(pool.map(score, items), label, wrong=wrong, log_metric=log_metric)
 
     reward.__name__ = reward.__qualname__ = label
-    reward.counts = counts  # type: ignore[attr-defined]
     return reward
 
 
 def settle(
     outcomes: Sequence[Outcome],
     name: str,
-    counts: dict[str, int],
     *,
     wrong: float = 0.0,
     log_metric: Callable[[str, float], None] | None = None,
 ) -> list[float | None]:
     """Rewards of outcomes: `wrong` for `timeout` and `exhausted`, None for `error` and `lost`.
 
-    The first two are added to `counts["timeouts"]`, the others to `counts["faults"]`, and
-    logged as `<name>/timeouts` and `<name>/faults` of this call where there is a
+    Their numbers are logged as `<name>/timeouts` and `<name>/faults` where there is a
     `log_metric(name, value)`. Faults are also a `RuntimeWarning`, which shows the first.
     """
     slow = sum(outcome.fault in ("timeout", "exhausted") for outcome in outcomes)
     faults = [i for i, outcome in enumerate(outcomes) if outcome.fault in ("error", "lost")]
-    counts["timeouts"] += slow
-    counts["faults"] += len(faults)
     if log_metric is not None:
         log_metric(f"{name}/timeouts", slow)
         log_metric(f"{name}/faults", len(faults))

@@ -87,7 +87,6 @@ def python_tests(
             f"got {timeout}, {memory}, {output} and {workers}"
         )
     run = _by(executor) if executor else _Runner(_prefix(accept_unsandboxed_execution), timeout, memory, output).judge
-    counts = {"timeouts": 0, "faults": 0}
 
     def reward(
         prompts: Sequence[Any],
@@ -102,10 +101,9 @@ def python_tests(
             outcomes = list(threads.map(run, codes, columns["tests"]))
         if not share:
             outcomes = [o if o.value is None else o._replace(value=float(o.value == 1)) for o in outcomes]
-        return settle(outcomes, "python_tests", counts, log_metric=log_metric)
+        return settle(outcomes, "python_tests", log_metric=log_metric)
 
     reward.__name__ = reward.__qualname__ = "python_tests"
-    reward.counts = counts  # type: ignore[attr-defined]
     return reward
 
 

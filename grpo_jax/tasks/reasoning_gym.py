@@ -195,7 +195,6 @@ def verifier(*, partial: bool = False, pool: WorkerPool | None = None) -> Reward
         scores = [0.0 if not answer else value for answer, value in pairs]
         return scores if partial else [None if value is None else float(value >= 1) for value in scores]
 
-    correct.counts = judge.counts  # type: ignore[attr-defined]
     return correct
 
 
