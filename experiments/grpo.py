@@ -12,27 +12,31 @@ functions as `module:function`, with the signature that TRL uses:
 and as `module:maker()` what makes one, such as `grpo_jax.rewards:accuracy()`.
 
 The loop below is all there is: `collect` samples (one program), the rewards are
-computed here on the host, where an exception is seen as it is, and `learn` trains
-(another program). The state is saved every few steps and on the way out; the same
+computed here on the host, and `learn` trains (another program). A batch that a reward
+function raises on is masked, with a warning and the metric `<name>/failed`; the run ends at the
+`--stop-after-failed`th in a row. The state is saved every few steps and on the way out; the same
 command goes on where the run stopped. The model is exported as a Hugging Face folder
 every `--export-every` steps and whenever the evaluation is the best so far.
 
 With `--overlap` the next batch is sampled while the rewards of this one are computed,
 for verifiers that keep the device waiting. That batch then comes from the policy before
-the update, which the ratio takes into account. No batch is in flight while a checkpoint
-is written, so that a run which was killed goes on to the same bits; one that was asked to
-stop between two checkpoints samples its batch in flight again.
+the update, which the ratio takes into account. No batch is in flight at the checkpoints
+of `--save-every`; one that is when the run ends between two of them is written beside the
+state, to `in_flight_N.npz` for step N. So a run goes on to the same bits, killed or stopped.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
 import json
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -45,13 +49,13 @@ from grpo_jax import (
     advantages,
     checkpoint,
     data,
+    evaluation,
     hf,
     losses,
     metrics,
     monitoring,
     preemption,
     rewards,
-    sampling,
     types,
 )
 from grpo_jax.train_step import make_collect, make_learn
@@ -110,6 +114,7 @@ class Config:
     tensorboard: bool = False
     wandb: str | None = None  # the project to log to
     stop_after_skipped: int = 5  # updates in a row that were not finite
+    stop_after_failed: int = 3  # batches in a row that a reward function raised on; 1 stops at once
     overlap: bool = False  # sample the next batch while this one is rewarded, from the policy before the update
 
 
@@ -117,22 +122,23 @@ def run(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     # Everything that can be wrong with the input is looked at before the model is loaded.
     functions = [load(name.removesuffix("()"))() if name.endswith("()") else load(name) for name in config.reward]
+    functions = [rewards.tolerant(function, batches=config.stop_after_failed) for function in functions]
+    names = [rewards.name_of(function) for function in functions]
+    check(config, names)
+    loss = make_loss(config)
     tokenizer = hf.load_tokenizer(config.model)
     eos_ids = hf.eos_ids(config.model, tokenizer)
     train_rows, eval_rows = read_rows(config)
     train_prompts, train_rows = encode(tokenizer, train_rows, config)
     eval_prompts, eval_rows = encode(tokenizer, eval_rows, config) if eval_rows else ([], [])
-    names = [rewards.name_of(function) for function in functions]
     logged: dict[str, list[float]] = {}  # what reward functions log of a step
     reward = rewards.host(
         functions, train_rows, tokenizer, prompt_column=config.prompt_column,
         log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
     )  # fmt: skip
-    eval_reward = rewards.host(functions, eval_rows, tokenizer, prompt_column=config.prompt_column)
     advantage = advantages.from_rewards(
         load(config.advantage, "grpo_jax.advantages"), weights=config.reward_weights, names=names
     )
-    weights = np.ones(len(functions)) if config.reward_weights is None else np.asarray(config.reward_weights)
 
     with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
         policy, params = hf.load_pretrained(config.model, compute_dtype=jnp.dtype(config.compute_dtype))
@@ -154,7 +160,7 @@ def run(config: Config) -> Params:
             make_learn(
                 policy,
                 optimizer,
-                loss=make_loss(config),
+                loss=loss,
                 advantage=advantage,
                 prepare=(monitoring.repetition(), monitoring.unjudged(names)),
                 temperature=config.temperature,
@@ -166,30 +172,22 @@ def run(config: Config) -> Params:
             donate_argnums=0,
         )
 
-        def batch(prompts: list[list[int]], rows: np.ndarray) -> types.Prompts:
-            return data.make_prompts([prompts[row] for row in rows], rows, multiple=config.bucket)
-
         def collect_batch(state: types.TrainState, n: int) -> types.Experience:
             """The batch of step `n`, with the policy of `state`; under way when this returns."""
             rows = data.batch_rows(config.seed, n, len(train_prompts), config.prompts_per_step)
-            return collect(state._replace(step=jnp.int32(n)), batch(train_prompts, rows))
+            prompts = data.make_prompts([train_prompts[row] for row in rows], rows, multiple=config.bucket)
+            return collect(state._replace(step=jnp.int32(n)), prompts)
 
         def evaluate(params: Params) -> dict[str, float]:
             """Mean rewards of the likeliest completions of the evaluation split."""
-            found = []
-            for start in range(0, len(eval_prompts), config.eval_batch):
-                rows = np.arange(start, min(start + config.eval_batch, len(eval_prompts)))
-                filled = np.resize(rows, config.eval_batch)  # the last batch repeats rows, for the same program
-                rollout = sampling.sample(
-                    policy, params, batch(eval_prompts, filled), jax.random.key(0),
-                    group_size=1, greedy=True, **sampling_settings,
-                )  # fmt: skip
-                scores, given = eval_reward(rollout)
-                found.append(np.where(given, scores, np.nan)[: len(rows), 0])
-            means = np.nanmean(np.concatenate(found), axis=0)
-            return {"eval/reward": float(means @ weights)} | {
-                f"eval/{name}": float(mean) for name, mean in zip(names, means, strict=True)
-            }
+            summary, _ = evaluation.evaluate(
+                policy, params, tokenizer, eval_rows, functions, prompts=eval_prompts, greedy=True,
+                prompt_column=config.prompt_column, batch_size=config.eval_batch, bucket=config.bucket,
+                **sampling_settings,
+            )  # fmt: skip
+            means = {name: summary[f"reward/{name}"] for name in names}
+            total = float(np.dot(config.reward_weights or np.ones(len(names)), list(means.values())))
+            return {"eval/reward": total} | {f"eval/{name}": mean for name, mean in means.items()}
 
         # ------------------------------------------------------------------ the run, from its newest checkpoint
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -198,21 +196,17 @@ def run(config: Config) -> Params:
         with checkpoint.manager(config.run_dir / "checkpoints") as checkpoints:
             if (found := checkpoint.restore(checkpoints, state)) is not None:
                 state, meta = found
-                allowed = (
-                    "run_dir",
-                    "steps",
-                    "save_every",
-                    "export_every",
-                    "tensorboard",
-                    "wandb",
-                    "stop_after_skipped",
-                )
+                allowed = ["run_dir", "steps", "export_every", "tensorboard", "wandb"]
+                allowed += ["stop_after_skipped", "stop_after_failed"]
+                if not config.overlap:  # there, it says which batches are sampled ahead
+                    allowed.append("save_every")
                 checkpoint.check_config(meta["config"], settings, allow=allowed)
                 print(f"resumed at step {int(state.step)} of {config.steps}")
             first = int(state.step)
             metrics.truncate(config.run_dir, first)
             history = metrics.read(config.run_dir) if first else []
-            best = max((line["eval/reward"] for line in history if "eval/reward" in line), default=-np.inf)
+            evaluated = [line["eval/reward"] for line in history if line.get("eval/reward") is not None]
+            best = max(evaluated, default=-np.inf)
             writers = [metrics.tensorboard(config.run_dir, purge_step=first)] if config.tensorboard else []
             if config.wandb is not None:
                 run_id = hashlib.sha256(str(config.run_dir.absolute()).encode()).hexdigest()[:16]
@@ -222,6 +216,10 @@ def run(config: Config) -> Params:
 
             keys = ("reward", *(f"reward/{name}" for name in names), "eval/reward", "kl", "entropy", "length")
             skipped_in_a_row, ahead = 0, None
+            if (path := config.run_dir / f"in_flight_{first}.npz").exists():
+                like = jax.eval_shape(functools.partial(collect_batch, n=first), state)
+                with np.load(path) as file:
+                    ahead = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(file[name]) for name in file])
             with metrics.progress(config.steps, start=first, keys=keys) as show:
                 for n in range(first, config.steps):
                     started = time.monotonic()
@@ -234,7 +232,7 @@ def run(config: Config) -> Params:
                     try:
                         given, mask = reward(experience.rollout)
                     except Exception:
-                        save(checkpoints, state, settings, "a reward failed")
+                        save(checkpoints, state, settings, experience if config.overlap else None, "a reward failed")
                         raise
                     rewarded = time.monotonic()
                     state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
@@ -252,7 +250,7 @@ def run(config: Config) -> Params:
                             measured |= evaluate(state.params)
                         except Exception:
                             metrics.append(config.run_dir, n, measured)
-                            save(checkpoints, state, settings, "a reward failed")
+                            save(checkpoints, state, settings, ahead, "a reward failed")
                             raise
                         if measured["eval/reward"] > best:
                             best = measured["eval/reward"]
@@ -273,14 +271,14 @@ def run(config: Config) -> Params:
                     show(n, measured, timing["tokens_per_second"])
                     skipped_in_a_row = skipped_in_a_row + 1 if measured["skipped"] == 1 else 0
                     if skipped_in_a_row >= config.stop_after_skipped:
-                        save(checkpoints, state, settings, "updates are not finite")
+                        save(checkpoints, state, settings, ahead, "updates are not finite")
                         raise FloatingPointError(
                             f"the last {skipped_in_a_row} updates were not finite and were not applied; lower the "
                             "learning rate, or look at the metrics of the steps before"
                         )
                     stopping = stop_requested()
                     if saving or stopping:
-                        checkpoint.save(checkpoints, state, {"config": settings})
+                        save(checkpoints, state, settings, ahead)
                     if stopping and not last:
                         raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
         if first < config.steps:
@@ -299,6 +297,21 @@ def load(name: str, package: str | None = None) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{module or package} has no function {function!r}")
     return found
+
+
+def check(config: Config, names: Sequence[str]) -> None:
+    """Refuses settings that do not go together."""
+    if len(set(names)) < len(names):
+        raise ValueError(f"reward functions have one name each, got {', '.join(names)}")
+    if config.reward_weights is not None and len(config.reward_weights) != len(names):
+        raise ValueError(f"{len(config.reward_weights)} weights for {len(names)} reward functions")
+    if config.prompts_per_step % (config.minibatches * config.micro_batches):
+        raise ValueError(
+            f"{config.prompts_per_step} prompts do not divide into {config.minibatches} minibatches of "
+            f"{config.micro_batches} micro-batches: choose --prompts-per-step or --micro-batches"
+        )
+    if config.group_size < 2:
+        raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {config.group_size}")
 
 
 def make_loss(config: Config) -> losses.Loss:
@@ -355,11 +368,22 @@ def encode(tokenizer: Any, rows: list[data.Row], config: Config) -> tuple[list[l
     return [prompts[i] for i in kept], [rows[i] for i in kept]
 
 
-def save(checkpoints: Any, state: types.TrainState, settings: dict[str, Any], why: str) -> None:
-    """Saves the state on the way out, unless this step is saved already."""
-    if int(state.step) not in checkpoints.all_steps():
+def save(
+    checkpoints: Any, state: types.TrainState, settings: dict[str, Any], ahead: types.Experience | None, why: str = ""
+) -> None:
+    """Saves the state, unless this step is saved already, with the batch in flight."""
+    folder = pathlib.Path(checkpoints.directory).parent
+    in_flight = folder / f"in_flight_{int(state.step)}.npz"
+    if ahead is not None:  # before the state, which then never is without its batch
+        np.savez(folder / "half_written.npz", *jax.tree.leaves(ahead))
+        os.replace(folder / "half_written.npz", in_flight)
+    with contextlib.suppress(FileExistsError):
         checkpoint.save(checkpoints, state, {"config": settings})
-    print(f"{why}; the state of step {int(state.step)} is saved in {checkpoints.directory}")
+    for path in folder.glob("in_flight_*.npz"):
+        if path != in_flight:  # of a state before
+            path.unlink()
+    if why:
+        print(f"{why}; the state of step {int(state.step)} is saved in {checkpoints.directory}")
 
 
 if __name__ == "__main__":

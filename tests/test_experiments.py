@@ -4,7 +4,10 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import os
 import pathlib
+import shutil
+import signal
 import sys
 import types
 
@@ -154,7 +157,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path):
         return my_rewards.contains_answer(prompts, completions, answer)
 
     stopping = types.SimpleNamespace(contains_answer=contains_answer, brevity=my_rewards.brevity)
-    config = dataclasses.replace(finished, run_dir=tmp_path)
+    config = dataclasses.replace(finished, run_dir=tmp_path, stop_after_failed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "my_rewards", stopping)
         with pytest.raises(Stop):
@@ -190,10 +193,51 @@ def test_a_loss_refuses_settings_that_it_does_not_have(files):
 def test_an_exception_of_a_reward_passes_through_and_the_state_is_kept(files, tmp_path):
     sys.modules.pop("my_rewards", None)
     with pytest.raises(LookupError, match="the verifier is down") as raised:
-        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later",)))
+        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later",), stop_after_failed=1))
     assert "breaks_later" in raised.value.__notes__[0]
     assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 2]
     assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+def test_batches_that_a_reward_raises_on_are_masked_until_the_third_in_a_row(files, tmp_path):
+    sys.modules.pop("my_rewards", None)
+    with (
+        pytest.raises(LookupError, match="the verifier is down"),
+        pytest.warns(RuntimeWarning, match="breaks_later failed on a batch of 4 completions"),
+    ):
+        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later",)))
+    lines = metrics.read(tmp_path)
+    assert [line["breaks_later/failed"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
+    assert [line["unjudged/breaks_later"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
+    assert [line["grad_norm"] for line in lines][3:] == [0.0, 0.0]
+    assert (tmp_path / "checkpoints" / "5").is_dir()
+
+
+def test_an_evaluation_that_a_reward_raises_on_is_not_the_best(files, tmp_path, monkeypatch):
+    failing = types.SimpleNamespace(contains_answer=_fails_on_calls({5}, lambda completions: [1.0] * len(completions)))
+    monkeypatch.setitem(sys.modules, "my_rewards", failing)
+    config = settings(files, tmp_path, steps=2, save_every=1, eval_rows=4)
+    with pytest.warns(RuntimeWarning, match="contains_answer failed"):
+        grpo.run(config)  # calls 1, 3 and 5 are evaluations
+    assert [line["eval/reward"] for line in metrics.read(tmp_path)] == [1.0, None]
+    shutil.rmtree(tmp_path / "best")
+    grpo.run(dataclasses.replace(config, steps=3))
+    assert metrics.read(tmp_path)[2]["eval/reward"] == 1.0
+    assert not (tmp_path / "best").exists()
+
+
+def _fails_on_calls(numbers, function):
+    """A reward function that raises on some of its calls, counted from 1."""
+    calls = 0
+
+    def contains_answer(completions, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls in numbers:
+            raise LookupError("the verifier is down")
+        return function(completions)
+
+    return contains_answer
 
 
 def test_a_run_whose_updates_are_not_finite_stops_with_its_state_saved(files, tmp_path):
@@ -208,30 +252,37 @@ def test_a_run_whose_updates_are_not_finite_stops_with_its_state_saved(files, tm
 
 def test_a_broken_reward_shows_before_the_first_step_where_there_is_an_evaluation(files, tmp_path):
     with pytest.raises(LookupError):
-        grpo.run(settings(files, tmp_path, reward=("my_rewards:broken",), eval_rows=4))
+        grpo.run(settings(files, tmp_path, reward=("my_rewards:broken",), eval_rows=4, stop_after_failed=1))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reward": ("my_rewards:too_few",)}, r"too_few returned 1 values for 4 completions"),
         ({"reward": ("my_rewards:absent",)}, r"my_rewards has no function 'absent'"),
         ({"reward": ("contains_answer",)}, r"named module:function, got 'contains_answer'"),
         ({"prompt_column": "text"}, r"gsm8k.jsonl:1: no column text; the row has question, answer"),
         ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
         ({"eval_rows": 20}, r"--eval-rows 20 leaves none of the 20 rows"),
-        ({"group_size": 1}, r"group_size = 1"),
+        ({"group_size": 1}, r"at least 2 completions to compare, got --group-size 1"),
         ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),
         ({"reward_weights": (1.0, 2.0)}, r"2 weights for 1 reward functions"),
+        ({"reward": ("my_rewards:brevity", "my_rewards:brevity")}, r"one name each, got brevity, brevity"),
+        ({"stop_after_failed": 0}, r"batches is at least 1, got 0"),
         ({"loss": "ppo"}, r"grpo_jax.losses has no function 'ppo'"),
         ({"model": "no/such folder"}, r"neither a folder nor the id of a repository"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_trained(files, tmp_path, changes, message):
+def test_bad_input_is_refused_before_the_model_is_loaded(files, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(hf, "load_pretrained", lambda *arguments, **settings: pytest.fail("the model was loaded"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         grpo.run(settings(files, tmp_path, **changes))
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_wrong_number_of_rewards_is_told(files, tmp_path):
+    with pytest.raises(ValueError, match=r"too_few returned 1 values for 4 completions"):
+        grpo.run(settings(files, tmp_path, reward=("my_rewards:too_few",), stop_after_failed=1))
 
 
 def test_a_malformed_line_is_refused_with_its_number(files, tmp_path):
@@ -309,6 +360,51 @@ def test_a_killed_run_that_sampled_ahead_goes_on_to_the_same_bits(files, tmp_pat
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
     assert metrics.read(tmp_path / "killed") == metrics.read(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ended", ["by a signal", "by a reward"])
+def test_a_run_that_ended_with_a_batch_in_flight_goes_on_to_the_same_bits(files, tmp_path, monkeypatch, ended):
+    """It ends after step 3 of the 6, between two checkpoints, and again at step 4 before the next one is written."""
+    config = overlapping(files, tmp_path / "ended", stop_after_failed=1)
+    expected = grpo.run(dataclasses.replace(config, run_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        if ended == "by a signal":
+            patch.setattr(grpo.metrics, "append", _signals_at(2, grpo.metrics.append))
+        else:
+            rewarded = importlib.import_module("my_rewards").make()
+            failing = _fails_on_calls({4}, lambda completions: rewarded(completions, lambda name, value: None))
+            patch.setattr(importlib.import_module("my_rewards"), "make", lambda: failing)
+        with pytest.raises((SystemExit, LookupError)):
+            grpo.run(config)
+    assert [path.name for path in config.run_dir.glob("in_flight_*")] == ["in_flight_3.npz"]
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.metrics, "append", _fails_at(3, grpo.metrics.append))
+        with pytest.raises(KeyboardInterrupt):
+            grpo.run(config)
+    resumed = grpo.run(config)
+    chex.assert_trees_all_equal(resumed, expected)
+    if ended == "by a signal":  # the other's first lines have no made/calls
+        assert metrics.read(config.run_dir) == metrics.read(tmp_path / "whole")
+    assert not list(config.run_dir.glob("in_flight_*"))
+
+
+def test_which_batches_are_sampled_ahead_does_not_change_on_the_way(files, tmp_path):
+    config = settings(files, tmp_path, steps=1, overlap=True)
+    grpo.run(config)
+    with pytest.raises(ValueError, match=r"save_every: 50 -> 3"):
+        grpo.run(dataclasses.replace(config, save_every=3))
+
+
+def _signals_at(step, function):
+    """As if the process were asked to stop when it wrote the metrics of a step."""
+
+    def append(run_dir, n, *arguments):
+        if n == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(run_dir, n, *arguments)
+
+    return append
 
 
 def _fails_at(step, function):
