@@ -4,9 +4,10 @@
     python experiments/evaluate.py --model runs/grpo/step_500 --data gsm8k_test.jsonl --prompt-column question \
         --answer-after "####" --chat --reward my_rewards:correct --group-size 16 --k 1 4 16 --extract my_rewards:answer
 
-`--model` is a folder or a repository of the Hugging Face Hub. A run exports such folders,
-`best` and `step_N` in its run folder; its Orbax checkpoints, which hold the state of the
-optimiser and are read with the settings of the run alone, are not read here.
+`--model` is a folder or a repository of the Hugging Face Hub, such as `best` and `step_N`
+that a run exports into its folder; or a run's `checkpoints`, of which the newest is taken,
+or one of them, `checkpoints/N`. Of a checkpoint the parameters are read, and the rest of the
+model is what the run began from.
 
 `--task` is a module of `grpo_jax.tasks`, or your own as `module:function`, a function
 `seed -> Task`. `--data` is a file of rows (JSONL, CSV, Parquet) or a data set of the Hub,
@@ -26,11 +27,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import rich
 import tyro
 
-from grpo_jax import data, evaluation, hf, metrics, rewards
+from grpo_jax import checkpoint, data, evaluation, hf, metrics, rewards
 from grpo_jax.data import TooLong
 
 
@@ -86,16 +88,20 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     check(config)
     rows, functions = read(config)
     extract = None if config.extract is None else load(config.extract)
-    tokenizer = hf.load_tokenizer(config.model, revision=config.revision)
-    eos_ids = hf.eos_ids(config.model, tokenizer, revision=config.revision)
+    model, checkpoints, step = locate(config.model)
+    tokenizer = hf.load_tokenizer(model, revision=config.revision)
+    eos_ids = hf.eos_ids(model, tokenizer, revision=config.revision)
     prompts = [encode(tokenizer, row[config.prompt_column], config) for row in rows]
     kept = data.limit_prompts(prompts, config.max_prompt_tokens, too_long=config.too_long)
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} prompts, longer than {config.max_prompt_tokens} tokens")
     prompts, rows = [prompts[i] for i in kept], [rows[i] for i in kept]
-    policy, params = hf.load_pretrained(
-        config.model, compute_dtype=jnp.dtype(config.compute_dtype), revision=config.revision
-    )
+    policy, params = hf.load_pretrained(model, compute_dtype=jnp.dtype(config.compute_dtype), revision=config.revision)
+    if checkpoints is not None:
+        like = jax.eval_shape(lambda tree: tree, params)
+        del params  # before as much is read again
+        params = checkpoint.restore_params(checkpoints, like, step=step)
+        print(f"the parameters of step {step} in {checkpoints}")
 
     def evaluate(**settings: Any) -> tuple[dict[str, float], list[evaluation.Item]]:
         return evaluation.evaluate(
@@ -161,9 +167,23 @@ def check(config: Config) -> None:
     if config.filtered is not None and config.group_size < 2:
         raise ValueError("--filtered goes by the pass rate of several completions: --group-size is at least 2")
     folder = pathlib.Path(config.model)
-    exports = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    if exports and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is the folder of a run; evaluate one of its exports: {', '.join(exports)}")
+    models = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    models += ["checkpoints"] if any(folder.glob("checkpoints/*/meta")) else []
+    if models and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is the folder of a run; evaluate one of the models in it: {', '.join(models)}")
+
+
+def locate(model: str) -> tuple[str, pathlib.Path | None, int | None]:
+    """The model to load, and the folder and the step of the checkpoint that has its parameters, if there is one."""
+    folder, step = pathlib.Path(model), None
+    if folder.name.isdigit() and (folder / "meta").is_dir():
+        folder, step = folder.parent, int(folder.name)
+    elif not any(folder.glob("[0-9]*/meta")):
+        return model, None, None
+    step, meta = checkpoint.read_meta(folder, step=step)
+    if "model" not in meta.get("config", {}):
+        raise ValueError(f"the checkpoints in {folder} do not say which model they began from; evaluate an export")
+    return meta["config"]["model"], folder, step
 
 
 def read(config: Config) -> tuple[list[data.Row], list[Callable[..., Any]]]:

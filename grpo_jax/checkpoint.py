@@ -16,6 +16,7 @@ leaf is kept beside the state, and names, shapes and dtypes are compared here. A
 One process drives all devices; several hosts are refused rather than half supported.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from grpo_jax.types import TrainState
+from grpo_jax.types import Params, TrainState
 
 _ABSENT = "(absent)"
 
@@ -158,6 +159,51 @@ def restore(
     if failures:
         raise CheckpointCorruptError(f"nothing to restore in {checkpoints.directory}: " + "; ".join(failures))
     return None
+
+
+def read_meta(directory: str | os.PathLike[str], *, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """The step of a checkpoint, the newest if None is given, and the `meta` that it was saved with.
+
+    Raises:
+      CheckpointCorruptError: if the meta fails to verify.
+      FileNotFoundError: if the folder has no checkpoint, or not that one.
+    """
+    with manager(directory, read_only=True) as checkpoints:
+        step = _chosen(checkpoints, step)
+        return step, _read_content(checkpoints, step)["meta"]
+
+
+def restore_params(directory: str | os.PathLike[str], like: Params, *, step: int | None = None) -> Params:
+    """Reads the parameters of a checkpoint and nothing else of its state, verified to the bit.
+
+    Args:
+      directory: of the checkpoints of a run, which may be alive.
+      like: arrays or `jax.ShapeDtypeStruct`s, into the structure and onto the devices of which they are read.
+      step: None for the newest checkpoint.
+
+    Raises:
+      CheckpointCorruptError: if it fails to verify. No older one is taken in its place.
+      FileNotFoundError: if the folder has no checkpoint, or not that one.
+      ValueError: if names, shapes or dtypes differ from `like`, with all that do.
+    """
+    with manager(directory, read_only=True) as checkpoints:
+        step = _chosen(checkpoints, step)
+        saved = _read_content(checkpoints, step)["leaves"]
+        facts = {path: fact for path, fact in saved.items() if path.partition("/")[0] == "params"}
+        leaves = _leaves({"params": like})
+        _refuse_mismatch(facts, leaves, f"step {step} in {checkpoints.directory}")
+        partly = functools.partial(ocp.args.PyTreeRestore, partial_restore=True)
+        arrays = _read_arrays(checkpoints, step, leaves, facts, partly)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in leaves])
+
+
+def _chosen(checkpoints: ocp.CheckpointManager, step: int | None) -> int:
+    steps = sorted(checkpoints.all_steps())
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}")
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"no checkpoint of step {step} in {checkpoints.directory}, only {steps}")
+    return steps[-1] if step is None else step
 
 
 def check_config(
@@ -299,17 +345,27 @@ def _read(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> tu
     facts, leaves = content["leaves"], _leaves(like)
     _refuse_mismatch(facts, leaves, f"step {step} in {checkpoints.directory}")
     _refuse_other_initial({path: (leaves[path], facts[path]) for path in content["initial"]})
+    wanted = {path: leaf for path, leaf in leaves.items() if path not in content["initial"]}
+    leaves |= _read_arrays(checkpoints, step, wanted, facts, ocp.args.StandardRestore)
+    return jax.tree.unflatten(jax.tree.structure(like), list(leaves.values())), content
 
+
+def _read_arrays(
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    leaves: dict[str, Any],
+    facts: dict[str, Any],
+    args: Callable[[dict[str, np.ndarray]], Any],
+) -> dict[str, jax.Array]:
+    """What was saved of the leaves, verified, on their devices."""
     # Read as NumPy arrays: the devices and shardings of the run that saved then play no part.
-    forms = {path: _host_form(leaf) for path, leaf in leaves.items() if path not in content["initial"]}
+    forms = {path: _host_form(leaf) for path, leaf in leaves.items()}
     arrays = {path: np.zeros(form.shape, form.dtype) for path, form in forms.items()}
     written = {path: array for path, array in arrays.items() if array.size}
-    arrays |= _from_orbax(checkpoints, step, state=ocp.args.StandardRestore(written))
+    arrays |= _from_orbax(checkpoints, step, state=args(written))
     if broken := [path for path, array in arrays.items() if _digest(array) != facts[path]["sha256"]]:
         raise CheckpointCorruptError(f"step {step} (the digest of {', '.join(broken)} differs)")
-
-    placed = [_place(arrays[path], leaf, facts[path]) if path in arrays else leaf for path, leaf in leaves.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), placed), content
+    return {path: _place(arrays[path], leaf, facts[path]) for path, leaf in leaves.items()}
 
 
 def _place(array: np.ndarray, like: Any, fact: dict[str, Any]) -> jax.Array:

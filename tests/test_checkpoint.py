@@ -145,6 +145,32 @@ def test_an_empty_folder_has_nothing_to_restore(tmp_path):
             checkpoint.restore(checkpoints, make_state(), step=2)
 
 
+def test_the_parameters_alone_are_those_of_the_state_to_the_bit(tmp_path):
+    later = make_state(3)
+    later = later._replace(params=jax.tree.map(lambda x: x + 1, later.params))
+    with checkpoint.manager(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, make_state(2), {"model": "two"})
+        checkpoint.save(checkpoints, later, {"model": "three"})
+    assert_same(checkpoint.restore_params(tmp_path, make_state().params), later.params)
+    shapes = jax.eval_shape(lambda: make_state().params)
+    assert_same(checkpoint.restore_params(tmp_path, shapes, step=2), make_state().params)
+    assert checkpoint.read_meta(tmp_path) == (3, {"model": "three"})
+    assert checkpoint.read_meta(tmp_path, step=2) == (2, {"model": "two"})
+
+
+def test_parameters_of_another_model_or_from_another_folder_are_refused(tmp_path):
+    save_steps(tmp_path, 2)
+    params = make_state().params
+    with pytest.raises(ValueError, match=r"params/empty: saved float32\[0, 3\], wanted float32\[1\]"):
+        checkpoint.restore_params(tmp_path, params | {"empty": jnp.zeros(1)})
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4 in .*, only \[2\]"):
+        checkpoint.restore_params(tmp_path, params, step=4)
+    for folder in (tmp_path / "absent", tmp_path / "2"):
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint in {folder}"):
+            checkpoint.restore_params(folder, params)
+        assert not (tmp_path / "absent").exists()
+
+
 def test_the_newest_checkpoints_are_kept_and_a_step_can_be_asked_for(tmp_path):
     save_steps(tmp_path, 1, 2, 3, 4, max_to_keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
@@ -274,6 +300,19 @@ def test_a_missing_folder_is_an_error_that_names_the_step(saved, folder):
     (saved / "4").mkdir(exist_ok=True)
     with pytest.raises(checkpoint.CheckpointCorruptError, match="step 4"):
         restore(saved, step=4)
+
+
+def test_a_flipped_bit_in_the_parameters_is_noticed_where_they_are_read_alone(saved):
+    file = data_file(saved, 4)
+    original, noticed = file.read_bytes(), 0
+    for position in range(0, len(original), 997):
+        flip(file, position)
+        try:
+            assert_same(checkpoint.restore_params(saved, make_state().params), make_state().params)
+        except checkpoint.CheckpointCorruptError:
+            noticed += 1
+        file.write_bytes(original)
+    assert noticed > 10  # the others hit the rest of the state
 
 
 def test_falls_back_to_the_newest_checkpoint_that_verifies_and_says_so(saved):

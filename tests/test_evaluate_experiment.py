@@ -8,10 +8,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from grpo_jax import data, evaluation, hf, sampling, testing
+from grpo_jax import checkpoint, data, evaluation, hf, sampling, testing
+from grpo_jax.updates import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -203,11 +206,41 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_is_evaluated_as_the_export_of_its_step_is(files, tmp_path, capsys):
+    _, params = hf.load_pretrained(files / "model")
+    state = init_state(params, optax.sgd(1e-3), jax.random.key(0))
+    sharper = state._replace(params=jax.tree.map(lambda x: 3 * x, params))
+    states = {step: at._replace(step=jnp.int32(step)) for step, at in ((2, state), (4, sharper))}
+    with checkpoint.manager(tmp_path / "checkpoints") as checkpoints:
+        for state in states.values():
+            checkpoint.save(checkpoints, state, {"config": {"model": str(files / "model")}})
+    policy, tokenizer = hf.load_pretrained(files / "model")[0], hf.load_tokenizer(files / "model")
+    found = {}
+    for step, state in states.items():
+        hf.save_pretrained(policy, state.params, tmp_path / f"step_{step}", tokenizer=tokenizer)
+        for name in (f"step_{step}", f"checkpoints/{step}"):
+            found[name] = evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / name)))
+        assert found[f"step_{step}"] == found[f"checkpoints/{step}"]
+    assert found["step_2"] != found["step_4"]
+    capsys.readouterr()
+    assert evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "checkpoints"))) == found["step_4"]
+    assert f"the parameters of step 4 in {tmp_path / 'checkpoints'}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_say_its_model_is_refused(files, tmp_path):
+    state = init_state({"w": jnp.ones(2)}, optax.sgd(1e-3), jax.random.key(0))
+    with checkpoint.manager(tmp_path / "checkpoints") as checkpoints:
+        checkpoint.save(checkpoints, state, {"config": {}})
+    with pytest.raises(ValueError, match="do not say which model they began from"):
+        evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "checkpoints" / "0")))
+
+
 def test_the_folder_of_a_run_is_answered_with_its_exports(files, tmp_path):
     for name in ("best", "step_20"):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="one of its exports: best, step_20"):
+    (tmp_path / "run" / "checkpoints" / "20" / "meta").mkdir(parents=True)
+    with pytest.raises(ValueError, match="one of the models in it: best, step_20, checkpoints"):
         evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "run")))
 
 
