@@ -12,7 +12,7 @@ A step, in the order that data flows:
 `train_step.py` composes them into one pure function; `types.py` has what they hand
 to each other, `policies.py` what a network must offer. Around the step: `preparation.py`
 (filters of tokens), `dynamic_sampling.py`, `schedules.py`, `reference.py` (renewal of the
-reference policy), `entropy_control.py`, `curriculum.py`, and `recipes.py` with published
+reference policy), `entropy_control.py`, `curriculum.py`, and `recipes/` with published
 settings. Around the run: `tasks/`, `evaluation.py`, `metrics.py`, `monitoring.py` and
 `checkpoint.py`.
 """

@@ -1,0 +1,105 @@
+"""Published settings, each with its source: to start from, to change one thing of, and to cite.
+
+    recipe = dataclasses.replace(recipes.dapo(), max_tokens=1024, minibatches=4)
+    state = init_state(params, recipe.optimizer, key, **recipe.initial)
+    step = make_train_step(policy, recipe.optimizer, reward=reward, eos_ids=eos_ids, **recipe.settings)
+    ...
+    state, metrics = step(state, prompts)
+    state = recipe.after(state, metrics)
+
+A recipe is a value. None is what its source does not state, and then the default of the
+library holds. None is also what the source switches off: a KL coefficient of 0 is no term
+at all, and a top-p of 1 no cut. What no field holds, and a run still needs, stands in
+`leaves`.
+
+Where rewards are computed on the host, between the halves of a step, these are
+`make_collect(policy, eos_ids=eos_ids, **recipe.collecting)` and
+`make_learn(policy, recipe.optimizer, **recipe.learning)`.
+
+    recipe.py     Recipe, with the properties that a step takes; citation
+    published.py  the recipes
+"""
+
+from collections.abc import Callable
+
+from grpo_jax.recipes.published import (
+    cispo,
+    dapo,
+    deepseek_v3_2,
+    deepseekmath,
+    dr_grpo,
+    gdpo,
+    gmpo,
+    gspo,
+    high_entropy_tokens,
+    icepop,
+    intellect_2,
+    lite_ppo,
+    luspo,
+    r1,
+    r1_zero,
+    reinforce_plus_plus,
+    rloo,
+    sapo,
+    scale_rl,
+    skywork_or1,
+    tis,
+    two_grpo,
+    vespo,
+)
+from grpo_jax.recipes.recipe import Recipe, citation
+
+ALL: tuple[Callable[[], Recipe], ...] = (
+    deepseekmath,
+    r1_zero,
+    r1,
+    dr_grpo,
+    two_grpo,
+    intellect_2,
+    dapo,
+    high_entropy_tokens,
+    skywork_or1,
+    lite_ppo,
+    gspo,
+    luspo,
+    gmpo,
+    vespo,
+    cispo,
+    scale_rl,
+    sapo,
+    rloo,
+    reinforce_plus_plus,
+    gdpo,
+    tis,
+    icepop,
+    deepseek_v3_2,
+)
+
+__all__ = [
+    "ALL",
+    "Recipe",
+    "cispo",
+    "citation",
+    "dapo",
+    "deepseek_v3_2",
+    "deepseekmath",
+    "dr_grpo",
+    "gdpo",
+    "gmpo",
+    "gspo",
+    "high_entropy_tokens",
+    "icepop",
+    "intellect_2",
+    "lite_ppo",
+    "luspo",
+    "r1",
+    "r1_zero",
+    "reinforce_plus_plus",
+    "rloo",
+    "sapo",
+    "scale_rl",
+    "skywork_or1",
+    "tis",
+    "two_grpo",
+    "vespo",
+]
