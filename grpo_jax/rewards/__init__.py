@@ -2,6 +2,7 @@
 
     host.py         functions with TRL's signature -> the reward of a rollout; combine; callback
     text.py         verifiers of text: answers, layout, length, repetition, language
+    calculations.py the calculations in a text, for worked_steps
     mathematics.py  accuracy: whether two answers are equal as mathematics
     python.py       python_tests: code against unit tests, in a sandbox
     judging.py      judge: a language model behind an HTTP endpoint

@@ -283,7 +283,7 @@ class _Worker:
     """A process, and what is under way with it. `item` is None when idle and -1 while it loads its function."""
 
     def __init__(self, prefix: Sequence[str]) -> None:
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process; `kill` closes it
         # No preexec_fn: it would fork this process, which has JAX's threads.
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-I", str(Path(__file__).with_name("worker.py"))],

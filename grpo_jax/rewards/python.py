@@ -235,8 +235,8 @@ class _Runner(NamedTuple):
 
 
 def _file(text: str = "") -> IO[bytes]:
-    """An open file without a name."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the caller
+    """An open file without a name, for the caller to close."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - it is returned open
     file.write(text.encode(errors="replace"))
     file.seek(0)
     return file
