@@ -48,7 +48,8 @@ def dynamic_sampling(collect: Collect, *, rounds: int, keep: Keep = with_spread)
     Returns:
       `(state, prompts) -> (experience, metrics)`, of `rounds * B` prompts and `B` groups.
       Where the limit came first, the places left over hold prompts without completions,
-      which count nowhere. Metrics: `groups_wasted`, the share of the
+      which count nowhere but in aggregates that count every completion or prompt
+      (`losses.completion_mean_of_all`, `losses.per_prompt_count`). Metrics: `groups_wasted`, the share of the
       sampled groups that are not used (dropped, or more than the batch holds),
       `groups_sampled` and `groups_missing`, the share of places left over.
 
@@ -75,7 +76,7 @@ def dynamic_sampling(collect: Collect, *, rounds: int, keep: Keep = with_spread)
 
         zero, form = jnp.zeros((), jnp.int32), jax.eval_shape(sample, 0)[0]
         number, filled, kept = jax.lax.while_loop(go_on, once_more, (zero, zero, _nothing(form, batches)))
-        return kept, _metrics(number, filled, kept)
+        return kept, _metrics(number, filled, kept.rollout.tokens.shape[0])
 
     return collect_kept
 
@@ -109,7 +110,7 @@ def host_dynamic_sampling(collect: Collect, reward: Reward, *, rounds: int, keep
         while number < rounds and filled < wanted.shape[0]:
             filled, kept = _put(kept, filled, *sample(number))
             number += 1
-        return kept, _metrics(jnp.asarray(number), filled, kept)
+        return kept, _metrics(jnp.asarray(number), filled, wanted.shape[0])
 
     return collect_kept
 
@@ -149,8 +150,7 @@ def _put(kept: Experience, filled: Array, experience: Experience, wanted: Array)
     return jnp.minimum(filled + jnp.sum(wanted), B), kept
 
 
-def _metrics(rounds: Array, filled: Array, kept: Experience) -> Metrics:
-    B = kept.rollout.tokens.shape[0]
+def _metrics(rounds: Array, filled: Array, B: int) -> Metrics:
     return {
         "groups_sampled": rounds * B,
         "groups_wasted": Mean(rounds * B - filled, rounds * B),
