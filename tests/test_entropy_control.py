@@ -24,16 +24,17 @@ def bigram(params, tokens, mask):
 POLICY = from_logits_fn(bigram, init=lambda key: {"table": 0.1 * jax.random.normal(key, (V, V))})
 
 
-def test_the_coefficient_follows_the_rule_of_the_paper():
+@pytest.mark.parametrize("low", [0.0, 0.003])
+def test_the_coefficient_follows_the_rule_of_the_paper(low):
     entropies = [0.5, 0.3, 0.1, 0.15, 0.2, 0.19, 0.18, 0.1, 0.4]
     control, coefficient = entropy_control.init(0.005), 0.005
     seen = float("inf")
     for entropy in entropies:
         expected = coefficient if seen <= 0.2 else 0.0
         np.testing.assert_allclose(entropy_control.bonus(control, target=0.2), expected, atol=1e-8)
-        control = entropy_control.follow(control, jnp.asarray(entropy), target=0.2, delta=0.005, high=0.012)
+        control = entropy_control.follow(control, jnp.asarray(entropy), target=0.2, delta=0.005, low=low, high=0.012)
         coefficient += 0.005 if entropy < 0.2 else -0.005
-        coefficient, seen = min(max(coefficient, 0.0), 0.012), entropy
+        coefficient, seen = min(max(coefficient, low), 0.012), entropy
         np.testing.assert_allclose(control.coefficient, coefficient, atol=1e-8)
     assert coefficient == 0.012 - 0.005  # it has been at both bounds
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from grpo_jax.rewards import judging
 from grpo_jax.rewards.judging import judge
 
 
@@ -78,6 +79,14 @@ def test_the_reward_is_the_grade_that_the_judge_ends_with():
     assert request["temperature"] == 0.0
 
 
+def test_the_service_is_asked_for_answers_of_a_length_and_a_temperature():
+    with Service(lambda request, number: says("7")) as service:
+        grade(service, ["x"])
+        grade(service, ["x"], max_tokens=9, temperature=0.5)
+    asked = [(request["max_tokens"], request["temperature"]) for _, request in service.requests]
+    assert asked == [(512, 0.0), (9, 0.5)]
+
+
 def test_questions_and_grades_may_be_ones_own_and_see_the_rows_columns():
     def ask(prompt, completion, columns):
         return f"{prompt}|{completion}|{columns['answer']}"
@@ -144,6 +153,14 @@ def test_what_cannot_be_graded_is_masked_and_counted(answer):
         reward = judge(service.url, "tiny", retries=1, backoff=0.01)
         assert reward(["p"], ["x"], log_metric=found.__setitem__) == [None]
     assert found == {"judge/failed": 1.0}
+
+
+def test_each_wait_is_twice_the_one_before(monkeypatch):
+    waits = []
+    monkeypatch.setattr(judging.time, "sleep", waits.append)
+    with Service(lambda request, number: (503, b"")) as service:
+        assert grade(service, ["x"], retries=3, backoff=0.25) == [None]
+    assert waits == [0.25, 0.5, 1.0]
 
 
 def test_a_judge_that_hangs_is_given_up_and_one_that_is_not_there_too():

@@ -206,6 +206,25 @@ def test_one_update_a_rollout_asks_for_the_old_entropy_and_gets_it_by_score_old(
             top_entropy(0.2)(experience)
 
 
+def test_a_whole_step_with_one_update_scores_the_old_policy_where_it_is_told_to():
+    def reward(rollout):
+        return rollout.lengths[..., None].astype(jnp.float32), jnp.ones((*rollout.lengths.shape, 1), bool)
+
+    def step(**settings):
+        make = make_train_step(
+            POLICY, optax.sgd(1.0), reward=reward, loss=losses.grpo(), group_size=G, max_tokens=T, eos_ids=(1,),
+            prepare=(top_entropy(0.5),), **settings,
+        )  # fmt: skip
+        state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
+        return jax.jit(make)(state, random_prompts(0, B, 3, V))[1]
+
+    metrics = summary(step(score_old=True))
+    assert 0 < metrics["entropy_threshold"] < np.log(V)
+    np.testing.assert_allclose(metrics["ratio_max"], 1.0, rtol=1e-6)
+    with pytest.raises(ValueError, match="score_old=True"):
+        step()
+
+
 @pytest.mark.parametrize("share", [0, -0.2, 1.5, float("nan")])
 def test_refuses_a_share_out_of_range(share):
     with pytest.raises(ValueError, match=f"^share is above 0 and at most 1, got {share}$"):

@@ -56,6 +56,16 @@ def test_the_cosine_holds_at_the_start_falls_and_stays_at_the_end():
     np.testing.assert_allclose(values[100:801], 0.04 + jax.vmap(between)(np.arange(701)), atol=1e-7)
 
 
+@pytest.mark.parametrize(("hold", "tail"), [(0.25, 0.5), (0.5, 0.25), (0.0, 0.0)])
+def test_hold_and_tail_say_where_the_cosine_begins_and_ends(hold, tail):
+    values = np.asarray(jax.vmap(cosine_with_hold(3.0, 1.0, 100, hold=hold, tail=tail))(np.arange(101)))
+    first, last = round(100 * hold), round(100 * (1 - tail))
+    np.testing.assert_allclose(values[: first + 1], 3.0, rtol=1e-6)
+    np.testing.assert_allclose(values[last:], 1.0, rtol=1e-6)
+    between = 2.0 + np.cos(np.pi * np.linspace(0, 1, last - first + 1))
+    np.testing.assert_allclose(values[first : last + 1], between, atol=1e-6)
+
+
 @pytest.mark.parametrize(("hold", "tail"), [(-0.1, 0.2), (0.1, -0.2), (0.5, 0.5), (0.9, 0.2)])
 def test_refuses_shares_that_leave_no_step(hold, tail):
     with pytest.raises(ValueError, match=f"got {hold} and {tail}$"):

@@ -38,19 +38,26 @@ def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys):
     assert "resumed at step 4 of 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [countdown, gsm8k], ids=lambda module: module.__name__)
-def test_what_a_reward_logs_is_among_the_metrics(tmp_path, monkeypatch, module):
+NAMES = {countdown: ("correct", "judge"), gsm8k: ("0", "1")}  # of rewards in the metrics
+
+
+@pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)
+def test_the_layout_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(tmp_path, monkeypatch, module):
     def strict_format():
         def judge(completions, log_metric):
             log_metric("judge/faults", 3.0)
-            return [0.0] * len(completions)
+            return [float(i % 3) for i in range(len(completions))]
 
         return judge
 
     monkeypatch.setattr(module.rewards, "strict_format", strict_format)
     monkeypatch.setattr(module.evaluation, "evaluate", lambda *arguments, **settings: ({}, []))
-    module.main(module.Config(run_dir=tmp_path / "run", smoke=True))
-    assert {line["judge/faults"] for line in metrics.read(tmp_path / "run")} == {3.0}
+    module.main(module.Config(run_dir=tmp_path / "run", smoke=True, format_weight=0.5))
+    for line in metrics.read(tmp_path / "run"):
+        correct, layout = (line[f"reward/{name}"] for name in NAMES[module])
+        assert line["judge/faults"] == 3.0
+        assert layout > 0
+        assert line["reward"] == pytest.approx(correct + 0.5 * layout)
 
 
 def test_gsm8k_trains_under_a_recipe_whose_reference_is_renewed_and_goes_on(tmp_path, capsys):

@@ -58,6 +58,16 @@ def test_messages_go_through_the_models_own_template_and_long_texts_lose_their_s
     np.testing.assert_allclose(short, in_torch(model, [row[-9:] for row in ids]), atol=2e-5)
 
 
+def test_the_layers_compute_in_the_dtype_that_is_asked_for(checkpoint):
+    _, _, folder = checkpoint
+    exact, rounded = (
+        np.array(reward_model(folder, batch_size=4, multiple=16, compute_dtype=dtype)(PROMPTS, COMPLETIONS))
+        for dtype in ("float32", "bfloat16")
+    )
+    difference = np.abs(rounded - exact).max()
+    assert 1e-4 < difference < 0.1 * np.ptp(exact) + 0.05
+
+
 def test_a_model_without_the_head_is_refused(tmp_path):
     from grpo_jax.testing import tiny_checkpoint
 
