@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ import transformers
 from jax.typing import DTypeLike
 
 from grpo_jax import models
+from grpo_jax.models.attention import Attention, by_platform
 from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Params
 
@@ -48,7 +49,8 @@ def load_pretrained(
     dtype: DTypeLike = jnp.float32,
     compute_dtype: DTypeLike | None = None,
     logits_dtype: DTypeLike = jnp.float32,
-    remat: bool = True,
+    attention: Attention = by_platform,
+    remat: bool | Callable[..., bool] = True,
     revision: str | None = None,
 ) -> tuple[Policy, Params]:
     """Reads a model of one of the families in `models`.
@@ -62,7 +64,11 @@ def load_pretrained(
       dtype: of the params, whatever the checkpoint's. Train in float32.
       compute_dtype: of the layers' arithmetic; None for `dtype`.
       logits_dtype: of the operands of the last product.
-      remat: recompute a layer in the backward pass instead of keeping its activations.
+      attention: how attention is computed, one of `models.attention` or a function like
+        them; they agree to rounding.
+      remat: recompute a layer in the backward pass instead of keeping its activations. A
+        policy of `jax.checkpoint`, which says what to keep, must be the same object in
+        every call, or jit compiles again.
       revision: a branch, tag or commit of the repository; a commit repeats a run.
 
     Returns:
@@ -79,6 +85,7 @@ def load_pretrained(
         param_dtype=dtype,
         dtype=dtype if compute_dtype is None else compute_dtype,
         logits_dtype=logits_dtype,
+        attention=attention,
         remat=remat,
     )
     policy = models.decoder(config)

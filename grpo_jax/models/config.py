@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import transformers
 from jax.typing import DTypeLike
 
 from grpo_jax.models import rope
+from grpo_jax.models.attention import Attention, by_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ class DecoderConfig:
     param_dtype: DTypeLike = jnp.float32  # of `init`
     dtype: DTypeLike = jnp.float32  # of the layers' arithmetic
     logits_dtype: DTypeLike = jnp.float32  # of the operands of the last product; logits themselves are float32
-    remat: bool = True  # recompute a layer in the backward pass instead of keeping its activations
+    attention: Attention = by_platform  # of grpo_jax.models.attention, or any function like them
+    remat: bool | Callable[..., bool] = True  # recompute a layer's activations in the backward pass; or all but some
     hf_config: str = ""  # the Hugging Face config as JSON, for the export
 
 

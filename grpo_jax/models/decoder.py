@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models import rope
-from grpo_jax.models.attention import KeyValues, attend
+from grpo_jax.models.attention import KeyValues
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Params, PRNGKey
@@ -117,7 +117,7 @@ class Attention(nn.Module):
             own_mask &= sight.queries[..., None] - sight.own[:, :, None, :] < window
             if prompt_mask is not None:
                 prompt_mask &= sight.queries[..., None] - jnp.arange(prompt_mask.shape[-1]) < window
-        out = attend(query, own, own_mask, prompt, prompt_mask)
+        out = c.attention(query, own, own_mask, prompt, prompt_mask)
         out = out.reshape(*x.shape[:-1], c.num_heads * c.head_dim)
         return _linear(c, c.hidden_size, c.o_bias, "o_proj")(out), stored, new
 
@@ -175,7 +175,8 @@ class Decoder(nn.Module):
             embedding_init=initializer,
         )
         # prevent_cse=False: the scan already keeps the recomputation apart.
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        policy = c.remat if callable(c.remat) else None
+        block = nn.remat(Block, prevent_cse=False, policy=policy) if c.remat else Block
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
