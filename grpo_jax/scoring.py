@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Policy
-from grpo_jax.types import Array, Params, Rollout, Scores
+from grpo_jax.types import Array, Packing, Params, Rollout, Scores
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("entropy", "chunk_tokens"))
@@ -15,6 +15,7 @@ def score(
     params: Params,
     rollout: Rollout,
     *,
+    packing: Packing | None = None,
     temperature: float | Array = 1.0,
     entropy: bool = True,
     chunk_tokens: int = 1024,
@@ -32,6 +33,8 @@ def score(
       policy: the network, static.
       params: its parameters, differentiable.
       rollout: the completions; only those positions are scored.
+      packing: several completions in a row, so that little padding is computed; what
+        comes out is the same, to rounding. See `packing.pack`.
       temperature: the one that the rollout was sampled at.
       entropy: False leaves it out.
       chunk_tokens: tokens whose logits are held at a time.
@@ -48,7 +51,12 @@ def score(
     tokens = jnp.where(held, rollout.tokens, 0)  # a pad id may lie outside the vocabulary, whose embedding is NaN
     read = jnp.concatenate([jnp.broadcast_to(last[:, None], (B, G, 1)), tokens[..., :-1]], axis=-1)
     positions = jnp.broadcast_to(prompts.lengths[:, None, None] - 1 + jnp.arange(T), (B, G, T))
-    hidden, _ = policy.extend(params, read, positions, prompt_cache)
+    segments = None
+    if packing is not None:
+        segments = packing.segments
+        places = _places(packing, T)
+        tokens, read, positions = (_take(x, places) for x in (tokens, read, positions))
+    hidden, _ = policy.extend(params, read, positions, prompt_cache, segments=segments)
 
     @jax.checkpoint
     def score_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array | None]:
@@ -61,14 +69,34 @@ def score(
         # A network may rule a token out by a logit of -inf; 0 * -inf is NaN.
         return log_probs, normaliser - jnp.sum(probs * jnp.where(probs > 0, logits, 0.0), axis=-1)
 
-    # Chunks are cut along T, which leaves the axis that devices share, B, in one piece.
-    width = min(T, max(1, chunk_tokens // (B * G)))
-    chunks = -(-T // width)
+    # Chunks are cut along the rows, which leaves the axis that devices share, B, in one piece.
+    rows, length = tokens.shape[1:]
+    width = min(length, max(1, chunk_tokens // (B * rows)))
+    chunks = -(-length // width)
     log_probs, entropies = jax.lax.map(
         lambda chunk: score_chunk(*chunk), (_cut(hidden, chunks, width), _cut(tokens, chunks, width))
     )
-    join = lambda x: jnp.where(held, jnp.moveaxis(x, 0, 2).reshape(B, G, -1)[..., :T], 0.0)  # noqa: E731
+
+    def join(chunks: Array) -> Array:
+        joined = jnp.moveaxis(chunks, 0, 2).reshape(B, rows, -1)[..., :length]
+        if packing is not None:
+            joined = _take(joined, packing.starts[..., None] + jnp.arange(T))
+        return jnp.where(held, joined, 0.0)
+
     return Scores(join(log_probs), join(entropies) if entropy else None)
+
+
+def _places(packing: Packing, T: int) -> Array:
+    """`[B, R, W]`: which of the `G * T` tokens of its group stands at each place; any where none does."""
+    _, R, W = packing.segments.shape
+    starts = _take(packing.starts, jnp.maximum(packing.segments, 0))
+    times = jnp.arange(R * W).reshape(R, W) - starts
+    return jnp.maximum(packing.segments, 0) * T + jnp.clip(times, 0, T - 1)
+
+
+def _take(x: Array, places: Array) -> Array:
+    """`x[b].flatten()[places[b]]` for each `b`; places past the end read the last."""
+    return jax.vmap(lambda x, places: jnp.take(x.reshape(-1), places, mode="clip"))(x, places)
 
 
 def _cut(x: Array, chunks: int, width: int) -> Array:

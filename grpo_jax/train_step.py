@@ -22,7 +22,7 @@ from grpo_jax.preparation import Hook
 from grpo_jax.sampling import sample
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import score
-from grpo_jax.types import Array, Experience, Max, Mean, Metrics, Params, PRNGKey, Prompts, Rollout, TrainState
+from grpo_jax.types import Array, Experience, Max, Mean, Metrics, Packing, Params, PRNGKey, Prompts, Rollout, TrainState
 from grpo_jax.updates import update
 
 Reward = Callable[[Rollout], tuple[Array, Array]]  # rewards [B, G, R] float32, mask [B, G, R] bool
@@ -233,7 +233,7 @@ def make_learn(
             scored = jnp.any(experience.reward_mask, axis=-1, keepdims=True)
             experience = experience._replace(rollout=rollout._replace(mask=rollout.mask & scored))
         if state.ref_params is not None and experience.ref_log_probs is None:
-            experience = experience._replace(ref_log_probs=score_reference(state, rollout))
+            experience = experience._replace(ref_log_probs=score_reference(state, rollout, experience.packing))
         if advantage is not None:
             advantages, of_rewards = at(advantage, state)(experience)
             experience, metrics = experience._replace(advantages=advantages), metrics | of_rewards
@@ -247,15 +247,18 @@ def make_learn(
             )
         return experience, metrics
 
-    def score_reference(state: TrainState, rollout: Rollout) -> Array:
-        def log_probs(part: Rollout) -> Array:
-            return score(policy, state.ref_params, part, temperature=at(temperature, state), entropy=False).log_probs
+    def score_reference(state: TrainState, rollout: Rollout, packing: Packing | None) -> Array:
+        def log_probs(part: tuple[Rollout, Packing | None]) -> Array:
+            rollout, packing = part
+            now = at(temperature, state)
+            return score(policy, state.ref_params, rollout, packing=packing, temperature=now, entropy=False).log_probs
 
-        parts = minibatches * micro_batches
-        return log_probs(rollout) if parts == 1 else _join(jax.lax.map(log_probs, _split(rollout, parts)))
+        parts, whole = minibatches * micro_batches, (rollout, packing)
+        return log_probs(whole) if parts == 1 else _join(jax.lax.map(log_probs, _split(whole, parts)))
 
     def evaluate(params: Params, state: TrainState, experience: Experience) -> tuple[Terms, Metrics]:
-        scores = score(policy, params, experience.rollout, temperature=at(temperature, state))
+        now = at(temperature, state)
+        scores = score(policy, params, experience.rollout, packing=experience.packing, temperature=now)
         if experience.old_log_probs is None:
             experience = experience._replace(old_log_probs=jax.lax.stop_gradient(scores.log_probs))
         return at(loss, state)(scores, experience)

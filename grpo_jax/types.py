@@ -42,6 +42,13 @@ class Scores(NamedTuple):
     entropy: Array | None = None  # [B, G, T] float32 nats, of the distribution that the token was drawn from
 
 
+class Packing(NamedTuple):
+    """Where the completions of a group lie in rows that hold several of them; see `packing.pack`."""
+
+    starts: Array  # [B, G] int32, where a completion begins among the R * W places of its group's rows
+    segments: Array  # [B, R, W] int32, whose place it is, -1 where it is nobody's
+
+
 class Experience(NamedTuple):
     """A rollout with all that a loss may ask about it."""
 
@@ -54,6 +61,7 @@ class Experience(NamedTuple):
     old_entropy: Array | None = None  # [B, G, T] float32 nats, of the policy that sampled
     weights: Array | None = None  # [B, G, T] float32, what the gain of each token is multiplied by
     token_share: Array | None = None  # [B] float32, tokens of the rollout that count over prompts
+    packing: Packing | None = None  # how to lay out the completions for the network; a row each, if None
 
 
 class TrainState(NamedTuple):

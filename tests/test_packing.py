@@ -1,0 +1,120 @@
+"""Trimmed and packed completions give what whole ones give."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from grpo_jax import losses, models, packing, testing
+from grpo_jax.policies import from_logits_fn
+from grpo_jax.scoring import score
+from grpo_jax.train_step import make_learn
+from grpo_jax.types import Experience, Rollout, summary
+from grpo_jax.updates import init_state
+
+LENGTHS = np.array([[3, 12, 1, 4], [2, 2, 7, 5], [0, 6, 1, 1], [9, 1, 1, 1]])
+B, G, T = 4, 4, 12
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # most of the time else
+
+
+def experience():
+    prompts = testing.random_prompts(0, B, 6)
+    keys = jax.random.split(jax.random.key(1), 4)
+    tokens = jax.random.randint(keys[0], (B, G, T), 0, 61)
+    mask = jnp.arange(T) < LENGTHS[..., None]
+    of_tokens = lambda key: jnp.where(mask, -jax.random.uniform(key, (B, G, T)), 0.0)  # noqa: E731
+    rollout = Rollout(
+        prompts, tokens, jnp.asarray(LENGTHS, jnp.int32), mask, of_tokens(keys[1]), jnp.zeros((B, G), bool)
+    )
+    return Experience(
+        rollout, ref_log_probs=of_tokens(keys[2]), advantages=jax.random.normal(keys[3], (B, G))
+    )._replace(weights=mask.astype(jnp.float32))
+
+
+@given(
+    lengths=arrays.arrays(np.int32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.integers(0, 40)),
+    multiple=st.integers(1, 16),
+)
+def test_every_token_has_one_place_in_one_row_of_its_group(lengths, multiple):
+    packed = packing.pack(lengths, multiple=multiple)
+    longest = max(1, -(-lengths.max() // multiple)) * multiple
+    if packed is None:
+        return
+    _, rows, W = packed.segments.shape
+    assert W % multiple == 0
+    assert rows * W < lengths.shape[1] * longest
+    segments = np.asarray(packed.segments)
+    for b, g in np.ndindex(lengths.shape):
+        places = np.flatnonzero(segments[b] == g)
+        np.testing.assert_array_equal(places, packed.starts[b, g] + np.arange(lengths[b, g]))
+        assert len(set(places // W)) <= 1
+
+
+def test_rows_are_as_few_as_the_lengths_need():
+    packed = packing.pack(LENGTHS, multiple=4)
+    assert packed.segments.shape == (B, 1, 20)  # the first group's 20 tokens; four rows of 12 without
+    assert packing.pack(np.full((2, 4), 12), multiple=4) is None
+    with pytest.raises(ValueError, match="multiple is at least 1, got 0"):
+        packing.pack(LENGTHS, multiple=0)
+
+
+@pytest.mark.parametrize(("family", "multiple"), [("llama", 6), ("qwen2_window", 4)])
+def test_packed_completions_have_the_same_scores_and_gradients(family, multiple):
+    config = testing.tiny_policy("qwen2" if family == "qwen2_window" else family).config
+    if family == "qwen2_window":
+        config = dataclasses.replace(config, windows=(3,) * config.num_layers)
+    policy = models.decoder(config)
+    params = policy.init(jax.random.key(0))
+    rollout = experience().rollout
+    weights = jax.random.normal(jax.random.key(2), (B, G, T))
+
+    @jit
+    def evaluate(params, packed):
+        def loss(params):
+            scores = score(policy, params, rollout, packing=packed, chunk_tokens=24)
+            return jnp.sum(weights * scores.log_probs) + jnp.sum(scores.entropy), scores
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    packed = packing.pack(rollout.lengths, multiple=multiple)
+    (expected, scores), (actual, packed_scores) = evaluate(params, None), evaluate(params, packed)
+    for a, e in zip(packed_scores, scores, strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=5e-6)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
+
+
+@pytest.mark.parametrize("layout", ["trimmed", "packed and trimmed"])
+def test_a_step_learns_the_same_from_less_padding(layout):
+    policy = testing.tiny_policy("qwen3")
+    optimizer = optax.sgd(0.1)
+    whole = experience()
+    wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 8))) if x.shape == (B, G, T) else x, whole)
+    given = packing.trim(wide, multiple=4) if "trimmed" in layout else wide
+    assert given.rollout.tokens.shape[-1] == (12 if "trimmed" in layout else 20)
+    if "packed" in layout:
+        given = given._replace(packing=packing.pack(given.rollout.lengths, multiple=4))
+    assert jax.tree.structure(given._replace(packing=None)) == jax.tree.structure(whole)
+    learn = jit(make_learn(policy, optimizer, loss=losses.grpo(penalty=losses.k3(0.04)), micro_batches=2))
+    params = policy.init(jax.random.key(0))
+    state = init_state(params, optimizer, jax.random.key(3), reference=True)
+    (expected, metrics), (actual, of_given) = (
+        learn(state, experience._replace(ref_log_probs=None)) for experience in (whole, given)
+    )
+    for a, e in zip(jax.tree.leaves(actual.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-6)
+    for name, value in summary(metrics).items():
+        np.testing.assert_allclose(summary(of_given)[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_network_that_cannot_keep_packed_completions_apart_refuses():
+    policy = from_logits_fn(lambda params, tokens, mask: params[tokens])
+    with pytest.raises(ValueError, match="segments=None"):
+        score(policy, jnp.zeros((61, 61)), experience().rollout, packing=packing.pack(LENGTHS, multiple=4))
