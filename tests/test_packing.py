@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -38,6 +38,7 @@ def experience():
     )._replace(weights=mask.astype(jnp.float32))
 
 
+@settings(deadline=None)
 @given(
     lengths=arrays.arrays(np.int32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.integers(0, 40)),
     multiple=st.integers(1, 16),
