@@ -1,0 +1,86 @@
+"""Rollouts from elsewhere: the tokens and log-probs that an inference engine returns, as a `Rollout`.
+
+With vLLM, for `G` completions of each prompt:
+
+    engine = vllm.LLM(folder, logprobs_mode="processed_logprobs")      # after temperature and truncation
+    settings = vllm.SamplingParams(n=G, temperature=1.0, max_tokens=T, logprobs=0)   # 0: of the drawn token alone
+    outputs = engine.generate([{"prompt_token_ids": tokens} for tokens in prompt_tokens], settings)
+    rollout = from_engine(
+        data.make_prompts(prompt_tokens, rows),
+        [[c.token_ids for c in output.outputs] for output in outputs],
+        [[[d[t].logprob for t, d in zip(c.token_ids, c.logprobs)] for c in output.outputs] for output in outputs],
+        truncated=[[c.finish_reason == "length" for c in output.outputs] for output in outputs],
+        eos_ids=eos_ids,
+        max_tokens=T,
+    )
+
+SGLang returns the same as `output_ids` and as `meta_info["output_token_logprobs"]`, triples whose
+first is the log-prob. The engine's log-probs differ from the trainer's, by its kernels, its dtype, and its
+weights if they are older. Score the rollout with the params that the engine has, and correct for the rest:
+
+    old = score(policy, engine_params, rollout, temperature=1.0)
+    experience = Experience(rollout, rewards, mask, old_log_probs=old.log_probs, old_entropy=old.entropy)
+    learn = make_learn(policy, optimizer, loss=losses.grpo(weight=losses.truncated_importance(2.0)), ...)
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.types import Prompts, Rollout
+
+
+def from_engine(
+    prompts: Prompts,
+    completions: Sequence[Sequence[Sequence[int]]],
+    log_probs: Sequence[Sequence[Sequence[float]]],
+    *,
+    eos_ids: Sequence[int],
+    max_tokens: int,
+    truncated: Sequence[Sequence[bool]] | None = None,
+) -> Rollout:
+    """Pads what an engine returned for `B` prompts with `G` completions each.
+
+    Args:
+      prompts: the prompts, in the order of the completions.
+      completions: tokens of each completion, its end-of-sequence token included where one came.
+      log_probs: a log-prob for each token, of the distribution that was drawn from.
+      eos_ids: tokens that end a completion.
+      max_tokens: `T`, the width of the result.
+      truncated: whether each completion was cut at its limit; if not given, those are
+        cut that do not end in one of `eos_ids`. An engine that stops at strings has to say.
+
+    Raises:
+      ValueError: if counts do not fit, or for a completion that is empty, too long,
+        goes on after its end, or has a log-prob that is not finite or above 0. It names
+        the prompt and the completion.
+    """
+    B, G = prompts.tokens.shape[0], len(completions[0]) if completions else 0
+    given = {"completions": completions, "log_probs": log_probs} | (
+        {} if truncated is None else {"truncated": truncated}
+    )
+    for name, groups in given.items():
+        sizes = [len(group) for group in groups]
+        if len(sizes) != B or set(sizes) != {G} or not G:
+            raise ValueError(f"{B} prompts need as many groups of one size in {name}, got groups of {sizes}")
+    tokens, values = np.zeros((B, G, max_tokens), np.int32), np.zeros((B, G, max_tokens), np.float32)
+    lengths, cut = np.zeros((B, G), np.int32), np.zeros((B, G), bool)
+    for b, g in np.ndindex(B, G):
+        ids, of_ids = np.asarray(completions[b][g]), np.asarray(log_probs[b][g], np.float32)
+        where = f"completion {g} of prompt {b}"
+        if ids.shape != of_ids.shape or not 1 <= len(ids) <= max_tokens:
+            raise ValueError(
+                f"{where} has {len(ids)} tokens and {len(of_ids)} log-probs; as many of both are needed, from 1 to "
+                f"max_tokens = {max_tokens}"
+            )
+        ends = np.flatnonzero(np.isin(ids, np.asarray(eos_ids, ids.dtype)))
+        if len(ends) and ends[0] < len(ids) - 1:
+            raise ValueError(f"{where} goes on after its end-of-sequence token {ids[ends[0]]} at place {ends[0]}")
+        if not np.all(np.isfinite(of_ids) & (of_ids <= 1e-4)):  # an engine's rounding may pass 0
+            wrong = of_ids[~(np.isfinite(of_ids) & (of_ids <= 1e-4))][0]
+            raise ValueError(f"{where} has the log-prob {wrong}; log-probs are finite and at most 0")
+        tokens[b, g, : len(ids)], values[b, g, : len(ids)], lengths[b, g] = ids, of_ids, len(ids)
+        cut[b, g] = not len(ends) if truncated is None else truncated[b][g]
+    mask = np.arange(max_tokens) < lengths[..., None]
+    return Rollout(prompts, *(jnp.asarray(x) for x in (tokens, lengths, mask, values, cut)))
