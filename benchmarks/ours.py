@@ -1,0 +1,122 @@
+"""One step of grpo_jax, as experiments/grpo.py makes it: `collect`, host rewards, `learn`.
+
+Seconds of a step: `generate` is `collect`; `score` is the reference's log-probs in a
+program of their own, run after the step and not counted in `whole`; `train` is what
+remains of `learn` without them, the update included.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import cells, worker
+from benchmarks.cells import Cell
+from grpo_jax import advantages, hf, losses, sampling, scoring
+from grpo_jax.policies import Policy
+from grpo_jax.train_step import make_collect, make_learn
+from grpo_jax.types import Array, Params, Prompts, Rollout
+from grpo_jax.updates import init_state
+
+
+def ends_at_random(policy: Policy, mean_length: float) -> Policy:
+    """The policy with a constant chance of `1 / mean_length` that a token is the end: lengths are geometric.
+
+    The other tokens keep their odds. Peers are told the lengths and end there.
+    """
+    odds = float(np.log(1 / (mean_length - 1)))
+
+    def unembed(params: Params, hidden: Array) -> Array:
+        logits = policy.unembed(params, hidden).astype(jnp.float32)
+        others = jax.nn.logsumexp(logits.at[..., cells.END].set(-jnp.inf), axis=-1)
+        return logits.at[..., cells.END].set(others + odds)
+
+    return policy._replace(unembed=unembed)
+
+
+def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Line]:
+    """Builds the model and returns `request -> seconds`; each call trains on the next prompts."""
+    policy, params = hf.load_pretrained(checkpoint)
+    optimizer = optax.adamw(cells.LEARNING_RATE, weight_decay=0.0)
+    sampler = policy if cell.mean_length is None else ends_at_random(policy, cell.mean_length)
+    eos_ids = () if cell.mean_length is None else (cells.END,)
+    collect = jax.jit(make_collect(sampler, group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=eos_ids))
+    learn = jax.jit(
+        make_learn(
+            policy,
+            optimizer,
+            loss=losses.grpo(penalty=losses.k3(cells.BETA)),
+            advantage=advantages.from_rewards(),
+            max_grad_norm=1.0,
+        ),
+        donate_argnums=0,
+    )
+    state = init_state(params, optimizer, jax.random.key(0), reference=True)
+    del params
+
+    def step(request: worker.Line) -> worker.Line:
+        nonlocal state
+        if request.get("agreement"):
+            return agreement(cell, checkpoint)
+        prompts = prompts_of(cell, int(state.step))
+        started = time.perf_counter()
+        experience = jax.block_until_ready(collect(state, prompts))
+        sampled = time.perf_counter()
+        rollout = experience.rollout
+        tokens, lengths = np.asarray(rollout.tokens), np.asarray(rollout.lengths)
+        rewards = np.array(
+            [
+                [cells.reward(row[:n]) for row, n in zip(*group, strict=True)]
+                for group in zip(tokens, lengths, strict=True)
+            ],
+            np.float32,
+        )[..., None]
+        given = experience._replace(rewards=rewards, reward_mask=np.ones(rewards.shape, bool))
+        rewarded = time.perf_counter()
+        state, metrics = learn(state, given)
+        jax.block_until_ready((state, metrics))
+        learned = time.perf_counter()
+        peak = worker.peak_memory()
+        jax.block_until_ready(scoring.score(policy, state.ref_params, rollout, entropy=False).log_probs)
+        scored = time.perf_counter() - learned
+        return {
+            "whole": learned - started,
+            "generate": sampled - started,
+            "score": scored,
+            "train": learned - rewarded - scored,
+            "peak_mib": peak,
+            "lengths": [int(n) for n in (lengths + np.asarray(rollout.truncated)).ravel()],
+        }
+
+    return step
+
+
+def prompts_of(cell: Cell, step: int) -> Prompts:
+    tokens = cells.prompt_tokens(cell, step)
+    return Prompts(jnp.asarray(tokens, jnp.int32), jnp.full(cell.prompts, cell.prompt_tokens, jnp.int32))
+
+
+def agreement(cell: Cell, checkpoint: Path) -> worker.Line:
+    """The largest difference between the sampler's log-probs and the scorer's, by compute dtype."""
+
+    def largest(dtype: str) -> float:
+        policy, params = hf.load_pretrained(checkpoint, compute_dtype=jnp.dtype(dtype))
+        rollout: Rollout = sampling.sample(
+            policy, params, prompts_of(cell, 0), jax.random.key(1), group_size=cell.group,
+            max_tokens=cell.completion_tokens, eos_ids=(),
+        )  # fmt: skip
+        scores = scoring.score(policy, params, rollout, entropy=False)
+        return float(jnp.max(jnp.abs(scores.log_probs - rollout.log_probs) * rollout.mask))
+
+    return {dtype: largest(dtype) for dtype in cells.AGREEMENT}
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    worker.serve(make_step(cells.from_json(arguments["cell"]), Path(arguments["checkpoint"])))

@@ -1,0 +1,178 @@
+"""The benchmark: the arithmetic of its report and of its floor, and our worker on a tiny cell. Needs no peer."""
+
+import json
+import math
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import cells, floor, gpu, ours, report, run, scaling, worker  # noqa: E402
+from grpo_jax import models, sampling  # noqa: E402
+
+MODEL = cells.Model(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48, vocabulary=64)
+CELL = cells.Cell("W1", MODEL, prompts=2, group=4, prompt_tokens=6, completion_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return cells.write_checkpoint(MODEL, tmp_path_factory.mktemp("benchmark") / "model")
+
+
+def a_step(system, whole, *, peak=100.0, cell="W1", **fields):
+    phases = {"generate": whole / 2, "score": whole / 8, "train": whole * 3 / 8}
+    return {"kind": "step", "cell": cell, "system": system, "whole": whole, "peak_mib": peak, **phases, **fields}
+
+
+def test_a_worker_answers_each_request_with_the_seconds_of_a_step(tmp_path, checkpoint):
+    arguments = {"cell": cells.to_json(CELL), "checkpoint": str(checkpoint)}
+    started = worker.start(sys.executable, "ours", arguments, tmp_path / "log")
+    try:
+        assert worker.receive(started) == {"ready": True}
+        first, second = worker.ask(started, {}), worker.ask(started, {})
+    finally:
+        worker.stop(started)
+    assert first["whole"] > second["whole"] > 0  # the first compiles
+    assert sum(second[phase] for phase in report.PHASES) <= second["whole"] * 1.001
+    assert second["lengths"] == [9] * 8  # none ended: one more than the longest
+    assert second["peak_mib"] > 100
+
+
+def test_a_worker_that_fails_says_why(tmp_path):
+    started = worker.start(sys.executable, "ours", {"checkpoint": "nowhere"}, tmp_path / "log")
+    with pytest.raises(RuntimeError, match="KeyError"):
+        worker.receive(started)
+    worker.stop(started)
+
+
+def test_lengths_that_our_sampler_draws_have_the_mean_asked_for():
+    policy = models.decoder(models.from_hf_config(cells.hf_config(MODEL)))
+    params = jax.jit(policy.init)(jax.random.key(0))
+    rollout = sampling.sample(
+        ours.ends_at_random(policy, 4), params, ours.prompts_of(CELL, 0), jax.random.key(0), group_size=512,
+        max_tokens=64, eos_ids=(cells.END,),
+    )  # fmt: skip
+    drawn = np.asarray(rollout.lengths)
+    assert abs(drawn.mean() - 4) < 4 * math.sqrt(12 / drawn.size)  # a geometric variance is (1 - p) / p^2
+    assert abs((drawn == 1).mean() - 1 / 4) < 4 * math.sqrt(3 / 16 / drawn.size)
+
+
+def test_lengths_of_the_other_systems_are_within_the_cell():
+    cell = CELL._replace(mean_length=4)
+    assert cells.draw_lengths(cell, 0) != cells.draw_lengths(cell, 1)
+    assert set(cells.draw_lengths(cell, 0)) <= set(range(1, cell.completion_tokens + 2))
+
+
+def test_a_cell_and_its_prompts_survive_the_way_to_a_worker():
+    assert cells.from_json(json.loads(json.dumps(cells.to_json(CELL)))) == CELL
+    tokens = cells.prompt_tokens(CELL, 3)
+    np.testing.assert_array_equal(tokens, cells.prompt_tokens(CELL, 3))
+    fast = cells.tokenizer(MODEL)
+    assert fast([cells.text(row) for row in tokens])["input_ids"] == tokens.tolist()
+
+
+def test_medians_ratios_and_targets_are_those_of_the_lines():
+    lines = [a_step("ours", whole, peak=50.0 + whole) for whole in (1.0, 2.0, 9.0)]
+    lines += [a_step("trl", whole, peak=100.0) for whole in (5.0, 3.0, 4.0)]
+    assert report.medians(lines, "W1", "ours") == {
+        "whole": 2.0, "generate": 1.0, "score": 0.25, "train": 0.75,
+        "steps": 3, "least": 1.0, "most": 9.0, "peak_mib": 59.0,
+    }  # fmt: skip
+    assert report.medians(lines, "W2", "ours") is None
+    assert report.targets(lines) == [
+        ("W1", "whole step", "1.5x faster", "2.00x", True),
+        ("W1", "peak memory", "at most 1 of TRL's", "0.59", True),
+    ]
+    slower = [line | {"whole": 8.0} if line["system"] == "ours" else line for line in lines]
+    assert not report.targets(slower)[0][-1]
+
+
+def test_growth_is_the_exponent():
+    xs = [1.0, 2.0, 4.0, 8.0]
+    assert report.growth(xs, [3 * x**1.5 for x in xs]) == pytest.approx(1.5)
+    assert report.growth(xs, [7.0] * 4) == pytest.approx(0.0)
+
+
+def test_the_report_holds_a_table_of_each_kind_of_line_and_a_plot(tmp_path):
+    flops = {"generate": 1e9, "score": 2e9, "train": 6e9}
+    sizes = [
+        {"kind": "scaling", "axis": "G", "x": x, "seconds": 0.1 * x, "mib": 5.0 * x, "generate": 0.0, "learn": 0.0}
+        for x in (4, 8, 16)
+    ]
+    lines = [
+        {"kind": "machine", "cpu": "abacus", "cores": 2},
+        a_step("ours", 2.0),
+        a_step("trl", 4.0, micro_batch=16),
+        a_step("floor", 1.0, flops=flops),
+        {"kind": "calibration", "cell": "W1", "micro_batch": 16, "whole": 4.0, "peak_mib": 100.0, "kept": True},
+        {"kind": "agreement", "cell": "W1", "float32": 1e-6, "bfloat16": 1e-1},
+        *sizes,
+        {
+            "kind": "whole_run", "seeds": 8, "in_turn": 8.0, "vmapped": 4.0, "compile_one": 1.0,
+            "compile_vmapped": 2.0, "largest_difference": 0.0,
+        },
+        {"kind": "left_out", "what": "tunix on W1", "why": "not there"},
+    ]  # fmt: skip
+    path = tmp_path / "cpu.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    written = report.write(path).read_text()
+    assert (tmp_path / "cpu.png").stat().st_size > 10_000
+    for expected in (
+        "abacus",
+        "| W1 | TRL, micro-batches of 16 | 4.00 (4.00-4.00) | 2.00 | 0.50 | 1.50 | 100 | 1.00x | 1 |",
+        "| W1 | sampler against scorer, bfloat16 | within 0.03 | 1.0e-01 | **no** |",
+        "| W1 | generate | 1 | 0.50 | 2.0 | 4.0 |  |",
+        "| G | 4, 8, 16 | 0.40, 0.80, 1.60 | 20, 40, 80 | 1.00 | 1.00 | 1.00 | 1.00 |",
+        "| 8 | 8.00 | 4.00 | 2.00x | 1.0 | 2.0 | 0.0e+00 |",
+        "- tunix on W1: not there",
+    ):
+        assert expected in written, written
+
+
+def test_the_floor_counts_what_its_products_compute():
+    read, decode = floor.phases(CELL, [8] * 8)["generate"]
+    assert (read.rows, decode.rows, decode.times) == (12, 8, 8)
+    weights, inputs = floor.random_weights(MODEL), floor.random_inputs(MODEL, decode.rows)
+    compiled = floor.run_products.lower(weights, inputs, head_rows=8, times=1, backward=False).compile()
+    of_one_layer = 2 * 8 * MODEL.layer_weights  # XLA counts the body of a loop once
+    counted = compiled.cost_analysis()["flops"]
+    assert counted == pytest.approx(of_one_layer + 2 * 8 * MODEL.hidden * MODEL.vocabulary, rel=0.1)
+    assert floor.phase_flops(CELL, [8] * 8)["generate"] == pytest.approx(floor.phase_flops(CELL, [8] * 8)["score"])
+
+
+def test_layer_weights_are_those_of_the_model():
+    policy = models.decoder(models.from_hf_config(cells.hf_config(MODEL)))
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(shapes) if path[-1].key == "kernel"]
+    assert sum(math.prod(x.shape) for x in kernels) == MODEL.layers * MODEL.layer_weights
+
+
+def test_the_floor_answers_as_a_system():
+    step = floor.make_step(CELL._replace(mean_length=4))({"lengths": [1, 9, 3, 3, 2, 8, 1, 1]})
+    assert step["whole"] == pytest.approx(sum(step[phase] for phase in report.PHASES))
+    assert step["flops"]["train"] == 3 * step["flops"]["score"]
+
+
+def test_scaling_varies_one_number_at_a_time():
+    axes = {point.axis for point in scaling.points()}
+    assert axes == {"G", "P", "T", "V", "model"}
+    assert all(any(p.cell == scaling.BASE for p in scaling.points() if p.axis == axis) for axis in axes)
+    found = scaling.measure(CELL, repeats=1)
+    assert found["mib"] > 0 < found["seconds"]
+
+
+def test_the_gpu_measurement_runs_on_what_is_there():
+    line = gpu.measure(gpu.GpuCell(CELL, micro_batches=2, adam=False), 1, bandwidth_mib=1, side=64)
+    assert line["decode_tokens_per_second"] == pytest.approx(64 / line["sample_seconds"])
+    assert line["flops_utilisation"] > 0 < line["bandwidth_share"]
+
+
+def test_the_first_line_names_the_machine():
+    found = run.machine()
+    assert found["cores"] >= 1
+    assert found["jax"] == jax.__version__
