@@ -169,3 +169,31 @@ def test_so_many_failures_in_a_row_pass_through_and_a_success_starts_the_count_a
         call(rewards.tolerant(failing_at(1), batches=1))
     with pytest.raises(ValueError, match="batches is at least 1, got 0"):
         rewards.tolerant(failing_at(1), batches=0)
+
+
+@pytest.mark.filterwarnings("ignore:judge failed:RuntimeWarning")
+def test_tolerated_functions_that_are_async_wait_together_and_are_masked_one_by_one():
+    waiting, most = 0, 0
+
+    def judge(fails):
+        async def judge(completions, **kwargs):
+            nonlocal waiting, most
+            waiting += 1
+            most = max(most, waiting)
+            await asyncio.sleep(0.05)
+            waiting -= 1
+            if fails:
+                raise TimeoutError("no answer")
+            return [0.5] * len(completions)
+
+        return judge
+
+    reward = rewards.host([rewards.tolerant(judge(False)), rewards.tolerant(judge(True))], DATASET, letters())
+    values, given = reward(ROLLOUT)
+    assert most == 2
+    assert given[..., 0].all()
+    assert not given[..., 1].any()
+    assert (values[..., 0] == 0.5).all()
+    reward(ROLLOUT)
+    with pytest.raises(TimeoutError):
+        reward(ROLLOUT)

@@ -144,8 +144,7 @@ def tolerant(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
     given TRL's `log_metric`, counted as `<name>/failed`, 1 or 0 a batch.
 
     Args:
-      function: plain or async; one that is async is waited for by itself. For faults of
-        single completions, see `pool.isolated`.
+      function: plain or async. For faults of single completions, see `pool.isolated`.
       batches: at this many failures in a row the exception passes through; 1 is at once.
 
     Raises:
@@ -155,32 +154,52 @@ def tolerant(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
         raise ValueError(f"batches is at least 1, got {batches}")
     name, failures = name_of(function), 0
 
-    def reward(
-        prompts: Sequence[Any], completions: Sequence[Any], log_metric: LogMetric = _ignore, **columns: Any
-    ) -> list[float | None]:
+    def succeeded(values: Sequence[float], log_metric: LogMetric) -> list[float | None]:
         nonlocal failures
-        arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
-        try:
-            (values,) = call([function], arguments, len(completions))
-        except Exception as error:
-            failures += 1
-            if failures >= batches:
-                raise
-            warnings.warn(
-                f"{name} failed on a batch of {len(completions)} completions, the first of them to the prompt "
-                f"{str(prompts[0])[:80]!r}; the batch is masked, failure {failures} in a row of {batches} that end the "
-                f"run\n{''.join(traceback.format_exception(error))}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            log_metric(f"{name}/failed", 1.0)
-            return [None] * len(completions)
         failures = 0
         log_metric(f"{name}/failed", 0.0)
         return [None if math.isnan(value) else value for value in values]
 
-    reward.__name__ = reward.__qualname__ = name
-    return reward
+    def failed(error: Exception, arguments: Mapping[str, Any]) -> list[float | None]:
+        nonlocal failures
+        failures += 1
+        if failures >= batches:
+            raise error
+        count = len(arguments["completions"])
+        warnings.warn(
+            f"{name} failed on a batch of {count} completions, the first of them to the prompt "
+            f"{str(arguments['prompts'][0])[:80]!r}; the batch is masked, failure {failures} in a row of {batches} "
+            f"that end the run\n{''.join(traceback.format_exception(error))}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        arguments["log_metric"](f"{name}/failed", 1.0)
+        return [None] * count
+
+    def reward(
+        prompts: Sequence[Any], completions: Sequence[Any], log_metric: LogMetric = _ignore, **columns: Any
+    ) -> list[float | None]:
+        arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
+        try:
+            return succeeded(call([function], arguments, len(completions))[0], log_metric)
+        except Exception as error:
+            return failed(error, arguments)
+
+    async def awaited(
+        prompts: Sequence[Any], completions: Sequence[Any], log_metric: LogMetric = _ignore, **columns: Any
+    ) -> list[float | None]:
+        arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
+        try:
+            with _noted(function, len(completions)):
+                values: Any = await function(**_accepted(function, arguments))
+            return succeeded(_numbers(function, values, len(completions)), log_metric)
+        except Exception as error:
+            return failed(error, arguments)
+
+    # One that is async stays so, to be waited for together with the others.
+    made: RewardFunction = awaited if inspect.iscoroutinefunction(function) else reward
+    made.__name__ = made.__qualname__ = name
+    return made
 
 
 def call(functions: Sequence[RewardFunction], arguments: Mapping[str, Any], count: int) -> list[list[float]]:
