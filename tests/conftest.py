@@ -1,7 +1,29 @@
-"""What all tests share."""
+"""What all tests share. Most of their time goes into compiling, so that is done once and without optimisation.
+
+`XLA_FLAGS= pytest` optimises as a run does; CI does so for the slow tests, and its smoke runs and quickstart come without this file.
+"""
+
+import os
+import shutil
+import tempfile
 
 import jax
 import pytest
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
+def pytest_configure(config):
+    """One folder of compiled programs for all workers and for the runs that tests start."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        config.compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def pytest_unconfigure(config):
+    """The worker processes have ended by now."""
+    if hasattr(config, "compiled"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
