@@ -35,6 +35,7 @@ import tyro
 from grpo_jax import (
     advantages,
     checkpoint,
+    compilation,
     data,
     evaluation,
     hf,
@@ -195,4 +196,5 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    compilation.keep_programs()
     main(tyro.cli(Config, description=__doc__))

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import rich
 import tyro
 
-from grpo_jax import checkpoint, data, evaluation, hf, metrics, rewards
+from grpo_jax import checkpoint, compilation, data, evaluation, hf, metrics, rewards
 from grpo_jax.data import TooLong
 
 
@@ -251,4 +251,5 @@ def load(name: str) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
+    compilation.keep_programs()
     run(tyro.cli(Config, description=__doc__))

@@ -48,12 +48,14 @@ import tyro
 from grpo_jax import (
     advantages,
     checkpoint,
+    compilation,
     data,
     evaluation,
     hf,
     losses,
     metrics,
     monitoring,
+    packing,
     preemption,
     rewards,
     types,
@@ -98,6 +100,8 @@ class Config:
     passes: int = 1  # over each rollout
     minibatches: int = 1  # updates in a pass
     micro_batches: int = 1  # parts in which an update is computed, to save memory
+    completion_bucket: int = 256  # to learn, completions are cut to the longest, up to a multiple of this
+    pack: bool = False  # and several are laid into a row of such a length; more programs, less padding
     learning_rate: float = 1e-6
     warmup_steps: int = 10
     weight_decay: float = 0.0
@@ -115,6 +119,7 @@ class Config:
     wandb: str | None = None  # the project to log to
     stop_after_skipped: int = 5  # updates in a row that were not finite
     stop_after_failed: int = 3  # batches in a row that a reward function raised on; 1 stops at once
+    profile: bool = False  # write a trace of the second step and the next two into the run's folder, for xprof
     overlap: bool = False  # sample the next batch while this one is rewarded, from the policy before the update
 
 
@@ -215,14 +220,19 @@ def run(config: Config) -> Params:
                 print("before training:", {name: round(value, 4) for name, value in evaluate(state.params).items()})
 
             keys = ("reward", *(f"reward/{name}" for name in names), "eval/reward", "kl", "entropy", "length")
-            skipped_in_a_row, ahead = 0, None
+            skipped_in_a_row, ahead, before = 0, None, time.monotonic()
+            programs = compilation.count_programs()
             if (path := config.run_dir / f"in_flight_{first}.npz").exists():
                 like = jax.eval_shape(functools.partial(collect_batch, n=first), state)
                 with np.load(path) as file:
                     ahead = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(file[name]) for name in file])
-            with metrics.progress(config.steps, start=first, keys=keys) as show:
+            with metrics.progress(config.steps, start=first, keys=keys) as show, contextlib.ExitStack() as tracing:
                 for n in range(first, config.steps):
                     started = time.monotonic()
+                    if config.profile and n == first + 1:
+                        tracing.enter_context(jax.profiler.trace(config.run_dir / "trace"))
+                    if n == first + 4:
+                        tracing.close()
                     last = n + 1 == config.steps
                     saving = last or (n + 1) % config.save_every == 0
                     experience = collect_batch(state, n) if ahead is None else ahead
@@ -235,7 +245,12 @@ def run(config: Config) -> Params:
                         save(checkpoints, state, settings, experience if config.overlap else None, "a reward failed")
                         raise
                     rewarded = time.monotonic()
-                    state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
+                    experience = experience._replace(rewards=given, reward_mask=mask)
+                    experience = packing.trim(experience, multiple=config.completion_bucket)
+                    if config.pack:
+                        laid = packing.pack(experience.rollout.lengths, multiple=config.completion_bucket)
+                        experience = experience._replace(packing=laid)
+                    state, measured = learn(state, experience)
                     measured = jax.device_get(types.summary(measured))
                     measured = {name: float(np.mean(values)) for name, values in logged.items()} | measured
                     logged.clear()
@@ -260,8 +275,11 @@ def run(config: Config) -> Params:
                         "sample": sampled - started,
                         "reward": rewarded - sampled,
                         "learn": learned - rewarded,
+                        "host": started - before,  # what came after the step before: evaluation, logging, saving
                         "tokens_per_second": tokens / (learned - started),
+                        "programs": programs(),  # compiled so far
                     }
+                    before = learned
                     metrics.append(config.run_dir, n, measured, timing)
                     history.append({"step": n} | metrics.plain(measured))
                     for warning in monitoring.warnings(history):
@@ -387,4 +405,5 @@ def save(
 
 
 if __name__ == "__main__":
+    compilation.keep_programs()
     run(tyro.cli(Config, description=__doc__))

@@ -34,6 +34,7 @@ import tyro
 
 from grpo_jax import (
     checkpoint,
+    compilation,
     data,
     evaluation,
     hf,
@@ -215,4 +216,5 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    compilation.keep_programs()
     main(tyro.cli(Config, description=__doc__))

@@ -35,7 +35,7 @@ import optax
 import transformers
 import tyro
 
-from grpo_jax import checkpoint, data, hf, losses, metrics, models, preemption, rewards, sampling, types
+from grpo_jax import checkpoint, compilation, data, hf, losses, metrics, models, preemption, rewards, sampling, types
 from grpo_jax.advantages import from_rewards
 from grpo_jax.policies import Policy
 from grpo_jax.tasks import arithmetic
@@ -256,4 +256,5 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    compilation.keep_programs()
     main(tyro.cli(Config, description=__doc__))

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import tyro
 
-from grpo_jax import checkpoint, data, hf, losses, metrics, preemption, scoring, types
+from grpo_jax import checkpoint, compilation, data, hf, losses, metrics, preemption, scoring, types
 from grpo_jax.train_step import make_learn
 from grpo_jax.types import Experience, Mean, Params, Rollout
 from grpo_jax.updates import init_state
@@ -139,4 +139,5 @@ def encode(tokenizer: Any, end: int, config: Config) -> list[tuple[list[int], li
 
 
 if __name__ == "__main__":
+    compilation.keep_programs()
     run(tyro.cli(Config, description=__doc__))

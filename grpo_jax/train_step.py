@@ -130,25 +130,28 @@ def make_collect(
     def collect(state: TrainState, prompts: Prompts) -> Experience:
         sample_key, _ = step_keys(state)
         temperature_now = at(temperature, state)
-        rollout = sample(
-            policy,
-            state.params,
-            prompts,
-            sample_key,
-            group_size=group_size,
-            max_tokens=max_tokens,
-            eos_ids=eos_ids,
-            temperature=temperature_now,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-        )
+        with jax.named_scope("sample"):
+            rollout = sample(
+                policy,
+                state.params,
+                prompts,
+                sample_key,
+                group_size=group_size,
+                max_tokens=max_tokens,
+                eos_ids=eos_ids,
+                temperature=temperature_now,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+            )
         experience = Experience(rollout)
         if reward is not None:
-            rewards, given = reward(rollout)
+            with jax.named_scope("reward"):
+                rewards, given = reward(rollout)
             experience = experience._replace(rewards=rewards, reward_mask=given)
         if score_old:
-            old = score(policy, state.params, rollout, temperature=temperature_now)
+            with jax.named_scope("score_old"):
+                old = score(policy, state.params, rollout, temperature=temperature_now)
             experience = experience._replace(old_log_probs=old.log_probs, old_entropy=old.entropy)
         return experience
 
@@ -233,7 +236,9 @@ def make_learn(
             scored = jnp.any(experience.reward_mask, axis=-1, keepdims=True)
             experience = experience._replace(rollout=rollout._replace(mask=rollout.mask & scored))
         if state.ref_params is not None and experience.ref_log_probs is None:
-            experience = experience._replace(ref_log_probs=score_reference(state, rollout, experience.packing))
+            with jax.named_scope("score_reference"):
+                ref_log_probs = score_reference(state, rollout, experience.packing)
+            experience = experience._replace(ref_log_probs=ref_log_probs)
         if advantage is not None:
             advantages, of_rewards = at(advantage, state)(experience)
             experience, metrics = experience._replace(advantages=advantages), metrics | of_rewards
@@ -286,10 +291,12 @@ def make_learn(
         return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params), types.merge(aux)
 
     def learn_minibatch(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
-        grads, (terms, metrics) = gradient(state, experience)
+        with jax.named_scope("gradient"):
+            grads, (terms, metrics) = gradient(state, experience)
         total = losses.value(terms)
         counted = jnp.any(jnp.stack([term.count > 0 for term in terms])) & jnp.any(experience.rollout.mask)
-        state, of_update = update(state, grads, optimizer, loss=total, counted=counted, max_grad_norm=max_grad_norm)
+        with jax.named_scope("update"):
+            state, of_update = update(state, grads, optimizer, loss=total, counted=counted, max_grad_norm=max_grad_norm)
         return state, {"loss": Mean(total, jnp.ones((), jnp.int32))} | metrics | of_update
 
     return learn

@@ -416,3 +416,19 @@ def _fails_at(step, function):
         return function(run_dir, n, *arguments)
 
     return append
+
+
+@pytest.mark.slow
+def test_packing_and_a_profile_change_nothing_of_a_run_but_what_lies_beside_it(files, tmp_path):
+    for name, changes in (("plain", {}), ("other", {"pack": True, "completion_bucket": 2, "profile": True})):
+        # So hot that a tiny model ends its completions at different lengths.
+        grpo.run(settings(files, tmp_path / name, steps=3, max_tokens=16, temperature=3.0, seed=1, **changes))
+    plain, other = (metrics.read(tmp_path / name) for name in ("plain", "other"))
+    assert plain[0].keys() == other[0].keys()
+    for name, value in plain[0].items():
+        assert other[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert not (tmp_path / "plain" / "trace").exists()
+    assert list((tmp_path / "other" / "trace").rglob("*.xplane.pb"))
+    timing = [json.loads(line) for line in (tmp_path / "other" / "timing.jsonl").read_text().splitlines()]
+    assert all(line.keys() >= {"sample", "reward", "learn", "host", "programs"} for line in timing)
+    assert timing[0]["programs"] > 0
