@@ -1,5 +1,7 @@
 """One step of grpo_jax, as experiments/grpo.py makes it: `collect`, host rewards, `learn`.
 
+Where lengths differ the completions are trimmed and packed between the two, as its `--pack` does.
+
 Seconds of a step: `generate` is `collect`; `score` is the reference's log-probs in a
 program of their own, run after the step and not counted in `whole`; `train` is what
 remains of `learn` without them, the update included.
@@ -18,10 +20,10 @@ import optax
 
 from benchmarks import cells, worker
 from benchmarks.cells import Cell
-from grpo_jax import advantages, hf, losses, sampling, scoring
+from grpo_jax import advantages, hf, losses, packing, sampling, scoring
 from grpo_jax.policies import Policy
 from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.types import Array, Params, Prompts, Rollout
+from grpo_jax.types import Array, Experience, Params, Prompts, Rollout
 from grpo_jax.updates import init_state
 
 
@@ -59,6 +61,10 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
     )
     state = init_state(params, optimizer, jax.random.key(0), reference=True)
     del params
+    compiled: set[object] = set()
+
+    def score(params: Params, given: Experience) -> Array:
+        return scoring.score(policy, params, given.rollout, packing=given.packing, entropy=False).log_probs
 
     def step(request: worker.Line) -> worker.Line:
         nonlocal state
@@ -78,19 +84,28 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
             np.float32,
         )[..., None]
         given = experience._replace(rewards=rewards, reward_mask=np.ones(rewards.shape, bool))
+        if cell.mean_length is not None:
+            given = packing.trim(given)
+            given = given._replace(packing=packing.pack(rollout.lengths))
         rewarded = time.perf_counter()
+        shapes = str(jax.tree.map(np.shape, given))
+        if shapes not in compiled:  # on a copy of the state, outside the time
+            jax.block_until_ready((learn(jax.tree.map(jnp.copy, state), given), score(state.ref_params, given)))
+            compiled.add(shapes)
+        learning = time.perf_counter()
         state, metrics = learn(state, given)
         jax.block_until_ready((state, metrics))
         learned = time.perf_counter()
         peak = worker.peak_memory()
-        jax.block_until_ready(scoring.score(policy, state.ref_params, rollout, entropy=False).log_probs)
+        jax.block_until_ready(score(state.ref_params, given))
         scored = time.perf_counter() - learned
         return {
-            "whole": learned - started,
+            "whole": rewarded - started + learned - learning,
             "generate": sampled - started,
             "score": scored,
-            "train": learned - rewarded - scored,
+            "train": learned - learning - scored,
             "peak_mib": peak,
+            "programs": len(compiled),
             "lengths": [int(n) for n in (lengths + np.asarray(rollout.truncated)).ravel()],
         }
 

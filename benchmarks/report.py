@@ -144,7 +144,19 @@ def _peers(lines: list[Line]) -> str:
                 ]
             )
     head = ("cell", "system", "whole step, s (least-most)", *PHASES, "peak MiB", "speed against TRL", "steps")
-    return table(head, rows)
+    return "\n\n".join([table(head, rows), *_lengths(lines)])
+
+
+def _lengths(lines: list[Line]) -> list[str]:
+    """A sentence for each cell on how long its completions really were, where that was drawn."""
+    found = []
+    for name in _cells(lines):
+        cell = cells.CELLS.get(name)
+        drawn = [n for step in of_kind(lines, "step", cell=name, system="ours") for n in step.get("lengths", ())]
+        if cell is not None and cell.mean_length is not None and drawn:
+            mean = statistics.fmean(min(n, cell.completion_tokens) for n in drawn)
+            found.append(f"The completions of {name} had {mean:.1f} tokens on average.")
+    return found
 
 
 def _floor(lines: list[Line]) -> str:
@@ -275,7 +287,7 @@ def plot(lines: list[Line], path: Path) -> bool:
     top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for axes, name in zip(top.subplots(1, columns, squeeze=False)[0], names, strict=False):
         found = {system: medians(lines, name, system) for system in SYSTEMS}
-        shown = {SYSTEMS[system].split()[0]: m for system, m in found.items() if m}
+        shown = {"floor" if system == "floor" else SYSTEMS[system]: m for system, m in found.items() if m}
         below = [0.0] * len(shown)
         for phase in PHASES:
             heights = [m[phase] for m in shown.values()]

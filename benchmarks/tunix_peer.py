@@ -87,7 +87,7 @@ def make_cluster(cell: Cell, checkpoint: Path, micro_prompts: int) -> Any:
             max_prompt_length=cell.prompt_tokens,
             kv_cache_size=cell.prompt_tokens + cell.completion_tokens,
             temperature=1.0,
-            top_p=None,
+            top_p=1.0,  # None would be greedy
             eos_tokens=[NO_TOKEN],
         ),
     )

@@ -37,7 +37,8 @@ def test_a_worker_answers_each_request_with_the_seconds_of_a_step(tmp_path, chec
         first, second = worker.ask(started, {}), worker.ask(started, {})
     finally:
         worker.stop(started)
-    assert first["whole"] > second["whole"] > 0  # the first compiles
+    assert first["whole"] > second["whole"] > 0  # the first compiles the sampler
+    assert second["programs"] == 1
     assert sum(second[phase] for phase in report.PHASES) <= second["whole"] * 1.001
     assert second["lengths"] == [9] * 8  # none ended: one more than the longest
     assert second["peak_mib"] > 100
