@@ -36,12 +36,15 @@ class Policy(NamedTuple):
       prefill: `(params, tokens [B, P], lengths [B]) -> prompt_cache`.
       init_cache: `(B, G, T) -> cache` for `T` tokens of each completion.
       extend: `(params, tokens [B, G, S], positions [B, G, S], prompt_cache,
-        cache=None, segments=None) -> (hidden [B, G, S, D], cache)`. A token
-        attends to its group's prompt and to tokens of its own completion at its
-        own or earlier positions. `segments [B, G, S]`, without a cache, also
-        keeps apart several completions packed in one row.
+        cache=None, segments=None, columns=None) -> (hidden [B, G, S, D], cache)`. A
+        token attends to its group's prompt and to tokens of its own completion at its
+        own or earlier positions. A cache is written as a ring: after its `T` columns
+        it goes on with the first. `columns`, static, says that no column from there on
+        is in use, so that they need not be looked at. `segments [B, G, S]`, without a
+        cache, also keeps apart several completions packed in one row.
       unembed: `(params, hidden [..., D]) -> logits [..., V]`.
       take: `(prompt_cache, rows [N]) -> prompt_cache` of those rows.
+      forget: `(cache, rows [B, G] bool) -> cache` that is empty in those rows.
     """
 
     config: Any
@@ -52,6 +55,7 @@ class Policy(NamedTuple):
     extend: Callable[..., tuple[Array, Cache]]
     unembed: Callable[[Params, Array], Array]
     take: Callable[[PromptCache, Array], PromptCache]
+    forget: Callable[[Cache, Array], Cache]
 
 
 class TokenCache(NamedTuple):
@@ -102,12 +106,14 @@ def from_logits_fn(
         prompt_cache: Prompts,
         cache: TokenCache | None = None,
         segments: Array | None = None,
+        columns: int | None = None,
     ) -> tuple[Array, TokenCache | None]:
         if segments is not None:
             raise ValueError("from_logits_fn cannot keep packed completions apart: one completion a row, segments=None")
         held = tokens, positions
         if cache is not None:
-            write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, cache.column))
+            column = cache.column % cache.positions.shape[-1]
+            write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, column))
             held = write(cache.tokens, tokens), write(cache.positions, positions)
             cache = TokenCache(*held, cache.column + tokens.shape[-1])
         rows, mask = _pack(prompt_cache, *held)
@@ -128,7 +134,13 @@ def from_logits_fn(
         extend=extend,
         unembed=lambda params, hidden: hidden.astype(jnp.float32),
         take=lambda prompt_cache, rows: Prompts(prompt_cache.tokens[rows], prompt_cache.lengths[rows]),
+        forget=forget,
     )
+
+
+def forget(cache: Any, rows: Array) -> Any:
+    """Empties rows of a cache that tells by its `positions [B, G, C]` which columns hold a token."""
+    return cache._replace(positions=jnp.where(rows[..., None], -1, cache.positions))
 
 
 def _pack(prompts: Prompts, tokens: Array, positions: Array) -> tuple[Array, Array]:

@@ -60,13 +60,13 @@ def sample(
     Raises:
       ValueError: for a setting out of range.
     """
-    _check(group_size, max_tokens, temperature, top_k, top_p, min_p)
+    check_settings(group_size, max_tokens, temperature, top_k, top_p, min_p)
     return _sample(
         policy, group_size, max_tokens, tuple(eos_ids), top_k, greedy, params, prompts, key, temperature, top_p, min_p
     )
 
 
-def _check(
+def check_settings(
     group_size: int,
     max_tokens: int,
     temperature: float | Array,
@@ -118,12 +118,14 @@ def _sample(
     prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
     keys = completion_keys(key, B, G)
 
-    def unfinished(state: _Decoding) -> Array:
-        return (state.t < T) & ~jnp.all(state.ended)
+    def unfinished(columns: int, state: _Decoding) -> Array:
+        return (state.t < columns) & ~jnp.all(state.ended)
 
-    def decode(state: _Decoding) -> _Decoding:
+    def decode(columns: int, state: _Decoding) -> _Decoding:
         positions = jnp.broadcast_to(prompts.lengths[:, None] - 1 + state.t, (B, G))
-        hidden, cache = policy.extend(params, state.last[..., None], positions[..., None], prompt_cache, state.cache)
+        hidden, cache = policy.extend(
+            params, state.last[..., None], positions[..., None], prompt_cache, state.cache, columns=columns
+        )
         logits = policy.unembed(params, hidden[:, :, 0]).astype(jnp.float32) / temperature
         logits = truncate(logits, top_k, top_p, min_p)
         token = jnp.argmax(logits, axis=-1) if greedy else draw(keys, state.t, logits)
@@ -140,21 +142,27 @@ def _sample(
         )
 
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)
-    end = jax.lax.while_loop(
-        unfinished,
-        decode,
-        _Decoding(
-            t=jnp.zeros((), jnp.int32),
-            last=jnp.broadcast_to(last, (B, G)),
-            ended=jnp.zeros((B, G), bool),
-            tokens=jnp.zeros((B, G, T), jnp.int32),
-            log_probs=jnp.zeros((B, G, T), jnp.float32),
-            lengths=jnp.zeros((B, G), jnp.int32),
-            cache=policy.init_cache(B, G, T),
-        ),
+    state = _Decoding(
+        t=jnp.zeros((), jnp.int32),
+        last=jnp.broadcast_to(last, (B, G)),
+        ended=jnp.zeros((B, G), bool),
+        tokens=jnp.zeros((B, G, T), jnp.int32),
+        log_probs=jnp.zeros((B, G, T), jnp.float32),
+        lengths=jnp.zeros((B, G), jnp.int32),
+        cache=policy.init_cache(B, G, T),
     )
-    mask = jnp.arange(T) < end.lengths[..., None]
-    return Rollout(prompts, end.tokens, end.lengths, mask, end.log_probs, truncated=~end.ended)
+    for columns in live_columns(T):
+        state = jax.lax.while_loop(functools.partial(unfinished, columns), functools.partial(decode, columns), state)
+    mask = jnp.arange(T) < state.lengths[..., None]
+    return Rollout(prompts, state.tokens, state.lengths, mask, state.log_probs, truncated=~state.ended)
+
+
+def live_columns(T: int, first: int = 128) -> list[int]:
+    """How far the cache is looked at, one loop after the other: doubled whenever the completions have filled it."""
+    widths = [first]
+    while widths[-1] < T:
+        widths.append(2 * widths[-1])
+    return [min(width, T) for width in widths]
 
 
 def completion_keys(key: PRNGKey, B: int, G: int) -> PRNGKey:

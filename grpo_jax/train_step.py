@@ -29,6 +29,7 @@ Reward = Callable[[Rollout], tuple[Array, Array]]  # rewards [B, G, R] float32, 
 Collect = Callable[[TrainState, Prompts], Experience]
 Learn = Callable[[TrainState, Experience], tuple[TrainState, Metrics]]
 Step = Callable[[TrainState, Prompts], tuple[TrainState, Metrics]]
+Sampler = Callable[..., Rollout]  # called as `sampling.sample` is
 Number = float | Array
 Tree = TypeVar("Tree")
 
@@ -48,6 +49,7 @@ def make_train_step(
     top_k: int | None = None,
     top_p: Number | None = None,
     min_p: Number | None = None,
+    sampler: Sampler = sample,
     score_old: bool = False,
     passes: int = 1,
     minibatches: int = 1,
@@ -72,6 +74,7 @@ def make_train_step(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        sampler=sampler,
         score_old=score_old or passes * minibatches > 1,
     )
     learn = make_learn(
@@ -104,6 +107,7 @@ def make_collect(
     top_k: int | None = None,
     top_p: Number | None = None,
     min_p: Number | None = None,
+    sampler: Sampler = sample,
     score_old: bool = False,
 ) -> Collect:
     """The first half of a step, `(state, prompts) -> experience`.
@@ -120,6 +124,8 @@ def make_collect(
       top_k: as in `sampling.sample`.
       top_p: as in `sampling.sample`.
       min_p: as in `sampling.sample`.
+      sampler: `sampling.sample`, or one that takes the same arguments, such as
+        `functools.partial(refill.sample_in_slots, slots=64)`.
       score_old: True fills `old_log_probs` and `old_entropy`, which `learn` needs if it
         makes several updates of one experience, if the params change before it, or if a
         hook asks for them.
@@ -131,7 +137,7 @@ def make_collect(
         sample_key, _ = step_keys(state)
         temperature_now = at(temperature, state)
         with jax.named_scope("sample"):
-            rollout = sample(
+            rollout = sampler(
                 policy,
                 state.params,
                 prompts,

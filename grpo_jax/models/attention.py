@@ -97,7 +97,7 @@ def by_platform(
     query: Array, own: KeyValues, own_mask: Array, prompt: KeyValues | None = None, prompt_mask: Array | None = None
 ) -> Array:
     """`blockwise` on CPUs, `joint` elsewhere and for single queries, whose products are small in any form."""
-    if query.shape[2] == 1:
+    if query.shape[2] <= 1:
         return joint(query, own, own_mask, prompt, prompt_mask)
     return jax.lax.platform_dependent(query, own, own_mask, prompt, prompt_mask, cpu=blockwise, default=joint)
 
@@ -113,7 +113,8 @@ def _logits(query: Array, part: _Block) -> Array:
     """`[R S, C]` float32 of the queries `[R S, h]`."""
     logits = jnp.matmul(query, part.held.keys.T, preferred_element_type=jnp.float32)
     S, C = part.mask.shape
-    return jnp.where(part.mask, logits.reshape(-1, S, C), _NEVER).reshape(-1, C)
+    heads = query.shape[0] // max(S, 1)
+    return jnp.where(part.mask, logits.reshape(heads, S, C), _NEVER).reshape(heads * S, C)
 
 
 def _matmul(x: Array, y: Array) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from grpo_jax.models import rope
 from grpo_jax.models.attention import KeyValues
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.policies import Policy
+from grpo_jax.policies import Policy, forget
 from grpo_jax.types import Array, Params, PRNGKey
 
 
@@ -103,6 +103,7 @@ class Attention(nn.Module):
         if cache is not None:
             stored, column = cache
             start = (layer, 0, 0, column, 0, 0)
+            size = (1, *sight.own.shape, *key.shape[-2:])
             stored = jax.tree.map(
                 lambda all_layers, update: jax.lax.dynamic_update_slice(
                     all_layers, update[None].astype(all_layers.dtype), start
@@ -110,7 +111,8 @@ class Attention(nn.Module):
                 stored,
                 new,
             )
-            own = jax.tree.map(lambda all_layers: all_layers[layer], stored)
+            read = functools.partial(jax.lax.dynamic_slice, start_indices=(layer, 0, 0, 0, 0, 0), slice_sizes=size)
+            own = jax.tree.map(lambda all_layers: read(all_layers)[0], stored)
 
         own_mask, prompt_mask = sight.own_mask, sight.prompt_mask
         if window is not None:
@@ -248,11 +250,13 @@ def decoder(config: DecoderConfig) -> Policy:
         prompt_cache: PromptCache,
         cache: Cache | None = None,
         segments: Array | None = None,
+        columns: int | None = None,
     ) -> tuple[Array, Cache | None]:
         own, column, stored = positions, None, None
         if cache is not None:
-            stored, column = cache.layers, cache.column
-            own = jax.lax.dynamic_update_slice(cache.positions, positions, (0, 0, column))
+            stored, column = cache.layers, cache.column % cache.positions.shape[-1]
+            written = jax.lax.dynamic_update_slice(cache.positions, positions, (0, 0, column))
+            own = written[..., :columns]
         own_mask = _causal(positions, own)
         if segments is not None:
             if cache is not None:
@@ -262,7 +266,7 @@ def decoder(config: DecoderConfig) -> Policy:
         prompt_mask = jnp.broadcast_to(held, (*positions.shape, held.shape[-1]))
         sight = _sight(config, positions, own, own_mask, prompt_mask)
         hidden, stored, _ = apply({"params": params}, tokens, sight, prompt_cache.layers, stored, column)
-        return hidden, None if cache is None else Cache(stored, own, cache.column + tokens.shape[-1])
+        return hidden, None if cache is None else Cache(stored, written, cache.column + tokens.shape[-1])
 
     def unembed(params: Params, hidden: Array) -> Array:
         return apply({"params": params}, hidden, method="unembed")
@@ -271,7 +275,7 @@ def decoder(config: DecoderConfig) -> Policy:
         layers = jax.tree.map(lambda layers: layers[:, rows], prompt_cache.layers)
         return PromptCache(layers, prompt_cache.lengths[rows])
 
-    return Policy(config, init, cast, prefill, init_cache, extend, unembed, take)
+    return Policy(config, init, cast, prefill, init_cache, extend, unembed, take, forget)
 
 
 def _causal(queries: Array, keys: Array | None = None) -> Array:
