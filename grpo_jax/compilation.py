@@ -19,8 +19,8 @@ def keep_programs(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
     Returns:
       The folder in use.
     """
-    if jax.config.jax_compilation_cache_dir:
-        return pathlib.Path(jax.config.jax_compilation_cache_dir)
+    if known := jax.config.values["jax_compilation_cache_dir"]:
+        return pathlib.Path(known)
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     folder = caches / "grpo_jax" / "programs" if folder is None else pathlib.Path(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -36,7 +36,7 @@ def count_programs() -> Callable[[], int]:
     """
     count = 0
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         nonlocal count
         count += event == "/jax/core/compile/backend_compile_duration"
 

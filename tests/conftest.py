@@ -1,6 +1,7 @@
 """What all tests share. Most of their time goes into compiling, so that is done once and without optimisation.
 
-`XLA_FLAGS= pytest` optimises as a run does; CI does so for the slow tests, and its smoke runs and quickstart come without this file.
+`XLA_FLAGS= pytest` optimises as a run does. CI does so for the slow tests; its smoke runs and quickstart know nothing
+of this file.
 """
 
 import os
