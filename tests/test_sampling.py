@@ -258,9 +258,9 @@ def test_an_end_token_in_the_last_place_is_an_end(max_tokens, truncated):
 def test_decoding_stops_when_every_completion_has_ended():
     steps = []
 
-    def extend(*arguments):
+    def extend(*arguments, **columns):
         jax.debug.callback(lambda: steps.append(1))
-        return TABLE_POLICY.extend(*arguments)
+        return TABLE_POLICY.extend(*arguments, **columns)
 
     prompts = Prompts(jnp.array([[2], [4]]), jnp.array([1, 1]))
     rollout = sample(
@@ -285,9 +285,9 @@ def test_each_prompt_is_read_once_and_one_cache_serves_its_group():
         prefills.append(tokens.shape)
         return DECODER.prefill(params, tokens, lengths)
 
-    def extend(params, tokens, positions, prompt_cache, cache):
+    def extend(params, tokens, positions, prompt_cache, cache, **columns):
         caches.append(prompt_cache.layers.keys.shape[:3])
-        return DECODER.extend(params, tokens, positions, prompt_cache, cache)
+        return DECODER.extend(params, tokens, positions, prompt_cache, cache, **columns)
 
     policy = DECODER._replace(prefill=prefill, extend=extend)
     draw = functools.partial(sample, policy, group_size=3, max_tokens=4, eos_ids=())
@@ -304,9 +304,9 @@ def test_params_are_cast_once_before_decoding():
         casts.append(params)
         return policy.cast(params)
 
-    def extend(params, *arguments):
+    def extend(params, *arguments, **columns):
         read.append(params)
-        return policy.extend(params, *arguments)
+        return policy.extend(params, *arguments, **columns)
 
     draw = functools.partial(sample, policy._replace(cast=cast, extend=extend), group_size=3, max_tokens=4, eos_ids=())
     jax.eval_shape(draw, decoder_params(), random_prompts(2, 2, 6), jax.random.key(0))
