@@ -26,6 +26,8 @@ from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Array, Experience, Params, Prompts, Rollout
 from grpo_jax.updates import init_state
 
+MICRO_BATCHES = 4  # one or two prompts at a time: less memory, and what is computed stays in the processor's cache
+
 
 def ends_at_random(policy: Policy, mean_length: float) -> Policy:
     """The policy with a constant chance of `1 / mean_length` that a token is the end: lengths are geometric.
@@ -56,6 +58,7 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
             loss=losses.grpo(penalty=losses.k3(cells.BETA)),
             advantage=advantages.from_rewards(),
             max_grad_norm=1.0,
+            micro_batches=MICRO_BATCHES,
         ),
         donate_argnums=0,
     )
