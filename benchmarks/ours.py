@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,16 +59,21 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
             loss=losses.grpo(penalty=losses.k3(cells.BETA)),
             advantage=advantages.from_rewards(),
             max_grad_norm=1.0,
-            micro_batches=MICRO_BATCHES,
+            micro_batches=min(MICRO_BATCHES, cell.prompts),
         ),
         donate_argnums=0,
     )
     state = init_state(params, optimizer, jax.random.key(0), reference=True)
     del params
-    compiled: set[object] = set()
+    compiled: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
+    @jax.jit
     def score(params: Params, given: Experience) -> Array:
-        return scoring.score(policy, params, given.rollout, packing=given.packing, entropy=False).log_probs
+        """The reference's log-probs, in parts as `learn` computes them."""
+        parts = min(MICRO_BATCHES, cell.prompts)
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (given.rollout, given.packing))
+        of_part = lambda x: scoring.score(policy, params, x[0], packing=x[1], entropy=False).log_probs  # noqa: E731
+        return jax.lax.map(of_part, split)
 
     def step(request: worker.Line) -> worker.Line:
         nonlocal state
@@ -92,15 +98,16 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
             given = given._replace(packing=packing.pack(rollout.lengths))
         rewarded = time.perf_counter()
         shapes = str(jax.tree.map(np.shape, given))
-        if shapes not in compiled:  # on a copy of the state, outside the time
-            jax.block_until_ready((learn(jax.tree.map(jnp.copy, state), given), score(state.ref_params, given)))
-            compiled.add(shapes)
+        if shapes not in compiled:  # outside the time
+            given = jax.tree.map(jnp.asarray, given)
+            compiled[shapes] = learn.lower(state, given).compile(), score.lower(state.ref_params, given).compile()
+        learn_now, score_now = compiled[shapes]
         learning = time.perf_counter()
-        state, metrics = learn(state, given)
+        state, metrics = learn_now(state, given)
         jax.block_until_ready((state, metrics))
         learned = time.perf_counter()
         peak = worker.peak_memory()
-        jax.block_until_ready(score(state.ref_params, given))
+        jax.block_until_ready(score_now(state.ref_params, given))
         scored = time.perf_counter() - learned
         return {
             "whole": rewarded - started + learned - learning,

@@ -98,7 +98,8 @@ def measure_cell(cell: Cell, config: Config, scratch: Path, record: Record) -> N
     def request(n: int) -> Line:
         return {} if cell.mean_length is None else {"lengths": cells.draw_lengths(cell, n)}
 
-    for system in config.systems:
+    # Ours first: where lengths differ it draws those that the others are told.
+    for system in sorted(config.systems, key=lambda system: system != "ours"):
         if system == "tunix" and cell.mean_length is not None:
             leave_out(system, "lengths cannot be forced on its sampler")
             continue
@@ -139,13 +140,15 @@ def calibrate(
     best: tuple[Worker, Line] | None = None
     tried: list[Line] = []
     for size in (size for size in MICRO_BATCHES if cell.rows % size == 0):
-        process = begin("trl", {"micro_batch": size})
+        process = None
         try:
+            process = begin("trl", {"micro_batch": size})
             step = worker.ask(process, request(0))
             if step["whole"] < LONG:
                 step = worker.ask(process, request(1))
         except RuntimeError as error:  # out of memory, say; the other sizes are still to be tried
-            worker.stop(process)
+            if process is not None:
+                worker.stop(process)
             what = f"trl on {cell.name} in micro-batches of {size}"
             record({"kind": "left_out", "what": what, "why": str(error).strip().splitlines()[-1]})
             continue
