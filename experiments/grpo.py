@@ -184,14 +184,17 @@ def run(config: Config) -> Params:
             return collect(state._replace(step=jnp.int32(n)), prompts)
 
         def evaluate(params: Params) -> dict[str, float]:
-            """Mean rewards of the likeliest completions of the evaluation split."""
+            """Mean rewards of the likeliest completions of the evaluation split; NaN where a reward failed on some."""
+            failed = []
             summary, _ = evaluation.evaluate(
                 policy, params, tokenizer, eval_rows, functions, prompts=eval_prompts, greedy=True,
                 prompt_column=config.prompt_column, batch_size=config.eval_batch, bucket=config.bucket,
+                log_metric=lambda name, value: failed.append(name.endswith("/failed") and value > 0),
                 **sampling_settings,
             )  # fmt: skip
             means = {name: summary[f"reward/{name}"] for name in names}
             total = float(np.dot(config.reward_weights or np.ones(len(names)), list(means.values())))
+            total = np.nan if any(failed) else total
             return {"eval/reward": total} | {f"eval/{name}": mean for name, mean in means.items()}
 
         # ------------------------------------------------------------------ the run, from its newest checkpoint
@@ -201,7 +204,7 @@ def run(config: Config) -> Params:
         with checkpoint.manager(config.run_dir / "checkpoints") as checkpoints:
             if (found := checkpoint.restore(checkpoints, state)) is not None:
                 state, meta = found
-                allowed = ["run_dir", "steps", "export_every", "tensorboard", "wandb"]
+                allowed = ["run_dir", "steps", "export_every", "tensorboard", "wandb", "profile"]
                 allowed += ["stop_after_skipped", "stop_after_failed"]
                 if not config.overlap:  # there, it says which batches are sampled ahead
                     allowed.append("save_every")
@@ -244,11 +247,13 @@ def run(config: Config) -> Params:
                     except Exception:
                         save(checkpoints, state, settings, experience if config.overlap else None, "a reward failed")
                         raise
+                    if any(logged.get(f"{name}/failed", [0.0])[-1] for name in names):
+                        mask = np.zeros_like(mask)  # nothing is learned from the rewards that did not fail alone
                     rewarded = time.monotonic()
                     experience = experience._replace(rewards=given, reward_mask=mask)
                     experience = packing.trim(experience, multiple=config.completion_bucket)
                     if config.pack:
-                        laid = packing.pack(experience.rollout.lengths, multiple=config.completion_bucket)
+                        laid = packing.pack(experience.rollout, multiple=config.completion_bucket)
                         experience = experience._replace(packing=laid)
                     state, measured = learn(state, experience)
                     measured = jax.device_get(types.summary(measured))
@@ -271,7 +276,7 @@ def run(config: Config) -> Params:
                             best = measured["eval/reward"]
                             hf.save_pretrained(policy, state.params, config.run_dir / "best", **exported)
                     tokens = int(np.sum(experience.rollout.lengths))
-                    timing = {
+                    timing = {  # under --overlap, the sampling of the next batch goes on within `reward` and `learn`
                         "sample": sampled - started,
                         "reward": rewarded - sampled,
                         "learn": learned - rewarded,
@@ -397,9 +402,9 @@ def save(
         os.replace(folder / "half_written.npz", in_flight)
     with contextlib.suppress(FileExistsError):
         checkpoint.save(checkpoints, state, {"config": settings})
-    for path in folder.glob("in_flight_*.npz"):
-        if path != in_flight:  # of a state before
-            path.unlink()
+    kept = {folder / f"in_flight_{step}.npz" for step in checkpoints.all_steps()}
+    for path in set(folder.glob("in_flight_*.npz")) - kept:
+        path.unlink()
     if why:
         print(f"{why}; the state of step {int(state.step)} is saved in {checkpoints.directory}")
 

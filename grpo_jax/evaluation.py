@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_jax import data, rewards, sampling
 from grpo_jax.policies import Policy
-from grpo_jax.rewards.host import RewardFunction
+from grpo_jax.rewards.host import LogMetric, RewardFunction
 from grpo_jax.types import Array, Params, Rollout
 
 Item = dict[str, Any]
@@ -185,6 +185,7 @@ def evaluate(
     threshold: float = 1.0,
     prompts: Sequence[Sequence[int]] | None = None,
     prompt_column: str = "prompt",
+    log_metric: LogMetric | None = None,
     batch_size: int = 64,
     bucket: int = 64,
     level: float = 0.95,
@@ -216,6 +217,7 @@ def evaluate(
       threshold: a completion is right if that function gives it at least this much.
       prompts: the rows' prompts as tokens; None encodes them by `data.encode_prompt`.
       prompt_column: the name of the prompt's column.
+      log_metric: as of `rewards.host`, what reward functions log, once a batch.
       batch_size: prompts sampled at a time.
       bucket: prompts are padded to a multiple of it, so that few programs compile.
       level: of the intervals.
@@ -239,7 +241,7 @@ def evaluate(
         prompts = [data.encode_prompt(tokenizer, row[prompt_column]) for row in rows]
     if len(prompts) != len(rows):
         raise ValueError(f"{len(prompts)} prompts for {len(rows)} rows")
-    reward = rewards.host(functions, rows, tokenizer, prompt_column=prompt_column)
+    reward = rewards.host(functions, rows, tokenizer, prompt_column=prompt_column, log_metric=log_metric)
     judge = names.index(accuracy) if accuracy is not None else 0
 
     items: list[Item] = []

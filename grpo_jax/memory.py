@@ -3,8 +3,9 @@
     python -m grpo_jax.memory --model Qwen/Qwen2.5-0.5B --group-size 16 --prompts 32 --device-gib 80
 
 Nothing is allocated: sizes of what is kept come from `jax.eval_shape`, and those of what a step needs
-beside it from the compiled programs of `collect` and `learn`. They are of the backend that this runs on; another
-one's compiler fuses otherwise. Only the model's configuration is read, not its weights.
+beside it from the compiled programs of `collect` and `learn`. They are of the backend that this runs on: a plan for a
+GPU is made on one, since another backend fuses otherwise and, by default, computes attention otherwise. Only the
+model's configuration is read, not its weights.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from grpo_jax import losses, models
 from grpo_jax.advantages import from_rewards
 from grpo_jax.losses import Loss
 from grpo_jax.policies import Policy
+from grpo_jax.scoring import CHUNK_TOKENS
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Experience, Prompts
 from grpo_jax.updates import init_state
@@ -64,7 +66,6 @@ def plan(
     reference: bool,
     micro_batches: int = 1,
     score_old: bool = False,
-    chunk_tokens: int = 1024,
 ) -> Plan:
     """The memory of one step of `prompts * group_size` completions, on the default backend.
 
@@ -79,7 +80,6 @@ def plan(
       reference: whether a reference policy is kept.
       micro_batches: parts in which the update is computed.
       score_old: as of `make_collect`.
-      chunk_tokens: as of `score`.
     """
     array: Callable[..., Any] = jax.ShapeDtypeStruct
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -96,7 +96,7 @@ def plan(
 
     of_params = size(params)
     rows = prompts // micro_batches * group_size
-    width = min(max_tokens, max(1, chunk_tokens // rows))
+    width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
     logits = 2 * rows * width * jax.eval_shape(policy.unembed, params, _hidden(policy, params, batch)).shape[-1] * 4
     learning = beside(jax.jit(learn, donate_argnums=0), state, experience) + size(experience)
     cast = jax.eval_shape(policy.cast, params)
@@ -213,6 +213,8 @@ def main(config: Config) -> Plan:
     print(f"{config.prompts} prompts x {config.group_size}, {config.prompt_tokens} + {config.max_tokens} tokens, "
           f"{config.compute_dtype}, on {jax.default_backend()}\n{table(found)}")  # fmt: skip
     if config.device_gib is not None:
+        if jax.default_backend() == "cpu":
+            print("planned on a CPU: for another device, run this there")
         budget = int(config.device_gib * 2**30)
         largest = largest_batch(lambda prompts: planned(prompts, 1).peak, budget)
         print(f"prompts that fit into {gib(budget)} in one piece: {largest}")

@@ -6,7 +6,6 @@ wait for the rollout. Each shape of their results compiles its own program; `mul
 
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,31 +37,32 @@ def trim(experience: Experience, *, multiple: int = 64) -> Experience:
     return experience._replace(rollout=cut(rollout, "tokens", "mask", "log_probs"))
 
 
-def pack(lengths: np.ndarray | jax.Array, *, multiple: int = 64) -> Packing | None:
+def pack(rollout: Rollout, *, multiple: int = 64) -> Packing | None:
     """Lays the completions of each group into few rows, longest first, each into the first row with room for it.
 
     The network then computes `B R W` tokens in place of `B G T`, where `R` rows of `W` are
-    enough for every group; `W` is the multiple that makes `R W` least. A group's prompt is still
-    read once. For a policy whose `extend` takes `segments`:
+    enough for every group. `W` is the multiple that makes `R W` least, of those up to twice the longest
+    completion: attention looks at `W` columns for each token, so that wide rows cost more than they save. A group's
+    prompt is still read once. For a policy whose `extend` takes `segments`:
 
-        experience = experience._replace(packing=pack(experience.rollout.lengths))
+        experience = experience._replace(packing=pack(experience.rollout))
 
     Args:
-      lengths: `[B, G]` of the completions; not under jit.
+      rollout: the completions; not under jit.
       multiple: of what `W` is one.
 
     Returns:
-      The packing, or None where it would save nothing against rows of the longest completion.
+      The packing, or None where it would not save a token.
     """
     _check(multiple)
-    lengths = np.asarray(lengths)
-    B, G = lengths.shape
+    lengths = np.asarray(rollout.lengths)
+    B, G, T = rollout.tokens.shape
     shortest = max(1, -(-int(lengths.max()) // multiple))  # rows in multiples
-    widest = max(shortest, -(-int(lengths.sum(axis=1).max()) // multiple))
+    widest = min(2 * shortest, max(shortest, -(-int(lengths.sum(axis=1).max()) // multiple)))
     laid = [(width * multiple, _lay_out(lengths, width * multiple)) for width in range(shortest, widest + 1)]
     W, starts = min(laid, key=lambda x: x[0] * (x[1].max() // x[0] + 1))
     rows = int(starts.max()) // W + 1
-    if G * shortest * multiple <= rows * W:
+    if rows * W >= G * T:
         return None
     segments = np.full((B, rows * W), -1, np.int32)
     for b, g in np.ndindex(B, G):

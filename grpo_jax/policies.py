@@ -39,7 +39,7 @@ class Policy(NamedTuple):
         cache=None, segments=None, columns=None) -> (hidden [B, G, S, D], cache)`. A
         token attends to its group's prompt and to tokens of its own completion at its
         own or earlier positions. A cache is written as a ring: after its `T` columns
-        it goes on with the first. `columns`, static, says that no column from there on
+        it goes on with the first; a write does not cross the end. `columns`, static, says that no column from there on
         is in use, so that they need not be looked at. `segments [B, G, S]`, without a
         cache, also keeps apart several completions packed in one row.
       unembed: `(params, hidden [..., D]) -> logits [..., V]`.

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Packing, Params, Rollout, Scores
 
+CHUNK_TOKENS = 1024  # tokens whose logits are held at a time, unless told otherwise
+
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("entropy", "chunk_tokens"))
 def score(
@@ -18,7 +20,7 @@ def score(
     packing: Packing | None = None,
     temperature: float | Array = 1.0,
     entropy: bool = True,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Scores:
     """What the policy says of the completions of a rollout.
 

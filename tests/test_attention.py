@@ -89,8 +89,26 @@ def test_in_bfloat16_it_rounds_as_the_reference_does():
     assert actual.dtype == jnp.bfloat16
     exact = softmax_of_the_concatenation(*given)
     np.testing.assert_allclose(actual.astype(jnp.float32), exact, rtol=0, atol=2e-2)
-    gradient = jax.grad(lambda q: jnp.sum(attention.blockwise(q, *given[1:]).astype(jnp.float32)))(given[0])
-    assert gradient.dtype == jnp.bfloat16
+
+    def gradients(form, query, own, own_mask, prompt, prompt_mask):
+        loss = lambda q, o, p: jnp.sum(jnp.sin(form(q, o, own_mask, p, prompt_mask).astype(jnp.float32)))  # noqa: E731
+        return jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1, 2)))(query, own, prompt))
+
+    precise = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), given)
+    for a, e in zip(gradients(attention.blockwise, *given), gradients(attention.joint, *precise), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), e, rtol=0, atol=2e-2 * np.abs(e).max())
+
+
+def test_it_can_be_mapped_over():
+    """As by runs with several seeds in one program."""
+    given = inputs("completions")
+    both = jax.tree.map(lambda x: jnp.stack([x, jnp.flip(x, 0)]), given)
+    gradient = jax.grad(lambda *x: jnp.sum(jnp.sin(attention.blockwise(*x))))
+    for i, mapped in enumerate(jax.jit(jax.vmap(gradient))(*both)):
+        one = gradient(*jax.tree.map(lambda x, i=i: x[i], both)) if i < 2 else None
+        if one is not None:
+            np.testing.assert_allclose(mapped, one, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("remat", [True, jax.checkpoint_policies.save_only_these_names("attention")])

@@ -205,7 +205,8 @@ def test_batches_that_a_reward_raises_on_are_masked_until_the_third_in_a_row(fil
         pytest.raises(LookupError, match="the verifier is down"),
         pytest.warns(RuntimeWarning, match="breaks_later failed on a batch of 4 completions"),
     ):
-        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later",)))
+        # Nothing is learned from the other reward alone.
+        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later", "my_rewards:brevity")))
     lines = metrics.read(tmp_path)
     assert [line["breaks_later/failed"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
     assert [line["unjudged/breaks_later"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
@@ -214,11 +215,11 @@ def test_batches_that_a_reward_raises_on_are_masked_until_the_third_in_a_row(fil
 
 
 def test_an_evaluation_that_a_reward_raises_on_is_not_the_best(files, tmp_path, monkeypatch):
-    failing = types.SimpleNamespace(contains_answer=_fails_on_calls({5}, lambda completions: [1.0] * len(completions)))
+    failing = types.SimpleNamespace(contains_answer=_fails_on_calls({8}, lambda completions: [1.0] * len(completions)))
     monkeypatch.setitem(sys.modules, "my_rewards", failing)
-    config = settings(files, tmp_path, steps=2, save_every=1, eval_rows=4)
+    config = settings(files, tmp_path, steps=2, save_every=1, eval_rows=4, eval_batch=2)
     with pytest.warns(RuntimeWarning, match="contains_answer failed"):
-        grpo.run(config)  # calls 1, 3 and 5 are evaluations
+        grpo.run(config)  # calls 1, 2, 4, 5, 7 and 8 are of evaluations
     assert [line["eval/reward"] for line in metrics.read(tmp_path)] == [1.0, None]
     shutil.rmtree(tmp_path / "best")
     grpo.run(dataclasses.replace(config, steps=3))

@@ -24,6 +24,13 @@ B, G, T = 4, 4, 12
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # most of the time else
 
 
+def rollout_of(lengths, T):
+    """Completions of these lengths; what they say does not matter."""
+    shape = (*lengths.shape, T)
+    mask = np.arange(T) < lengths[..., None]
+    return Rollout(None, np.zeros(shape, np.int32), lengths, mask, np.zeros(shape), np.zeros(lengths.shape, bool))
+
+
 def experience():
     prompts = testing.random_prompts(0, B, 6)
     keys = jax.random.split(jax.random.key(1), 4)
@@ -44,13 +51,13 @@ def experience():
     multiple=st.integers(1, 16),
 )
 def test_every_token_has_one_place_in_one_row_of_its_group(lengths, multiple):
-    packed = packing.pack(lengths, multiple=multiple)
-    longest = max(1, -(-lengths.max() // multiple)) * multiple
+    packed = packing.pack(rollout_of(lengths, 40), multiple=multiple)
     if packed is None:
         return
     _, rows, W = packed.segments.shape
     assert W % multiple == 0
-    assert rows * W < lengths.shape[1] * longest
+    assert rows * W < lengths.shape[1] * 40
+    assert 2 * max(1, -(-lengths.max() // multiple)) * multiple >= W
     segments = np.asarray(packed.segments)
     for b, g in np.ndindex(lengths.shape):
         places = np.flatnonzero(segments[b] == g)
@@ -59,11 +66,18 @@ def test_every_token_has_one_place_in_one_row_of_its_group(lengths, multiple):
 
 
 def test_rows_are_as_few_as_the_lengths_need():
-    packed = packing.pack(LENGTHS, multiple=4)
+    packed = packing.pack(rollout_of(LENGTHS, T), multiple=4)
     assert packed.segments.shape == (B, 1, 20)  # the first group's 20 tokens; four rows of 12 without
-    assert packing.pack(np.full((2, 4), 12), multiple=4) is None
+    assert packing.pack(rollout_of(np.full((2, 4), 12), 12), multiple=4) is None
     with pytest.raises(ValueError, match="multiple is at least 1, got 0"):
-        packing.pack(LENGTHS, multiple=0)
+        packing.pack(rollout_of(LENGTHS, T), multiple=0)
+
+
+def test_rows_are_no_wider_than_twice_the_longest_and_never_more_than_there_were():
+    wide = packing.pack(rollout_of(np.full((1, 16), 520), 768), multiple=256)
+    assert wide.segments.shape[2] <= 2 * 768
+    assert wide.segments[0].size < 16 * 768
+    assert packing.pack(rollout_of(np.full((1, 2), 60), 64), multiple=256) is None  # a row of 256 for two of 64
 
 
 @pytest.mark.parametrize(("family", "multiple"), [("llama", 6), ("qwen2_window", 4)])
@@ -84,7 +98,7 @@ def test_packed_completions_have_the_same_scores_and_gradients(family, multiple)
 
         return jax.grad(loss, has_aux=True)(params)
 
-    packed = packing.pack(rollout.lengths, multiple=multiple)
+    packed = packing.pack(rollout, multiple=multiple)
     (expected, scores), (actual, packed_scores) = evaluate(params, None), evaluate(params, packed)
     for a, e in zip(packed_scores, scores, strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=5e-6)
@@ -101,7 +115,7 @@ def test_a_step_learns_the_same_from_less_padding(layout):
     given = packing.trim(wide, multiple=4) if "trimmed" in layout else wide
     assert given.rollout.tokens.shape[-1] == (12 if "trimmed" in layout else 20)
     if "packed" in layout:
-        given = given._replace(packing=packing.pack(given.rollout.lengths, multiple=4))
+        given = given._replace(packing=packing.pack(given.rollout, multiple=4))
     assert jax.tree.structure(given._replace(packing=None)) == jax.tree.structure(whole)
     learn = jit(make_learn(policy, optimizer, loss=losses.grpo(penalty=losses.k3(0.04)), micro_batches=2))
     params = policy.init(jax.random.key(0))
@@ -118,4 +132,4 @@ def test_a_step_learns_the_same_from_less_padding(layout):
 def test_a_network_that_cannot_keep_packed_completions_apart_refuses():
     policy = from_logits_fn(lambda params, tokens, mask: params[tokens])
     with pytest.raises(ValueError, match="segments=None"):
-        score(policy, jnp.zeros((61, 61)), experience().rollout, packing=packing.pack(LENGTHS, multiple=4))
+        score(policy, jnp.zeros((61, 61)), experience().rollout, packing=packing.pack(experience().rollout, multiple=4))

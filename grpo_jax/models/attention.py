@@ -76,8 +76,9 @@ def blockwise(
     XLA runs batched products there at a fraction of the speed of plain ones, and a
     block's logits stay in the processor's cache. The backward pass computes them again
     from the denominators of the forward pass (Dao et al. 2022, arXiv:2205.14135,
-    appendix B), so that no logits are kept: memory grows with `S`, not with `S C`. What is
-    kept is named `attention`, for policies of `jax.checkpoint`.
+    appendix B), so that no logits are kept; of what grows with `S C` there are the masks alone.
+    The output and the denominators are named `attention`, for policies of `jax.checkpoint`. One block
+    follows the other on one device: with `B` over several, use `joint`.
     """
     B, G, S, N, h = query.shape
     K = own.keys.shape[-2]
@@ -170,7 +171,7 @@ def _backward(kept: Any, cotangent: Array) -> Any:
 
         def of_completion(total: Any, x: Any) -> Any:
             query, own, own_mask, prompt_mask, out, normaliser, cotangent = x
-            delta = jnp.sum((out * cotangent).astype(jnp.float32), axis=-1, keepdims=True)
+            delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1, keepdims=True)
 
             def of_part(part: _Block) -> tuple[Array, KeyValues]:
                 weights = jnp.exp(_logits(query, part) - normaliser)
