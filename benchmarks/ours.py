@@ -95,7 +95,7 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
         given = experience._replace(rewards=rewards, reward_mask=np.ones(rewards.shape, bool))
         if cell.mean_length is not None:
             given = packing.trim(given)
-            given = given._replace(packing=packing.pack(rollout.lengths))
+            given = given._replace(packing=packing.pack(given.rollout))
         rewarded = time.perf_counter()
         shapes = str(jax.tree.map(np.shape, given))
         if shapes not in compiled:  # outside the time
