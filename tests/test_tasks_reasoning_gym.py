@@ -139,13 +139,15 @@ SCORED = {
     "arc_agi": {},
     "knights_knaves": 0,
     "gsm_symbolic": {},
+    "composite": {"datasets": [{"name": name, "weight": 1, "config": {}} for name in ("chain_sum", "leg_counting")]},
 }
 
 
 @pytest.mark.parametrize(("name", "difficulty"), SCORED.items(), ids=SCORED)
 def test_right_answers_score_one_and_wrong_ones_nothing(name, difficulty, pool):
     sizes = {"train": 3, "validation": 0, "test": 0, "shifted": 0}
-    rows = reasoning_gym.splits(0, name=name, difficulty=difficulty, shifted_difficulty={}, **sizes).train
+    shifted = difficulty if name == "composite" else {}
+    rows = reasoning_gym.splits(0, name=name, difficulty=difficulty, shifted_difficulty=shifted, **sizes).train
     assert judged(rows, [row["answer"] for row in rows], pool) == [1.0] * 3
     assert judged(rows, ["it depends", "", None], pool) == [0.0] * 3
 

@@ -68,7 +68,9 @@ def splits(
       seed: of the splits.
       name: of the data set, as `reasoning_gym.create_dataset` takes it.
       difficulty: a level of the data set's curriculum, from 0 on, without the levels below
-        it; or its settings, as a dict. For `train`, `validation` and `test`.
+        it; or its settings, as a dict, which is how `composite` is told its parts:
+        `{"datasets": [{"name": "chain_sum", "weight": 1, "config": {}}, ...]}`. For `train`,
+        `validation` and `test`.
       shifted_difficulty: the same, for `shifted`.
       train: number of rows.
       validation: number of rows.

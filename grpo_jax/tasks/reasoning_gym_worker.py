@@ -8,6 +8,7 @@ from typing import Any
 
 import reasoning_gym
 from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
+from reasoning_gym.composite import DatasetSpec
 from reasoning_gym.factory import create_curriculum
 
 Difficulty = int | Mapping[str, Any]  # a level of the data set's curriculum, or the settings of `create_dataset`
@@ -16,12 +17,15 @@ Difficulty = int | Mapping[str, Any]  # a level of the data set's curriculum, or
 def dataset(name: str, difficulty: Difficulty, seed: int, size: int) -> Any:
     """The data set at a level, without the levels below it, or with settings of its own."""
     if not isinstance(difficulty, int):
-        return reasoning_gym.create_dataset(name, seed=seed, size=size, **difficulty)
+        settings = dict(difficulty)
+        if name == "composite":  # several data sets in one, each as a dict, since settings travel as JSON
+            settings["datasets"] = [DatasetSpec(**spec) for spec in settings.get("datasets", ())]
+        return reasoning_gym.create_dataset(name, seed=seed, size=size, **settings)
     levels = create_curriculum(name)
     levels.set_global_level(difficulty)
     context = DefaultCurriculumContext(mode=RangeAttributeMode.UPPER_BOUND)
-    settings = levels.generate_configuration({"seed": seed, "size": size}, context)
-    return reasoning_gym.create_dataset(name, **vars(settings))
+    configuration = levels.generate_configuration({"seed": seed, "size": size}, context)
+    return reasoning_gym.create_dataset(name, **vars(configuration))
 
 
 def score(completion: str, name: str, difficulty: Difficulty, entry: str) -> float:
