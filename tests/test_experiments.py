@@ -387,7 +387,9 @@ def test_a_run_that_ended_with_a_batch_in_flight_goes_on_to_the_same_bits(files,
     chex.assert_trees_all_equal(resumed, expected)
     if ended == "by a signal":  # the other's first lines have no made/calls
         assert metrics.read(config.run_dir) == metrics.read(tmp_path / "whole")
-    assert not list(config.run_dir.glob("in_flight_*"))
+    # It stays as long as its checkpoint does, which a run may have to fall back on.
+    assert [path.name for path in config.run_dir.glob("in_flight_*")] == ["in_flight_3.npz"]
+    assert (config.run_dir / "checkpoints" / "3").is_dir()
 
 
 def test_which_batches_are_sampled_ahead_does_not_change_on_the_way(files, tmp_path):
