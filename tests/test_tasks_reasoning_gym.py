@@ -152,7 +152,7 @@ def test_right_answers_score_one_and_wrong_ones_nothing(name, difficulty, pool):
     assert judged(rows, ["it depends", "", None], pool) == [0.0] * 3
 
 
-@pytest.mark.parametrize("name", [name for name in SCORED if name != "gsm_symbolic"])
+@pytest.mark.parametrize("name", [name for name in SCORED if name not in ("gsm_symbolic", "composite")])
 def test_an_entry_reaches_the_worker_as_it_was(name):
     entries = library.create_dataset(name, seed=1, size=4)
     assert ast.literal_eval(reasoning_gym.literal(entries[3], entries.score_answer)) == entries[3]
