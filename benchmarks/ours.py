@@ -24,7 +24,7 @@ from benchmarks.cells import Cell
 from grpo_jax import advantages, hf, losses, packing, sampling, scoring
 from grpo_jax.policies import Policy
 from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.types import Array, Experience, Params, Prompts, Rollout
+from grpo_jax.types import Array, Experience, Packing, Params, Prompts, Rollout
 from grpo_jax.updates import init_state
 
 MICRO_BATCHES = 4  # one or two prompts at a time: less memory, and what is computed stays in the processor's cache
@@ -72,7 +72,11 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
         """The reference's log-probs, in parts as `learn` computes them."""
         parts = min(MICRO_BATCHES, cell.prompts)
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (given.rollout, given.packing))
-        of_part = lambda x: scoring.score(policy, params, x[0], packing=x[1], entropy=False).log_probs  # noqa: E731
+
+        def of_part(part: tuple[Rollout, Packing | None]) -> Array:
+            rollout, packing = part
+            return scoring.score(policy, params, rollout, packing=packing, entropy=False).log_probs
+
         return jax.lax.map(of_part, split)
 
     def step(request: worker.Line) -> worker.Line:

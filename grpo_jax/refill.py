@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Cache, Policy, PromptCache
-from grpo_jax.sampling import check_settings, completion_keys, is_any, truncate
+from grpo_jax.sampling import check_settings, completion_keys, draw, is_any, truncate
 from grpo_jax.types import Array, Params, PRNGKey, Prompts, Rollout
 
 
@@ -105,7 +105,9 @@ def _sample(
     prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
     keys = completion_keys(key, B, G).reshape(-1)
     last_of_prompt = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-    prompt_of = lambda completion: jnp.minimum(completion, count - 1) // G  # noqa: E731
+
+    def prompt_of(completion: Array) -> Array:
+        return jnp.minimum(completion, count - 1) // G  # an idle slot reads along with the last
 
     def refill(state: _Slots) -> _Slots:
         idle = state.completion == count
@@ -126,14 +128,8 @@ def _sample(
             params, state.last[:, None, None], positions[:, None, None], of_slots, state.cache
         )
         logits = policy.unembed(params, hidden[:, 0, 0]).astype(jnp.float32) / temperature
-        logits = truncate(logits, top_k, top_p, min_p)
-        if greedy:
-            token = jnp.argmax(logits, axis=-1)
-        else:
-            of_token = jax.vmap(jax.random.fold_in)(keys[jnp.minimum(state.completion, count - 1)], state.t)
-            token = jax.vmap(jax.random.categorical)(of_token, logits)
-        token = token.astype(jnp.int32)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        of_completion = keys[jnp.minimum(state.completion, count - 1)]
+        token, log_prob = draw(of_completion, state.t, truncate(logits, top_k, top_p, min_p), greedy)
         ended = is_any(token, eos_ids)
         # What an idle slot computes has no place and is dropped.
         return state._replace(

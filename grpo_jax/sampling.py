@@ -127,10 +127,8 @@ def _sample(
             params, state.last[..., None], positions[..., None], prompt_cache, state.cache, columns=columns
         )
         logits = policy.unembed(params, hidden[:, :, 0]).astype(jnp.float32) / temperature
-        logits = truncate(logits, top_k, top_p, min_p)
-        token = jnp.argmax(logits, axis=-1) if greedy else draw(keys, state.t, logits)
-        token = jnp.where(state.ended, 0, token.astype(jnp.int32))
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)[..., 0]
+        token, log_prob = draw(keys, state.t, truncate(logits, top_k, top_p, min_p), greedy)
+        token = jnp.where(state.ended, 0, token)
         return _Decoding(
             t=state.t + 1,
             last=token,
@@ -171,13 +169,18 @@ def completion_keys(key: PRNGKey, B: int, G: int) -> PRNGKey:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_prompt, jnp.arange(G))
 
 
-def draw(keys: PRNGKey, t: Array, logits: Array) -> Array:
-    """Draws one token `[B, G]` from each of `logits [B, G, V]`, by the Gumbel trick: no sort, no second pass."""
+def draw(keys: PRNGKey, t: Array, logits: Array, greedy: bool) -> tuple[Array, Array]:
+    """Draws one token of each of `logits [..., V]`, and gives its log-prob.
 
-    def draw_one(key: PRNGKey, logits: Array) -> Array:
-        return jax.random.categorical(jax.random.fold_in(key, t), logits)
-
-    return jax.vmap(jax.vmap(draw_one))(keys, logits)
+    By the Gumbel trick, without a sort, with the noise of place `t` under each of `keys [...]`.
+    """
+    if greedy:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        of_place = jax.vmap(jax.random.fold_in)(keys.reshape(-1), jnp.broadcast_to(t, keys.shape).reshape(-1))
+        token = jax.vmap(jax.random.categorical)(of_place, logits.reshape(-1, logits.shape[-1])).reshape(keys.shape)
+    token = token.astype(jnp.int32)
+    return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)[..., 0]
 
 
 def truncate(logits: Array, top_k: int | None, top_p: float | Array | None, min_p: float | Array | None) -> Array:

@@ -32,7 +32,10 @@ def inputs(case, dtype=jnp.float32):
     """Arguments of an attention, with masks in which every query sees some of its own columns and maybe no prompt."""
     S, C, P = CASES[case]
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     own_mask = jnp.asarray(rng.random((B, G, S, C)) < 0.5).at[..., :1].set(True)
     query, own = normal(B, G, S, N, h), KeyValues(normal(B, G, C, K, h), normal(B, G, C, K, h))
     if P is None:
@@ -105,10 +108,10 @@ def test_it_can_be_mapped_over():
     given = inputs("completions")
     both = jax.tree.map(lambda x: jnp.stack([x, jnp.flip(x, 0)]), given)
     gradient = jax.grad(lambda *x: jnp.sum(jnp.sin(attention.blockwise(*x))))
-    for i, mapped in enumerate(jax.jit(jax.vmap(gradient))(*both)):
-        one = gradient(*jax.tree.map(lambda x, i=i: x[i], both)) if i < 2 else None
-        if one is not None:
-            np.testing.assert_allclose(mapped, one, rtol=0, atol=1e-6)
+    mapped = jax.jit(jax.vmap(gradient))(*both)
+    for i in range(2):
+        one = gradient(*jax.tree.map(lambda x, i=i: x[i], both))
+        np.testing.assert_allclose(mapped[i], one, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("remat", [True, jax.checkpoint_policies.save_only_these_names("attention")])

@@ -83,14 +83,17 @@ def blockwise(
     B, G, S, N, h = query.shape
     K = own.keys.shape[-2]
     R = N // K
-    by_head = lambda x: x.swapaxes(1, -2).reshape(B * K, *x.shape[2:-2], x.shape[1], h)  # noqa: E731
+
+    def by_head(x: Array) -> Array:
+        """`[B, ..., K, h]` to `[B K, ..., h]`."""
+        by_head = jnp.moveaxis(x, -2, 1)
+        return by_head.reshape(B * K, *by_head.shape[2:])
+
     # The queries of the R heads that read the same keys, one head after the other.
     query = (query * h**-0.5).reshape(B, G, S, K, R, h).transpose(0, 3, 1, 4, 2, 5).reshape(B * K, G, R * S, h)
-    of_head = lambda mask: jnp.repeat(mask, K, axis=0)  # noqa: E731
-    own = KeyValues(*(x.transpose(0, 3, 1, 2, 4).reshape(B * K, G, -1, h) for x in own))
-    if prompt is not None and prompt_mask is not None:
-        prompt, prompt_mask = KeyValues(*(by_head(x) for x in prompt)), of_head(prompt_mask)
-    out = _blocks(query, own, of_head(own_mask), prompt, prompt_mask)
+    own_mask, prompt_mask = jax.tree.map(lambda mask: jnp.repeat(mask, K, axis=0), (own_mask, prompt_mask))
+    own, prompt = jax.tree.map(by_head, (own, prompt))
+    out = _blocks(query, own, own_mask, prompt, prompt_mask)
     return out.reshape(B, K, G, R, S, h).transpose(0, 2, 4, 1, 3, 5).reshape(B, G, S, N, h)
 
 
