@@ -93,10 +93,10 @@ def batch_normalised_advantages(
 
     It knows no groups. REINFORCE++-baseline centers on the group first:
     `lambda r, mask: batch_normalised_advantages(centered_advantages(r, mask), mask)`.
-    Arguments, result and errors as in `group_advantages`; a batch of equal rewards gets
-    exactly 0.
+    Arguments, result and errors as in `group_advantages`, but that `G` may be 1; a batch of
+    equal rewards gets exactly 0.
     """
-    rewards, mask = _checked(rewards, mask)
+    rewards, mask = _checked(rewards, mask, at_least=1)
     centered = rewards - _mean(rewards, mask, axis=None)
     scale = jnp.sqrt(_mean(centered**2, mask, axis=None, ddof=ddof)) + eps
     spread = has_spread(rewards.reshape(1, -1), mask.reshape(1, -1))
@@ -310,11 +310,11 @@ def _reward_metrics(experience: Experience, total: Array, scored: Array, names: 
     return metrics
 
 
-def _checked(rewards: Array, mask: Array | None) -> tuple[Array, Array]:
+def _checked(rewards: Array, mask: Array | None, *, at_least: int = 2) -> tuple[Array, Array]:
     chex.assert_rank(rewards, 2)
     chex.assert_type(rewards, float)
-    if rewards.shape[1] < 2:
-        raise ValueError(f"a group needs at least 2 completions, got rewards of shape {rewards.shape}")
+    if rewards.shape[1] < at_least:
+        raise ValueError(f"a group needs at least {at_least} completions, got rewards of shape {rewards.shape}")
     mask = jnp.ones(rewards.shape, bool) if mask is None else mask
     return jnp.where(mask, rewards, 0.0), mask
 

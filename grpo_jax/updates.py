@@ -38,6 +38,12 @@ def init_state(
     )
 
 
+def step_keys(state: TrainState) -> tuple[PRNGKey, PRNGKey]:
+    """The keys of this step, of sampling and of learning: functions of the run's key and the step alone."""
+    sample_key, learn_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    return sample_key, learn_key
+
+
 def update(
     state: TrainState,
     grads: Params,

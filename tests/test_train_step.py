@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from grpo_jax import losses, types
-from grpo_jax.advantages import from_rewards, group_advantages
+from grpo_jax.advantages import batch_normalised_advantages, from_rewards, group_advantages
 from grpo_jax.losses import (
     completion_mean,
     constant_length,
@@ -464,6 +464,8 @@ def test_several_updates_without_the_old_log_probs_say_what_to_do():
         learn = make_learn(POLICY, optimizer, loss=grpo(), advantage=from_rewards(), **settings)
         with pytest.raises(ValueError, match="score_old=True"):
             learn(state_of(optimizer), experience)
+        imitate = make_learn(POLICY, optimizer, loss=losses.sft(), **settings)
+        jax.eval_shape(imitate, state_of(optimizer), experience)  # which asks for none
 
 
 # ---------------------------------------------------------------- what must not be learned
@@ -629,11 +631,14 @@ def test_host_rewards_go_between_the_two_halves():
 # -------------------------------------------------------------------------------- refusals
 
 
-def test_refuses_a_group_of_one():
-    with pytest.raises(ValueError, match=r"at least 2 completions.* group_size = 1"):
-        make_train_step(
-            POLICY, optax.sgd(1.0), reward=even_tokens, loss=grpo(), group_size=1, max_tokens=4, eos_ids=(EOS,)
-        )
+def test_a_group_of_one_is_refused_by_what_compares_and_by_nothing_else():
+    sizes = SIZES | {"group_size": 1}
+    step = make_train_step(POLICY, PLAIN, reward=even_tokens, loss=grpo(), **sizes)
+    with pytest.raises(ValueError, match=r"at least 2 completions, got rewards of shape \(\d+, 1\)"):
+        step(state_of(PLAIN), experience_of().rollout.prompts)
+    batch = from_rewards(batch_normalised_advantages)
+    step = make_train_step(POLICY, PLAIN, reward=even_tokens, loss=grpo(), advantage=batch, **sizes)
+    jax.eval_shape(step, state_of(PLAIN), experience_of().rollout.prompts)
 
 
 @pytest.mark.parametrize("setting", ["passes", "minibatches", "micro_batches"])

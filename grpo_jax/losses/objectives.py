@@ -92,8 +92,13 @@ def _objective(
 ) -> Loss:
     def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
         mask = experience.rollout.mask
-        if experience.advantages is None or experience.old_log_probs is None:
-            raise ValueError("a policy loss needs advantages and old_log_probs; make_learn(..., advantage=) adds them")
+        if experience.advantages is None:
+            raise ValueError("a policy loss needs advantages; make_learn(..., advantage=) adds them")
+        if experience.old_log_probs is None:
+            raise ValueError(
+                "several updates of a rollout need the old_log_probs of the policy that sampled: "
+                "make_collect(..., score_old=True) adds them"
+            )
         advantages = per_token(experience.advantages)
         log_ratio, metrics = level(difference(scores.log_probs, experience.old_log_probs, mask), mask, advantages)
         ratio_max = Max(jnp.exp(jnp.max(log_ratio, where=mask, initial=-jnp.inf)))
