@@ -92,6 +92,7 @@ PAIRS = {  # traced, on text
     "format": (tokens.tag_pairs(TAGS), text.format()),
     "tag_count": (tokens.tag_count(TAGS), text.tag_count()),
     "strict_format": (tokens.tag_format(TAGS, [EOS]), text.strict_format()),
+    "self_consistency": (tokens.self_consistency(START, END), text.self_consistency(group_size=3)),
     "soft_overlong": (tokens.soft_overlong(12, 7), text.soft_overlong(12, 7)),
     "repetition of 1": (tokens.repetition_penalty(ngram=1), text.repetition_penalty(ngram=1)),
     "repetition of 3": (tokens.repetition_penalty(), text.repetition_penalty()),
@@ -146,6 +147,17 @@ def test_traced_rewards_agree_with_those_on_text(name, groups, data):
     else:
         np.testing.assert_array_max_ulp(np.asarray(found), expected, maxulp=1)  # 0 is 0
         assert not np.signbit(np.asarray(found)[expected == 0]).any()
+
+
+def test_a_majority_is_of_answers_and_a_tie_is_none():
+    one, two, empty, none = ("<answer>1</answer>", "<answer>2</answer>", "<answer></answer>", "1")
+    groups = [[one, two, one], [one, two, none], [none, none, one], [empty, empty, two], [none, none, none]]
+    rollout = a_rollout([[TASK(completion)["input_ids"] for completion in group] for group in groups])
+    lost, tie = np.float32(-0.1), [np.float32(-0.1)] * 3
+    found = tokens.self_consistency(START, END)(rollout)
+    assert found.tolist() == [[1, lost, 1], tie, [lost, lost, 1], [1, 1, lost], tie]
+    found = tokens.self_consistency(START, END, majority=3.0, other=-2.0)(rollout)
+    assert found[0].tolist() == [3, -2, 3]
 
 
 def test_the_agreement_is_tested_on_every_outcome():

@@ -240,6 +240,34 @@ def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> TokenRew
     return reward
 
 
+def self_consistency(start: int, end: int, *, majority: float = 1.0, other: float = -0.1) -> TokenReward:
+    """`majority` for the answer that most completions of the group give, `other` for the rest: no label is needed.
+
+    `text.self_consistency` on tokens, with its rules: a completion without an answer has no
+    vote, and where several answers have the most votes all get `other`. The answer is what
+    stands between the first `start` and the first `end` after it.
+    """
+
+    def reward(rollout: Rollout) -> Array:
+        tokens = _visible(rollout)
+        T = tokens.shape[-1]
+        place = jnp.arange(T)
+        opened = jnp.argmax(tokens == start, axis=-1, keepdims=True)
+        closes = (tokens == end) & (place > opened)
+        closed = jnp.argmax(closes, axis=-1, keepdims=True)
+        answered = jnp.any(tokens == start, axis=-1) & jnp.any(closes, axis=-1)
+        from_start = jnp.take_along_axis(tokens, jnp.minimum(opened + 1 + place, T - 1), axis=-1)
+        answer = jnp.where(place < closed - opened - 1, from_start, -1)  # [B, G, T], left-aligned
+        same = jnp.all(answer[:, :, None] == answer[:, None], axis=-1)
+        votes = jnp.sum(same & answered[:, None], axis=-1)  # [B, G]
+        most = jnp.max(jnp.where(answered, votes, 0), axis=-1, keepdims=True)
+        leading = answered & (votes == most)
+        untied = jnp.sum(leading, axis=-1, keepdims=True) == most  # else it is those of several answers
+        return jnp.where(leading & untied, majority, other)
+
+    return reward
+
+
 def _pairs(tags: Sequence[int]) -> list[tuple[int, int]]:
     if not tags or len(tags) % 2 or len(set(tags)) != len(tags):
         raise ValueError(f"tags are different tokens, opening and closing in turn, got {tags}")
