@@ -53,6 +53,7 @@ from grpo_jax import (
     evaluation,
     hf,
     losses,
+    memory,
     metrics,
     monitoring,
     packing,
@@ -100,6 +101,7 @@ class Config:
     passes: int = 1  # over each rollout
     minibatches: int = 1  # updates in a pass
     micro_batches: int = 1  # parts in which an update is computed, to save memory
+    memory_gib: float | None = None  # of the device: in place of --micro-batches, the fewest with which a step fits
     completion_bucket: int = 256  # to learn, completions are cut to the longest, up to a multiple of this
     pack: bool = False  # and several are laid into a row of such a length; more programs, less padding
     learning_rate: float = 1e-6
@@ -150,6 +152,22 @@ def run(config: Config) -> Params:
         learning_rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
         optimizer = optax.adamw(learning_rate, b2=0.99, weight_decay=config.weight_decay)
         sampling_settings = {"max_tokens": config.max_tokens, "eos_ids": eos_ids}
+        score_old = config.overlap or config.passes * config.minibatches > 1
+        micro_batches = config.micro_batches
+        if config.memory_gib is not None:
+            longest = max(map(len, train_prompts))
+            planned = functools.partial(
+                memory.plan, policy, optimizer, loss=loss, prompts=config.prompts_per_step,
+                group_size=config.group_size, prompt_tokens=-(-longest // config.bucket) * config.bucket,
+                max_tokens=config.max_tokens, reference=config.beta > 0, minibatches=config.minibatches,
+                score_old=score_old,
+            )  # fmt: skip
+            micro_batches = memory.fewest_micro_batches(
+                lambda parts: planned(micro_batches=parts).peak,
+                config.prompts_per_step // config.minibatches,
+                int(config.memory_gib * 2**30),
+            )
+            print(f"micro-batches with which a step fits into {config.memory_gib} GiB: {micro_batches}")
         collect = jax.jit(
             make_collect(
                 policy,
@@ -157,7 +175,7 @@ def run(config: Config) -> Params:
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
-                score_old=config.overlap or config.passes * config.minibatches > 1,
+                score_old=score_old,
                 **sampling_settings,
             )
         )
@@ -171,7 +189,7 @@ def run(config: Config) -> Params:
                 temperature=config.temperature,
                 passes=config.passes,
                 minibatches=config.minibatches,
-                micro_batches=config.micro_batches,
+                micro_batches=micro_batches,
                 max_grad_norm=config.max_grad_norm,
             ),
             donate_argnums=0,
@@ -333,6 +351,8 @@ def check(config: Config, names: Sequence[str]) -> None:
             f"{config.prompts_per_step} prompts do not divide into {config.minibatches} minibatches of "
             f"{config.micro_batches} micro-batches: choose --prompts-per-step or --micro-batches"
         )
+    if config.memory_gib is not None and config.micro_batches != 1:
+        raise ValueError(f"--memory-gib chooses the micro-batches, so give no --micro-batches {config.micro_batches}")
     if config.group_size < 2:
         raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {config.group_size}")
 

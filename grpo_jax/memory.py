@@ -64,6 +64,7 @@ def plan(
     prompt_tokens: int,
     max_tokens: int,
     reference: bool,
+    minibatches: int = 1,
     micro_batches: int = 1,
     score_old: bool = False,
 ) -> Plan:
@@ -78,9 +79,11 @@ def plan(
       prompt_tokens: `P`, what prompts are padded to.
       max_tokens: `T`.
       reference: whether a reference policy is kept.
-      micro_batches: parts in which the update is computed.
-      score_old: as of `make_collect`.
+      minibatches: updates in a pass.
+      micro_batches: parts in which an update is computed.
+      score_old: as of `make_collect`; several updates need it.
     """
+    score_old = score_old or minibatches > 1
     array: Callable[..., Any] = jax.ShapeDtypeStruct
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(policy.init, key)
@@ -88,14 +91,15 @@ def plan(
     tokens, lengths = array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32)
     batch = Prompts(tokens, lengths)
     collect = make_collect(policy, group_size=group_size, max_tokens=max_tokens, eos_ids=(0,), score_old=score_old)
-    learn = make_learn(policy, optimizer, loss=loss, advantage=from_rewards(), micro_batches=micro_batches)
+    parts = {"minibatches": minibatches, "micro_batches": micro_batches}
+    learn = make_learn(policy, optimizer, loss=loss, advantage=from_rewards(), **parts)
     experience: Experience = jax.eval_shape(collect, state, batch)
     rewards = array((prompts, group_size, 1), jnp.float32)
     given = array((prompts, group_size, 1), jnp.bool_)
     experience = experience._replace(rewards=rewards, reward_mask=given)
 
     of_params = size(params)
-    rows = prompts // micro_batches * group_size
+    rows = prompts // (minibatches * micro_batches) * group_size
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
     logits = 2 * rows * width * jax.eval_shape(policy.unembed, params, _hidden(policy, params, batch)).shape[-1] * 4
     learning = beside(jax.jit(learn, donate_argnums=0), state, experience) + size(experience)

@@ -241,6 +241,28 @@ def _fails_on_calls(numbers, function):
     return contains_answer
 
 
+def test_micro_batches_are_chosen_from_the_memory_of_the_device(files, tmp_path, monkeypatch, capsys):
+    plan, learn, peaks, used = grpo.memory.plan, grpo.make_learn, {}, []
+
+    def noted_plan(*arguments, micro_batches, **settings):
+        found = plan(*arguments, micro_batches=micro_batches, **settings)
+        peaks[micro_batches] = found.peak
+        return found
+
+    def noted_learn(*arguments, micro_batches, **settings):
+        used.append(micro_batches)
+        return learn(*arguments, micro_batches=micro_batches, **settings)
+
+    monkeypatch.setattr(grpo.memory, "plan", noted_plan)
+    monkeypatch.setattr(grpo, "make_learn", noted_learn)
+    with pytest.raises(ValueError, match="one prompt at a time takes"):
+        grpo.run(settings(files, tmp_path / "none", memory_gib=1e-6))
+    assert peaks[2] < peaks[1]
+    grpo.run(settings(files, tmp_path / "two", steps=1, memory_gib=(peaks[1] + peaks[2]) / 2 / 2**30))
+    assert used == [2]
+    assert "micro-batches with which a step fits" in capsys.readouterr().out
+
+
 def test_a_run_whose_updates_are_not_finite_stops_with_its_state_saved(files, tmp_path):
     broken = {"learning_rate": 1e30, "steps": 9, "stop_after_skipped": 2, "reward": ("my_rewards:brevity",)}
     with pytest.raises(FloatingPointError, match="the last 2 updates were not finite"):
@@ -265,6 +287,7 @@ def test_a_broken_reward_shows_before_the_first_step_where_there_is_an_evaluatio
         ({"prompt_column": "text"}, r"gsm8k.jsonl:1: no column text; the row has question, answer"),
         ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
         ({"eval_rows": 20}, r"--eval-rows 20 leaves none of the 20 rows"),
+        ({"memory_gib": 1.0, "micro_batches": 2}, r"give no --micro-batches 2"),
         ({"group_size": 1}, r"at least 2 completions to compare, got --group-size 1"),
         ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),
         ({"reward_weights": (1.0, 2.0)}, r"2 weights for 1 reward functions"),
