@@ -1,0 +1,55 @@
+"""Clipping: bounds of the ratio, with 1, 2 and 4 passes over a rollout, where clipping acts.
+
+python experiments/ablations/clipping.py
+"""
+
+import setting
+from setting import Condition, Config
+
+from grpo_jax import losses
+
+LEARNING_RATE = 1e-3  # above the standard one, so that the ratio leaves 1 by more than epsilon
+UNCLIPPED = 1e6
+BOUNDS = {
+    "0.1": (0.1, 0.1),
+    "0.2": (0.2, 0.2),
+    "0.3": (0.3, 0.3),
+    "0.2, 0.28 (clip-higher)": (0.2, 0.28),
+    "none": (UNCLIPPED, UNCLIPPED),
+}
+
+
+def experiment(config: Config) -> None:
+    """Bounds x passes."""
+    conditions = []
+    for passes in (1, 2, 4):
+        clipped, dual = make(config, passes, dual=False), make(config, passes, dual=True)
+        numbers = {"learning_rate": LEARNING_RATE}
+        conditions += [
+            Condition(f"{passes} passes, epsilon {name}", clipped, numbers | {"low": low, "high": high})
+            for name, (low, high) in BOUNDS.items()
+        ]
+        bounds = {"low": 0.2, "high": 0.2, "delta": 2.0}
+        conditions.append(Condition(f"{passes} passes, epsilon 0.2, dual clip 2", dual, numbers | bounds))
+    setting.run(
+        "clipping",
+        config,
+        conditions,
+        metrics=("greedy", "sampled", "clip_low", "clip_high", "ratio_max", "entropy"),
+        curves=("greedy", "sampled", "entropy"),
+        against="1 passes, epsilon 0.2",
+    )
+
+
+def make(config: Config, passes: int, *, dual: bool) -> setting.Run:
+    """A run with its bounds from the condition's numbers."""
+
+    def change(hyper: setting.Hyper) -> setting.Settings:
+        delta = hyper["delta"] if dual else None
+        return {"loss": losses.grpo(epsilon=hyper["low"], epsilon_high=hyper["high"], delta=delta), "passes": passes}
+
+    return setting.make(config, change)
+
+
+if __name__ == "__main__":
+    setting.main(experiment, __doc__)

@@ -1,0 +1,54 @@
+"""Dynamic sampling: groups without spread are replaced by others, at equal updates and at equal samples.
+
+python experiments/ablations/dynamic_sampling.py
+"""
+
+from typing import Any
+
+import optax
+import setting
+from setting import Condition, Config, Metrics, Prompts, TrainState
+
+from grpo_jax.dynamic_sampling import dynamic_sampling, with_spread_of
+from grpo_jax.policies import Policy
+from grpo_jax.train_step import Step, make_collect, make_learn
+
+ROUNDS = 3
+
+
+def experiment(config: Config) -> None:
+    """Plain steps of 8 and of 24 prompts, and steps that fill 8 groups from up to 24 prompts."""
+    for name, terms in (("standard", setting.STANDARD), ("hard", setting.HARD)):
+        conditions = [
+            Condition("8 prompts", setting.make(config, terms=terms)),
+            Condition("8 prompts with spread", setting.make(config, terms=terms, prompts=8 * ROUNDS, build=filling)),
+            Condition(f"{8 * ROUNDS} prompts", setting.make(config, terms=terms, prompts=8 * ROUNDS)),
+        ]
+        setting.run(
+            f"dynamic_sampling_{name}",
+            config,
+            conditions,
+            terms=terms,
+            metrics=("greedy", "sampled", "groups_without_spread", "groups_sampled"),
+            curves=("greedy", "sampled", "groups_without_spread"),
+            against="8 prompts",
+            seconds=True,
+        )
+
+
+def filling(policy: Policy, optimizer: optax.GradientTransformation, **settings: Any) -> Step:
+    """A train step with dynamic sampling before it."""
+    of_collect = {name: settings.pop(name) for name in ("reward", "group_size", "max_tokens", "eos_ids")}
+    collect = dynamic_sampling(make_collect(policy, **of_collect), rounds=ROUNDS, keep=with_spread_of((1.0, 0.0)))
+    learn = make_learn(policy, optimizer, **settings)
+
+    def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
+        experience, wasted = collect(state, prompts)
+        state, measured = learn(state, experience)
+        return state, measured | wasted
+
+    return step
+
+
+if __name__ == "__main__":
+    setting.main(experiment, __doc__)

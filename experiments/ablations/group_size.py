@@ -1,0 +1,44 @@
+"""Group size: G = 2 to 32 at equal completions a step, and at equal prompts.
+
+python experiments/ablations/group_size.py
+"""
+
+import setting
+from setting import Condition, Config
+
+COMPLETIONS = 64
+PROMPTS = 8
+
+
+def experiment(config: Config) -> None:
+    """Both ways, on the easy and the hard setting."""
+    for name, terms in (("easy", setting.EASY), ("hard", setting.HARD)):
+        conditions = [
+            Condition(f"{prompts} x {G}", make(config, terms, prompts, G))
+            for prompts, G in dict.fromkeys(
+                [(COMPLETIONS // G, G) for G in sizes(config)] + [(PROMPTS, G) for G in sizes(config)]
+            )
+        ]
+        setting.run(
+            f"group_size_{name}",
+            config,
+            conditions,
+            terms=terms,
+            metrics=("greedy", "sampled", "advantage_variance", "groups_without_spread"),
+            against=f"{PROMPTS} x 8",
+            seconds=True,
+        )
+
+
+def sizes(config: Config) -> tuple[int, ...]:
+    """The group sizes."""
+    return (2, 8) if config.smoke else (2, 4, 8, 16, 32)
+
+
+def make(config: Config, terms: int, prompts: int, G: int) -> setting.Run:
+    """The standard run with other sizes."""
+    return setting.make(config, lambda hyper: {"group_size": G}, terms=terms, prompts=prompts)
+
+
+if __name__ == "__main__":
+    setting.main(experiment, __doc__)

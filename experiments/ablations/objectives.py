@@ -1,0 +1,45 @@
+"""Every objective of the table, at the same budget: 2 passes over each rollout, so that ratios act.
+
+python experiments/ablations/objectives.py
+"""
+
+import setting
+from setting import Condition, Config
+
+from grpo_jax import losses
+from grpo_jax.advantages import batch_normalised_advantages, centered_advantages, leave_one_out_advantages
+
+
+def experiment(config: Config) -> None:
+    """Each objective with its own defaults, and the advantages it was published with."""
+    T = setting.modular_sums.max_tokens(setting.STANDARD)
+    group, centered = setting.accuracy_and_layout(), setting.accuracy_and_layout(centered_advantages)
+    others = setting.accuracy_and_layout(leave_one_out_advantages)
+    batch = setting.accuracy_and_layout(batch_normalised_advantages)
+    parts = {
+        "grpo": (losses.grpo(), group),
+        "bnpo": (losses.bnpo(), group),
+        "dr_grpo": (losses.dr_grpo(T), centered),
+        "dapo": (losses.dapo(), group),
+        "gspo": (losses.gspo(), group),
+        "gspo_token": (losses.gspo_token(), group),
+        "luspo": (losses.luspo(), group),
+        "gmpo": (losses.gmpo(), group),
+        "cispo": (losses.cispo(), group),
+        "sapo": (losses.sapo(), group),
+        "vespo": (losses.vespo(), group),
+        "rloo (reinforce)": (losses.reinforce(), others),
+        "reinforce++": (losses.dapo(epsilon_high=0.2), batch),
+    }
+    conditions = [Condition(name, make(config, loss, advantage)) for name, (loss, advantage) in parts.items()]
+    names = ("greedy", "sampled", "entropy", "length")
+    setting.run("objectives", config, conditions, metrics=names, curves=names[:3], against="grpo")
+
+
+def make(config: Config, loss: losses.Loss, advantage: setting.Advantage) -> setting.Run:
+    """Two passes with this objective."""
+    return setting.make(config, lambda hyper: {"loss": loss, "advantage": advantage, "passes": 2})
+
+
+if __name__ == "__main__":
+    setting.main(experiment, __doc__)

@@ -1,0 +1,260 @@
+"""What all ablations share: the task, the small model and its start, a run, and the command line.
+
+The task is sums of digits modulo 10 with worked steps (`grpo_jax.tasks.modular_sums`). Its
+dial is the number of terms: 4 is easy, 5 the standard here, 6 hard. Each seed makes a
+transformer of 0.1 M parameters from nothing and warms it up on the demonstrations of a
+teacher who leaves out 60% of the terms after the first, works a fifth of the sums
+twice, and guesses a tenth of them without any work. So the start knows the layout and two ways of adding, the
+wrong one better, and GRPO has to find out which is which: as in the quickstart, elicitation.
+All conditions of a seed start from the same parameters and see the same problems.
+
+A run is 100 steps of 8 prompts x 8 completions unless the ablation says otherwise. Problems
+are drawn anew at each step and for the evaluation, from 10^terms: in 100 steps a run sees at most 8%
+of the easy ones and 0.8% of the standard ones.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich
+import transformers
+import tyro
+
+from grpo_jax import ablation, checkpoint, compilation, losses, models, rewards, runs, sampling, types
+from grpo_jax.ablation import Condition
+from grpo_jax.advantages import Advantage, Estimator, from_rewards, group_advantages
+from grpo_jax.runs import Run, make_run
+from grpo_jax.tasks import modular_sums
+from grpo_jax.train_step import Step, make_learn, make_train_step
+from grpo_jax.types import Array, Experience, Mean, Metrics, Params, PRNGKey, Prompts, TrainState
+from grpo_jax.updates import init_state
+
+EASY, STANDARD, HARD = 4, 5, 6  # terms
+LEARNING_RATE = 3e-4
+TEACHER = modular_sums.Teacher(slip=0.6, guess=0.1, check=0.2)
+HERE = pathlib.Path(__file__).parent
+
+policy = models.decoder(
+    models.from_hf_config(
+        transformers.LlamaConfig(
+            vocab_size=modular_sums.VOCABULARY,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=modular_sums.EOS,
+        )
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of an ablation."""
+
+    run_dir: pathlib.Path = pathlib.Path("runs/ablations")
+    results: pathlib.Path = HERE / "results"  # where the CSV, the table and the figure go
+    seeds: int = 8
+    steps: int = 100
+    warmup_steps: int = 400
+    smoke: bool = False  # two seeds and a few steps of everything, to see that it runs
+
+
+# ----------------------------------------------------------------------------- a run
+
+Hyper = Mapping[str, Any]  # the numbers of a condition, and the params that a seed starts from
+Settings = dict[str, Any]  # of a train step
+
+
+def make(
+    config: Config,
+    settings: Callable[[Hyper], Settings] = lambda hyper: {},
+    *,
+    terms: int = STANDARD,
+    prompts: int = 8,
+    problems: Callable[..., Prompts] = modular_sums.problems,
+    build: Callable[..., Step] = make_train_step,
+    reference: bool = False,
+    begin: Callable[[TrainState], TrainState] = lambda state: state,
+    after: Callable[[TrainState], TrainState] = lambda state: state,
+) -> Run:
+    """The run of a condition: the standard one but for what is given.
+
+    Args:
+      config: of the ablation.
+      settings: `hyper -> settings` of the train step that are not the standard ones.
+      terms: the dial of the task.
+      prompts: of a step.
+      problems: makes them, `(key, count, terms=) -> Prompts`.
+      build: `(policy, optimizer, **settings) -> step`.
+      reference: True keeps the start as the reference policy.
+      begin: what changes the state before the first step.
+      after: what changes the state after each step.
+    """
+
+    def optimizer(hyper: Hyper) -> optax.GradientTransformation:
+        return optax.adam(hyper.get("learning_rate", LEARNING_RATE), b2=0.99)
+
+    def init(key: PRNGKey, hyper: Hyper) -> TrainState:
+        return begin(init_state(hyper["params"], optimizer(hyper), key, reference=reference))
+
+    def step(hyper: Hyper) -> Step:
+        standard = {
+            "reward": rewards.traced(modular_sums.accuracy(), modular_sums.layout()),
+            "advantage": accuracy_and_layout(),
+            "loss": losses.grpo(),
+            "prepare": (measure,),
+            "group_size": 8,
+            "max_tokens": modular_sums.max_tokens(terms),
+            "eos_ids": (modular_sums.EOS,),
+            "max_grad_norm": 1.0,
+        }
+        train_step = build(policy, optimizer(hyper), **standard | settings(hyper))
+
+        def step_and_after(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
+            state, measured = train_step(state, prompts)
+            return after(state), measured
+
+        return step_and_after
+
+    return make_run(
+        init,
+        step,
+        lambda key, n, hyper: problems(jax.random.fold_in(key, n), prompts, terms=terms),
+        num_steps=config.steps,
+        evaluate=lambda params, hyper: evaluate(params, terms),
+        evaluate_every=config.steps // 10,
+    )
+
+
+def accuracy_and_layout(estimator: Estimator = group_advantages) -> Advantage:
+    """The advantage of accuracy and a tenth of the layout."""
+    return from_rewards(estimator, weights=(1.0, 0.1), names=("accuracy", "layout"))
+
+
+def measure(experience: Experience) -> tuple[Experience, Metrics]:
+    """A hook that changes nothing: the spread of the advantages, and the lengths of right and wrong completions."""
+    right = modular_sums.accuracy()(experience.rollout) > 0
+    lengths, advantages = experience.rollout.lengths, experience.advantages
+    return experience, {
+        "advantage_variance": jnp.var(advantages),
+        "length_right": Mean(jnp.sum(lengths * right), jnp.sum(right)),
+        "length_wrong": Mean(jnp.sum(lengths * ~right), jnp.sum(~right)),
+    }
+
+
+def evaluate(params: Params, terms: int) -> dict[str, Array]:
+    """Accuracy on 512 problems that are the same for all runs, greedy and sampled at temperature 1."""
+    problems = modular_sums.problems(jax.random.key(2**31 - 1), 512, terms=terms)
+    settings = {"group_size": 1, "max_tokens": modular_sums.max_tokens(terms), "eos_ids": (modular_sums.EOS,)}
+    greedy = sampling.sample(policy, params, problems, jax.random.key(0), greedy=True, **settings)
+    sampled = sampling.sample(policy, params, problems, jax.random.key(0), **settings)
+    accuracy = modular_sums.accuracy()
+    return {"greedy": accuracy(greedy).mean(), "sampled": accuracy(sampled).mean(), "length": sampled.lengths.mean()}
+
+
+# -------------------------------------------------------------------------- the start
+
+
+def warm_up(key: PRNGKey, terms: int, steps: int) -> Params:
+    """A model from nothing, after `steps` of supervised learning from the teacher, 128 demonstrations each."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(20, steps // 2), steps, 1.5e-4)
+    optimizer = optax.adamw(schedule, weight_decay=0.01)
+    learn = make_learn(policy, optimizer, loss=losses.sft(), max_grad_norm=1.0)
+
+    def imitate(state: TrainState, n: Array) -> tuple[TrainState, Array]:
+        of_problems, of_teacher = jax.random.split(jax.random.fold_in(runs.prompt_key(key), n))
+        problems = modular_sums.problems(of_problems, 128, terms=terms)
+        state, measured = learn(state, Experience(modular_sums.demonstrations(of_teacher, problems, TEACHER)))
+        return state, types.summary(measured)["loss"]
+
+    state = init_state(policy.init(key), optimizer, key)
+    return jax.lax.scan(imitate, state, jnp.arange(steps))[0].params
+
+
+def starts(config: Config, terms: int = STANDARD) -> Params:
+    """The parameters that each seed starts from, `[seeds, ...]`; made once, then read from the run folder."""
+    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds) + 1_000_000)  # none of the runs' own
+    make_all = jax.jit(jax.vmap(lambda key: warm_up(key, terms, config.warmup_steps)))
+    folder = config.run_dir / f"start_{terms}_terms_{config.seeds}_seeds_{config.warmup_steps}_steps"
+    like = jax.eval_shape(make_all, keys)
+    with checkpoint.manager(folder) as checkpoints:
+        if (found := checkpoint.restore(checkpoints, _as_state(like))) is None:
+            print(f"warming up {config.seeds} models on sums of {terms} terms")
+            found = _as_state(make_all(keys)), {}
+            checkpoint.save(checkpoints, *found)
+    return found[0].params
+
+
+def _as_state(params: Params) -> TrainState:
+    """The form in which parameters alone are saved."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(params, opt_state=(), key=jax.random.key(0), step=zero, skipped=zero)
+
+
+# ------------------------------------------------------------------- the command line
+
+
+def run(
+    name: str,
+    config: Config,
+    conditions: Sequence[Condition],
+    *,
+    terms: int = STANDARD,
+    metrics: Sequence[str] = ("greedy", "sampled"),
+    curves: Sequence[str] = ("greedy", "sampled"),
+    against: str,
+    seconds: bool = False,
+) -> None:
+    """Runs a grid, writes `name.csv`, `name.md` and `name.png` among the results, and shows the table.
+
+    The table has the metrics at the end of the run, and the mean over it of the greedy accuracy, which
+    is higher for what learns sooner, with its difference to one condition. With `seconds` it has the mean
+    time of a step, too, of all seeds together and with its share of the evaluation.
+    """
+    of_seed = {"params": starts(config, terms)}
+    if config.smoke:  # all are traced, and the two that the table needs are run
+        for condition in conditions:
+            hyper = {**condition.hyper, "params": jax.tree.map(lambda x: x[0], of_seed["params"])}
+            jax.eval_shape(condition.run, jax.random.key(0), hyper)
+        conditions = [c for c in conditions if c.name == against] + [c for c in conditions if c.name != against][:1]
+    results = ablation.run_grid(
+        config.run_dir / name, conditions, seeds=range(config.seeds), of_seed=of_seed, show=("greedy",)
+    )
+    rows = ablation.read(results)
+    config.results.mkdir(parents=True, exist_ok=True)
+    (config.results / f"{name}.csv").write_bytes(results.read_bytes())
+    summary = ablation.summarise(rows, metrics)
+    sooner = ablation.summarise(rows, ["greedy"], reduce=ablation.average, against=against)
+    for condition, columns in sooner.items():
+        summary[condition] |= {name.replace("greedy", "greedy over the run", 1): x for name, x in columns.items()}
+    if seconds:
+        times = ablation.read(results.with_name(ablation.TIMING))
+        for condition, columns in summary.items():
+            later = [row["seconds"] for row in times if row["condition"] == condition and row["chunk"] > 1]
+            columns["seconds a step"] = ablation.bootstrap(np.array(later) / (config.steps // 10))
+    (config.results / f"{name}.md").write_text(ablation.markdown(summary) + "\n")
+    rich.print(ablation.table(summary))
+    print(ablation.plot(rows, curves, config.results / f"{name}.png"))
+
+
+def main(experiment: Callable[[Config], Any], description: str | None) -> None:
+    """The command line of an ablation."""
+    compilation.keep_programs()
+    experiment(configured(tyro.cli(Config, description=description)))
+
+
+def configured(config: Config) -> Config:
+    """The configuration, or that of a smoke run, whose results stay in the run folder."""
+    if not config.smoke:
+        return config
+    return dataclasses.replace(config, seeds=2, steps=10, warmup_steps=10, results=config.run_dir / "results")
