@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import sys
 
+import jax
 import pytest
 
 from grpo_jax import ablation
@@ -46,3 +47,19 @@ def test_a_smoke_run_leaves_a_table_a_figure_and_tidy_rows(name, load, tmp_path)
         assert len({row["condition"] for row in rows}) == 2
         assert (config.results / f"{stem}.md").read_text().count("\n") == 4
         assert (config.results / f"{stem}.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_runs_at_once_take_memory_in_proportion(load):
+    setting = load("temperature").setting
+    run = setting.make(setting.Config(steps=10))
+
+    def one(key):
+        return run(key, {"params": setting.policy.init(key)})
+
+    def held(runs):
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), runs))
+        found = jax.jit(jax.vmap(one)).lower(keys).compile().memory_analysis()
+        return found.temp_size_in_bytes + found.output_size_in_bytes
+
+    assert 6 < held(8) / held(1) < 8.5
