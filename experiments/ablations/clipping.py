@@ -8,7 +8,6 @@ from setting import Condition, Config
 
 from grpo_jax import losses
 
-LEARNING_RATE = 1e-3  # above the standard one, so that the ratio leaves 1 by more than epsilon
 UNCLIPPED = 1e6
 BOUNDS = {
     "0.1": (0.1, 0.1),
@@ -24,13 +23,12 @@ def experiment(config: Config) -> None:
     conditions = []
     for passes in (1, 2, 4):
         clipped, dual = make(config, passes, dual=False), make(config, passes, dual=True)
-        numbers = {"learning_rate": LEARNING_RATE}
         conditions += [
-            Condition(f"{passes} passes, epsilon {name}", clipped, numbers | {"low": low, "high": high})
+            Condition(f"{passes} passes, epsilon {name}", clipped, {"low": low, "high": high})
             for name, (low, high) in BOUNDS.items()
         ]
         bounds = {"low": 0.2, "high": 0.2, "delta": 2.0}
-        conditions.append(Condition(f"{passes} passes, epsilon 0.2, dual clip 2", dual, numbers | bounds))
+        conditions.append(Condition(f"{passes} passes, epsilon 0.2, dual clip 2", dual, bounds))
     setting.run(
         "clipping",
         config,

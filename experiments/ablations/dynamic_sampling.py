@@ -18,22 +18,21 @@ ROUNDS = 3
 
 def experiment(config: Config) -> None:
     """Plain steps of 8 and of 24 prompts, and steps that fill 8 groups from up to 24 prompts."""
-    for name, terms in (("standard", setting.STANDARD), ("hard", setting.HARD)):
-        conditions = [
-            Condition("8 prompts", setting.make(config, terms=terms)),
-            Condition("8 prompts with spread", setting.make(config, terms=terms, prompts=8 * ROUNDS, build=filling)),
-            Condition(f"{8 * ROUNDS} prompts", setting.make(config, terms=terms, prompts=8 * ROUNDS)),
-        ]
-        setting.run(
-            f"dynamic_sampling_{name}",
-            config,
-            conditions,
-            terms=terms,
-            metrics=("greedy", "sampled", "groups_without_spread", "groups_sampled"),
-            curves=("greedy", "sampled", "groups_without_spread"),
-            against="8 prompts",
-            seconds=True,
-        )
+    more = 8 * ROUNDS
+    conditions = [
+        Condition("8 prompts", setting.make(config)),
+        Condition("8 prompts with spread", setting.make(config, prompts=more, build=filling)),
+        Condition(f"{more} prompts", setting.make(config, prompts=more)),
+    ]
+    setting.run(
+        "dynamic_sampling",
+        config,
+        conditions,
+        metrics=("greedy", "sampled", "groups_without_spread", "groups_sampled"),
+        curves=("greedy", "sampled", "groups_without_spread"),
+        against="8 prompts",
+        seconds=True,
+    )
 
 
 def filling(policy: Policy, optimizer: optax.GradientTransformation, **settings: Any) -> Step:

@@ -18,7 +18,6 @@ from grpo_jax.scoring import score
 from grpo_jax.train_step import Step, make_collect, make_learn
 
 STALE = 8  # steps between the copies that sample
-LEARNING_RATE = 1e-3  # above the standard one, so that a policy of some steps ago is another
 
 
 def experiment(config: Config) -> None:
@@ -41,7 +40,7 @@ def experiment(config: Config) -> None:
             run = setting.make(
                 config, lambda hyper, change=change: change, build=sampled_by(sampling_policy), **of_state
             )
-            conditions.append(Condition(f"{sampler}, {correction}", run, {"learning_rate": LEARNING_RATE}))
+            conditions.append(Condition(f"{sampler}, {correction}", run))
     setting.run(
         "sampler_mismatch",
         config,

@@ -1,0 +1,471 @@
+"""PPO with a critic against GRPO: memory, seconds a step, accuracy by step and by second.
+
+python experiments/ppo_vs_grpo.py
+
+Task, start and network are those of `experiments/ablations/setting.py`. Every method samples 64 completions a step and
+has the same optimiser and learning rate: GRPO 8 prompts x 8, PPO 64 prompts x 1, which is its usual way, and 8 x 8.
+The large critic starts as a copy of the policy; the small one, of half the width and half the layers, at random; both
+have a value head of zeros. PPO's discount, decay, value and entropy weight are 0.99, 0.95, 0.5 and 0.01. No method has
+a reward model, since rewards are verified, nor, where it learns here, a reference policy.
+
+Memory is that of a step of 8 prompts x 8 with one update of float32 parameters under Adam, by method and size of model:
+
+- on paper, from `jax.eval_shape`: parameters, gradients, Adam's two moments, and the reference policy;
+- compiled: what the programs of sampling and of learning hold at their worst beside parameters, Adam and reference,
+  for the device that this runs on, with no array made. Activations are what learning holds but for one copy
+  of the gradients; where there are micro-batches, the second copy that they are summed in is among them;
+- measured: seconds and, on a GPU, the peak of the device's memory, at the sizes that are run at all.
+
+Written are `ppo_vs_grpo.csv`, `.md` and `.png` (by step), `ppo_vs_grpo_by_second.png` and `ppo_vs_grpo_memory.csv`.
+Seconds a step are those of all seeds in one program, without the evaluation: the fastest chunk less the
+fastest evaluation, since what else the machine does can only add to them.
+"""
+
+import concurrent.futures
+import csv
+import dataclasses
+import functools
+import multiprocessing
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import transformers
+import tyro
+from ablations import setting
+from ablations.setting import Config
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from grpo_jax import ablation, compilation, losses, memory, models, rewards, runs, train_step
+from grpo_jax.ablation import Condition
+from grpo_jax.advantages import from_rewards
+from grpo_jax.baselines import heads, ppo
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.policies import Policy
+from grpo_jax.tasks import modular_sums
+from grpo_jax.train_step import Collect, Learn
+from grpo_jax.types import Experience, Params, PRNGKey, Prompts, TrainState
+from grpo_jax.updates import init_state
+
+NAME = "ppo_vs_grpo"
+# The run folder, with its starts, is the ablations'.
+DEFAULT = Config(results=pathlib.Path(__file__).parent / "results")
+GRPO = "GRPO, 8 x 8, 1 pass"
+
+
+def experiment(config: Config) -> None:
+    """Learning, then memory."""
+    conditions = learning_conditions(config)
+    setting.run(
+        NAME,
+        config,
+        conditions,
+        metrics=("greedy", "sampled", "length", "entropy"),
+        curves=("greedy", "sampled", "length", "explained_variance"),
+        against=GRPO,
+    )
+    rows = ablation.read(config.results / f"{NAME}.csv")
+    seconds = seconds_a_step(config, ablation.read(config.run_dir / NAME / ablation.TIMING))
+    by_second(rows, seconds, config.results / f"{NAME}_by_second.png")
+    of_memory = [footprint(size, method) for size in sizes(config) for method in methods(config)]
+    write_csv(of_memory, config.results / f"{NAME}_memory.csv")
+    tables = [seconds_table(rows, seconds), memory_table(of_memory)]
+    path = config.results / f"{NAME}.md"
+    path.write_text("\n".join([path.read_text(), *tables]))
+    print("\n".join(tables))
+
+
+# ----------------------------------------------------------------------------- learning
+
+
+def learning_conditions(config: Config) -> list[Condition]:
+    """GRPO, and PPO with either critic; what differs from the first line of each is named."""
+    large = setting.policy, copied
+    small = models.decoder(half(setting.policy.config)), from_nothing
+    guides, undiscounted = {"discount": 0.99, "decay": 0.95}, {"discount": 1.0, "decay": 1.0}
+    once = ppo_run(config, *large, passes=1)
+    found = [
+        Condition(GRPO, setting.make(config)),
+        Condition("PPO, large critic, 64 x 1, 1 pass", once, guides),
+        Condition("PPO, large critic, 64 x 1, 1 pass, gamma = lambda = 1", once, undiscounted),
+        Condition("PPO, large critic, 8 x 8, 1 pass", ppo_run(config, *large, passes=1, prompts=8), guides),
+        Condition("PPO, small critic, 64 x 1, 1 pass", ppo_run(config, *small, passes=1), guides),
+        Condition("GRPO, 8 x 8, 4 passes", setting.make(config, lambda hyper: {"passes": 4})),
+        Condition("PPO, large critic, 64 x 1, 4 passes", ppo_run(config, *large, passes=4), guides),
+        Condition("PPO, small critic, 64 x 1, 4 passes", ppo_run(config, *small, passes=4), guides),
+    ]
+    return [found[0], found[4], found[6]] if config.smoke else found
+
+
+COMPLETIONS = 64  # of a step, under every method
+
+
+def ppo_run(
+    config: Config,
+    critic: Policy,
+    init_critic: Callable[[Policy, PRNGKey, Params], Params],
+    *,
+    passes: int,
+    prompts: int = COMPLETIONS,
+    **settings: Any,
+) -> runs.Run:
+    """The standard run with PPO in the place of GRPO.
+
+    Args:
+      config: of the experiment.
+      critic: its network.
+      init_critic: `(critic, key, params of the policy) -> params of the critic`.
+      passes: over the completions of a step.
+      prompts: of a step, each with its share of the completions.
+      **settings: of `ppo.make_train_step` that are not the standard ones.
+    """
+    optimizer = optax.adam(setting.LEARNING_RATE, b2=0.99)
+
+    def init(key: PRNGKey, hyper: Mapping[str, Any]) -> TrainState:
+        params = {"policy": hyper["params"], "critic": init_critic(critic, key, hyper["params"])}
+        return init_state(params, optimizer, key)
+
+    def step(hyper: Mapping[str, Any]) -> train_step.Step:
+        standard = {
+            "reward": rewards.traced(modular_sums.accuracy(), modular_sums.layout()),
+            "reward_weights": (1.0, 0.1),
+            "group_size": COMPLETIONS // prompts,
+            "max_tokens": modular_sums.max_tokens(setting.STANDARD),
+            "eos_ids": (modular_sums.EOS,),
+            "discount": hyper["discount"],
+            "decay": hyper["decay"],
+            "value_weight": 0.5,
+            "entropy_weight": 0.01,
+            "passes": passes,
+            "max_grad_norm": 1.0,
+        }
+        return ppo.make_train_step(setting.policy, critic, optimizer, **standard | settings)
+
+    return runs.make_run(
+        init,
+        step,
+        lambda key, n, hyper: modular_sums.problems(jax.random.fold_in(key, n), prompts, terms=setting.STANDARD),
+        num_steps=config.steps,
+        evaluate=lambda params, hyper: setting.evaluate(params["policy"], setting.STANDARD),
+        evaluate_every=config.steps // 10,
+    )
+
+
+def copied(critic: Policy, key: PRNGKey, params: Params) -> Params:
+    """A critic that starts as the policy."""
+    return heads.init_from(critic, params)
+
+
+def from_nothing(critic: Policy, key: PRNGKey, params: Params) -> Params:
+    """A critic that starts from nothing."""
+    return heads.init(critic, key)
+
+
+def seconds_a_step(config: Config, timing: Sequence[ablation.Row]) -> dict[str, float]:
+    """By condition. The first chunk, which compiles, is left out."""
+    evaluate = jax.jit(jax.vmap(functools.partial(setting.evaluate, terms=setting.STANDARD)))
+    params = jax.block_until_ready(setting.starts(config))
+    evaluation = min(timed(evaluate, params)[0] for _ in range(10))
+    chunks: dict[str, list[float]] = {}
+    for row in timing:
+        if row["chunk"] > 1:
+            chunks.setdefault(row["condition"], []).append(row["seconds"])
+    return {name: (min(of_chunks) - evaluation) / (config.steps // 10) for name, of_chunks in chunks.items()}
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Seconds, and the result."""
+    started = time.perf_counter()
+    result = jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - started, result
+
+
+def by_second(rows: Sequence[ablation.Row], seconds: Mapping[str, float], path: pathlib.Path) -> None:
+    """Draws the accuracies over the time that the steps took."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(seconds)))
+    for place, name in enumerate(("greedy", "sampled")):
+        axes = figure.add_subplot(1, 2, place + 1, title=name, xlabel="seconds of steps, all seeds in one program")
+        for (condition, of_step), colour in zip(seconds.items(), colours, strict=True):
+            steps = sorted({row["step"] for row in rows if row["condition"] == condition})
+            bands = [
+                ablation.bootstrap([r[name] for r in rows if r["condition"] == condition and r["step"] == n])
+                for n in steps
+            ]
+            at, (means, low, high) = np.array(steps) * of_step, np.array(bands).T
+            axes.plot(at, means, color=colour, linewidth=1.4, label=condition)
+            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def seconds_table(rows: Sequence[ablation.Row], seconds: Mapping[str, float]) -> str:
+    """Seconds a step, and the greedy accuracy when the fastest method has ended."""
+    budget = min(seconds.values()) * max(row["step"] for row in rows)
+    lines = []
+    for condition, of_step in seconds.items():
+        curves: dict[int, list[tuple[int, float]]] = {}
+        for row in rows:
+            if row["condition"] == condition:
+                curves.setdefault(row["seed"], []).append((row["step"], row["greedy"]))
+        reached = ablation.bootstrap([np.interp(budget / of_step, *zip(*c, strict=True)) for c in curves.values()])
+        accuracy = f"{reached.mean:.3g} [{reached.low:.3g}, {reached.high:.3g}]"
+        lines.append([condition, f"{of_step:.4f}", f"{of_step / seconds[GRPO]:.2f}", accuracy])
+    return markdown(["condition", "seconds a step", f"times {GRPO}", f"greedy after {budget:.1f} seconds"], lines)
+
+
+# ------------------------------------------------------------------------------- memory
+
+
+class Size(NamedTuple):
+    """A model and the completions of a step, 8 prompts x 8."""
+
+    name: str
+    config: DecoderConfig
+    prompt_tokens: int
+    max_tokens: int
+    micro_batches: int
+    on: tuple[str, ...] = ()  # the backends that run it; on others it is compiled at most
+
+
+class Method(NamedTuple):
+    """What a method keeps beside its policy."""
+
+    name: str
+    critic: Callable[[DecoderConfig], DecoderConfig] | None = None
+    reference: bool = False
+
+
+class Programs(NamedTuple):
+    """A step of a method in its two halves, and the state that it begins with."""
+
+    init: Callable[[PRNGKey], TrainState]
+    collect: Collect
+    learn: Learn
+
+
+def qwen(width: int, layers: int, heads: int, kv_heads: int, inner: int, words: int, tied: bool) -> Any:
+    """The shape of a Qwen2.5."""
+    return transformers.Qwen2Config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
+        vocab_size=words,
+        tie_word_embeddings=tied,
+    )
+
+
+HALF_B = qwen(896, 24, 14, 2, 4864, 151936, True)
+ONE_B = qwen(1536, 28, 12, 2, 8960, 151936, True)
+SEVEN_B = qwen(3584, 28, 28, 4, 18944, 152064, False)
+
+
+def sizes(config: Config) -> list[Size]:
+    """From what a CPU runs to what is on paper."""
+    tiny = Size("128 wide", models.from_hf_config(qwen(128, 2, 4, 2, 384, 256, True)), 16, 16, 1, ("cpu", "gpu", "tpu"))
+    if config.smoke:
+        return [tiny]
+    bfloat16 = functools.partial(models.from_hf_config, dtype=jnp.bfloat16)
+    return [
+        tiny,
+        Size("256 wide", models.from_hf_config(qwen(256, 4, 4, 2, 768, 2048, True)), 64, 64, 1, ("cpu", "gpu", "tpu")),
+        Size("Qwen2.5-0.5B", bfloat16(HALF_B), 512, 512, 8, ("gpu",)),
+        Size("Qwen2.5-1.5B", bfloat16(ONE_B), 512, 512, 8),
+        Size("Qwen2.5-7B", bfloat16(SEVEN_B), 512, 512, 8),
+    ]
+
+
+def methods(config: Config) -> list[Method]:
+    """With and without a reference policy."""
+    found = [
+        Method("GRPO"),
+        Method("GRPO, reference", reference=True),
+        Method("PPO, small critic", critic=half),
+        Method("PPO, small critic, reference", critic=half, reference=True),
+        Method("PPO, large critic", critic=whole),
+        Method("PPO, large critic, reference", critic=whole, reference=True),
+    ]
+    return found[-2:-1] if config.smoke else found
+
+
+def whole(config: DecoderConfig) -> DecoderConfig:
+    """The policy's network without its last product, which a critic does not need."""
+    return dataclasses.replace(config, tie_embeddings=True)
+
+
+def half(config: DecoderConfig) -> DecoderConfig:
+    """Half the width and half the layers."""
+    return dataclasses.replace(
+        whole(config),
+        hidden_size=config.hidden_size // 2,
+        intermediate_size=config.intermediate_size // 2,
+        num_layers=config.num_layers // 2,
+        num_heads=config.num_heads // 2,
+        num_kv_heads=config.num_kv_heads // 2,
+    )
+
+
+def programs(size: Size, method: Method) -> Programs:
+    """One update a step; rewards are put in between the two halves."""
+    policy, optimizer = models.decoder(size.config), optax.adam(1e-6, b2=0.99)
+    of_collect = {"group_size": 8, "max_tokens": size.max_tokens, "eos_ids": ()}
+    of_learn = {"micro_batches": size.micro_batches, "max_grad_norm": 1.0}
+    if method.critic is None:
+
+        def init(key: PRNGKey) -> TrainState:
+            return init_state(policy.init(key), optimizer, key, reference=method.reference)
+
+        loss = losses.grpo(penalty=losses.k3(0.04) if method.reference else None)
+        learn = train_step.make_learn(policy, optimizer, loss=loss, advantage=from_rewards(), **of_learn)
+        return Programs(init, train_step.make_collect(policy, **of_collect), learn)
+    critic = models.decoder(method.critic(size.config))
+
+    def init(key: PRNGKey) -> TrainState:
+        params = {"policy": policy.init(key), "critic": heads.init(critic, key)}
+        state = init_state(params, optimizer, key)
+        # The policy's alone: `init_state(reference=True)` would keep a copy of the critic as well.
+        return state._replace(ref_params={"policy": params["policy"]} if method.reference else None)
+
+    weight = 0.05 if method.reference else None
+    learn = ppo.make_learn(policy, critic, optimizer, passes=1, kl_weight=weight, **of_learn)
+    return Programs(init, ppo.make_collect(policy, **of_collect), learn)
+
+
+def on_paper(size: Size, method: Method) -> dict[str, int]:
+    """Bytes of what is kept, and of gradients."""
+    state = jax.eval_shape(programs(size, method).init, jax.eval_shape(lambda: jax.random.key(0)))
+    return {
+        "parameters": memory.size(state.params),
+        "gradients": memory.size(state.params),
+        "Adam": memory.size(state.opt_state),
+        "reference": memory.size(state.ref_params),
+    }
+
+
+def footprint(size: Size, method: Method) -> dict[str, Any]:
+    """One line of the table: on paper, compiled and, where it is run, measured."""
+    paper = on_paper(size, method)
+    kept = paper["parameters"] + paper["Adam"] + paper["reference"]
+    sampling, learning = compiled(size, method)
+    measured = in_a_process(measure, size, method) if jax.default_backend() in size.on else {}
+    return {
+        "size": size.name,
+        "method": method.name,
+        **paper,
+        "on paper": kept + paper["gradients"],
+        "sampling": sampling,
+        "learning": learning,
+        "activations": learning - paper["gradients"],
+        "compiled": kept + max(sampling, learning),
+        **measured,
+    }
+
+
+def compiled(size: Size, method: Method) -> tuple[int, int]:
+    """Bytes that sampling and learning hold beside the state; nothing is allocated."""
+    init, collect, learn = programs(size, method)
+    state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    array: Callable[..., Any] = jax.ShapeDtypeStruct
+    prompts = Prompts(array((8, size.prompt_tokens), jnp.int32), array((8,), jnp.int32))
+    experience: Experience = jax.eval_shape(collect, state, prompts)
+    experience = experience._replace(rewards=array((8, 8, 1), jnp.float32), reward_mask=array((8, 8, 1), jnp.bool_))
+    learning = memory.beside(jax.jit(learn, donate_argnums=0), state, experience) + memory.size(experience)
+    return memory.beside(jax.jit(collect), state, prompts), learning
+
+
+def measure(size: Size, method: Method, repeats: int = 3) -> dict[str, Any]:
+    """Runs steps: median seconds of sampling and of learning and, where the device tells, the peak of its memory."""
+    init, collect, learn = programs(size, method)
+    state = jax.jit(init)(jax.random.key(0))
+    collect, learn = jax.jit(collect), jax.jit(learn, donate_argnums=0)
+    rng = np.random.default_rng(0)
+    tokens = jnp.array(rng.integers(0, size.config.vocab_size, (8, size.prompt_tokens)), jnp.int32)
+    prompts = Prompts(tokens, jnp.full(8, size.prompt_tokens, jnp.int32))
+    given = {"rewards": rng.random((8, 8, 1), np.float32), "reward_mask": np.ones((8, 8, 1), bool)}
+    sampling, learning = [], []
+    for _ in range(repeats + 1):  # the first ones compile
+        seconds, experience = timed(collect, state, prompts)
+        sampling.append(seconds)
+        seconds, (state, _) = timed(learn, state, experience._replace(**given))
+        learning.append(seconds)
+    found = {
+        "seconds of sampling": statistics.median(sampling[1:]),
+        "seconds of learning": statistics.median(learning[1:]),
+    }
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return found if peak is None else found | {"peak": peak}
+
+
+def in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """On a GPU in a process of its own, so that the peak is its own."""
+    if jax.default_backend() != "gpu":
+        return function(*arguments)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+# ------------------------------------------------------------------------------- tables
+
+KEPT = ("parameters", "gradients", "Adam", "reference")  # bytes on paper
+HELD = ("sampling", "learning", "activations")  # bytes by the compiler
+PPO = "PPO, large critic"
+
+
+def memory_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """In GiB, and as a share of PPO's with a large critic at the same size, without and with a reference."""
+    sums = {"on paper": KEPT, "compiled": HELD, "peak": ()}
+    header = ["size", "method"]
+    for total, parts in sums.items():
+        header += [*parts, total, "of PPO", "of PPO with reference"]
+    header += ["seconds of sampling", "seconds of learning"]
+
+    def cells(line: Mapping[str, Any]) -> list[str]:
+        found = [line["size"], line["method"]]
+        for total, parts in sums.items():
+            found += [gib(line.get(name)) for name in (*parts, total)]
+            found += [share(line, total, method) for method in (PPO, f"{PPO}, reference")]
+        return found + [f"{line[name]:.3f}" if name in line else "" for name in header[-2:]]
+
+    def share(line: Mapping[str, Any], total: str, method: str) -> str:
+        other = [o for o in lines if o["size"] == line["size"] and o["method"] == method and total in o]
+        return f"{line[total] / other[0][total]:.2f}" if other else ""
+
+    return markdown(header, [cells(line) for line in lines])
+
+
+def gib(number: int | None) -> str:
+    """Bytes in GiB."""
+    return "" if number is None else f"{number / 2**30:.3g}"
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+
+
+def write_csv(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Bytes and seconds."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is measured has a process of its own
+    compilation.keep_programs()
+    experiment(setting.configured(tyro.cli(Config, default=DEFAULT, description=__doc__)))
