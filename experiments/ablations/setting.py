@@ -223,7 +223,7 @@ def run(
     """
     of_seed = {"params": starts(config, terms)}
     if config.smoke:  # all are traced, and the two that the table needs are run
-        for condition in conditions:
+        for condition in {condition.run: condition for condition in conditions}.values():
             hyper = {**condition.hyper, "params": jax.tree.map(lambda x: x[0], of_seed["params"])}
             jax.eval_shape(condition.run, jax.random.key(0), hyper)
         conditions = [c for c in conditions if c.name == against] + [c for c in conditions if c.name != against][:1]
