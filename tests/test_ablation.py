@@ -263,6 +263,7 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused_with_both(begun,
         run_grid(folder, [CONDITIONS[0]._replace(run=longer)], seeds=SEEDS, **start)
 
 
+@pytest.mark.slow
 def test_killed_for_real_at_any_file_and_resumed_a_grid_ends_the_same(undisturbed, tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
     command = [sys.executable, __file__, tmp_path / "grid", os.environ.get("GRPO_KILL_STRIDE", "60")]

@@ -32,7 +32,7 @@ def test_there_are_nine():
     assert len(NAMES) == 9
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_a_smoke_run_leaves_a_table_a_figure_and_tidy_rows(name, load, tmp_path):
     module = load(name)

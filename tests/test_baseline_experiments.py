@@ -166,7 +166,7 @@ def test_by_the_second_a_method_of_half_the_speed_has_made_half_the_steps():
 # -------------------------------------------------------------------------------- smoke
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 @pytest.mark.parametrize("module", [ppo_vs_grpo, dpo_vs_grpo], ids=lambda module: module.NAME)
 def test_a_smoke_run_leaves_results_table_and_figures_in_the_run_folder(tmp_path, module):
     module.experiment(setting.configured(setting.Config(run_dir=tmp_path, smoke=True)))

@@ -432,6 +432,7 @@ jax.jit(lambda s: s.params["w"] * s.step)(restored)  # `step` was not committed 
 """
 
 
+@pytest.mark.slow
 def test_restores_the_same_bits_onto_other_devices_and_says_that_the_run_will_differ(tmp_path):
     environment = {
         "JAX_PLATFORMS": "cpu",

@@ -346,6 +346,7 @@ MEASURE = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_loading_holds_at_most_the_params_and_twice_the_largest_tensor(tmp_path):
     """Measured 196 MB of 162 + 2 * 25: the params and two blocks of 16 MB; the first time 25 MB more, for compiling."""

@@ -54,7 +54,7 @@ def last_saved(run_dir, stage):
 # ---------------------------------------------------------------------------- the runs
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 def test_every_stage_leaves_its_metrics_checkpoints_test_and_model(finished):
     run_dir, results = finished
     assert json.loads((run_dir / "results.json").read_text()) == results
@@ -70,7 +70,7 @@ def test_every_stage_leaves_its_metrics_checkpoints_test_and_model(finished):
         jax.tree.map(np.testing.assert_array_equal, params, saved)
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 def test_preference_is_a_reward_of_the_last_stage_alone_and_each_has_its_weight(finished):
     run_dir, _ = finished
     for line in metrics.read(run_dir / "2_reasoning_rl"):
@@ -83,7 +83,7 @@ def test_preference_is_a_reward_of_the_last_stage_alone_and_each_has_its_weight(
     assert any(line["grad_norm"] > 0 for line in metrics.read(run_dir / "4_final_rl"))
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 def test_what_the_third_stage_learns_is_right_of_one_script_and_different(finished):
     run_dir, results = finished
     batches = [json.loads(path.read_text()) for path in sorted((run_dir / "3_rejection_sampling/samples").iterdir())]
@@ -98,7 +98,7 @@ def test_what_the_third_stage_learns_is_right_of_one_script_and_different(finish
         assert not set(completion) & set(pipeline.OTHER)
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_finished_run_that_is_started_again_does_nothing_and_gives_the_same_results(finished, capsys):
     run_dir, results = finished
     before = outcome(run_dir)
@@ -110,7 +110,7 @@ def test_a_finished_run_that_is_started_again_does_nothing_and_gives_the_same_re
     assert all(f"resumed at step {steps} of {steps}" in printed for steps in STEPS.values())
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_run_killed_in_the_third_stage_goes_on_there_and_ends_as_one_that_was_not(finished, tmp_path, monkeypatch):
     run_dir, save = tmp_path / "run", checkpoint.save
 
@@ -139,7 +139,7 @@ def test_a_run_killed_in_the_third_stage_goes_on_there_and_ends_as_one_that_was_
     assert before == [path.stat().st_mtime_ns for path in kept]
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_run_is_not_resumed_with_other_settings(finished):
     run_dir, _ = finished
     before = outcome(run_dir)
@@ -299,7 +299,7 @@ def model_config(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 @pytest.mark.parametrize("settings", [{"chat": True}, {"start": "cold_start", "mix": True}], ids=["chat", "mix"])
 def test_a_model_goes_through_the_four_stages_and_goes_on(model_config, settings, capsys):
     config = dataclasses.replace(model_config, **settings)

@@ -216,6 +216,7 @@ def test_a_closed_pool_starts_again(verifiers):
         pool.close()
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_run_is_killed(tmp_path):
     """One that is idle, and one that hangs in C code, where its own timer alone can end it."""
     idle, busy, program = tmp_path / "idle", tmp_path / "busy", tmp_path / "run.py"

@@ -792,6 +792,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_hostile_completions_of_a_megabyte_take_time_that_grows_with_their_length_only():
     """In seconds; the square of a megabyte would be hours."""
     done = subprocess.run([sys.executable, "-c", HOSTILE], capture_output=True, text=True, timeout=600, check=False)
