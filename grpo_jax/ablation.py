@@ -130,8 +130,8 @@ def run_grid(
         order = {condition.name: place for place, condition in enumerate(conditions)}
         rows = [row for result in found for row in result["rows"]]
         rows.sort(key=lambda row: (order[row["condition"]], seeds.index(row["seed"]), row["step"]))
-        _write(folder / RESULTS, rows)
-        _write(folder / TIMING, [row for result in found for row in result["seconds"]])
+        write(folder / RESULTS, rows)
+        write(folder / TIMING, [row for result in found for row in result["seconds"]])
     return folder / RESULTS
 
 
@@ -232,7 +232,12 @@ def _means(rows: Sequence[Row], names: Sequence[str]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
-def _write(path: pathlib.Path, rows: Sequence[Row]) -> None:
+# ------------------------------------------------------------------------ write and read
+
+
+def write(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
+    """Writes rows for `read`, numbers with six digits; the file appears whole or not at all."""
+    path = pathlib.Path(path)
     names = list(dict.fromkeys(name for row in rows for name in row))
     written = path.with_suffix(".tmp")
     with written.open("w", newline="") as file:
@@ -247,9 +252,6 @@ def _text(value: Any) -> Any:
     if value is None:
         return "nan"
     return f"{value:.6g}" if isinstance(value, float) else value
-
-
-# ----------------------------------------------------------------------------------- read
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:

@@ -91,8 +91,14 @@ def plan(
     tokens, lengths = array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32)
     batch = Prompts(tokens, lengths)
     collect = make_collect(policy, group_size=group_size, max_tokens=max_tokens, eos_ids=(0,), score_old=score_old)
-    parts = {"minibatches": minibatches, "micro_batches": micro_batches}
-    learn = make_learn(policy, optimizer, loss=loss, advantage=from_rewards(), **parts)
+    learn = make_learn(
+        policy,
+        optimizer,
+        loss=loss,
+        advantage=from_rewards(),
+        minibatches=minibatches,
+        micro_batches=micro_batches,
+    )
     experience: Experience = jax.eval_shape(collect, state, batch)
     rewards = array((prompts, group_size, 1), jnp.float32)
     given = array((prompts, group_size, 1), jnp.bool_)

@@ -215,7 +215,7 @@ def run(
     against: str,
     seconds: bool = False,
 ) -> None:
-    """Runs a grid, writes `name.csv`, `name.md` and `name.png` among the results, and shows the table.
+    """Runs a grid, writes `name.csv` (what is shown), `.md` and `.png` among the results, and shows the table.
 
     The table has the metrics at the end of the run, and the mean over it of the greedy accuracy, which
     is higher for what learns sooner, with its difference to one condition. With `seconds` it has the mean
@@ -232,7 +232,9 @@ def run(
     )
     rows = ablation.read(results)
     config.results.mkdir(parents=True, exist_ok=True)
-    (config.results / f"{name}.csv").write_bytes(results.read_bytes())
+    columns = {"condition", "seed", "step", *metrics, *curves, "greedy"}
+    kept = [{column: x for column, x in row.items() if column in columns} for row in rows]
+    ablation.write(config.results / f"{name}.csv", kept)
     summary = ablation.summarise(rows, metrics)
     sooner = ablation.summarise(rows, ["greedy"], reduce=ablation.average, against=against)
     for condition, columns in sooner.items():
