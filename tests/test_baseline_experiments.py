@@ -80,7 +80,8 @@ def test_the_best_rate_of_a_method_is_that_of_the_highest_mean_over_the_run():
 
 def test_every_method_has_a_run_of_each_rate_and_they_share_a_program():
     found = dpo_vs_grpo.conditions(setting.Config())
-    assert len(found) == 9 * 3
+    assert len(found) == 9 * len(dpo_vs_grpo.LEARNING_RATES)
+    assert len({condition.name for condition in found}) == len(found)
     assert len({condition.run for condition in found}) == 7
 
 
