@@ -20,6 +20,8 @@ line runs with two learning rates, and DPO with two betas, all with 8 seeds. `dp
 `dpo_vs_grpo.md` hold them all; the second table and the figure the best learning rate of each line by the greedy
 accuracy over the run, which says more than that at the end where several lines reach all of it. It is chosen on the
 seeds and problems that it is shown on: a little kind to every line, and to all alike.
+
+What came of it: `experiments/README.md`.
 """
 
 import pathlib

@@ -19,6 +19,8 @@ Memory is that of a step of 8 prompts x 8 with one update of float32 parameters 
 Written are `ppo_vs_grpo.csv`, `.md` and `.png` (by step), `ppo_vs_grpo_by_second.png` and `ppo_vs_grpo_memory.csv`.
 Seconds a step are those of all seeds in one program, without the evaluation: the fastest chunk less the
 fastest evaluation, since what else the machine does can only add to them.
+
+What came of it: `experiments/README.md`.
 """
 
 import concurrent.futures

@@ -1,6 +1,8 @@
 """The scale of the advantages, and how tokens count: deviations, leave-one-out, and the length bias.
 
 python experiments/ablations/advantages.py
+
+Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
 import setting

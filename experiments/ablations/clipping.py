@@ -1,6 +1,8 @@
 """Clipping: bounds of the ratio, with 1, 2 and 4 passes over a rollout, where clipping acts.
 
 python experiments/ablations/clipping.py
+
+Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
 import setting

@@ -1,6 +1,8 @@
 """Dynamic sampling: groups without spread are replaced by others, at equal updates and at equal samples.
 
 python experiments/ablations/dynamic_sampling.py
+
+Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
 from typing import Any

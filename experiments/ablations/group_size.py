@@ -1,6 +1,8 @@
 """Group size: G = 2 to 32 at equal completions a step, and at equal prompts.
 
 python experiments/ablations/group_size.py
+
+Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
 import setting

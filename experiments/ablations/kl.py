@@ -1,6 +1,8 @@
 """The KL term: its weight, its estimate, a schedule of the weight, and renewal of the reference.
 
 python experiments/ablations/kl.py
+
+Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
 import functools

@@ -1,6 +1,8 @@
 """Every objective of the table, at the same budget: 2 passes over each rollout, so that ratios act.
 
 python experiments/ablations/objectives.py
+
+Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
 import setting

@@ -1,6 +1,8 @@
 """What is rewarded: accuracy, layout, length, agreement without labels, and verifiers that err.
 
 python experiments/ablations/rewards.py
+
+Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
 from collections.abc import Sequence

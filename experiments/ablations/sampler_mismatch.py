@@ -1,6 +1,8 @@
 """A sampler that is not the policy: in bfloat16, or some steps old; with and without truncated importance sampling.
 
 python experiments/ablations/sampler_mismatch.py
+
+Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
 import dataclasses

@@ -1,6 +1,8 @@
 """Temperature of sampling, of the scores with it; evaluation stays at 1 and at greedy.
 
 python experiments/ablations/temperature.py
+
+Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
 import setting
