@@ -63,10 +63,7 @@ def experiment(config: Config) -> None:
     rows = ablation.read(config.results / f"{NAME}.csv")
     chosen = {method: condition_name(method, rate) for method, rate in best_rates(rows).items()}
     rows = [row for row in rows if row["condition"] in chosen.values()]
-    summary = ablation.summarise(rows, ("greedy", "sampled"))
-    sooner = ablation.summarise(rows, ["greedy"], reduce=ablation.average, against=chosen["GRPO"])
-    for condition, columns in sooner.items():
-        summary[condition] |= {name.replace("greedy", "greedy over the run", 1): x for name, x in columns.items()}
+    summary = setting.summarise(rows, ("greedy", "sampled"), against=chosen["GRPO"])
     rich.print(ablation.table(summary))
     path = config.results / f"{NAME}.md"
     path.write_text(f"{path.read_text()}\nWith the best learning rate of each:\n\n{ablation.markdown(summary)}\n")

@@ -24,7 +24,6 @@ What came of it: `experiments/README.md`.
 """
 
 import concurrent.futures
-import csv
 import dataclasses
 import functools
 import multiprocessing
@@ -79,7 +78,7 @@ def experiment(config: Config) -> None:
     seconds = seconds_a_step(config, ablation.read(config.run_dir / NAME / ablation.TIMING))
     by_second(rows, seconds, config.results / f"{NAME}_by_second.png")
     of_memory = [footprint(size, method) for size in sizes(config) for method in methods(config)]
-    write_csv(of_memory, config.results / f"{NAME}_memory.csv")
+    ablation.write(config.results / f"{NAME}_memory.csv", of_memory)
     tables = [seconds_table(rows, seconds), memory_table(of_memory)]
     path = config.results / f"{NAME}.md"
     path.write_text("\n".join([path.read_text(), *tables]))
@@ -457,14 +456,6 @@ def gib(number: int | None) -> str:
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
-
-
-def write_csv(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Bytes and seconds."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 if __name__ == "__main__":

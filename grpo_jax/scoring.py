@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Policy
-from grpo_jax.types import Array, Packing, Params, Rollout, Scores
+from grpo_jax.types import Array, Packing, Params, Prompts, Rollout, Scores
 
 CHUNK_TOKENS = 1024  # tokens whose logits are held at a time, unless told otherwise
 
@@ -45,14 +45,12 @@ def score(
       Scores `[B, G, T]` in float32, 0 on padding. Truncated sampling (top-k and the
       like) is not replayed: see `sampling.sample`.
     """
-    B, G, T = rollout.tokens.shape
+    B, _, T = rollout.tokens.shape
     prompts = rollout.prompts
     prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
-    last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)
+    read, positions = to_read(prompts, rollout.tokens[..., :-1], rollout.lengths)
     held = jnp.arange(T) < rollout.lengths[..., None]
-    tokens = jnp.where(held, rollout.tokens, 0)  # a pad id may lie outside the vocabulary, whose embedding is NaN
-    read = jnp.concatenate([jnp.broadcast_to(last[:, None], (B, G, 1)), tokens[..., :-1]], axis=-1)
-    positions = jnp.broadcast_to(prompts.lengths[:, None, None] - 1 + jnp.arange(T), (B, G, T))
+    tokens = jnp.where(held, rollout.tokens, 0)
     segments = None
     if packing is not None:
         segments = packing.segments
@@ -86,6 +84,24 @@ def score(
         return jnp.where(held, joined, 0.0)
 
     return Scores(join(log_probs), join(entropies) if entropy else None)
+
+
+def to_read(prompts: Prompts, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+    """What `policy.extend` reads of completions or their beginnings `[B, G, S]`, and where: two arrays `[B, G, S + 1]`.
+
+    The prompt's last token and then theirs, so that what comes of place `t` predicts token `t`.
+
+    Args:
+      prompts: `B` prompts.
+      tokens: `[B, G, S]`.
+      lengths: `[B, G]`, of the completions; what lies behind is padding.
+    """
+    B, G, S = tokens.shape
+    last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)
+    held = jnp.arange(S) < lengths[..., None]
+    tokens = jnp.where(held, tokens, 0)  # a pad id may lie outside the vocabulary, whose embedding is NaN
+    read = jnp.concatenate([jnp.broadcast_to(last[:, None], (B, G, 1)), tokens], axis=-1)
+    return read, jnp.broadcast_to(prompts.lengths[:, None, None] - 1 + jnp.arange(S + 1), read.shape)
 
 
 def _places(packing: Packing, T: int) -> Array:

@@ -94,7 +94,9 @@ def test_in_bfloat16_it_rounds_as_the_reference_does():
     np.testing.assert_allclose(actual.astype(jnp.float32), exact, rtol=0, atol=2e-2)
 
     def gradients(form, query, own, own_mask, prompt, prompt_mask):
-        loss = lambda q, o, p: jnp.sum(jnp.sin(form(q, o, own_mask, p, prompt_mask).astype(jnp.float32)))  # noqa: E731
+        def loss(query, own, prompt):
+            return jnp.sum(jnp.sin(form(query, own, own_mask, prompt, prompt_mask).astype(jnp.float32)))
+
         return jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1, 2)))(query, own, prompt))
 
     precise = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), given)

@@ -88,7 +88,8 @@ def test_every_method_has_a_run_of_each_rate_and_they_share_a_program():
 # --------------------------------------------------------------------- memory on paper
 
 
-def by_name(config=setting.Config()):  # noqa: B008
+def by_name():
+    config = setting.Config()
     return (
         {size.name: size for size in ppo_vs_grpo.sizes(config)},
         {method.name: method for method in ppo_vs_grpo.methods(config)},

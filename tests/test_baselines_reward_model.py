@@ -1,6 +1,7 @@
 """A reward model against the Bradley-Terry formula in NumPy, as a step and as a reward."""
 
 import functools
+import operator
 
 import chex
 import jax
@@ -196,7 +197,7 @@ def test_each_pass_goes_through_every_pair_once_in_an_order_of_its_own():
     alone = jax.jit(reward_model.make_learn(NETWORK, recorder(1)))
     of_pairs = []
     for b in range(B):
-        one, _ = alone(state_of(recorder(1)), Experience(jax.tree.map(lambda x: x[b : b + 1], rollout)))  # noqa: B023
+        one, _ = alone(state_of(recorder(1)), Experience(jax.tree.map(operator.itemgetter(slice(b, b + 1)), rollout)))
         of_pairs.append(np.asarray(one.opt_state[1])[0].reshape(-1))
     orders = [[int(np.argmin([np.abs(x - y).max() for y in of_pairs])) for x in of_pass] for of_pass in updates]
     for order, of_pass in zip(orders, updates, strict=True):

@@ -1,6 +1,7 @@
 """Whole runs as functions, against Python loops over the same steps. The policy is a table of bigrams."""
 
 import functools
+import operator
 
 import chex
 import jax
@@ -66,8 +67,11 @@ HYPERS = [{name: (DEFAULTS | changed)[name] for name in DEFAULTS} for changed in
 
 def data(tree):
     """On the host, with keys as the numbers they are made of."""
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
-    return jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree))
+
+    def numbers(leaf):
+        return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    return jax.device_get(jax.tree.map(numbers, tree))
 
 
 @functools.cache
@@ -122,7 +126,7 @@ def test_mapped_over_seeds_and_numbers_a_run_is_the_separate_runs():
     hypers = jax.tree.map(lambda *x: jnp.array(x), *HYPERS)
     together = data(jax.jit(jax.vmap(RUN))(keys, hypers))
     for n, alone in enumerate(separate_runs()):
-        this = jax.tree.map(lambda x: x[n], together)  # noqa: B023
+        this = jax.tree.map(operator.itemgetter(n), together)
         chex.assert_trees_all_close(this, alone, rtol=1e-4, atol=1e-5)
 
 

@@ -15,18 +15,19 @@ from grpo_jax import losses, schedules
 from grpo_jax.reference import renew_reference
 
 BETAS = (0.0, 0.0001, 0.0005, 0.001, 0.01, 0.04, 0.1)
-RENEW_EVERY = 25
 
 
 def experiment(config: Config) -> None:
     """One grid; the reference is the start."""
 
     def make(penalty: Any, **settings: Any) -> setting.Run:
-        change = lambda hyper: {"loss": losses.grpo(penalty=penalty(hyper["beta"]))}  # noqa: E731
+        def change(hyper: setting.Hyper) -> setting.Settings:
+            return {"loss": losses.grpo(penalty=penalty(hyper["beta"]))}
+
         return setting.make(config, change, reference=True, **settings)
 
     k1, k2, k3 = (make(penalty) for penalty in (losses.k1, losses.k2, losses.k3))
-    renewed = make(losses.k3, after=functools.partial(renew_reference, every=max(1, config.steps // 4)))
+    renewed = make(losses.k3, after=functools.partial(renew_reference, every=max(1, config.steps // 4)))  # 25 steps
     beta = schedules.cosine_with_hold(0.1, 0.04, config.steps)
     cosine = setting.make(
         config,

@@ -235,10 +235,7 @@ def run(
     columns = {"condition", "seed", "step", *metrics, *curves, "greedy"}
     kept = [{column: x for column, x in row.items() if column in columns} for row in rows]
     ablation.write(config.results / f"{name}.csv", kept)
-    summary = ablation.summarise(rows, metrics)
-    sooner = ablation.summarise(rows, ["greedy"], reduce=ablation.average, against=against)
-    for condition, columns in sooner.items():
-        summary[condition] |= {name.replace("greedy", "greedy over the run", 1): x for name, x in columns.items()}
+    summary = summarise(rows, metrics, against=against)
     if seconds:
         times = ablation.read(results.with_name(ablation.TIMING))
         for condition, columns in summary.items():
@@ -247,6 +244,15 @@ def run(
     (config.results / f"{name}.md").write_text(ablation.markdown(summary) + "\n")
     rich.print(ablation.table(summary))
     print(ablation.plot(rows, curves, config.results / f"{name}.png"))
+
+
+def summarise(rows: Sequence[ablation.Row], metrics: Sequence[str], *, against: str) -> ablation.Summary:
+    """The metrics at the end, and the mean over the run of the greedy accuracy with its difference to a condition."""
+    summary = ablation.summarise(rows, metrics)
+    sooner = ablation.summarise(rows, ["greedy"], reduce=ablation.average, against=against)
+    for condition, columns in sooner.items():
+        summary[condition] |= {name.replace("greedy", "greedy over the run", 1): x for name, x in columns.items()}
+    return summary
 
 
 def main(experiment: Callable[[Config], Any], description: str | None) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Policy
+from grpo_jax.scoring import to_read
 from grpo_jax.types import Array, Params, PRNGKey, Prompts
 
 
@@ -45,13 +46,8 @@ def hidden_states(network: Policy, params: Params, prompts: Prompts, tokens: Arr
       `[B, G, S + 1, D]`. State `t` has read the prompt and tokens `0..t - 1`: the one
       that predicts token `t`.
     """
-    B, G, S = tokens.shape
     prompt_cache = network.prefill(params, prompts.tokens, prompts.lengths)
-    last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)
-    held = jnp.arange(S) < lengths[..., None]
-    tokens = jnp.where(held, tokens, 0)  # a pad id may lie outside the vocabulary, whose embedding is NaN
-    read = jnp.concatenate([jnp.broadcast_to(last[:, None], (B, G, 1)), tokens], axis=-1)
-    positions = jnp.broadcast_to(prompts.lengths[:, None, None] - 1 + jnp.arange(S + 1), (B, G, S + 1))
+    read, positions = to_read(prompts, tokens, lengths)
     hidden, _ = network.extend(params, read, positions, prompt_cache)
     return hidden
 
