@@ -8,10 +8,12 @@ process of its own, so that its peak memory is its own. Reported are
 - learning tokens/s, of completions, and model FLOPs utilisation: three times the
   forward pass of a shared prompt and its completions, against the measured bf16
   matrix rate; what is recomputed is not counted;
-- peak device memory in GiB, after sampling and after learning.
+- peak device memory in GiB, after sampling and after learning, and what `grpo_jax.memory` plans for it;
+- on the first cell, a step of TRL with transformers' generation, in the fastest of its micro-batches.
 
-Learning is a whole update without a reference policy: AdamW for the smaller two,
-plain SGD for the 7B, whose float32 weights and gradients alone are 61 GB.
+Each form of attention has a process of its own. Learning is a whole update without a
+reference policy: AdamW for the smaller two, plain SGD for the 7B, whose float32 weights
+and gradients alone are 61 GB.
 """
 
 import dataclasses
@@ -33,7 +35,8 @@ import tyro
 from benchmarks import cells, floor, report, worker
 from benchmarks.cells import Cell, Model
 from benchmarks.ours import prompts_of
-from grpo_jax import advantages, losses, models
+from grpo_jax import advantages, losses, memory, models
+from grpo_jax.models import attention
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Rollout
 from grpo_jax.updates import init_state
@@ -60,13 +63,17 @@ GPU_CELLS = {
     )
 }
 
+TRL_MICRO_BATCHES = (8, 32)  # completions
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
     cells: tuple[Literal["0.5B", "1.5B", "7B"], ...] = ("0.5B", "1.5B", "7B")
+    attentions: tuple[Literal["joint", "cudnn"], ...] = ("joint", "cudnn")
     repeats: int = 3
+    trl: bool = True  # if it is installed with a torch that sees the GPU
     output: Path = Path("benchmarks/results/gpu.jsonl")  # overwritten; .md is written beside it
 
 
@@ -98,10 +105,13 @@ def peak_gib() -> float:
     return stats.get("peak_bytes_in_use", float("nan")) / 2**30
 
 
-def measure(found: GpuCell, repeats: int, *, bandwidth_mib: int = 2048, side: int = 8192) -> worker.Line:
+def measure(
+    found: GpuCell, repeats: int, attends: attention.Attention, *, bandwidth_mib: int = 2048, side: int = 8192
+) -> worker.Line:
     """All numbers of one cell."""
     cell = found.cell
-    policy = models.decoder(models.from_hf_config(cells.hf_config(cell.model), dtype=jnp.bfloat16))
+    config = models.from_hf_config(cells.hf_config(cell.model), dtype=jnp.bfloat16, attention=attends)
+    policy = models.decoder(config)
     params = jax.jit(policy.init)(jax.random.key(0))
     bandwidth = copy_bandwidth(bandwidth_mib)
     rate = floor.matrix_rate(side, jnp.bfloat16, repeats=10)
@@ -116,11 +126,12 @@ def measure(found: GpuCell, repeats: int, *, bandwidth_mib: int = 2048, side: in
 
     rewards = np.random.default_rng(0).random((cell.prompts, cell.group, 1), np.float32)
     experience = experience._replace(rewards=rewards, reward_mask=np.ones(rewards.shape, bool))
+    loss = losses.grpo()
     learn = jax.jit(
         make_learn(
             policy,
             optimizer,
-            loss=losses.grpo(),
+            loss=loss,
             advantage=advantages.from_rewards(),
             micro_batches=found.micro_batches,
             max_grad_norm=1.0,
@@ -134,6 +145,11 @@ def measure(found: GpuCell, repeats: int, *, bandwidth_mib: int = 2048, side: in
         return state, metrics
 
     learning, _ = repeated(update, repeats)
+    learn_peak = peak_gib()
+    planned = memory.plan(
+        policy, optimizer, loss=loss, prompts=cell.prompts, group_size=cell.group, prompt_tokens=cell.prompt_tokens,
+        max_tokens=cell.completion_tokens, reference=False, micro_batches=found.micro_batches,
+    )  # fmt: skip
     tokens = tokens_of(experience.rollout)
     return {
         "cell": cell.name,
@@ -146,7 +162,8 @@ def measure(found: GpuCell, repeats: int, *, bandwidth_mib: int = 2048, side: in
         "matrix_flops_per_second": rate,
         "flops_utilisation": learn_flops(cell) / learning / rate,
         "sample_peak_gib": sample_peak,
-        "learn_peak_gib": peak_gib(),
+        "learn_peak_gib": learn_peak,
+        "planned_peak_gib": planned.peak / 2**30,
         "micro_batches": found.micro_batches,
     }
 
@@ -192,15 +209,42 @@ def main(config: Config) -> Path:
 
             record({"kind": "machine", **device, "jax": jax.__version__})
             for name in config.cells:
-                arguments = {"cell": name, "repeats": config.repeats}
-                process = start(arguments, Path(scratch) / f"{name}.log")
-                try:
-                    record({"kind": "gpu"} | worker.receive(process))
-                except RuntimeError as error:
-                    record({"kind": "left_out", "what": name, "why": str(error).strip().splitlines()[-1]})
-                finally:
-                    worker.stop(process)
+                for attends in config.attentions:
+                    arguments = {"cell": name, "repeats": config.repeats, "attention": attends}
+                    process = start(arguments, Path(scratch) / f"{name}-{attends}.log")
+                    try:
+                        record({"kind": "gpu", "attention": attends} | worker.receive(process))
+                    except RuntimeError as error:
+                        what = f"{name} with {attends}"
+                        record({"kind": "left_out", "what": what, "why": str(error).strip().splitlines()[-1]})
+                    finally:
+                        worker.stop(process)
+            if config.trl:
+                measure_trl(GPU_CELLS[config.cells[0]].cell, config.repeats, Path(scratch), record)
     return report.write(config.output)
+
+
+def measure_trl(
+    cell: Cell, repeats: int, scratch: Path, record: Callable[[worker.Line], None], cuda: bool = True
+) -> None:
+    """TRL's step on a cell, without a reference policy, in each of its micro-batches."""
+    checkpoint = cells.write_checkpoint(cell.model, scratch / cell.name)
+    for micro_batch in (size for size in TRL_MICRO_BATCHES if cell.rows % size == 0):
+        arguments = {"cell": cells.to_json(cell), "checkpoint": str(checkpoint), "micro_batch": micro_batch}
+        log = scratch / f"trl-{micro_batch}.log"
+        process = worker.start(sys.executable, "trl_peer", arguments | {"beta": 0.0, "cuda": cuda}, log, torch=True)
+        try:
+            worker.receive(process)
+            worker.ask(process, {})  # a warm-up
+            steps = [worker.ask(process, {}) for _ in range(repeats)]
+            phases = {name: statistics.median(step[name] for step in steps) for name in ("whole", "generate", "train")}
+            peak = max(step["peak_mib"] for step in steps) / 1024
+            record({"kind": "gpu_trl", "cell": cell.name, "micro_batch": micro_batch, **phases, "peak_gib": peak})
+        except RuntimeError as error:
+            what = f"trl on {cell.name} in micro-batches of {micro_batch}"
+            record({"kind": "left_out", "what": what, "why": str(error).strip().splitlines()[-1]})
+        finally:
+            worker.stop(process)
 
 
 def start(arguments: worker.Line, log: Path) -> worker.Worker:
@@ -215,7 +259,8 @@ def work(arguments: worker.Line) -> None:
         found = gpu()
         send({"device": found and found.device_kind, "sees": str(jax.devices())})
     else:
-        send(measure(GPU_CELLS[arguments["cell"]], arguments["repeats"]))
+        attends = getattr(attention, arguments["attention"])
+        send(measure(GPU_CELLS[arguments["cell"]], arguments["repeats"], attends))
 
 
 if __name__ == "__main__":

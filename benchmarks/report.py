@@ -245,20 +245,32 @@ def _whole_run(lines: list[Line]) -> str:
 
 
 def _gpu(lines: list[Line]) -> str:
+    found = of_kind(lines, "gpu")
     rows = [
         [
             line["cell"],
+            line["attention"],
             f"{line['decode_tokens_per_second']:.0f}",
             f"{line['bandwidth_share']:.0%}",
             f"{line['learn_tokens_per_second']:.0f}",
             f"{line['flops_utilisation']:.0%}",
             f"{line['sample_peak_gib']:.1f}",
             f"{line['learn_peak_gib']:.1f}",
+            f"{line['planned_peak_gib']:.1f}",
         ]
-        for line in of_kind(lines, "gpu")
+        for line in found
     ]
-    head = ("cell", "decode tokens/s", "of copy bandwidth", "learning tokens/s", "of the matrix rate")
-    return table((*head, "peak GiB, sampling", "peak GiB, with learning"), rows)
+    head = ("cell", "attention", "decode tokens/s", "of copy bandwidth", "learning tokens/s", "of the matrix rate")
+    parts = [table((*head, "peak GiB, sampling", "peak GiB, with learning", "planned"), rows)]
+    for trl in of_kind(lines, "gpu_trl"):
+        parts += [
+            f"TRL on {trl['cell']}, micro-batches of {trl['micro_batch']}: {trl['whole']:.1f} s a step, "
+            f"{trl['peak_gib']:.1f} GiB; {trl['whole'] / (ours['sample_seconds'] + ours['learn_seconds']):.2f} times "
+            f"ours with {ours['attention']}."
+            for ours in found
+            if ours["cell"] == trl["cell"]
+        ]
+    return "\n\n".join(parts)
 
 
 def _cells(lines: list[Line]) -> list[str]:

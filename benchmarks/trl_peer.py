@@ -40,12 +40,12 @@ class EndsAt(transformers.LogitsProcessor):
         return scores
 
 
-def main(cell: Cell, checkpoint: Path, micro_batch: int) -> None:
+def main(cell: Cell, checkpoint: Path, micro_batch: int, beta: float = cells.BETA, cuda: bool = False) -> None:
     requests, send = worker.open_channel()
     pending = requests()
     seconds = {"generate": 0.0, "score": 0.0}
     ends_at = EndsAt(cell.prompt_tokens)
-    trainer = make_trainer(cell, checkpoint, micro_batch)
+    trainer = make_trainer(cell, checkpoint, micro_batch, beta, cuda)
     if cell.mean_length is None:
         never_ends(trainer)
     else:
@@ -73,7 +73,8 @@ def main(cell: Cell, checkpoint: Path, micro_batch: int) -> None:
                 raise RuntimeError(f"completions have {length} tokens on average, which is not what was asked for")
             send(
                 {"whole": whole, **seconds, "train": whole - sum(seconds.values())}
-                | {"peak_mib": worker.peak_memory(), "mean_length": length}
+                | {"peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else worker.peak_memory()}
+                | {"mean_length": length}
             )
 
     trainer.add_callback(OnRequest())
@@ -81,8 +82,8 @@ def main(cell: Cell, checkpoint: Path, micro_batch: int) -> None:
     trainer.train()
 
 
-def make_trainer(cell: Cell, checkpoint: Path, micro_batch: int) -> Any:
-    """The trainer of a cell; one generation and one update a step, no gradient checkpointing."""
+def make_trainer(cell: Cell, checkpoint: Path, micro_batch: int, beta: float, cuda: bool) -> Any:
+    """The trainer of a cell; one generation and one update a step, no gradient checkpointing; on a GPU in bfloat16."""
     prompts = [cells.text(row) for step in range(STEPS) for row in cells.prompt_tokens(cell, step)]
 
     def even(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -90,8 +91,8 @@ def make_trainer(cell: Cell, checkpoint: Path, micro_batch: int) -> Any:
 
     config = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not cuda,
+        bf16=cuda,
         gradient_checkpointing=False,
         model_init_kwargs={"dtype": "float32"},
         per_device_train_batch_size=micro_batch,
@@ -99,7 +100,7 @@ def make_trainer(cell: Cell, checkpoint: Path, micro_batch: int) -> Any:
         num_generations=cell.group,
         max_completion_length=cell.completion_tokens,
         num_iterations=1,
-        beta=cells.BETA,
+        beta=beta,
         loss_type="grpo",
         use_bias_correction_kl=False,
         temperature=1.0,
@@ -148,4 +149,5 @@ def timed(
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
-    main(cells.from_json(arguments["cell"]), Path(arguments["checkpoint"]), arguments["micro_batch"])
+    cell, checkpoint = cells.from_json(arguments.pop("cell")), Path(arguments.pop("checkpoint"))
+    main(cell, checkpoint, **arguments)

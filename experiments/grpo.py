@@ -110,6 +110,7 @@ class Config:
     max_grad_norm: float = 1.0
     seed: int = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # trained weights are float32 in any case
+    attention: str = "by_platform"  # of grpo_jax.models.attention (cudnn, splash, ...), or module:function
 
     eval_data: pathlib.Path | None = None
     eval_rows: int = 0  # without --eval-data: held out of the data
@@ -133,6 +134,7 @@ def run(config: Config) -> Params:
     names = [rewards.name_of(function) for function in functions]
     check(config, names)
     loss = make_loss(config)
+    attention = load(config.attention, "grpo_jax.models.attention")
     tokenizer = hf.load_tokenizer(config.model)
     eos_ids = hf.eos_ids(config.model, tokenizer)
     train_rows, eval_rows = read_rows(config)
@@ -148,7 +150,9 @@ def run(config: Config) -> Params:
     )
 
     with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
-        policy, params = hf.load_pretrained(config.model, compute_dtype=jnp.dtype(config.compute_dtype))
+        policy, params = hf.load_pretrained(
+            config.model, compute_dtype=jnp.dtype(config.compute_dtype), attention=attention
+        )
         learning_rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
         optimizer = optax.adamw(learning_rate, b2=0.99, weight_decay=config.weight_decay)
         sampling_settings = {"max_tokens": config.max_tokens, "eos_ids": eos_ids}
@@ -353,6 +357,8 @@ def check(config: Config, names: Sequence[str]) -> None:
         )
     if config.memory_gib is not None and config.micro_batches != 1:
         raise ValueError(f"--memory-gib chooses the micro-batches, so give no --micro-batches {config.micro_batches}")
+    if config.pack and config.attention in ("cudnn", "splash"):
+        raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
     if config.group_size < 2:
         raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {config.group_size}")
 

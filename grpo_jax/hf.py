@@ -64,8 +64,8 @@ def load_pretrained(
       dtype: of the params, whatever the checkpoint's. Train in float32.
       compute_dtype: of the layers' arithmetic; None for `dtype`.
       logits_dtype: of the operands of the last product.
-      attention: how attention is computed, one of `models.attention` or a function like
-        them; they agree to rounding.
+      attention: how attention is computed, one of `models.attention` (`cudnn` and `splash` for
+        long rows on GPUs and TPUs) or a function like them; they agree to rounding.
       remat: recompute a layer in the backward pass instead of keeping its activations. A
         policy of `jax.checkpoint`, which says what to keep, must be the same object in
         every call, or jit compiles again.

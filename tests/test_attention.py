@@ -10,7 +10,7 @@ import pytest
 
 from grpo_jax import models, testing
 from grpo_jax.models import attention
-from grpo_jax.models.attention import KeyValues
+from grpo_jax.models.attention import KeyValues, Sight
 from grpo_jax.scoring import score
 from grpo_jax.types import Rollout
 
@@ -18,44 +18,57 @@ B, G, N, K, h = 2, 3, 4, 2, 8
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )  # it would take most of the time
-CASES = {  # queries, own columns, prompt columns or None
-    "completions": (5, 5, 7),
-    "a cache": (2, 9, 7),
-    "one query": (1, 6, 7),
-    "a prompt alone": (6, 6, None),
-    "a prompt of one token": (5, 5, 0),
-    "nothing": (0, 0, None),
+CASES = {  # queries, own columns, prompt columns or None, whether packed, whether there is a window
+    "completions": (5, 5, 7, False, False),
+    "packed completions": (6, 6, 7, True, False),
+    "a window": (5, 5, 7, False, True),
+    "a cache": (2, 9, 7, False, False),
+    "a cache and a window": (2, 9, 7, False, True),
+    "one query": (1, 6, 7, False, False),
+    "a prompt alone": (6, 6, None, False, False),
+    "a prompt of one token": (5, 5, 0, False, False),
+    "nothing": (0, 0, None, False, False),
 }
 
 
 def inputs(case, dtype=jnp.float32):
-    """Arguments of an attention, with masks in which every query sees some of its own columns and maybe no prompt."""
-    S, C, P = CASES[case]
+    """Arguments of an attention, positions in any order, in which every query sees one of its own columns."""
+    S, C, P, packed, windowed = CASES[case]
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
-    own_mask = jnp.asarray(rng.random((B, G, S, C)) < 0.5).at[..., :1].set(True)
-    query, own = normal(B, G, S, N, h), KeyValues(normal(B, G, C, K, h), normal(B, G, C, K, h))
-    if P is None:
-        return query, own, own_mask, None, None
-    prompt_mask = jnp.asarray(rng.random((B, G, S, P)) < 0.5).at[0, :1].set(False)
-    return query, own, own_mask, KeyValues(normal(B, P, K, h), normal(B, P, K, h)), prompt_mask
-
-
-def softmax_of_the_concatenation(query, own, own_mask, prompt, prompt_mask):
-    """The definition, a query and head at a time, in NumPy."""
-    query, own, own_mask, prompt, prompt_mask = jax.tree.map(
-        lambda x: np.asarray(x, bool if x.dtype == bool else np.float64), (query, own, own_mask, prompt, prompt_mask)
+    queries = rng.integers(3, 9, (B, G, S)).astype(np.int32)
+    own = rng.integers(-1, 9, (B, G, C)).astype(np.int32)
+    own[..., :S] = queries[..., :C]  # of these each query sees itself
+    sight = Sight(
+        jnp.asarray(queries),
+        jnp.asarray(own),
+        None if P is None else jnp.asarray(rng.integers(0, P + 1, (B, 1)).repeat(G, 1), jnp.int32).at[0].set(0),
+        jnp.asarray(rng.integers(0, 3, (B, G, S)), jnp.int32) if packed else None,
+        jnp.int32(4) if windowed else None,
     )
+    prompt = None if P is None else KeyValues(normal(B, P, K, h), normal(B, P, K, h))
+    return normal(B, G, S, N, h), KeyValues(normal(B, G, C, K, h), normal(B, G, C, K, h)), prompt, sight
+
+
+def softmax_of_the_concatenation(query, own, prompt, sight):
+    """The definition, a query and head at a time, in NumPy."""
+    query, own, prompt = jax.tree.map(lambda x: np.asarray(x, np.float64), (query, own, prompt))
+    sight = jax.tree.map(np.asarray, sight)
     out = np.zeros(query.shape)
     for b, g, s, n in np.ndindex(query.shape[:4]):
-        k = n // (N // K)
-        keys, values = (x[b, g, :, k][own_mask[b, g, s]] for x in own)
+        k, position = n // (N // K), sight.queries[b, g, s]
+        since = -1 if sight.window is None else position - sight.window  # the last position out of sight
+        columns = [c for c, at in enumerate(sight.own[b, g]) if at >= 0 and since < at <= position]
+        if sight.segments is not None:
+            columns = [c for c in columns if sight.segments[b, g, c] == sight.segments[b, g, s]]
+        keys, values = (x[b, g, columns, k] for x in own)
         if prompt is not None:
-            more = [x[b, :, k][prompt_mask[b, g, s]] for x in prompt]
-            keys, values = np.concatenate([more[0], keys]), np.concatenate([more[1], values])
+            seen = [p for p in range(sight.prompt[b, g]) if p > since]
+            keys = np.concatenate([prompt.keys[b, seen, k], keys])
+            values = np.concatenate([prompt.values[b, seen, k], values])
         logits = keys @ query[b, g, s, n] / np.sqrt(h)
         weights = np.exp(logits - logits.max())
         out[b, g, s, n] = weights / weights.sum() @ values
@@ -69,40 +82,113 @@ def test_it_is_the_softmax_over_prompt_and_own_tokens(form, case):
     np.testing.assert_allclose(jax.jit(form)(*given), softmax_of_the_concatenation(*given), rtol=0, atol=1e-6)
 
 
+@functools.partial(jit, static_argnums=0)
+def gradients(form, query, own, prompt, sight):
+    """Those of a function of the output, in float32, of queries, keys and values."""
+
+    def loss(query, own, prompt):
+        return jnp.sum(jnp.sin(form(query, own, prompt, sight).astype(jnp.float32)))
+
+    return jax.grad(loss, (0, 1, 2))(query, own, prompt)
+
+
+def check_gradients(actual, expected, tolerance=2e-6):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = a.astype(jnp.float32), e.astype(jnp.float32)
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.max(np.abs(e), initial=0.1))
+
+
 @pytest.mark.parametrize("form", [attention.blockwise, attention.by_platform])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_reference(form, case):
-    query, own, own_mask, prompt, prompt_mask = inputs(case)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradients(form, query, own, prompt):
-        return jax.grad(lambda *x: jnp.sum(jnp.sin(form(x[0], x[1], own_mask, x[2], prompt_mask))), (0, 1, 2))(
-            query, own, prompt
-        )
-
-    expected, actual = gradients(attention.joint, query, own, prompt), gradients(form, query, own, prompt)
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, e, rtol=0, atol=1e-6 * np.max(np.abs(e), initial=0.1))
+    given = inputs(case)
+    check_gradients(gradients(form, *given), gradients(attention.joint, *given))
 
 
-def test_in_bfloat16_it_rounds_as_the_reference_does():
-    given = inputs("completions", jnp.bfloat16)
-    actual = jax.jit(attention.blockwise)(*given)
+def causal_rows(query, keys, values):
+    return jax.nn.dot_product_attention(query, keys, values, is_causal=True, implementation="xla")
+
+
+def group(S=5, P=7, dtype=jnp.float32):
+    """A group's completions after prompts of different lengths, the shortest empty."""
+    query, own, prompt, _ = inputs("completions", dtype)
+    query, own = jax.tree.map(lambda x: jnp.resize(x, (B, G, S, *x.shape[3:])), (query, own))
+    prompt = jax.tree.map(lambda x: jnp.resize(x, (B, P, K, h)), prompt)
+    lengths = jnp.array([P, 0], jnp.int32)
+    positions = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(S), (B, G, S))
+    return query, own, prompt, Sight(positions, positions, jnp.broadcast_to(lengths[:, None], (B, G)))
+
+
+def alone(query, own, _, sight):
+    """The same without a prompt, as prompts themselves are read."""
+    positions = sight.queries - sight.queries[..., :1]
+    return query, own, None, Sight(positions, positions)
+
+
+def check_in_bfloat16(form, given):
+    """Rounded as the reference rounds."""
+    actual = jax.jit(form)(*given)
     assert actual.dtype == jnp.bfloat16
-    exact = softmax_of_the_concatenation(*given)
-    np.testing.assert_allclose(actual.astype(jnp.float32), exact, rtol=0, atol=2e-2)
+    np.testing.assert_allclose(actual.astype(jnp.float32), softmax_of_the_concatenation(*given), rtol=0, atol=2e-2)
+    precise = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, given)
+    rounded = gradients(form, *given)
+    assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(rounded))
+    check_gradients(rounded, gradients(attention.joint, *precise), 3e-2)
 
-    def gradients(form, query, own, own_mask, prompt, prompt_mask):
-        def loss(query, own, prompt):
-            return jnp.sum(jnp.sin(form(query, own, own_mask, prompt, prompt_mask).astype(jnp.float32)))
 
-        return jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1, 2)))(query, own, prompt))
+@pytest.mark.parametrize("form", [attention.blockwise, attention.of_rows(causal_rows)])
+def test_in_bfloat16_it_rounds_as_the_reference_does(form):
+    check_in_bfloat16(form, group(dtype=jnp.bfloat16))
 
-    precise = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), given)
-    for a, e in zip(gradients(attention.blockwise, *given), gradients(attention.joint, *precise), strict=True):
-        assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(a.astype(jnp.float32), e, rtol=0, atol=2e-2 * np.abs(e).max())
+
+@pytest.mark.skipif(jax.default_backend() not in ("gpu", "tpu"), reason="the kernels of GPUs and TPUs")
+def test_the_kernel_of_this_device_agrees():
+    form = attention.cudnn if jax.default_backend() == "gpu" else attention.splash
+    check_in_bfloat16(form, group(S=90, P=60, dtype=jnp.bfloat16))
+
+
+KERNELS = {"JAX's own": causal_rows, "splash": functools.partial(attention.splash_kernel, interpret=True)}
+GROUPS = {
+    "prompts": group,
+    "no prompt": lambda: alone(*group()),
+    "prompts of one token": lambda: group(P=0),
+    "several blocks": lambda: group(S=90, P=60),
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given"),
+    [
+        ("JAX's own", "prompts"),
+        ("JAX's own", "no prompt"),
+        ("JAX's own", "prompts of one token"),
+        ("splash", "prompts"),
+        ("splash", "several blocks"),
+    ],
+)
+def test_a_kernel_for_rows_gives_output_and_gradients_of_the_reference(kernel, given):
+    form, given = attention.of_rows(KERNELS[kernel]), GROUPS[given]()
+    np.testing.assert_allclose(jit(form)(*given), softmax_of_the_concatenation(*given), rtol=0, atol=2e-6)
+    check_gradients(gradients(form, *given), gradients(attention.joint, *given), 5e-6)
+
+
+@pytest.mark.parametrize("case", ["a cache", "a cache and a window", "one query"])
+def test_what_reads_a_cache_does_not_go_to_the_kernel(case):
+    given = inputs(case)
+    form = attention.of_rows(None)  # which cannot be called
+    np.testing.assert_array_equal(jax.jit(form)(*given), jax.jit(attention.joint)(*given))
+
+
+@pytest.mark.parametrize("case", ["packed completions", "a window"])
+def test_what_a_kernel_for_rows_cannot_be_told_of_is_refused(case):
+    with pytest.raises(ValueError, match={"a window": "windows", "packed completions": "packing"}[case]):
+        attention.of_rows(causal_rows)(*inputs(case))
+
+
+def test_flash_attention_in_float32_is_refused():
+    with pytest.raises(ValueError, match=r"not in float32.*compute dtype"):
+        attention.cudnn(*group())
 
 
 def test_it_can_be_mapped_over():
@@ -116,26 +202,30 @@ def test_it_can_be_mapped_over():
         np.testing.assert_allclose(mapped[i], one, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", [True, jax.checkpoint_policies.save_only_these_names("attention")])
-def test_the_attention_and_what_is_kept_are_arguments_of_the_network(remat):
-    """The gradient of a network's log-probs is the same, and the policy of `jax.checkpoint` reaches the layers."""
+def gradient_of_log_probs(**settings):
+    """A function of params: the gradient of a small network's log-probs; and the params."""
     prompts = testing.random_prompts(0, B, 6)
     tokens = jax.random.randint(jax.random.key(1), (B, G, 5), 0, 61)
     full = jnp.full((B, G), 5)
     rollout = Rollout(prompts, tokens, full, jnp.ones((B, G, 5), bool), jnp.zeros((B, G, 5)), jnp.zeros((B, G), bool))
     plain = testing.tiny_policy("qwen2")
-    params = plain.init(jax.random.key(0))
+    policy = models.decoder(dataclasses.replace(plain.config, **settings))
+    gradient = jax.grad(lambda params: jnp.sum(score(policy, params, rollout, entropy=False).log_probs))
+    return gradient, plain.init(jax.random.key(0))
 
-    def gradient(**settings):
-        policy = models.decoder(dataclasses.replace(plain.config, **settings))
-        return jax.grad(lambda params: jnp.sum(score(policy, params, rollout, entropy=False).log_probs))
 
-    program = gradient(attention=attention.blockwise, remat=remat)
-    actual, expected = jit(program)(params), jit(gradient(attention=attention.joint, remat=False))(params)
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, e, rtol=0, atol=2e-6 * np.abs(e).max())
-    exponentials = [
-        str(jax.make_jaxpr(gradient(attention=attention.blockwise, remat=remat))(params)).count("= exp ")
-        for remat in (remat, True)
-    ]
-    assert (exponentials[0] < exponentials[1]) == callable(remat), exponentials
+@pytest.mark.parametrize("form", [attention.blockwise, attention.of_rows(causal_rows)])
+def test_the_attention_is_an_argument_of_the_network(form):
+    (program, params), (reference, _) = (gradient_of_log_probs(attention=f) for f in (form, attention.joint))
+    check_gradients(jit(program)(params), jit(reference)(params))
+
+
+def test_what_is_kept_for_the_backward_pass_is_an_argument_of_the_network():
+    """The gradient is the same, and the policy of `jax.checkpoint` reaches the layers."""
+    settings = [True, False, jax.checkpoint_policies.save_only_these_names("attention")]
+    programs = [gradient_of_log_probs(attention=attention.blockwise, remat=remat) for remat in settings]
+    all_again, nothing_again, some_again = [jit(program)(params) for program, params in programs]
+    check_gradients(all_again, nothing_again)
+    check_gradients(some_again, nothing_again)
+    exponentials = [str(jax.make_jaxpr(program)(params)).count("= exp ") for program, params in programs]
+    assert exponentials[0] > exponentials[2] >= exponentials[1], exponentials

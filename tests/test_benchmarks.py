@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import cells, floor, gpu, ours, report, run, scaling, worker  # noqa: E402
 from grpo_jax import models, sampling  # noqa: E402
+from grpo_jax.models import attention  # noqa: E402
 
 MODEL = cells.Model(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48, vocabulary=64)
 CELL = cells.Cell("W1", MODEL, prompts=2, group=4, prompt_tokens=6, completion_tokens=8)
@@ -168,9 +169,20 @@ def test_scaling_varies_one_number_at_a_time():
 
 
 def test_the_gpu_measurement_runs_on_what_is_there():
-    line = gpu.measure(gpu.GpuCell(CELL, micro_batches=2, adam=False), 1, bandwidth_mib=1, side=64)
+    line = gpu.measure(gpu.GpuCell(CELL, micro_batches=2, adam=False), 1, attention.joint, bandwidth_mib=1, side=64)
     assert line["decode_tokens_per_second"] == pytest.approx(64 / line["sample_seconds"])
     assert line["flops_utilisation"] > 0 < line["bandwidth_share"]
+    weights = 2 * MODEL.hidden * MODEL.vocabulary + MODEL.layers * MODEL.layer_weights
+    assert line["planned_peak_gib"] * 2**30 > 2 * 4 * weights  # they and their gradient
+
+
+def test_the_gpu_table_compares_with_trl_on_the_same_cell():
+    ours = gpu.measure(gpu.GpuCell(CELL, micro_batches=2, adam=False), 1, attention.joint, bandwidth_mib=1, side=64)
+    ours |= {"kind": "gpu", "attention": "joint", "sample_seconds": 1.0, "learn_seconds": 2.0}
+    trl = {"kind": "gpu_trl", "cell": CELL.name, "micro_batch": 8, "whole": 12.0, "peak_gib": 20.0}
+    text = report.markdown([{"kind": "machine"}, ours, ours | {"cell": "other"}, trl])
+    assert text.count("times ours") == 1
+    assert "12.0 s a step, 20.0 GiB; 4.00 times ours with joint." in text
 
 
 def test_the_first_line_names_the_machine():

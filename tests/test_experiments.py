@@ -279,6 +279,11 @@ def test_a_broken_reward_shows_before_the_first_step_where_there_is_an_evaluatio
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
+    with pytest.raises(ValueError, match="cuDNN's flash attention computes in bfloat16 or float16, not in float32"):
+        grpo.run(settings(files, tmp_path, attention="cudnn", compute_dtype="float32"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -294,6 +299,8 @@ def test_a_broken_reward_shows_before_the_first_step_where_there_is_an_evaluatio
         ({"reward": ("my_rewards:brevity", "my_rewards:brevity")}, r"one name each, got brevity, brevity"),
         ({"stop_after_failed": 0}, r"batches is at least 1, got 0"),
         ({"loss": "ppo"}, r"grpo_jax.losses has no function 'ppo'"),
+        ({"attention": "flash"}, r"grpo_jax.models.attention has no function 'flash'"),
+        ({"attention": "splash", "pack": True}, r"--attention splash .* leave out --pack"),
         ({"model": "no/such folder"}, r"neither a folder nor the id of a repository"),
     ],
 )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models import rope
-from grpo_jax.models.attention import KeyValues
+from grpo_jax.models.attention import KeyValues, Sight
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy, forget
 from grpo_jax.types import Array, Params, PRNGKey
@@ -35,17 +35,6 @@ class Cache(NamedTuple):
     layers: KeyValues  # [L, B, G, C, K, h]
     positions: Array  # [B, G, C] int32, -1 where empty
     column: Array  # [] int32, the next to be written
-
-
-class Sight(NamedTuple):
-    """What each token may see, for every layer alike."""
-
-    cos: Array  # [B, G, S, h / 2]
-    sin: Array
-    queries: Array  # [B, G, S] int32 positions
-    own: Array  # [B, G, C] int32 positions
-    own_mask: Array  # [B, G, S, C] bool
-    prompt_mask: Array | None  # [B, G, S, P] bool
 
 
 class RMSNorm(nn.Module):
@@ -84,8 +73,8 @@ class Attention(nn.Module):
         cache: tuple[KeyValues, Array] | None,
         layer: Array,
         prompt: KeyValues | None,
-        window: Array | None,
         sight: Sight,
+        rotation: tuple[Array, Array],
     ) -> tuple[Array, KeyValues | None, KeyValues]:
         """Reads `x [B, G, S, D]`; returns the output, the cache of all layers and the new keys and values."""
         c = self.config
@@ -97,7 +86,7 @@ class Attention(nn.Module):
         )
         if c.qk_norm:
             query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
-        query, key = rope.rotate(query, sight.cos, sight.sin), rope.rotate(key, sight.cos, sight.sin)
+        query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
 
         own = new = KeyValues(key, value)
         stored = None
@@ -115,12 +104,7 @@ class Attention(nn.Module):
             read = functools.partial(jax.lax.dynamic_slice, start_indices=(layer, 0, 0, 0, 0, 0), slice_sizes=size)
             own = jax.tree.map(lambda all_layers: read(all_layers)[0], stored)
 
-        own_mask, prompt_mask = sight.own_mask, sight.prompt_mask
-        if window is not None:
-            own_mask &= sight.queries[..., None] - sight.own[:, :, None, :] < window
-            if prompt_mask is not None:
-                prompt_mask &= sight.queries[..., None] - jnp.arange(prompt_mask.shape[-1]) < window
-        out = c.attention(query, own, own_mask, prompt, prompt_mask)
+        out = c.attention(query, own, prompt, sight)
         out = _linear(c, c.hidden_size, c.o_bias, "o_proj")(out.reshape(-1, c.num_heads * c.head_dim))
         return out.reshape(x.shape), stored, new
 
@@ -152,12 +136,15 @@ class Block(nn.Module):
         prompt: KeyValues | None,
         window: Array | None,
         sight: Sight,
+        rotation: tuple[Array, Array],
         column: Array | None,
     ) -> tuple[tuple[Array, KeyValues | None], KeyValues]:
         x, stored = carry
         cache = None if stored is None or column is None else (stored, column)
         normed = RMSNorm(self.config, name="input_layernorm")(x)
-        out, stored, new = Attention(self.config, name="self_attn")(normed, cache, layer, prompt, window, sight)
+        out, stored, new = Attention(self.config, name="self_attn")(
+            normed, cache, layer, prompt, sight._replace(window=window), rotation
+        )
         x = x + out
         x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_layernorm")(x))
         return (x, stored), new
@@ -185,7 +172,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c)
         self.norm = RMSNorm(c)
@@ -202,7 +189,13 @@ class Decoder(nn.Module):
             no_limit = np.iinfo(np.int32).max
             windows = jnp.array([no_limit if window is None else window for window in c.windows], jnp.int32)
         (x, stored), new = self.layers(
-            (self.embed_tokens(tokens), stored), jnp.arange(c.num_layers), prompt, windows, sight, column
+            (self.embed_tokens(tokens), stored),
+            jnp.arange(c.num_layers),
+            prompt,
+            windows,
+            sight,
+            rope.angles(c.rope, sight.queries),
+            column,
         )
         return self.norm(x), stored, new
 
@@ -223,7 +216,7 @@ def decoder(config: DecoderConfig) -> Policy:
 
     def init(key: PRNGKey) -> Params:
         tokens = jnp.zeros((1, 1, 1), jnp.int32)
-        return module.init(key, tokens, _sight(config, tokens, tokens, _causal(tokens)), None, None, None)["params"]
+        return module.init(key, tokens, Sight(tokens, tokens), None, None, None)["params"]
 
     def cast(params: Params) -> Params:
         def cast_leaf(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -237,8 +230,7 @@ def decoder(config: DecoderConfig) -> Policy:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         # A pad id may lie outside the vocabulary; its embedding is NaN, and a weight of 0 does not remove that.
         tokens = jnp.where(positions < lengths[:, None, None], tokens, 0)
-        sight = _sight(config, positions, positions, _causal(positions))
-        _, _, new = apply({"params": params}, tokens, sight, None, None, None)
+        _, _, new = apply({"params": params}, tokens, Sight(positions, positions), None, None, None)
         return PromptCache(jax.tree.map(lambda layers: layers[:, :, 0], new), lengths - 1)
 
     def init_cache(B: int, G: int, T: int) -> Cache:
@@ -259,14 +251,10 @@ def decoder(config: DecoderConfig) -> Policy:
             stored, column = cache.layers, cache.column % cache.positions.shape[-1]
             written = jax.lax.dynamic_update_slice(cache.positions, positions, (0, 0, column))
             own = written[..., :columns]
-        own_mask = _causal(positions, own)
-        if segments is not None:
-            if cache is not None:
-                raise ValueError("segments keep packed completions apart and go without a cache")
-            own_mask &= segments[..., :, None] == segments[..., None, :]
-        held = jnp.arange(prompt_cache.layers.keys.shape[2]) < prompt_cache.lengths[:, None, None, None]
-        prompt_mask = jnp.broadcast_to(held, (*positions.shape, held.shape[-1]))
-        sight = _sight(config, positions, own, own_mask, prompt_mask)
+        if segments is not None and cache is not None:
+            raise ValueError("segments keep packed completions apart and go without a cache")
+        held = jnp.broadcast_to(prompt_cache.lengths[:, None], positions.shape[:2])
+        sight = Sight(positions, own, held, segments)
         hidden, stored, _ = apply({"params": params}, tokens, sight, prompt_cache.layers, stored, column)
         return hidden, None if cache is None else Cache(stored, written, cache.column + tokens.shape[-1])
 
@@ -278,15 +266,3 @@ def decoder(config: DecoderConfig) -> Policy:
         return PromptCache(layers, prompt_cache.lengths[rows])
 
     return Policy(config, init, cast, prefill, init_cache, extend, unembed, take, forget)
-
-
-def _causal(queries: Array, keys: Array | None = None) -> Array:
-    """`[B, G, S, C]`: a token sees the tokens at its own and earlier positions; empty columns have position -1."""
-    keys = queries if keys is None else keys
-    return (keys[:, :, None, :] <= queries[..., None]) & (keys[:, :, None, :] >= 0)
-
-
-def _sight(
-    config: DecoderConfig, queries: Array, own: Array, own_mask: Array, prompt_mask: Array | None = None
-) -> Sight:
-    return Sight(*rope.angles(config.rope, queries), queries, own, own_mask, prompt_mask)

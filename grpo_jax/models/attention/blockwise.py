@@ -1,0 +1,147 @@
+"""Attention a completion and head at a time, without keeping logits."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from grpo_jax.models.attention.contract import NEVER, KeyValues, Sight, own_mask, prompt_mask
+from grpo_jax.models.attention.joint import joint
+from grpo_jax.types import Array
+
+
+def blockwise(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> Array:
+    """One completion and key-value head after the other, by plain matrix products; for CPUs.
+
+    XLA runs batched products there at a fraction of the speed of plain ones, and a
+    block's logits stay in the processor's cache. The backward pass computes them again
+    from the denominators of the forward pass (Dao et al. 2022, arXiv:2205.14135,
+    appendix B), so that nothing is kept that grows with `S C`.
+    The output and the denominators are named `attention`, for policies of `jax.checkpoint`. One block
+    follows the other on one device: with `B` over several, use `joint`.
+    """
+    B, G, S, N, h = query.shape
+    K = own.keys.shape[-2]
+    R = N // K
+
+    def by_head(x: Array) -> Array:
+        """`[B, ..., K, h]` to `[B K, ..., h]`."""
+        by_head = jnp.moveaxis(x, -2, 1)
+        return by_head.reshape(B * K, *by_head.shape[2:])
+
+    # The queries of the R heads that read the same keys, one head after the other.
+    query = (query * h**-0.5).reshape(B, G, S, K, R, h).transpose(0, 3, 1, 4, 2, 5).reshape(B * K, G, R * S, h)
+    own, prompt = jax.tree.map(by_head, (own, prompt))
+    if sight.window is not None:
+        sight = sight._replace(window=jnp.broadcast_to(sight.window, (B, G)))
+    sight = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), sight)
+    out = _blocks(query, own, prompt, sight)
+    return out.reshape(B, K, G, R, S, h).transpose(0, 2, 4, 1, 3, 5).reshape(B, G, S, N, h)
+
+
+def by_platform(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> Array:
+    """`blockwise` on CPUs, `joint` elsewhere and for single queries, whose products are small in any form."""
+    if query.shape[2] <= 1:
+        return joint(query, own, prompt, sight)
+    return jax.lax.platform_dependent(query, own, prompt, sight, cpu=blockwise, default=joint)
+
+
+class _Block(NamedTuple):
+    """One part of what a block of queries sees."""
+
+    held: KeyValues  # [C, h]
+    mask: Array  # [S, C] bool
+
+
+def _logits(query: Array, part: _Block) -> Array:
+    """`[R S, C]` float32 of the queries `[R S, h]`."""
+    logits = jnp.matmul(query, part.held.keys.T, preferred_element_type=jnp.float32)
+    S, C = part.mask.shape
+    heads = query.shape[0] // max(S, 1)
+    return jnp.where(part.mask, logits.reshape(heads, S, C), NEVER).reshape(heads * S, C)
+
+
+def _matmul(x: Array, y: Array) -> Array:
+    return jnp.matmul(x.astype(y.dtype), y, preferred_element_type=jnp.float32)
+
+
+def _sum(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)
+
+
+@jax.custom_vjp
+def _blocks(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> Array:
+    """`[H, G, R S, h]` of queries of that shape, scaled.
+
+    Args:
+      query: `[H, G, R S, h]`, `H` the prompts' key-value heads.
+      own: `[H, G, C, h]`.
+      prompt: `[H, P, h]`.
+      sight: with leading axes `[H, G]`, the window included.
+    """
+    return _forward(query, own, prompt, sight)[0]
+
+
+def _parts(own: KeyValues, prompt: KeyValues | None, sight: Sight) -> list[_Block]:
+    """What the queries of one completion and head see."""
+    parts = [_Block(own, own_mask(sight))]
+    if prompt is not None:
+        parts.append(_Block(prompt, prompt_mask(sight, prompt.keys.shape[0])))
+    return parts
+
+
+def _forward(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> tuple[Array, Any]:
+    def of_head(x: Any) -> Any:
+        query, own, prompt, sight = x
+
+        def of_completion(x: Any) -> Any:
+            query, own, sight = x
+            parts = _parts(own, prompt, sight)
+            logits = [_logits(query, part) for part in parts]
+            maximum = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, initial=NEVER) for x in logits])[:, None]
+            weights = [jnp.exp(x - maximum) for x in logits]
+            total = _sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+            out = _sum(_matmul(w, part.held.values) for w, part in zip(weights, parts, strict=True)) / total
+            return out.astype(query.dtype), maximum + jnp.log(total)
+
+        return jax.lax.map(of_completion, (query, own, sight))
+
+    out, normaliser = jax.lax.map(of_head, (query, own, prompt, sight))
+    out, normaliser = checkpoint_name(out, "attention"), checkpoint_name(normaliser, "attention")
+    return out, (query, own, prompt, sight, out, normaliser)
+
+
+def _backward(kept: Any, cotangent: Array) -> Any:
+    def of_head(x: Any) -> Any:
+        (query, own, prompt, sight, out, normaliser), cotangent = x
+
+        def of_completion(total: Any, x: Any) -> Any:
+            query, own, sight, out, normaliser, cotangent = x
+            delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1, keepdims=True)
+
+            def of_part(part: _Block) -> tuple[Array, KeyValues]:
+                weights = jnp.exp(_logits(query, part) - normaliser)
+                of_logits = weights * (_matmul(cotangent, part.held.values.T) - delta)
+                return _matmul(of_logits, part.held.keys), KeyValues(
+                    _matmul(of_logits.T, query), _matmul(weights.T, cotangent)
+                )
+
+            (of_query, of_own), *of_prompt = map(of_part, _parts(own, prompt, sight))
+            for more, of_held in of_prompt:
+                of_query, total = of_query + more, jax.tree.map(jnp.add, total, of_held)
+            return total, (of_query, of_own)
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), prompt)
+        each = query, own, sight, out, normaliser, cotangent
+        of_prompt, (of_query, of_own) = jax.lax.scan(of_completion, zeros, each)
+        cast = functools.partial(jax.tree.map, lambda g, x: g.astype(x.dtype))
+        return cast(of_query, query), cast(of_own, own), cast(of_prompt, prompt)
+
+    of_query, of_own, of_prompt = jax.lax.map(of_head, (kept, cotangent))
+    return of_query, of_own, of_prompt, None
+
+
+_blocks.defvjp(_forward, _backward)

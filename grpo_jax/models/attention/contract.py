@@ -1,0 +1,56 @@
+"""What an attention is, and what a query may see."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from grpo_jax.types import Array
+
+# Finite, so that a query that sees nothing of one part gets weight 0 there instead of NaN.
+NEVER = -1e30
+
+
+class KeyValues(NamedTuple):
+    """What a query attends to; `K` key-value heads of width `h`."""
+
+    keys: Array  # [B, P, K, h] of a prompt, [B, G, C, K, h] of completions
+    values: Array
+
+
+class Sight(NamedTuple):
+    """What each query may see: by positions, never by columns.
+
+    A query sees the prompt's tokens and its own completion's at its own and earlier
+    positions; with segments those of its segment alone, with a window the last `window` of all these.
+    """
+
+    queries: Array  # [B, G, S] int32 positions
+    own: Array  # [B, G, C] int32 positions of the own keys, -1 where a column is empty
+    prompt: Array | None = None  # [B, G] int32, how many tokens the prompt's keys hold
+    segments: Array | None = None  # [B, G, S] int32, of packed completions; the own keys are then the queries' own
+    window: Array | None = None  # [] int32
+
+
+Attention = Callable[[Array, KeyValues, KeyValues | None, Sight], Array]
+
+
+def own_mask(sight: Sight) -> Array:
+    """`[B, G, S, C]` bool: which of its own keys a query sees; leading axes may be missing."""
+    queries, own = sight.queries[..., :, None], sight.own[..., None, :]
+    seen = (own <= queries) & (own >= 0)
+    if sight.segments is not None:
+        seen &= sight.segments[..., :, None] == sight.segments[..., None, :]
+    if sight.window is not None:
+        seen &= queries - own < sight.window[..., None, None]
+    return seen
+
+
+def prompt_mask(sight: Sight, P: int) -> Array:
+    """`[B, G, S, P]` bool: which of the prompt's keys a query sees; leading axes may be missing."""
+    assert sight.prompt is not None
+    columns = jnp.arange(P)
+    seen = jnp.broadcast_to(columns < sight.prompt[..., None, None], (*sight.queries.shape, P))
+    if sight.window is not None:
+        seen &= sight.queries[..., :, None] - columns < sight.window[..., None, None]
+    return seen
