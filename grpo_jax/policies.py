@@ -45,6 +45,7 @@ class Policy(NamedTuple):
       unembed: `(params, hidden [..., D]) -> logits [..., V]`.
       take: `(prompt_cache, rows [N]) -> prompt_cache` of those rows.
       forget: `(cache, rows [B, G] bool) -> cache` that is empty in those rows.
+      keep: `(cache, rows [N]) -> cache` of those of its `B` rows, in that order.
     """
 
     config: Any
@@ -56,6 +57,7 @@ class Policy(NamedTuple):
     unembed: Callable[[Params, Array], Array]
     take: Callable[[PromptCache, Array], PromptCache]
     forget: Callable[[Cache, Array], Cache]
+    keep: Callable[[Cache, Array], Cache]
 
 
 class TokenCache(NamedTuple):
@@ -135,6 +137,7 @@ def from_logits_fn(
         unembed=lambda params, hidden: hidden.astype(jnp.float32),
         take=lambda prompt_cache, rows: Prompts(prompt_cache.tokens[rows], prompt_cache.lengths[rows]),
         forget=forget,
+        keep=lambda cache, rows: cache._replace(tokens=cache.tokens[rows], positions=cache.positions[rows]),
     )
 
 

@@ -1,6 +1,7 @@
 """Sampling in slots: as soon as a completion ends, another takes its place."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,12 +29,13 @@ def sample_in_slots(
     min_p: float | Array | None = None,
     greedy: bool = False,
 ) -> Rollout:
-    """What `sampling.sample` draws, by a fixed number of slots that are refilled from the queue of all completions.
+    """What `sampling.sample` draws, by a few slots that are refilled from the queue of all completions.
 
     `sample` decodes until the longest of its `B G` completions ends, and computes the others
     along. Here no slot idles for long while completions wait: whenever an eighth of the slots are
-    idle, they take the next completions. The noise of a token belongs to its completion,
-    so that the number of slots changes neither tokens nor, but for rounding, log-probs.
+    idle, they take the next completions; when none waits, the slots are halved as work runs out.
+    The noise of a token belongs to its completion, so that the number of slots changes neither
+    tokens nor, but for rounding, log-probs.
 
     It pays where lengths differ much and the batch is larger than what the device
     decodes at once. Each slot holds a copy of its prompt's keys and values, which `sample` stores once for a
@@ -46,7 +48,7 @@ def sample_in_slots(
       params: as in `sample`.
       prompts: as in `sample`.
       key: as in `sample`.
-      slots: completions that are decoded at a time.
+      slots: completions that are decoded at a time, as long as others wait.
       group_size: as in `sample`, and so are the others.
       max_tokens: `T`, the longest completion.
       eos_ids: tokens that end a completion.
@@ -143,31 +145,51 @@ def _sample(
             cache=cache,
         )
 
-    def keep_on(state: _Slots) -> Array:
-        idle = jnp.sum(state.completion == count)
-        return (idle < N) & ((8 * idle < N) | (state.waiting == count))
+    def decode_until(busy: int, width: int, state: _Slots) -> _Slots:
+        """Until no completion waits and no more than `busy` of the slots, `width`, are at work."""
 
-    def decode_until_some_are_idle(state: _Slots) -> _Slots:
-        state = refill(state)
-        of_slots = policy.take(prompt_cache, prompt_of(state.completion))
-        return jax.lax.while_loop(keep_on, functools.partial(decode, of_slots), state)
+        def too_many(state: _Slots) -> Array:
+            return (state.waiting < count) | (jnp.sum(state.completion < count) > busy)
 
-    state = jax.lax.while_loop(
-        lambda state: jnp.any(state.completion < count) | (state.waiting < count),
-        decode_until_some_are_idle,
-        _Slots(
-            completion=jnp.full((N,), count, jnp.int32),
-            t=jnp.zeros((N,), jnp.int32),
-            last=jnp.zeros((N,), jnp.int32),
-            waiting=jnp.zeros((), jnp.int32),
-            tokens=jnp.zeros((count, T), jnp.int32),
-            log_probs=jnp.zeros((count, T), jnp.float32),
-            lengths=jnp.zeros((count,), jnp.int32),
-            ended=jnp.zeros((count,), bool),
-            cache=policy.init_cache(N, 1, T),
-        ),
+        def keep_on(state: _Slots) -> Array:
+            idle = jnp.sum(state.completion == count)
+            return too_many(state) & ((8 * idle < width) | (state.waiting == count))
+
+        def decode_until_some_are_idle(state: _Slots) -> _Slots:
+            state = refill(state)
+            of_slots = policy.take(prompt_cache, prompt_of(state.completion))
+            return jax.lax.while_loop(keep_on, functools.partial(decode, of_slots), state)
+
+        return jax.lax.while_loop(too_many, decode_until_some_are_idle, state)
+
+    def narrow(state: _Slots, width: int) -> _Slots:
+        rows = jnp.argsort(state.completion == count)[:width]  # the slots at work come first
+        return state._replace(
+            completion=state.completion[rows],
+            t=state.t[rows],
+            last=state.last[rows],
+            cache=policy.keep(state.cache, rows),
+        )
+
+    state = _Slots(
+        completion=jnp.full((N,), count, jnp.int32),
+        t=jnp.zeros((N,), jnp.int32),
+        last=jnp.zeros((N,), jnp.int32),
+        waiting=jnp.zeros((), jnp.int32),
+        tokens=jnp.zeros((count, T), jnp.int32),
+        log_probs=jnp.zeros((count, T), jnp.float32),
+        lengths=jnp.zeros((count,), jnp.int32),
+        ended=jnp.zeros((count,), bool),
+        cache=policy.init_cache(N, 1, T),
     )
+    for width, following in itertools.pairwise((*halvings(N), 0)):
+        state = decode_until(following, width, narrow(state, width) if width < N else state)
     tokens, log_probs, lengths, ended = (
         x.reshape(B, G, *x.shape[1:]) for x in (state.tokens, state.log_probs, state.lengths, state.ended)
     )
     return Rollout(prompts, tokens, lengths, jnp.arange(T) < lengths[..., None], log_probs, truncated=~ended)
+
+
+def halvings(slots: int) -> list[int]:
+    """How many slots are decoded, one loop after the other as work runs out; down to an eighth, as each is compiled."""
+    return [slots // parts for parts in (1, 2, 4, 8) if slots // parts]

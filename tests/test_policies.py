@@ -216,6 +216,31 @@ def test_taken_rows_of_a_prompt_cache_are_read_as_those_prompts(policy):
     np.testing.assert_allclose(*read(params), atol=1e-5)
 
 
+@every_policy
+def test_kept_rows_of_a_cache_go_on_as_those_completions(policy):
+    params = jax.jit(policy.init)(jax.random.key(0))
+    prompts = random_prompts(4, 3, 4, V)
+    rows = jnp.array([2, 0])
+    tokens = jax.random.randint(jax.random.key(6), (3, 1, 3), 0, V)
+    positions = prompts.lengths[:, None, None] - 1 + jnp.arange(3)[None, None]
+
+    @jax.jit
+    def read(params):
+        prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
+        _, cache = policy.extend(params, tokens[..., :2], positions[..., :2], prompt_cache, policy.init_cache(3, 1, 4))
+        whole, _ = policy.extend(params, tokens[..., 2:], positions[..., 2:], prompt_cache, cache)
+        kept, _ = policy.extend(
+            params,
+            tokens[rows, :, 2:],
+            positions[rows, :, 2:],
+            policy.take(prompt_cache, rows),
+            policy.keep(cache, rows),
+        )
+        return kept, whole[rows]
+
+    np.testing.assert_allclose(*read(params), atol=1e-5)
+
+
 def test_the_network_sees_prompt_and_completion_without_a_gap_and_a_mask_of_the_tokens():
     seen = []
 

@@ -10,7 +10,7 @@ import pytest
 
 from grpo_jax import testing
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.refill import sample_in_slots
+from grpo_jax.refill import halvings, sample_in_slots
 from grpo_jax.sampling import live_columns, sample
 from grpo_jax.scoring import score
 from grpo_jax.train_step import make_collect
@@ -41,7 +41,7 @@ prompts = testing.random_prompts(0, B, 6, vocab_size=9)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2_window", "a function of logits"])
-@pytest.mark.parametrize("slots", [1, 5, 100])
+@pytest.mark.parametrize("slots", [1, 5, 8, 100])
 def test_slots_change_nothing_of_what_is_drawn(kind, slots):
     policy, params = model(kind)
     expected = sample(policy, params, prompts, jax.random.key(1), temperature=1.5, **SETTINGS)
@@ -88,6 +88,26 @@ def test_a_slot_takes_another_completion_when_one_ends():
     work = int(rollout.lengths.sum())
     assert work / 2 <= len(calls) <= work / 2 + T  # at the end one slot may be alone with a long one
     assert len(calls) < B * G / 2 * T
+
+
+def test_the_slots_are_halved_as_work_runs_out():
+    """Each step is of the narrowest of these widths that what is still at work fits into."""
+    assert halvings(64) == [64, 32, 16, 8]
+    assert halvings(5) == [5, 2, 1]
+    policy, params = model("a function of logits")
+    widths = []
+
+    def extend(params, tokens, *args, **kwargs):
+        jax.debug.callback(lambda: widths.append(len(tokens)), ordered=True)
+        return policy.extend(params, tokens, *args, **kwargs)
+
+    rollout = sample_in_slots(
+        policy._replace(extend=extend), params, prompts, jax.random.key(1), slots=B * G, temperature=1.5, **SETTINGS
+    )
+    jax.effects_barrier()
+    at_work = [int(np.sum(rollout.lengths > t)) for t in range(int(rollout.lengths.max()))]
+    assert widths == [min(width for width in halvings(B * G) if width >= busy) for busy in at_work]
+    assert len(set(widths)) > 2
 
 
 def test_a_step_takes_it_as_its_sampler():

@@ -265,4 +265,8 @@ def decoder(config: DecoderConfig) -> Policy:
         layers = jax.tree.map(lambda layers: layers[:, rows], prompt_cache.layers)
         return PromptCache(layers, prompt_cache.lengths[rows])
 
-    return Policy(config, init, cast, prefill, init_cache, extend, unembed, take, forget)
+    def keep(cache: Cache, rows: Array) -> Cache:
+        layers = jax.tree.map(lambda layers: layers[:, rows], cache.layers)
+        return cache._replace(layers=layers, positions=cache.positions[rows])
+
+    return Policy(config, init, cast, prefill, init_cache, extend, unembed, take, forget, keep)
