@@ -106,7 +106,10 @@ def run(config: Config) -> dict[str, float]:
         policy, params = hf.load_pretrained(config.model, compute_dtype=jnp.dtype(config.compute_dtype))
         optimizer = optax.adamw(optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps), b2=0.99)
         several = config.minibatches > 1
-        collect = jax.jit(make_collect(policy, group_size=config.group_size, score_old=several, **sampling))
+        parts = config.minibatches * config.micro_batches
+        collect = jax.jit(
+            make_collect(policy, group_size=config.group_size, score_old=several, score_parts=parts, **sampling)
+        )
         learn = jax.jit(
             make_learn(
                 policy,

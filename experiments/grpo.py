@@ -180,6 +180,7 @@ def run(config: Config) -> Params:
                 top_k=config.top_k,
                 top_p=config.top_p,
                 score_old=score_old,
+                score_parts=config.minibatches * micro_batches,
                 **sampling_settings,
             )
         )

@@ -347,6 +347,7 @@ def reinforce(
             eos_ids=problem.eos_ids,
             temperature=temperature,
             score_old=config.minibatches > 1,
+            score_parts=config.minibatches * config.micro_batches,
         )
     )
     learn = jax.jit(

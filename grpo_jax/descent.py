@@ -121,8 +121,8 @@ def in_parts(f: Callable[[Batch], Tree], batch: Batch, parts: int) -> Tree:
     """
     if _size(batch) % parts:
         raise ValueError(
-            f"{_size(batch)} prompts do not divide into {parts} parts, which is minibatches times micro_batches; "
-            f"use a batch of a multiple of {parts} prompts"
+            f"{_size(batch)} prompts do not divide into {parts} parts, which is score_parts or minibatches times "
+            f"micro_batches; use a batch of a multiple of {parts} prompts"
         )
     return f(batch) if parts == 1 else _join(jax.lax.map(f, _split(batch, parts)))
 

@@ -74,6 +74,7 @@ def make_train_step(
         min_p=min_p,
         sampler=sampler,
         score_old=score_old or passes * minibatches > 1,
+        score_parts=minibatches * micro_batches,
     )
     learn = make_learn(
         policy,
@@ -107,6 +108,7 @@ def make_collect(
     min_p: Number | None = None,
     sampler: Sampler = sample,
     score_old: bool = False,
+    score_parts: int = 1,
 ) -> Collect:
     """The first half of a step, `(state, prompts) -> experience`.
 
@@ -126,6 +128,8 @@ def make_collect(
       score_old: True fills `old_log_probs` and `old_entropy`, which `learn` needs if it
         makes several updates of one experience, if the params change before it, or if a
         hook asks for them.
+      score_parts: parts of the batch for which that is done, one after the other to save memory; a
+        divisor of `B`. `learn` scores the reference in `minibatches * micro_batches`.
     """
 
     def collect(state: TrainState, prompts: Prompts) -> Experience:
@@ -152,7 +156,11 @@ def make_collect(
             experience = experience._replace(rewards=rewards, reward_mask=given)
         if score_old:
             with jax.named_scope("score_old"):
-                old = score(policy, state.params, rollout, temperature=temperature_now)
+                old = in_parts(
+                    lambda rollout: score(policy, state.params, rollout, temperature=temperature_now),
+                    rollout,
+                    score_parts,
+                )
             experience = experience._replace(old_log_probs=old.log_probs, old_entropy=old.entropy)
         return experience
 

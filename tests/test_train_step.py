@@ -616,6 +616,26 @@ def test_metrics_tell_lengths_and_how_many_completions_were_cut():
     assert all(np.shape(x) == () for x in numbers.values())
 
 
+def test_the_old_policy_is_scored_in_as_many_parts_as_asked_for_to_the_same_numbers():
+    state, prompts = state_of(MOMENTUM), prompts_of(1)
+    B, widths = len(prompts.lengths), []
+
+    def prefill(params, tokens, lengths):
+        widths.append(len(tokens))
+        return POLICY.prefill(params, tokens, lengths)
+
+    def collect(parts):
+        watched = POLICY._replace(prefill=prefill)
+        return make_collect(watched, score_old=True, score_parts=parts, **SIZES)(state, prompts)
+
+    whole, parted = collect(1), collect(B // 2)
+    assert widths == [B, B, 2]  # the sampler, traced once, and the two scorings
+    np.testing.assert_allclose(parted.old_log_probs, whole.old_log_probs, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(parted.old_entropy, whole.old_entropy, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=rf"{B} prompts do not divide into 3 parts, which is score_parts"):
+        collect(3)
+
+
 def test_host_rewards_go_between_the_two_halves():
     state, prompts = state_of(MOMENTUM, reference=True), prompts_of(1)
     whole, _ = compiled_step()(state, prompts)

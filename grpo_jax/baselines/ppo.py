@@ -209,6 +209,7 @@ def make_train_step(
         reward=reward,
         temperature=temperature,
         sampler=sampler,
+        score_parts=minibatches * micro_batches,
     )
     learn = make_learn(
         policy,
@@ -245,6 +246,7 @@ def make_collect(
     reward: Reward | None = None,
     temperature: Number | Scheduled = 1.0,
     sampler: Sampler = sample,
+    score_parts: int = 1,
 ) -> Collect:
     """The first half of a step, `(state, prompts) -> experience`, with the log-probs of the policy that sampled.
 
@@ -257,6 +259,7 @@ def make_collect(
       temperature: as in `train_step.make_collect`.
       sampler: as in `train_step.make_collect`; `functools.partial(sample, top_p=0.9)` for
         further settings.
+      score_parts: as in `train_step.make_collect`.
     """
     of_policy = train_step.make_collect(
         policy,
@@ -267,6 +270,7 @@ def make_collect(
         temperature=temperature,
         sampler=sampler,
         score_old=True,
+        score_parts=score_parts,
     )
 
     def collect(state: TrainState, prompts: Prompts) -> Experience:
