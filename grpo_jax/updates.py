@@ -82,12 +82,16 @@ def update(
     if max_grad_norm is not None:
         scale = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, changes)
-    # Selecting, not adding zeros: -0.0 + 0.0 is 0.0.
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite & counted, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
+
+    def apply(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+        changes, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, changes), opt_state
+
+    def keep(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+        return params, opt_state
+
+    # Not a choice of each number: that makes XLA keep copies of the optimiser's state while it writes over it.
+    params, opt_state = jax.lax.cond(finite & counted, apply, keep, state.params, state.opt_state)
     metrics = {
         "grad_norm": Mean(jnp.where(finite, grad_norm, 0.0), finite.astype(jnp.int32)),
         "skipped": Mean((~finite).astype(jnp.int32), jnp.ones((), jnp.int32)),
