@@ -438,4 +438,5 @@ def save(
 
 if __name__ == "__main__":
     compilation.keep_programs()
+    compilation.return_memory()
     run(tyro.cli(Config, description=__doc__))

@@ -690,4 +690,5 @@ def main(config: Config) -> dict[str, Any]:
 
 if __name__ == "__main__":
     compilation.keep_programs()
+    compilation.return_memory()
     main(tyro.cli(Config, description=__doc__))

@@ -1,11 +1,13 @@
 """Programs are kept between processes and counted within one."""
 
 import os
+import platform
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from grpo_jax.compilation import count_programs
 
@@ -60,3 +62,33 @@ def test_programs_are_counted_as_they_are_compiled():
     assert count() == first
     double(y)
     assert count() == first + 1
+
+
+LEAVE_BEHIND = """
+import ctypes, pathlib, sys, jax
+from grpo_jax.compilation import return_memory
+
+def resident():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) // 1024
+
+return_memory(float(sys.argv[1]))
+c = ctypes.CDLL(None)
+c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [c.malloc(60_000) for _ in range(4_000)]  # too small to be mapped by themselves
+for block in blocks:
+    ctypes.memset(block, 1, 60_000)
+for block in blocks[:-1]:  # the last holds the others where they are
+    c.free(ctypes.c_void_p(block))
+before = resident()
+jax.jit(lambda x: jax.numpy.sin(x) @ x).lower(jax.ShapeDtypeStruct((3, 3), "float32")).compile()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep nothing")
+@pytest.mark.parametrize(("seconds", "returned"), [(0.0, True), (1e6, False)])
+def test_freed_memory_goes_back_after_a_program_that_took_long(seconds, returned):
+    command = [sys.executable, "-c", LEAVE_BEHIND, str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 100) == returned  # of 230 MiB; compiling takes some itself
