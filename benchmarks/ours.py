@@ -4,7 +4,8 @@ Where lengths differ the completions are trimmed and packed between the two, as 
 
 Seconds of a step: `generate` is `collect`; `score` is the reference's log-probs in a
 program of their own, run after the step and not counted in `whole`; `train` is what
-remains of `learn` without them, the update included.
+remains of `learn` without them, the update included. Nor does `score` count in the peak
+memory: it is compiled and run after that is read, and the mark is then set anew.
 """
 
 import json
@@ -21,7 +22,7 @@ import optax
 
 from benchmarks import cells, worker
 from benchmarks.cells import Cell
-from grpo_jax import advantages, hf, losses, packing, sampling, scoring
+from grpo_jax import advantages, compilation, hf, losses, packing, sampling, scoring
 from grpo_jax.policies import Policy
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Array, Experience, Packing, Params, Prompts, Rollout
@@ -65,7 +66,9 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
     )
     state = init_state(params, optimizer, jax.random.key(0), reference=True)
     del params
-    compiled: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+    compiled: dict[str, Callable[..., Any]] = {}  # `learn` by the shapes of what is given
+    scorers: dict[str, Callable[..., Any]] = {}
+    peak = 0.0
 
     @jax.jit
     def score(params: Params, given: Experience) -> Array:
@@ -80,7 +83,7 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
         return jax.lax.map(of_part, split)
 
     def step(request: worker.Line) -> worker.Line:
-        nonlocal state
+        nonlocal state, peak
         if request.get("agreement"):
             return agreement(cell, checkpoint)
         prompts = prompts_of(cell, int(state.step))
@@ -104,15 +107,18 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
         shapes = str(jax.tree.map(np.shape, given))
         if shapes not in compiled:  # outside the time
             given = jax.tree.map(jnp.asarray, given)
-            compiled[shapes] = learn.lower(state, given).compile(), score.lower(state.ref_params, given).compile()
-        learn_now, score_now = compiled[shapes]
+            compiled[shapes] = learn.lower(state, given).compile()
         learning = time.perf_counter()
-        state, metrics = learn_now(state, given)
+        state, metrics = compiled[shapes](state, given)
         jax.block_until_ready((state, metrics))
         learned = time.perf_counter()
-        peak = worker.peak_memory()
-        jax.block_until_ready(score_now(state.ref_params, given))
-        scored = time.perf_counter() - learned
+        peak = max(peak, worker.peak_memory())
+        if shapes not in scorers:
+            scorers[shapes] = score.lower(state.ref_params, given).compile()
+        scoring_began = time.perf_counter()
+        jax.block_until_ready(scorers[shapes](state.ref_params, given))
+        scored = time.perf_counter() - scoring_began
+        worker.forget_peak()
         return {
             "whole": rewarded - started + learned - learning,
             "generate": sampled - started,
@@ -148,4 +154,6 @@ def agreement(cell: Cell, checkpoint: Path) -> worker.Line:
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
+    compilation.keep_programs(arguments["programs"])
+    compilation.return_memory()
     worker.serve(make_step(cells.from_json(arguments["cell"]), Path(arguments["checkpoint"])))

@@ -80,6 +80,8 @@ def measure_cell(cell: Cell, config: Config, scratch: Path, record: Record) -> N
         python = (config.tunix_python if system == "tunix" else None) or sys.executable
         module = system if system in ("ours", "floor") else f"{system}_peer"
         arguments = {"cell": cells.to_json(cell), "checkpoint": str(checkpoint)} | setting
+        if system == "ours":
+            arguments["programs"] = str(scratch / f"{cell.name}-programs")
         log = scratch / "logs" / f"{cell.name}-{system}.log"
         started = worker.start(python, module, arguments, log, torch=system == "trl")
         try:
@@ -107,6 +109,8 @@ def measure_cell(cell: Cell, config: Config, scratch: Path, record: Record) -> N
             if system == "trl":
                 running[system] = calibrate(cell, begin, request, record)
                 continue
+            if system == "ours":
+                record({"kind": "cold", "cell": cell.name} | cold(begin, request))
             setting = {"micro_batch": max(TUNIX_MICRO_BATCH, cell.group)} if system == "tunix" else {}
             running[system] = begin(system, setting), setting
             for n in range(WARM_UP[system]):
@@ -131,6 +135,16 @@ def measure_cell(cell: Cell, config: Config, scratch: Path, record: Record) -> N
         record({"kind": "agreement", "cell": cell.name} | worker.ask(running["ours"][0], {"agreement": True}))
     for process, _ in running.values():
         worker.stop(process)
+
+
+def cold(begin: Callable[[str, Line], Worker], request: Callable[[int], Line]) -> Line:
+    """The peak of our first process, which compiles the programs that the measured one then finds."""
+    process = begin("ours", {})
+    try:
+        peaks = [worker.ask(process, request(n))["peak_mib"] for n in range(WARM_UP["ours"])]
+    finally:
+        worker.stop(process)
+    return {"peak_mib": peaks[-1]}
 
 
 def calibrate(

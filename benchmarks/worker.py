@@ -18,11 +18,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def peak_memory() -> float:
-    """The largest resident size that this process has had, in MiB (VmHWM)."""
+    """The largest resident size that this process has had since `forget_peak`, in MiB (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     raise OSError("/proc/self/status has no VmHWM; the benchmark runs on Linux")
+
+
+def forget_peak() -> None:
+    """The largest resident size is the present one from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 # ------------------------------------------------------------------ in the worker
