@@ -79,12 +79,13 @@ def update(
         raise ValueError(f"max_grad_norm is above 0, got {max_grad_norm}; None does not clip")
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    if max_grad_norm is not None:
-        scale = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))
-        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
 
     def apply(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
-        changes, opt_state = optimizer.update(grads, opt_state, params)
+        clipped = grads
+        if max_grad_norm is not None:
+            scale = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))
+            clipped = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        changes, opt_state = optimizer.update(clipped, opt_state, params)
         return optax.apply_updates(params, changes), opt_state
 
     def keep(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:

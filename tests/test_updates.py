@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.dtypes import issubdtype, prng_key
 
-from grpo_jax import types
+from grpo_jax import memory, types
 from grpo_jax.updates import init_state, update
 
 OPTIMIZERS = {
@@ -173,3 +173,11 @@ def test_without_reference_there_is_none():
     state = init_state(params_of(), optax.sgd(0.1), jax.random.key(0))
     assert state.ref_params is None
     assert (state.step, state.skipped, state.extra) == (0, 0, ())
+
+
+def test_a_donated_state_is_written_over_with_no_copy_of_it():
+    params = {name: jax.ShapeDtypeStruct((256, 256), jnp.float32) for name in "abcdef"}
+    optimizer = optax.adamw(1e-3)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
+    step = jax.jit(lambda state, grads: update(state, grads, optimizer, max_grad_norm=1.0), donate_argnums=0)
+    assert memory.beside(step, state, params) < memory.size(params) / 6
