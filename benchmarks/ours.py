@@ -63,6 +63,7 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
             micro_batches=min(MICRO_BATCHES, cell.prompts),
         ),
         donate_argnums=0,
+        compiler_options=compilation.less_memory(),
     )
     state = init_state(params, optimizer, jax.random.key(0), reference=True)
     del params

@@ -198,6 +198,7 @@ def run(config: Config) -> Params:
                 max_grad_norm=config.max_grad_norm,
             ),
             donate_argnums=0,
+            compiler_options=compilation.less_memory(),
         )
 
         def collect_batch(state: types.TrainState, n: int) -> types.Experience:

@@ -19,7 +19,7 @@ import optax
 import transformers
 import tyro
 
-from grpo_jax import losses, models
+from grpo_jax import compilation, losses, models
 from grpo_jax.advantages import from_rewards
 from grpo_jax.losses import Loss
 from grpo_jax.policies import Policy
@@ -70,6 +70,9 @@ def plan(
 ) -> Plan:
     """The memory of one step of `prompts * group_size` completions, on the default backend.
 
+    `learn` is taken to donate its state and to be compiled with `compilation.less_memory()`, as `experiments/grpo.py`
+    does.
+
     Args:
       policy: the network; its compute dtype, attention and rematerialisation count.
       optimizer: any optax optimiser.
@@ -108,7 +111,8 @@ def plan(
     rows = prompts // (minibatches * micro_batches) * group_size
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
     logits = 2 * rows * width * jax.eval_shape(policy.unembed, params, _hidden(policy, params, batch)).shape[-1] * 4
-    learning = beside(jax.jit(learn, donate_argnums=0), state, experience) + size(experience)
+    learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.less_memory())
+    learning = beside(learn, state, experience) + size(experience)
     cast = jax.eval_shape(policy.cast, params)
     same = [leaf.dtype for leaf in jax.tree.leaves(cast)] == [leaf.dtype for leaf in jax.tree.leaves(params)]
     return Plan(

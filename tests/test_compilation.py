@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_jax.compilation import count_programs
+from grpo_jax.compilation import count_programs, less_memory
 
 COMPILE = """
 import jax, sys
@@ -62,6 +62,17 @@ def test_programs_are_counted_as_they_are_compiled():
     assert count() == first
     double(y)
     assert count() == first + 1
+
+
+def test_the_options_make_a_program_take_less_memory():
+    def sums(x):
+        return sum(jnp.sum(jnp.sin(x @ x * n) @ x) for n in range(8))  # eight that need not be there at once
+
+    def temporary(options):
+        x = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+        return jax.jit(sums, compiler_options=options).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(less_memory()) < temporary({}) / 2
 
 
 LEAVE_BEHIND = """

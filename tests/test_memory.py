@@ -87,7 +87,7 @@ def test_the_command_prints_the_plan_of_a_model_whose_weights_it_does_not_read(t
 
 MEASURE = """
 import pathlib, sys, jax, jax.numpy as jnp, optax
-from grpo_jax import losses, memory, models, testing
+from grpo_jax import compilation, losses, memory, models, testing
 from grpo_jax.advantages import from_rewards
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.updates import init_state
@@ -115,7 +115,8 @@ given = jnp.zeros((8, 8, 1)), jnp.ones((8, 8, 1), bool)
 experience = experience._replace(rewards=given[0], reward_mask=given[1])
 make = make.lower(jax.random.key(0)).compile()
 collect = jax.jit(collect).lower(abstract, prompts).compile()
-learn = jax.jit(learn, donate_argnums=0).lower(abstract, experience).compile()
+learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.less_memory())
+learn = learn.lower(abstract, experience).compile()
 before = status("VmRSS")
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
 state = make(jax.random.key(0))
