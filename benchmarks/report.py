@@ -59,8 +59,8 @@ def targets(lines: list[Line]) -> list[tuple[str, str, str, str, bool]]:
                 found.append((name, label, f"{wanted:g}x faster", f"{faster:.2f}x", faster >= wanted))
         if target.memory is not None:
             share = ours["peak_mib"] / trl["peak_mib"]
-            wanted = f"at most {target.memory:g} of TRL's"
-            found.append((name, "peak memory, warm", wanted, f"{share:.2f}", share <= target.memory))
+            limit = f"at most {target.memory:g} of TRL's"
+            found.append((name, "peak memory, warm", limit, f"{share:.2f}", share <= target.memory))
     for line in of_kind(lines, "agreement"):
         for dtype, most in cells.AGREEMENT.items():
             what = f"sampler against scorer, {dtype}"
