@@ -60,14 +60,19 @@ def score(
 
     @jax.checkpoint
     def score_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array | None]:
+        shape = tokens.shape
+        # In rows: XLA sums over the last of four axes with a scratch of five times the array on CPUs.
+        hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
         logits = policy.unembed(params, hidden).astype(jnp.float32) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         log_probs = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
+        log_probs = log_probs.reshape(shape)
         if not entropy:
             return log_probs, None
         probs = jax.nn.softmax(logits)
         # A network may rule a token out by a logit of -inf; 0 * -inf is NaN.
-        return log_probs, normaliser - jnp.sum(probs * jnp.where(probs > 0, logits, 0.0), axis=-1)
+        entropies = normaliser - jnp.sum(probs * jnp.where(probs > 0, logits, 0.0), axis=-1)
+        return log_probs, entropies.reshape(shape)
 
     # Chunks are cut along the rows, which leaves the axis that devices share, B, in one piece.
     rows, length = tokens.shape[1:]
