@@ -100,6 +100,8 @@ def markdown(lines: list[Line], plot_name: str = "") -> str:
         parts += ["## Growth", _scaling(lines)]
     if of_kind(lines, "whole_run"):
         parts += ["## Several seeds in one program", _whole_run(lines)]
+    if of_kind(lines, "startup"):
+        parts += ["## Start of the quickstart", _startup(lines)]
     if of_kind(lines, "gpu"):
         parts += ["## On a GPU", _gpu(lines)]
     if errors := of_kind(lines, "left_out"):
@@ -244,6 +246,14 @@ def _whole_run(lines: list[Line]) -> str:
     ]
     head = ("seeds", "in turn, s", "vmapped, s", "ratio", "compile one, s", "compile vmapped, s", "rewards differ by")
     return table(head, rows)
+
+
+def _startup(lines: list[Line]) -> str:
+    rows = [
+        ["kept" if line["kept"] else "compiled", f"{line['first_step']:.1f}", f"{line['whole']:.1f}"]
+        for line in of_kind(lines, "startup")
+    ]
+    return table(("programs", "to the first step, s", "in all, s"), rows)
 
 
 def _gpu(lines: list[Line]) -> str:

@@ -47,6 +47,7 @@ class Config:
     tunix_python: str | None = os.environ.get("TUNIX_PYTHON")  # of an environment with google-tunix; None: this one
     scaling: bool = True  # growth over G, P, T, V and model size
     whole_run: bool = True  # 8 seeds in one program
+    startup: bool = True  # of the quickstart
 
 
 def main(config: Config) -> Path:
@@ -64,8 +65,8 @@ def main(config: Config) -> Path:
         record({"kind": "machine"} | machine(config.tunix_python))
         for name in config.cells:
             measure_cell(cells.CELLS[name], config, Path(scratch), record)
-        for module, wanted in (("scaling", config.scaling), ("whole_run", config.whole_run)):
-            if wanted:
+        for module in ("scaling", "whole_run", "startup"):
+            if getattr(config, module):
                 drain(module, Path(scratch), record)
     return report.write(config.output)
 

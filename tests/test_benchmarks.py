@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cells, floor, gpu, ours, report, run, scaling, worker  # noqa: E402
+from benchmarks import cells, floor, gpu, ours, report, run, scaling, startup, worker  # noqa: E402
 from grpo_jax import models, sampling  # noqa: E402
 from grpo_jax.models import attention  # noqa: E402
 
@@ -127,6 +127,7 @@ def test_the_report_holds_a_table_of_each_kind_of_line_and_a_plot(tmp_path):
             "kind": "whole_run", "seeds": 8, "in_turn": 8.0, "vmapped": 4.0, "compile_one": 1.0,
             "compile_vmapped": 2.0, "largest_difference": 0.0,
         },
+        {"kind": "startup", "kept": True, "first_step": 1.25, "whole": 9.0},
         {"kind": "left_out", "what": "tunix on W1", "why": "not there"},
     ]  # fmt: skip
     path = tmp_path / "cpu.jsonl"
@@ -141,6 +142,7 @@ def test_the_report_holds_a_table_of_each_kind_of_line_and_a_plot(tmp_path):
         "| W1 | generate | 1 | 0.50 | 2.0 | 4.0 |  |",
         "| G | 4, 8, 16 | 0.40, 0.80, 1.60 | 20, 40, 80 | 1.00 | 1.00 | 1.00 | 1.00 |",
         "| 8 | 8.00 | 4.00 | 2.00x | 1.0 | 2.0 | 0.0e+00 |",
+        "| kept | 1.2 | 9.0 |",
         "- tunix on W1: not there",
     ):
         assert expected in written, written
@@ -193,6 +195,13 @@ def test_the_gpu_table_compares_with_trl_on_the_same_cell():
     text = report.markdown([{"kind": "machine"}, ours, ours | {"cell": "other"}, trl])
     assert text.count("times ours") == 1
     assert "12.0 s a step, 20.0 GiB; 4.00 times ours with joint." in text
+
+
+@pytest.mark.slow
+def test_kept_programs_shorten_the_start_of_the_quickstart():
+    cold, warm = startup.measure(1, ["--smoke"])
+    assert (cold["kept"], warm["kept"]) == (False, True)
+    assert 0 < warm["first_step"] < warm["whole"] < cold["whole"]
 
 
 def test_the_first_line_names_the_machine():
