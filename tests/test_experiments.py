@@ -255,10 +255,11 @@ def test_micro_batches_are_chosen_from_the_memory_of_the_device(files, tmp_path,
 
     monkeypatch.setattr(grpo.memory, "plan", noted_plan)
     monkeypatch.setattr(grpo, "make_learn", noted_learn)
+    wide = {"group_size": 16, "steps": 1}  # so that completions take more than weights
     with pytest.raises(ValueError, match="one prompt at a time takes"):
-        grpo.run(settings(files, tmp_path / "none", memory_gib=1e-6))
+        grpo.run(settings(files, tmp_path / "none", memory_gib=1e-6, **wide))
     assert peaks[2] < peaks[1]
-    grpo.run(settings(files, tmp_path / "two", steps=1, memory_gib=(peaks[1] + peaks[2]) / 2 / 2**30))
+    grpo.run(settings(files, tmp_path / "two", memory_gib=(peaks[1] + peaks[2]) / 2 / 2**30, **wide))
     assert used == [2]
     assert "micro-batches with which a step fits" in capsys.readouterr().out
 

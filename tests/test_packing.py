@@ -80,7 +80,9 @@ def test_rows_are_no_wider_than_twice_the_longest_and_never_more_than_there_were
     assert packing.pack(rollout_of(np.full((1, 2), 60), 64), multiple=256) is None  # a row of 256 for two of 64
 
 
-@pytest.mark.parametrize(("family", "multiple"), [("llama", 6), ("qwen2_window", 4)])
+@pytest.mark.parametrize(
+    ("family", "multiple"), [pytest.param("llama", 6, marks=pytest.mark.slow), ("qwen2_window", 4)]
+)
 def test_packed_completions_have_the_same_scores_and_gradients(family, multiple):
     config = testing.tiny_policy("qwen2" if family == "qwen2_window" else family).config
     if family == "qwen2_window":

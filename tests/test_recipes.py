@@ -531,6 +531,7 @@ def run_of(recipe, policy=BIGRAMS):
     return state, after, metrics
 
 
+@pytest.mark.slow
 def test_r1_trains_and_renews_its_reference_after_as_many_updates_as_are_due():
     recipe = dataclasses.replace(recipes.r1(), **SMALL, minibatches=2, reference_updates=4, learning_rate=1e-2)
     state, after, metrics = run_of(recipe, tiny_policy(num_hidden_layers=1))

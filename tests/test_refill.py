@@ -41,7 +41,7 @@ prompts = testing.random_prompts(0, B, 6, vocab_size=9)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2_window", "a function of logits"])
-@pytest.mark.parametrize("slots", [1, 5, 8, 100])
+@pytest.mark.parametrize("slots", [1, 5, 100])
 def test_slots_change_nothing_of_what_is_drawn(kind, slots):
     policy, params = model(kind)
     expected = sample(policy, params, prompts, jax.random.key(1), temperature=1.5, **SETTINGS)
@@ -64,7 +64,7 @@ def test_it_takes_the_settings_of_sample():
     policy, params = model("a function of logits")
     for setting in ({"greedy": True}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.3}):
         expected = sample(policy, params, prompts, jax.random.key(1), **SETTINGS, **setting)
-        actual = sample_in_slots(policy, params, prompts, jax.random.key(1), slots=4, **SETTINGS, **setting)
+        actual = sample_in_slots(policy, params, prompts, jax.random.key(1), slots=2, **SETTINGS, **setting)
         np.testing.assert_array_equal(actual.tokens, expected.tokens, err_msg=str(setting))
     with pytest.raises(ValueError, match="slots is at least 1, got 0"):
         sample_in_slots(policy, params, prompts, jax.random.key(1), slots=0, **SETTINGS)
