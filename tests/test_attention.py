@@ -220,6 +220,22 @@ def test_the_attention_is_an_argument_of_the_network(form):
     check_gradients(jit(program)(params), jit(reference)(params))
 
 
+@pytest.mark.parametrize(
+    ("form", "platform", "kernels"),
+    [(attention.splash, "tpu", ["tpu_custom_call"]), (attention.cudnn, "cuda", ["fmhaSoftmax", "fmhaSoftmaxBackward"])],
+)
+def test_a_networks_gradient_is_lowered_for_the_device_of_the_kernel(monkeypatch, form, platform, kernels):
+    """As far as that goes without one: shapes, dtypes and layouts are those that the kernel takes."""
+    if platform == "cuda":
+        cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+        monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+        monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+        monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    program, params = gradient_of_log_probs(attention=form, dtype=jnp.bfloat16)
+    text = jax.jit(program).trace(params).lower(lowering_platforms=(platform,)).as_text()
+    assert all(kernel in text for kernel in kernels)
+
+
 def test_what_is_kept_for_the_backward_pass_is_an_argument_of_the_network():
     """The gradient is the same, and the policy of `jax.checkpoint` reaches the layers."""
     settings = [True, False, jax.checkpoint_policies.save_only_these_names("attention")]

@@ -71,13 +71,20 @@ def of_rows(kernel: Kernel) -> Attention:
     return attention
 
 
+def _padded(x: Array, multiple: int) -> Array:
+    """`[R, L, ...]` with zeros after it, up to a `multiple`; causality hides them."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)])
+
+
 def _cudnn_kernel(query: Array, keys: Array, values: Array) -> Array:
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(
             f"cuDNN's flash attention computes in bfloat16 or float16, not in {query.dtype}; give the network one of "
             "these as its compute dtype"
         )
-    return jax.nn.dot_product_attention(query, keys, values, is_causal=True, implementation="cudnn")
+    L = query.shape[1]
+    rows = (_padded(x, 2) for x in (query, keys, values))  # JAX gives no gradient of rows of odd length
+    return jax.nn.dot_product_attention(*rows, is_causal=True, implementation="cudnn")[:, :L]
 
 
 def splash_kernel(query: Array, keys: Array, values: Array, *, interpret: bool = False) -> Array:
@@ -93,11 +100,8 @@ def splash_kernel(query: Array, keys: Array, values: Array, *, interpret: bool =
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     L, N, h = query.shape[1:]
-    padded = -(-L // 128) * 128
-
-    def by_head(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0), (0, padded - L), (0, 0), (0, 0)]).swapaxes(1, 2)
-
+    query, keys, values = (_padded(x, 128).swapaxes(1, 2) for x in (query * h**-0.5, keys, values))  # [R, N, L, h]
+    padded = query.shape[2]
     block = math.gcd(padded, 512)
     blocks = splash_attention.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
@@ -105,8 +109,7 @@ def splash_kernel(query: Array, keys: Array, values: Array, *, interpret: bool =
     )  # fmt: skip
     causal = splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * N)
     kernel = splash_attention.make_splash_mha_single_device(causal, block_sizes=blocks, interpret=interpret)
-    out = jax.vmap(kernel)(by_head(query * h**-0.5), by_head(keys), by_head(values))
-    return out.swapaxes(1, 2)[:, :L].astype(query.dtype)
+    return jax.vmap(kernel)(query, keys, values).swapaxes(1, 2)[:, :L].astype(query.dtype)
 
 
 cudnn = of_rows(_cudnn_kernel)
