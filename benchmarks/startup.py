@@ -5,23 +5,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from benchmarks import worker
 
+SCRIPT = "experiments/quickstart.py"
 
-def measure(repeats: int = 2, settings: Sequence[str] = ()) -> Iterator[worker.Line]:
+
+def measure(repeats: int = 2) -> Iterator[worker.Line]:
     """A line a run: the first compiles, the others find its programs; all start with a folder of their own.
 
     Args:
       repeats: runs after the first.
-      settings: further arguments of `experiments/quickstart.py`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {"XDG_CACHE_HOME": scratch, "PYTHONUNBUFFERED": "1"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         for n in range(1 + repeats):
-            command = [sys.executable, "experiments/quickstart.py", "--run-dir", f"{scratch}/{n}", *settings]
+            command = [sys.executable, SCRIPT, "--run-dir", f"{scratch}/{n}"]
             started, first_step = time.perf_counter(), None
             with subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=worker.ROOT, env=environment

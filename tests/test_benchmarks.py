@@ -201,11 +201,26 @@ def test_the_gpu_table_compares_with_trl_on_the_same_cell():
     assert "12.0 s a step, 20.0 GiB; 4.00 times ours with joint." in text
 
 
-@pytest.mark.slow
-def test_kept_programs_shorten_the_start_of_the_quickstart():
-    cold, warm = startup.measure(1, ["--smoke"])
+def test_the_start_is_timed_by_the_first_step_that_is_printed(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, pathlib, time
+kept = pathlib.Path(os.environ["XDG_CACHE_HOME"], "programs")
+time.sleep(0.0 if kept.exists() else 1.0)
+kept.touch()
+print("step 1/3")
+time.sleep(0.5)
+print("step 1/9")
+""")
+    monkeypatch.setattr(startup, "SCRIPT", str(script))
+    cold, warm = startup.measure(1)
     assert (cold["kept"], warm["kept"]) == (False, True)
-    assert 0 < warm["first_step"] < warm["whole"] < cold["whole"]
+    assert cold["first_step"] > 1.0
+    for line in (cold, warm):
+        assert line["whole"] > line["first_step"] + 0.4
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        list(startup.measure(1))
 
 
 def test_the_first_line_names_the_machine():
