@@ -48,6 +48,7 @@ def load_pretrained(
     *,
     dtype: DTypeLike = jnp.float32,
     compute_dtype: DTypeLike | None = None,
+    cache_dtype: DTypeLike | None = None,
     logits_dtype: DTypeLike = jnp.float32,
     attention: Attention = by_platform,
     remat: bool | Callable[..., bool] = True,
@@ -63,6 +64,8 @@ def load_pretrained(
       path_or_repo: a folder, or the id of a repository on the Hugging Face Hub.
       dtype: of the params, whatever the checkpoint's. Train in float32.
       compute_dtype: of the layers' arithmetic; None for `dtype`.
+      cache_dtype: of the keys and values of completions while they are sampled; None for
+        `compute_dtype`. A narrower one saves memory and moves sampled log-probs away from scored ones.
       logits_dtype: of the operands of the last product.
       attention: how attention is computed, one of `models.attention` (`cudnn` and `splash` for
         long rows on GPUs and TPUs) or a function like them; they agree to rounding.
@@ -84,6 +87,7 @@ def load_pretrained(
         transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False),
         param_dtype=dtype,
         dtype=dtype if compute_dtype is None else compute_dtype,
+        cache_dtype=cache_dtype,
         logits_dtype=logits_dtype,
         attention=attention,
         remat=remat,

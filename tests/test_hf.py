@@ -307,6 +307,7 @@ def test_dtypes_are_those_asked_for():
     config = policy.config
     assert (config.param_dtype, config.dtype, config.logits_dtype) == (jnp.float16, jnp.bfloat16, jnp.bfloat16)
     assert not config.remat
+    assert hf.load_pretrained(FOLDER / "qwen2", cache_dtype=jnp.bfloat16)[0].config.cache_dtype == jnp.bfloat16
     assert hf.load_pretrained(FOLDER / "qwen2", dtype=jnp.bfloat16)[0].config.dtype == jnp.bfloat16
 
 

@@ -1,5 +1,6 @@
 """What `sample` draws, what it reports of it, and what it leaves undone."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax import models
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.sampling import completion_keys, sample, truncate
 from grpo_jax.scoring import score
@@ -323,6 +325,20 @@ def test_in_bfloat16_scored_log_probs_stay_near_the_sampled_ones():
         policy, params, random_prompts(3, 4, 6), jax.random.key(1), group_size=4, max_tokens=8, eos_ids=(1,)
     )
     np.testing.assert_allclose(score(policy, params, rollout).log_probs, rollout.log_probs, atol=3e-2)
+
+
+def test_the_cache_of_completions_may_be_narrower_than_the_arithmetic():
+    wide, narrow = (models.decoder(dataclasses.replace(DECODER.config, cache_dtype=d)) for d in (None, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: narrow.init_cache(2, 3, 4))
+    assert {x.dtype for x in cache.layers} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.eval_shape(lambda: wide.init_cache(2, 3, 4)).layers} == {jnp.dtype(jnp.float32)}
+    params, prompts = decoder_params(), random_prompts(3, 4, 6)
+
+    def differs(policy):
+        rollout = sample(policy, params, prompts, jax.random.key(1), group_size=4, max_tokens=8, eos_ids=(1,))
+        return float(jnp.max(jnp.abs(score(policy, params, rollout).log_probs - rollout.log_probs)))
+
+    assert differs(wide) < 1e-5 < 1e-4 < differs(narrow) < 3e-2
 
 
 def test_traced_settings_and_keys_give_what_numbers_give_and_can_be_mapped_over():

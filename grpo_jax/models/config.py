@@ -35,6 +35,7 @@ class DecoderConfig:
     initializer_range: float = 0.02
     param_dtype: DTypeLike = jnp.float32  # of `init`
     dtype: DTypeLike = jnp.float32  # of the layers' arithmetic
+    cache_dtype: DTypeLike | None = None  # of completions' keys and values while they are sampled; None: dtype
     logits_dtype: DTypeLike = jnp.float32  # of the operands of the last product; logits themselves are float32
     attention: Attention = by_platform  # of grpo_jax.models.attention, or any function like them
     remat: bool | Callable[..., bool] = True  # recompute a layer's activations in the backward pass; or all but some

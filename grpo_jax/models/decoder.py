@@ -102,7 +102,7 @@ class Attention(nn.Module):
                 new,
             )
             read = functools.partial(jax.lax.dynamic_slice, start_indices=(layer, 0, 0, 0, 0, 0), slice_sizes=size)
-            own = jax.tree.map(lambda all_layers: read(all_layers)[0], stored)
+            own = jax.tree.map(lambda all_layers: read(all_layers)[0].astype(key.dtype), stored)
 
         out = c.attention(query, own, prompt, sight)
         out = _linear(c, c.hidden_size, c.o_bias, "o_proj")(out.reshape(-1, c.num_heads * c.head_dim))
@@ -234,7 +234,8 @@ def decoder(config: DecoderConfig) -> Policy:
         return PromptCache(jax.tree.map(lambda layers: layers[:, :, 0], new), lengths - 1)
 
     def init_cache(B: int, G: int, T: int) -> Cache:
-        empty = jnp.zeros((config.num_layers, B, G, T, config.num_kv_heads, config.head_dim), config.dtype)
+        dtype = config.dtype if config.cache_dtype is None else config.cache_dtype
+        empty = jnp.zeros((config.num_layers, B, G, T, config.num_kv_heads, config.head_dim), dtype)
         return Cache(KeyValues(empty, empty), jnp.full((B, G, T), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     def extend(
