@@ -30,6 +30,7 @@ def a_step(system, whole, *, peak=100.0, cell="W1", **fields):
     return {"kind": "step", "cell": cell, "system": system, "whole": whole, "peak_mib": peak, **phases, **fields}
 
 
+@pytest.mark.slow
 def test_a_worker_answers_each_request_with_the_seconds_of_a_step(tmp_path, checkpoint):
     arguments = {"cell": cells.to_json(CELL), "checkpoint": str(checkpoint), "programs": str(tmp_path / "programs")}
     started = worker.start(sys.executable, "ours", arguments, tmp_path / "log")
@@ -172,6 +173,7 @@ def test_the_floor_answers_as_a_system():
     assert step["flops"]["train"] == 3 * step["flops"]["score"]
 
 
+@pytest.mark.slow
 def test_scaling_varies_one_number_at_a_time():
     axes = {point.axis for point in scaling.points()}
     assert axes == {"G", "P", "T", "V", "model"}

@@ -241,6 +241,7 @@ def _fails_on_calls(numbers, function):
     return contains_answer
 
 
+@pytest.mark.slow
 def test_micro_batches_are_chosen_from_the_memory_of_the_device(files, tmp_path, monkeypatch, capsys):
     plan, learn, peaks, used = grpo.memory.plan, grpo.make_learn, {}, []
 

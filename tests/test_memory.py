@@ -71,6 +71,7 @@ def test_the_fewest_micro_batches_and_the_most_prompts_that_fit():
         assert memory.largest_batch(lambda prompts: 10 * prompts, 10 * fits + 9, limit=64) == min(fits, 64)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_plan_of_a_model_whose_weights_it_does_not_read(tmp_path, capsys):
     testing.tiny_hf_config("qwen3").save_pretrained(tmp_path)
     config = memory.Config(
