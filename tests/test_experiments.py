@@ -214,6 +214,7 @@ def test_batches_that_a_reward_raises_on_are_masked_until_the_third_in_a_row(fil
     assert (tmp_path / "checkpoints" / "5").is_dir()
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_reward_raises_on_is_not_the_best(files, tmp_path, monkeypatch):
     failing = types.SimpleNamespace(contains_answer=_fails_on_calls({8}, lambda completions: [1.0] * len(completions)))
     monkeypatch.setitem(sys.modules, "my_rewards", failing)
@@ -424,6 +425,7 @@ def test_a_run_that_ended_with_a_batch_in_flight_goes_on_to_the_same_bits(files,
     assert (config.run_dir / "checkpoints" / "3").is_dir()
 
 
+@pytest.mark.slow
 def test_which_batches_are_sampled_ahead_does_not_change_on_the_way(files, tmp_path):
     config = settings(files, tmp_path, steps=1, overlap=True)
     grpo.run(config)

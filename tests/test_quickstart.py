@@ -36,6 +36,8 @@ SETTINGS = {
 }
 STEPS, WARMUP_STEPS = SETTINGS["steps"], SETTINGS["warmup_steps"]
 
+pytestmark = pytest.mark.slow  # one whole run, which all of them look at
+
 
 def load_script():
     spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
@@ -186,7 +188,6 @@ def test_a_run_is_not_resumed_with_other_settings(finished):
     assert outcome(run_dir) == before
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_and_started_again_ends_as_one_that_was_not(finished, programs, tmp_path):
     """After five steps, of which the checkpoint has four; in other processes than the run that is compared with."""
     run_dir = tmp_path / "killed"
