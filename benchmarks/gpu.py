@@ -9,7 +9,7 @@ process of its own, so that its peak memory is its own. Reported are
   forward pass of a shared prompt and its completions, against the measured bf16
   matrix rate; what is recomputed is not counted;
 - peak device memory in GiB, after sampling and after learning, and what `grpo_jax.memory` plans for it;
-- on the first cell, a step of TRL with transformers' generation, in the fastest of its micro-batches.
+- on the first cell, a step of TRL with transformers' generation, in micro-batches of two sizes.
 
 Each form of attention has a process of its own. Learning is a whole update without a
 reference policy: AdamW for the smaller two, plain SGD for the 7B, whose float32 weights
@@ -220,19 +220,21 @@ def main(config: Config) -> Path:
                     finally:
                         worker.stop(process)
             if config.trl:
-                measure_trl(GPU_CELLS[config.cells[0]].cell, config.repeats, Path(scratch), record)
+                measure_trl(config.cells[0], config.repeats, Path(scratch), record)
     return report.write(config.output)
 
 
-def measure_trl(
-    cell: Cell, repeats: int, scratch: Path, record: Callable[[worker.Line], None], cuda: bool = True
-) -> None:
+def measure_trl(name: str, repeats: int, scratch: Path, record: Callable[[worker.Line], None]) -> None:
     """TRL's step on a cell, without a reference policy, in each of its micro-batches."""
-    checkpoint = cells.write_checkpoint(cell.model, scratch / cell.name)
+    cell, checkpoint = GPU_CELLS[name].cell, scratch / "checkpoint"
+    # By a process on the CPU: this one must not hold the memory of the device.
+    writer = worker.start(sys.executable, "gpu", {"cell": name, "write": str(checkpoint)}, scratch / "write.log")
+    worker.receive(writer)
+    worker.stop(writer)
     for micro_batch in (size for size in TRL_MICRO_BATCHES if cell.rows % size == 0):
         arguments = {"cell": cells.to_json(cell), "checkpoint": str(checkpoint), "micro_batch": micro_batch}
         log = scratch / f"trl-{micro_batch}.log"
-        process = worker.start(sys.executable, "trl_peer", arguments | {"beta": 0.0, "cuda": cuda}, log, torch=True)
+        process = worker.start(sys.executable, "trl_peer", arguments | {"beta": 0.0, "cuda": True}, log, torch=True)
         try:
             worker.receive(process)
             worker.ask(process, {})  # a warm-up
@@ -258,6 +260,9 @@ def work(arguments: worker.Line) -> None:
     if arguments.get("ask"):
         found = gpu()
         send({"device": found and found.device_kind, "sees": str(jax.devices())})
+    elif "write" in arguments:
+        cells.write_checkpoint(GPU_CELLS[arguments["cell"]].cell.model, Path(arguments["write"]))
+        send({"written": True})
     else:
         attends = getattr(attention, arguments["attention"])
         send(measure(GPU_CELLS[arguments["cell"]], arguments["repeats"], attends))

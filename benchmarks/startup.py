@@ -25,7 +25,7 @@ def measure(repeats: int = 2) -> Iterator[worker.Line]:
             command = [sys.executable, SCRIPT, "--run-dir", f"{scratch}/{n}"]
             started, first_step = time.perf_counter(), None
             with subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=worker.ROOT, env=environment
+                command, stdout=subprocess.PIPE, text=True, cwd=worker.ROOT, env=environment
             ) as process:
                 assert process.stdout is not None
                 for line in process.stdout:

@@ -2,19 +2,15 @@
 
 import json
 import math
-import pathlib
 import sys
 
 import jax
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import cells, floor, gpu, ours, report, run, scaling, startup, worker  # noqa: E402
-from grpo_jax import models, sampling  # noqa: E402
-from grpo_jax.models import attention  # noqa: E402
+from benchmarks import cells, floor, gpu, ours, report, run, scaling, startup, worker
+from grpo_jax import models, sampling
+from grpo_jax.models import attention
 
 MODEL = cells.Model(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48, vocabulary=64)
 CELL = cells.Cell("W1", MODEL, prompts=2, group=4, prompt_tokens=6, completion_tokens=8)

@@ -616,17 +616,23 @@ def test_metrics_tell_lengths_and_how_many_completions_were_cut():
     assert all(np.shape(x) == () for x in numbers.values())
 
 
-def test_the_old_policy_is_scored_in_as_many_parts_as_asked_for_to_the_same_numbers():
-    state, prompts = state_of(MOMENTUM), prompts_of(1)
-    B, widths = len(prompts.lengths), []
+def watched(widths):
+    """The policy, which notes how many prompts it reads at a time whenever that is traced."""
 
     def prefill(params, tokens, lengths):
         widths.append(len(tokens))
         return POLICY.prefill(params, tokens, lengths)
 
+    return POLICY._replace(prefill=prefill)
+
+
+def test_the_old_policy_is_scored_in_as_many_parts_as_asked_for_to_the_same_numbers():
+    state, prompts = state_of(MOMENTUM), prompts_of(1)
+    B, widths = len(prompts.lengths), []
+    policy = watched(widths)
+
     def collect(parts):
-        watched = POLICY._replace(prefill=prefill)
-        return make_collect(watched, score_old=True, score_parts=parts, **SIZES)(state, prompts)
+        return make_collect(policy, score_old=True, score_parts=parts, **SIZES)(state, prompts)
 
     whole, parted = collect(1), collect(B // 2)
     assert widths == [B, B, 2]  # the sampler, traced once, and the two scorings
@@ -634,6 +640,15 @@ def test_the_old_policy_is_scored_in_as_many_parts_as_asked_for_to_the_same_numb
     np.testing.assert_allclose(parted.old_entropy, whole.old_entropy, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match=rf"{B} prompts do not divide into 3 parts, which is score_parts"):
         collect(3)
+
+
+def test_a_step_scores_the_old_policy_in_parts_of_its_micro_batches():
+    state, prompts, widths = state_of(MOMENTUM), prompts_of(1), []
+    settings = {"reward": even_tokens, "loss": grpo(), "score_old": True, "micro_batches": 2}
+    jax.eval_shape(make_train_step(watched(widths), MOMENTUM, **settings, **SIZES), state, prompts)
+    B = len(prompts.lengths)
+    assert set(widths) == {B, B // 2}
+    assert widths.count(B) == 1  # by the sampler alone
 
 
 def test_host_rewards_go_between_the_two_halves():

@@ -15,10 +15,12 @@ over the keys that `sight` lets the query see, in the dtype of the query. Head `
     cudnn        cuDNN's flash attention, for NVIDIA GPUs
     splash       JAX's splash attention, for TPUs
     of_rows      any other kernel for causal attention
+
+A function of one's own finds what a query sees in `own_mask` and `prompt_mask`.
 """
 
 from grpo_jax.models.attention.blockwise import blockwise, by_platform
-from grpo_jax.models.attention.contract import Attention, KeyValues, Sight
+from grpo_jax.models.attention.contract import Attention, KeyValues, Sight, own_mask, prompt_mask
 from grpo_jax.models.attention.joint import joint
 from grpo_jax.models.attention.rows import cudnn, of_rows, splash, splash_kernel
 
@@ -31,6 +33,8 @@ __all__ = [
     "cudnn",
     "joint",
     "of_rows",
+    "own_mask",
+    "prompt_mask",
     "splash",
     "splash_kernel",
 ]
