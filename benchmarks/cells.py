@@ -131,7 +131,8 @@ def write_checkpoint(model: Model, path: Path) -> Path:
     """A Hugging Face folder of random float32 weights, the same for all systems."""
     import jax
 
-    from grpo_jax import hf, models
+    from grpo_jax import models
+    from grpo_jax.models import hf
 
     policy = models.decoder(models.from_hf_config(hf_config(model)))
     hf.save_pretrained(policy, jax.jit(policy.init)(jax.random.key(0)), path)

@@ -8,7 +8,7 @@ process of its own, so that its peak memory is its own. Reported are
 - learning tokens/s, of completions, and model FLOPs utilisation: three times the
   forward pass of a shared prompt and its completions, against the measured bf16
   matrix rate; what is recomputed is not counted;
-- peak device memory in GiB, after sampling and after learning, and what `grpo_jax.memory` plans for it;
+- peak device memory in GiB, after sampling and after learning, and what `grpo_jax.run.memory` plans for it;
 - on the first cell, a step of TRL with transformers' generation, in micro-batches of two sizes.
 
 Each form of attention has a process of its own. Learning is a whole update without a
@@ -35,8 +35,9 @@ import tyro
 from benchmarks import cells, floor, report, worker
 from benchmarks.cells import Cell, Model
 from benchmarks.ours import prompts_of
-from grpo_jax import advantages, losses, memory, models
+from grpo_jax import advantages, losses, models
 from grpo_jax.models import attention
+from grpo_jax.run import memory
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Rollout
 from grpo_jax.updates import init_state

@@ -22,8 +22,10 @@ import optax
 
 from benchmarks import cells, worker
 from benchmarks.cells import Cell
-from grpo_jax import advantages, compilation, hf, losses, packing, sampling, scoring
+from grpo_jax import advantages, losses, packing, sampling, scoring
+from grpo_jax.models import hf
 from grpo_jax.policies import Policy
+from grpo_jax.run import compilation
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Array, Experience, Packing, Params, Prompts, Rollout
 from grpo_jax.updates import init_state

@@ -32,21 +32,10 @@ import numpy as np
 import optax
 import tyro
 
-from grpo_jax import (
-    advantages,
-    checkpoint,
-    compilation,
-    data,
-    evaluation,
-    hf,
-    losses,
-    metrics,
-    monitoring,
-    preemption,
-    rewards,
-    testing,
-    types,
-)
+from grpo_jax import advantages, data, losses, rewards, testing, types
+from grpo_jax.models import hf
+from grpo_jax.run import checkpoint, compilation, metrics, monitoring, preemption
+from grpo_jax.study import evaluation
 from grpo_jax.tasks import countdown, dialogue, with_prompts
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.updates import init_state

@@ -32,8 +32,11 @@ import jax.numpy as jnp
 import rich
 import tyro
 
-from grpo_jax import checkpoint, compilation, data, evaluation, hf, metrics, rewards
+from grpo_jax import data, rewards
 from grpo_jax.data import TooLong
+from grpo_jax.models import hf
+from grpo_jax.run import checkpoint, compilation, metrics
+from grpo_jax.study import evaluation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,22 +45,10 @@ import numpy as np
 import optax
 import tyro
 
-from grpo_jax import (
-    advantages,
-    checkpoint,
-    compilation,
-    data,
-    evaluation,
-    hf,
-    losses,
-    memory,
-    metrics,
-    monitoring,
-    packing,
-    preemption,
-    rewards,
-    types,
-)
+from grpo_jax import advantages, data, losses, packing, rewards, types
+from grpo_jax.models import hf
+from grpo_jax.run import checkpoint, compilation, memory, metrics, monitoring, preemption
+from grpo_jax.study import evaluation
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Params
 from grpo_jax.updates import init_state

@@ -32,20 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from grpo_jax import (
-    checkpoint,
-    compilation,
-    data,
-    evaluation,
-    hf,
-    metrics,
-    monitoring,
-    preemption,
-    recipes,
-    rewards,
-    testing,
-    types,
-)
+from grpo_jax import data, recipes, rewards, testing, types
+from grpo_jax.models import hf
+from grpo_jax.run import checkpoint, compilation, metrics, monitoring, preemption
+from grpo_jax.study import evaluation
 from grpo_jax.tasks import gsm8k, with_prompts
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.updates import init_state

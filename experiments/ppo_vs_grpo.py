@@ -46,12 +46,14 @@ from ablations.setting import Config
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from grpo_jax import ablation, compilation, losses, memory, models, rewards, runs, train_step
-from grpo_jax.ablation import Condition
+from grpo_jax import losses, models, rewards, train_step
 from grpo_jax.advantages import from_rewards
 from grpo_jax.baselines import heads, ppo
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy
+from grpo_jax.run import compilation, memory
+from grpo_jax.study import ablation, runs
+from grpo_jax.study.ablation import Condition
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import Collect, Learn
 from grpo_jax.types import Experience, Params, PRNGKey, Prompts, TrainState

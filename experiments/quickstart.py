@@ -35,9 +35,11 @@ import optax
 import transformers
 import tyro
 
-from grpo_jax import checkpoint, compilation, data, hf, losses, metrics, models, preemption, rewards, sampling, types
+from grpo_jax import data, losses, models, rewards, sampling, types
 from grpo_jax.advantages import from_rewards
+from grpo_jax.models import hf
 from grpo_jax.policies import Policy
+from grpo_jax.run import checkpoint, compilation, metrics, preemption
 from grpo_jax.tasks import arithmetic
 from grpo_jax.train_step import make_learn, make_train_step
 from grpo_jax.types import Experience, Metrics, Params, Prompts, TrainState

@@ -88,23 +88,12 @@ import rich.table
 import transformers
 import tyro
 
-from grpo_jax import (
-    checkpoint,
-    compilation,
-    data,
-    hf,
-    losses,
-    metrics,
-    models,
-    packing,
-    preemption,
-    rewards,
-    sampling,
-    types,
-)
+from grpo_jax import data, losses, models, packing, rewards, sampling, types
 from grpo_jax.advantages import from_rewards
 from grpo_jax.baselines.rejection_sampling import best_of_n
+from grpo_jax.models import hf
 from grpo_jax.policies import Policy
+from grpo_jax.run import checkpoint, compilation, metrics, preemption
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Array, Experience, Metrics, Params, PRNGKey, Prompts, Rollout, TrainState

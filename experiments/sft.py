@@ -19,7 +19,9 @@ import numpy as np
 import optax
 import tyro
 
-from grpo_jax import checkpoint, compilation, data, hf, losses, metrics, preemption, scoring, types
+from grpo_jax import data, losses, scoring, types
+from grpo_jax.models import hf
+from grpo_jax.run import checkpoint, compilation, metrics, preemption
 from grpo_jax.train_step import make_learn
 from grpo_jax.types import Experience, Mean, Params, Rollout
 from grpo_jax.updates import init_state

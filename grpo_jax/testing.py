@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from grpo_jax import hf, models
+from grpo_jax import models
+from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.types import Prompts
 

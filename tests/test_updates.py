@@ -8,7 +8,8 @@ import optax
 import pytest
 from jax.dtypes import issubdtype, prng_key
 
-from grpo_jax import memory, types
+from grpo_jax import types
+from grpo_jax.run import memory
 from grpo_jax.updates import init_state, update
 
 OPTIMIZERS = {

@@ -12,7 +12,7 @@ import setting
 from setting import Condition, Config
 
 from grpo_jax import losses, schedules
-from grpo_jax.reference import renew_reference
+from grpo_jax.schedules.reference import renew_reference
 
 BETAS = (0.0, 0.0001, 0.0005, 0.001, 0.01, 0.04, 0.1)
 

@@ -14,7 +14,8 @@ import optax
 import setting
 from setting import Condition, Config, Metrics, Prompts, TrainState
 
-from grpo_jax import losses, models, preparation
+from grpo_jax import losses, models
+from grpo_jax import transforms as preparation
 from grpo_jax.policies import Policy
 from grpo_jax.scoring import score
 from grpo_jax.train_step import Step, make_collect, make_learn

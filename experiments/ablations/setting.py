@@ -26,10 +26,12 @@ import rich
 import transformers
 import tyro
 
-from grpo_jax import ablation, checkpoint, compilation, losses, models, rewards, runs, sampling, types
-from grpo_jax.ablation import Condition
+from grpo_jax import losses, models, rewards, sampling, types
 from grpo_jax.advantages import Advantage, Estimator, from_rewards, group_advantages
-from grpo_jax.runs import Run, make_run
+from grpo_jax.run import checkpoint, compilation
+from grpo_jax.study import ablation, runs
+from grpo_jax.study.ablation import Condition
+from grpo_jax.study.runs import Run, make_run
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import Step, make_learn, make_train_step
 from grpo_jax.types import Array, Experience, Mean, Metrics, Params, PRNGKey, Prompts, TrainState

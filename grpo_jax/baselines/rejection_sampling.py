@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from grpo_jax.advantages import Weights
 from grpo_jax.baselines.selection import candidates, select
 from grpo_jax.losses.contract import Number
-from grpo_jax.preparation import Hook
+from grpo_jax.transforms import Hook
 from grpo_jax.types import Experience, Mean, Metrics
 
 

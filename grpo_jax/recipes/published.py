@@ -13,8 +13,8 @@ from grpo_jax.advantages import (
 )
 from grpo_jax.losses import Penalty
 from grpo_jax.losses.contract import Number
-from grpo_jax.preparation import mask_truncated, old_from_sampler
 from grpo_jax.recipes.recipe import Recipe
+from grpo_jax.transforms import mask_truncated, old_from_sampler
 
 
 def _arxiv(key: str, eprint: str, year: int, title: str, authors: str) -> str:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax import entropy_control, losses, types
+from grpo_jax import losses, types
 from grpo_jax.advantages import Advantage, Cost, Estimator, from_rewards, group_advantages
 from grpo_jax.losses import Aggregate, Loss, Penalty, Weight
 from grpo_jax.losses.contract import Number
-from grpo_jax.preparation import Hook, top_entropy
-from grpo_jax.reference import renew_reference
-from grpo_jax.schedules import Scheduled
+from grpo_jax.schedules import Scheduled, entropy_control
+from grpo_jax.schedules.reference import renew_reference
+from grpo_jax.transforms import Hook, top_entropy
 from grpo_jax.types import Array, Metrics, TrainState
 
 

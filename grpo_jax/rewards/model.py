@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from grpo_jax import data, hf
+from grpo_jax import data
+from grpo_jax.models import hf
 from grpo_jax.types import Array, Params, Prompts
 
 

@@ -4,7 +4,7 @@
 
 The working is the running sums. Problems, their answers and the demonstrations of an
 imperfect teacher are made on the device from a key, so that a whole run, a supervised
-warm-up before it included, is one program (`grpo_jax.runs`).
+warm-up before it included, is one program (`grpo_jax.study.runs`).
 
 There are as many ways to complete a prompt as the teacher knows, of different lengths
 and different worth, which is what ablations want to look at: to work it out, to work it out

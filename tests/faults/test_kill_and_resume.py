@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import train_loop
 
-from grpo_jax import checkpoint, metrics, preemption
+from grpo_jax.run import checkpoint, metrics, preemption
 
 STRIDE = os.environ.get("GRPO_KILL_STRIDE", "7")
 PLANS = [

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from grpo_jax import checkpoint, metrics, preemption
+from grpo_jax.run import checkpoint, metrics, preemption
 from grpo_jax.types import TrainState
 
 STEPS = 8

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 
 import transformers  # noqa: E402
 
-from grpo_jax import hf  # noqa: E402
+from grpo_jax.models import hf  # noqa: E402
 from grpo_jax.rewards.model import reward_model  # noqa: E402
 from grpo_jax.testing import tiny_hf_config, tiny_tokenizer  # noqa: E402
 

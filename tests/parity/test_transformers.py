@@ -17,11 +17,11 @@ import transformers  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
-from grpo_jax import hf, sampling  # noqa: E402
-from grpo_jax.models import rope  # noqa: E402
+from grpo_jax import sampling  # noqa: E402
+from grpo_jax.models import hf, rope  # noqa: E402
 from grpo_jax.types import Prompts  # noqa: E402
 
-MAKE = runpy.run_path(str(Path(__file__).parents[1] / "data" / "models" / "make.py"), run_name="make")
+MAKE = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "models" / "make.py"), run_name="make")
 CASES = MAKE["CASES"]
 # Larger than the frozen ones: the cases replace heads, windows and the like.
 SIZES = MAKE["SIZES"] | {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}

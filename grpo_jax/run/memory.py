@@ -1,0 +1,245 @@
+"""How much memory a step takes, before it is run.
+
+    python -m grpo_jax.run.memory --model Qwen/Qwen2.5-0.5B --group-size 16 --prompts 32 --device-gib 80
+
+Nothing is allocated: sizes of what is kept come from `jax.eval_shape`, and those of what a step needs
+beside it from the compiled programs of `collect` and `learn`. They are of the backend that this runs on: a plan for a
+GPU is made on one, since another backend fuses otherwise and, by default, computes attention otherwise. Only the
+model's configuration is read, not its weights.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import transformers
+import tyro
+
+from grpo_jax import losses, models
+from grpo_jax.advantages import from_rewards
+from grpo_jax.losses import Loss
+from grpo_jax.policies import Policy
+from grpo_jax.run import compilation
+from grpo_jax.scoring import CHUNK_TOKENS
+from grpo_jax.train_step import make_collect, make_learn
+from grpo_jax.types import Experience, Prompts
+from grpo_jax.updates import init_state
+
+
+class Plan(NamedTuple):
+    """Bytes of a step.
+
+    The first four are there all the time. `sampling` and `learning` are what those programs hold at
+    their worst beside them, rollout included; the others say what is in those two.
+    """
+
+    parameters: int
+    optimizer: int
+    reference: int  # 0 without one
+    cast: int  # the sampler's copy of the parameters in the compute dtype; 0 where it is the same
+    sampling: int
+    learning: int
+    prompt_cache: int  # in sampling: keys and values, once a prompt
+    completion_cache: int  # in sampling: keys and values of all completions
+    gradients: int  # in learning
+    logits: int  # in learning: those of a chunk, and their gradient
+    activations: int  # in learning: what is left
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment of a step."""
+        return self.parameters + self.optimizer + self.reference + max(self.sampling, self.learning)
+
+
+def plan(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: Loss,
+    prompts: int,
+    group_size: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    reference: bool,
+    minibatches: int = 1,
+    micro_batches: int = 1,
+    score_old: bool = False,
+) -> Plan:
+    """The memory of one step of `prompts * group_size` completions, on the default backend.
+
+    `learn` is taken to donate its state and to be compiled with `compilation.less_memory()`, as `experiments/grpo.py`
+    does.
+
+    Args:
+      policy: the network; its compute dtype, attention and rematerialisation count.
+      optimizer: any optax optimiser.
+      loss: any loss.
+      prompts: `B`.
+      group_size: `G`.
+      prompt_tokens: `P`, what prompts are padded to.
+      max_tokens: `T`.
+      reference: whether a reference policy is kept.
+      minibatches: updates in a pass.
+      micro_batches: parts in which an update is computed.
+      score_old: as of `make_collect`; several updates need it.
+    """
+    score_old = score_old or minibatches > 1
+    array: Callable[..., Any] = jax.ShapeDtypeStruct
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(policy.init, key)
+    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer, reference=reference), params, key=key)
+    tokens, lengths = array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32)
+    batch = Prompts(tokens, lengths)
+    collect = make_collect(policy, group_size=group_size, max_tokens=max_tokens, eos_ids=(0,), score_old=score_old)
+    learn = make_learn(
+        policy,
+        optimizer,
+        loss=loss,
+        advantage=from_rewards(),
+        minibatches=minibatches,
+        micro_batches=micro_batches,
+    )
+    experience: Experience = jax.eval_shape(collect, state, batch)
+    rewards = array((prompts, group_size, 1), jnp.float32)
+    given = array((prompts, group_size, 1), jnp.bool_)
+    experience = experience._replace(rewards=rewards, reward_mask=given)
+
+    of_params = size(params)
+    rows = prompts // (minibatches * micro_batches) * group_size
+    width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
+    logits = 2 * rows * width * jax.eval_shape(policy.unembed, params, _hidden(policy, params, batch)).shape[-1] * 4
+    learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.less_memory())
+    learning = beside(learn, state, experience) + size(experience)
+    cast = jax.eval_shape(policy.cast, params)
+    same = [leaf.dtype for leaf in jax.tree.leaves(cast)] == [leaf.dtype for leaf in jax.tree.leaves(params)]
+    return Plan(
+        parameters=of_params,
+        optimizer=size(state.opt_state),
+        reference=size(state.ref_params),
+        cast=0 if same else size(cast),
+        sampling=beside(jax.jit(collect), state, batch),
+        learning=learning,
+        prompt_cache=size(jax.eval_shape(policy.prefill, params, tokens, lengths)),
+        completion_cache=size(jax.eval_shape(functools.partial(policy.init_cache, prompts, group_size, max_tokens))),
+        gradients=of_params,
+        logits=logits,
+        activations=max(0, learning - of_params - logits),
+    )
+
+
+def beside(program: Any, *arguments: Any) -> int:
+    """Bytes that a jitted program holds at its worst beside its arguments; donated ones are written over."""
+    found = program.lower(*arguments).compile().memory_analysis()
+    return int(found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes)
+
+
+def size(tree: Any) -> int:
+    """Bytes of the arrays of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def fewest_micro_batches(bytes_of: Callable[[int], int], prompts: int, budget: int) -> int:
+    """The smallest number of micro-batches, a divisor of `prompts`, for which `bytes_of(number)` is within the budget.
+
+    Raises:
+      ValueError: if not even one prompt at a time fits.
+    """
+    for parts in (n for n in range(1, prompts + 1) if prompts % n == 0):
+        if (needed := bytes_of(parts)) <= budget:
+            return parts
+    raise ValueError(f"one prompt at a time takes {gib(needed)}, more than the {gib(budget)} that there are")
+
+
+def largest_batch(bytes_of: Callable[[int], int], budget: int, limit: int = 4096) -> int:
+    """The largest number of prompts, up to a limit, for which `bytes_of(number)` is within the budget; 0 if none is."""
+    low, high = 0, 1
+    while high <= limit and bytes_of(high) <= budget:
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bytes_of(middle) <= budget else (low, middle)
+    return low
+
+
+def gib(number: float) -> str:
+    """Bytes in GiB, or in MiB under one."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def table(found: Plan) -> str:
+    """A line an item; what lies within another is set in."""
+    of_sampling, of_learning = ("cast", "prompt_cache", "completion_cache"), ("gradients", "logits", "activations")
+    names = ["parameters", "optimizer", "reference", "sampling"]
+    names += [*(f"  {name}" for name in of_sampling), "learning", *(f"  {name}" for name in of_learning)]
+    lines = [f"{name:<20}{gib(getattr(found, name.strip())):>12}" for name in names]
+    return "\n".join([*lines, f"{'peak of a step':<20}{gib(found.peak):>12}"])
+
+
+def _hidden(policy: Policy, params: Any, batch: Prompts) -> Any:
+    """The shape of hidden states of one token of one completion."""
+    one = jax.ShapeDtypeStruct((batch.tokens.shape[0], 1, 1), jnp.int32)
+    cache = jax.eval_shape(policy.prefill, params, batch.tokens, batch.lengths)
+    return jax.eval_shape(lambda *x: policy.extend(*x)[0], params, one, one, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is planned."""
+
+    model: str  # a folder or a repository; its configuration is read
+    prompts: int = 8  # B, of a step
+    group_size: int = 8  # G
+    prompt_tokens: int = 512  # P
+    max_tokens: int = 512  # T
+    micro_batches: int = 1
+    beta: float = 0.0  # above 0, a reference policy is kept
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: bool = True
+    device_gib: float | None = None  # of the device: says how many prompts fit, and in how many micro-batches
+
+
+def main(config: Config) -> Plan:
+    """Prints and returns the plan."""
+    hf_config = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+    settings = {"dtype": jnp.dtype(config.compute_dtype), "remat": config.remat}
+    policy = models.decoder(models.from_hf_config(hf_config, **settings))
+    loss = losses.grpo(penalty=losses.k3(config.beta)) if config.beta else losses.grpo()
+
+    @functools.cache
+    def planned(prompts: int, micro_batches: int) -> Plan:
+        return plan(
+            policy,
+            optax.adamw(1e-6),
+            loss=loss,
+            prompts=prompts,
+            group_size=config.group_size,
+            prompt_tokens=config.prompt_tokens,
+            max_tokens=config.max_tokens,
+            reference=config.beta > 0,
+            micro_batches=micro_batches,
+        )
+
+    found = planned(config.prompts, config.micro_batches)
+    print(f"{config.prompts} prompts x {config.group_size}, {config.prompt_tokens} + {config.max_tokens} tokens, "
+          f"{config.compute_dtype}, on {jax.default_backend()}\n{table(found)}")  # fmt: skip
+    if config.device_gib is not None:
+        if jax.default_backend() == "cpu":
+            print("planned on a CPU: for another device, run this there")
+        budget = int(config.device_gib * 2**30)
+        largest = largest_batch(lambda prompts: planned(prompts, 1).peak, budget)
+        print(f"prompts that fit into {gib(budget)} in one piece: {largest}")
+        try:
+            parts = fewest_micro_batches(lambda parts: planned(config.prompts, parts).peak, config.prompts, budget)
+            print(f"micro-batches in which {config.prompts} prompts fit: {parts}")
+        except ValueError as reason:
+            print(f"{config.prompts} prompts do not fit: {reason}")
+    return found
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

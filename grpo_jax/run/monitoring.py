@@ -1,0 +1,425 @@
+"""Warnings in plain words when a run goes wrong, computed from what it has measured.
+
+    history = metrics.read(run_dir)
+    for step in ...:
+        ...
+        metrics.append(run_dir, step, measured)
+        history.append({"step": step, **metrics.plain(measured)})
+        for warning in monitoring.warnings(history):
+            print("warning:", warning)
+
+A check is `history -> what was seen and what people do about it, or None`; the history is
+one dict of metrics a step, as `metrics.read` gives it, where None stands for a number that was not finite.
+Thresholds are keywords: `functools.partial(mostly_truncated, threshold=0.8)` is another check. Their defaults are
+rules of thumb, no paper's. A check whose metrics were not measured says nothing.
+
+`repetition` and `unjudged` measure what a step does not: `make_learn(..., prepare=[repetition(), unjudged(names)])`.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.transforms import Hook
+from grpo_jax.types import Array, Experience, Mean, Metrics
+
+History = Sequence[Mapping[str, Any]]
+Check = Callable[[History], str | None]
+
+ACCURACY = ("reward/accuracy", "reward/correct", "reward/exact_answer", "reward/python_tests")
+
+
+class RunWentWrong(RuntimeError):
+    """A check that the caller asked to stop on has found something."""
+
+
+# ------------------------------------------------------------------------------- checks
+
+
+def mostly_truncated(history: History, *, window: int = 5, threshold: float = 0.5) -> str | None:
+    """Over the last `window` steps more than `threshold` of the completions were cut at the limit."""
+    share = _mean(_last(history, "truncated", window))
+    if share is None or share <= threshold:
+        return None
+    return (
+        f"{share:.0%} of the completions of the last {window} steps were cut at the token limit (`truncated`). A "
+        "completion that is cut gives no answer, so its reward says little about its reasoning. Raise max_tokens, ask "
+        "for shorter answers in the prompt, reward shortness (rewards.soft_overlong), or leave cut completions out of "
+        "the loss (preparation.mask_truncated). If completions never end, look whether eos_ids has the token that "
+        "ends a turn in this model's chat template"
+    )
+
+
+def mostly_without_spread(history: History, *, window: int = 5, threshold: float = 0.5) -> str | None:
+    """Over the last `window` steps more than `threshold` of the groups had equal rewards throughout."""
+    share = _mean(_last(history, "groups_without_spread", window))
+    if share is None or share <= threshold:
+        return None
+    rewards = _last(history, "reward", window)
+    level = f", at a mean reward of {_mean(rewards):.3g}" if rewards else ""
+    return (
+        f"in {share:.0%} of the groups of the last {window} steps every completion had the same reward "
+        f"(`groups_without_spread`){level}. Such a group has advantages of 0 and teaches nothing. Where the reward is "
+        "low the task is too hard: take easier prompts, larger groups or a graded reward, or begin with supervised "
+        "learning. Where it is high the task is solved: take harder prompts. Filter prompts by pass rate "
+        "(evaluation.between), or sample until groups differ (dynamic_sampling)"
+    )
+
+
+def reward_jumped(
+    history: History, *, window: int = 3, before: int = 10, spreads: float = 1.0, deviations: float = 3.0
+) -> str | None:
+    """The mean reward of the last `window` steps is far above that of the `before` steps before them.
+
+    Far: more than `spreads` times the spread between completions (the largest
+    `reward_std` of these steps) and than `deviations` times the deviation between the
+    earlier steps.
+    """
+    rewards = _last(history, "reward", before + window)
+    if not rewards:
+        return None
+    then, now = statistics.fmean(rewards[:before]), statistics.fmean(rewards[before:])
+    spread = max(_finite(history, "reward_std", before + window), default=0.0)
+    if not _exceeds(now - then, spreads * spread, deviations * statistics.pstdev(rewards[:before]), scale=now):
+        return None
+    return (
+        f"the mean reward jumped from {then:.3g} to {now:.3g} within {window} steps. Learning is slower than that as a "
+        "rule; a way to please the reward function without solving the task is found at once. Read the completions of "
+        "the last steps, evaluate with a stricter verifier, and make the reward refuse what was found"
+    )
+
+
+def reward_collapsed(
+    history: History, *, window: int = 10, spreads: float = 0.5, deviations: float = 3.0
+) -> str | None:
+    """The mean reward of the last `window` steps is far below the best mean of as many steps in a row.
+
+    Far: more than `spreads` times the spread between completions (the largest
+    `reward_std` of the two windows) and than `deviations` times the deviation between
+    the steps of a window.
+    """
+    lines = [line for line in history if _is_number(line.get("reward"))]
+    rewards = [line["reward"] for line in lines]
+    if len(rewards) < 2 * window:
+        return None
+    sums = list(itertools.accumulate(rewards, initial=0.0))
+    starts = range(len(rewards) - 2 * window + 1)
+    start = max(starts, key=lambda i: sums[i + window] - sums[i])
+    best, now = rewards[start : start + window], rewards[-window:]
+    fall = statistics.fmean(best) - statistics.fmean(now)
+    spread = max(_finite([*lines[start : start + window], *lines[-window:]], "reward_std"), default=0.0)
+    noise = max(statistics.pstdev(best), statistics.pstdev(now))
+    if not _exceeds(fall, spreads * spread, deviations * noise, scale=statistics.fmean(best)):
+        return None
+    return (
+        f"the mean reward fell to {statistics.fmean(now):.3g}, from {statistics.fmean(best):.3g} at its best (over "
+        f"{window} steps from step {lines[start].get('step', start)} on). Go back to a checkpoint from before, lower "
+        "the learning rate or the number of passes over a rollout, clip gradients (max_grad_norm), or hold the policy "
+        "near the reference by a KL term (penalty=losses.k3(beta)). See whether truncated, entropy or kl moved first"
+    )
+
+
+def kl_exploded(
+    history: History, *, limit: float = 1.0, growth: float = 10.0, least: float = 0.1, before: int = 20
+) -> str | None:
+    """The KL divergence from the reference is above `limit` nats a token, or has grown `growth`-fold, or is no number.
+
+    Of the last three steps the middle value counts, so that one outlier does not. Growth
+    is against the mean of the `before` steps before them and counts above `least`.
+    """
+    if _not_finite(history, "kl"):
+        return _no_number("the KL divergence (`kl`)")
+    recent, earlier = _last(history, "kl", 3), _last(history, "kl", 3 + before)[:before]
+    if not recent:
+        return None
+    now = statistics.median(recent)
+    grown = bool(earlier) and now > least and now > growth * statistics.fmean(earlier)
+    if now <= limit and not grown:
+        return None
+    was = f", {now / statistics.fmean(earlier):.0f} times the mean of the {before} steps before" if grown else ""
+    return (
+        f"the KL divergence from the reference is {now:.3g} nats a token{was} (`kl`). The policy runs away from the "
+        "model it began as, and its text often goes with it. Lower the learning rate, raise beta, clip gradients "
+        "(max_grad_norm), make fewer passes over a rollout, or go back to a checkpoint from before"
+    )
+
+
+def ratio_exploded(history: History, *, limit: float = 10.0) -> str | None:
+    """The largest importance ratio is above `limit`, by the middle value of the last three steps, or no number."""
+    if _not_finite(history, "ratio_max"):
+        return _no_number("the largest importance ratio (`ratio_max`)")
+    recent = _last(history, "ratio_max", 3)
+    if not recent or statistics.median(recent) <= limit:
+        return None
+    return (
+        f"the largest importance ratio is {statistics.median(recent):.3g} (`ratio_max`): the policy that is trained is "
+        "far from the one that sampled. Make fewer passes or minibatches over a rollout, lower the learning rate, "
+        "sample anew more often, or bound the ratio (delta of losses.ppo_clip, losses.truncated_importance). With one "
+        "update a rollout the ratio is 1: if it is not, temperature, top_k or top_p differ between sampler and scorer"
+    )
+
+
+def entropy_collapsed(history: History, *, window: int = 5, share: float = 0.2, least: float = 0.01) -> str | None:
+    """The entropy of the last `window` steps is below `share` of that of the first `window`, or below `least` nats."""
+    entropies = _finite(history, "entropy")
+    if len(entropies) < window:
+        return None
+    start, now = statistics.fmean(entropies[:window]), statistics.fmean(entropies[-window:])
+    if now >= least and now >= share * start:
+        return None
+    return (
+        f"the policy's entropy is {now:.3g} nats a token, {start:.3g} at the start (`entropy`). Completions of a group "
+        "become alike, and what is not tried is not learned. Raise epsilon_high (DAPO takes 0.28), add an entropy "
+        "bonus (losses.entropy_bonus, entropy_control), sample at a higher temperature, lower the learning rate, or "
+        "renew the prompts"
+    )
+
+
+def reward_hacked(
+    history: History,
+    *,
+    accuracy: Sequence[str] = ACCURACY,
+    others: Sequence[str] | None = None,
+    window: int = 20,
+    spreads: float = 0.1,
+    deviations: float = 3.0,
+) -> str | None:
+    """Another reward rises while accuracy falls, from one `window` of steps to the next.
+
+    A change counts if it is more than `spreads` times the spread between completions
+    (`<name>_std`) and than `deviations` times its own standard error. `accuracy` names the
+    rewards that say what is right; `others` are all other `reward/<name>` unless given: a
+    format, a length, tags.
+    """
+    if others is None:
+        named = (name for line in history[-1:] for name in line if name.startswith("reward/"))
+        others = [name for name in named if name not in accuracy and not name.endswith("_std")]
+    changes = {name: _change(history, name, window, spreads, deviations) for name in [*accuracy, *others]}
+    fell = {name: moved for name in accuracy if (moved := changes[name]) is not None and moved[1] < moved[0]}
+    rose = {name: moved for name in others if (moved := changes[name]) is not None and moved[1] > moved[0]}
+    if not fell or not rose:
+        return None
+
+    def told(moved: Mapping[str, tuple[float, float]], verb: str) -> str:
+        return " and ".join(f"{name} {verb} from {then:.3g} to {now:.3g}" for name, (then, now) in moved.items())
+
+    return (
+        f"{told(rose, 'rose')}, while {told(fell, 'fell')} (the last {window} steps against the {window} before). The "
+        "policy learns what is easy to please instead of the task. Read completions; weigh accuracy higher, give "
+        f"{' and '.join(rose)} only where the answer is right, or drop it once it is learned"
+    )
+
+
+def repeating(history: History, *, window: int = 5, threshold: float = 0.5) -> str | None:
+    """Over the last `window` steps more than `threshold` of the n-grams had been there before in their completion."""
+    share = _mean(_last(history, "repetition", window))
+    if share is None or share <= threshold:
+        return None
+    return (
+        f"{share:.0%} of what the completions of the last {window} steps say they have said before (`repetition`). "
+        "Read some: loops are a sign of collapse, or pay under a reward for length. Add a penalty "
+        "(rewards.repetition_penalty), leave cut completions out of the loss (preparation.mask_truncated), lower the "
+        "learning rate, or go back to a checkpoint from before"
+    )
+
+
+def reward_failing(history: History, *, window: int = 10, share: float = 0.1, steps: float = 0.5) -> str | None:
+    """A reward could often not be given.
+
+    That is more than `share` of the completions of the last `window` steps by
+    `unjudged/<name>` (of `unjudged`) or `<name>/failed`, or at least one fault or
+    timeout in more than `steps` of these steps by `<name>/faults` or `<name>/timeouts`,
+    which count and are what verifiers log by TRL's `log_metric`.
+    """
+    seen = []
+    for name in dict.fromkeys(name for line in history[-window:] for name in line):
+        if name.startswith("unjudged/") or name.endswith("/failed"):
+            failed = _mean(_last(history, name, window))
+            if failed is not None and failed > share:
+                seen.append(f"{failed:.0%} of the completions of the last {window} steps (`{name}`)")
+        elif name.endswith(("/faults", "/timeouts")):
+            counts = _last(history, name, window)
+            if counts and sum(count > 0 for count in counts) > steps * window:
+                with_some = sum(count > 0 for count in counts)
+                seen.append(f"{sum(counts):.0f} times in {with_some} of the last {window} steps (`{name}`)")
+    if not seen:
+        return None
+    return (
+        f"a reward function failed on {' and on '.join(seen)}. What could not be judged teaches nothing, and what "
+        "timed out counts as wrong, right or not. See the first message of the verifier; raise its time limit or "
+        "its number of workers, check the service behind it, and take rows out whose answer it cannot read"
+    )
+
+
+def updates_skipped(history: History) -> str | None:
+    """At the last step an update was not finite and was not applied."""
+    skipped = _mean(_last(history[-1:], "skipped", 1))
+    if not skipped:
+        return None
+    return (
+        f"{skipped:.0%} of the updates of step {history[-1].get('step', len(history) - 1)} were not finite and not "
+        "applied (`skipped`). Once is no harm. If it goes on, lower the learning rate, clip gradients (max_grad_norm), "
+        "and look for what is extreme in this step: ratio_max, kl, a reward far from the others"
+    )
+
+
+DEFAULT: tuple[Check, ...] = (
+    mostly_truncated,
+    mostly_without_spread,
+    reward_jumped,
+    reward_collapsed,
+    kl_exploded,
+    ratio_exploded,
+    entropy_collapsed,
+    reward_hacked,
+    repeating,
+    reward_failing,
+    updates_skipped,
+)
+
+
+def warnings(
+    history: History, checks: Sequence[Check] = DEFAULT, *, stop_on: Sequence[Check] = (), quiet: int = 20
+) -> list[str]:
+    """What went wrong at the last step and was not wrong before.
+
+    A check speaks where it finds something at the last step and found nothing at any of
+    the `quiet` steps before. That is a function of the history alone, so a resumed run
+    says what the uninterrupted one says, once.
+
+    Args:
+      history: of all steps so far, this one included.
+      checks: what to look for.
+      stop_on: checks that end the run; none does unless it is named here. Save the state
+        before the call. A run that is resumed goes on until the next onset.
+      quiet: steps.
+
+    Returns:
+      A text for each check that speaks, in the order of the checks.
+
+    Raises:
+      RunWentWrong: if a check of `stop_on` speaks, with all that was found.
+    """
+    found, stopping = [], False
+    for check in dict.fromkeys([*checks, *stop_on]):
+        text = check(history)
+        if text is not None and not any(check(history[:-n]) for n in range(1, min(quiet, len(history) - 1) + 1)):
+            found.append(text)
+            stopping = stopping or check in stop_on
+    if stopping:
+        raise RunWentWrong("the run was to stop on this: " + "; ".join(found))
+    return found
+
+
+# ----------------------------------------------------------- measured inside of a step
+
+
+def repetition(n: int = 4) -> Hook:
+    """A hook that measures how much the completions repeat themselves, as the metric `repetition`.
+
+        repetition = 1 - distinct n-grams / n-grams, of the tokens of a completion
+
+    The mean over completions of at least `n` tokens.
+
+    Args:
+      n: tokens of an n-gram, from 1 on.
+    """
+    if n < 1:
+        raise ValueError(f"an n-gram has at least 1 token, got n = {n}")
+
+    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+        tokens, lengths = experience.rollout.tokens, experience.rollout.lengths
+        if tokens.shape[-1] < n:
+            return experience, {"repetition": Mean(jnp.zeros(()), jnp.zeros((), jnp.int32))}
+        count = jnp.maximum(lengths - n + 1, 0)  # n-grams of a completion
+        shares = 1 - _distinct(tokens, count, n) / jnp.maximum(count, 1)
+        return experience, {"repetition": Mean(jnp.sum(jnp.where(count > 0, shares, 0.0)), jnp.sum(count > 0))}
+
+    return hook
+
+
+def _distinct(tokens: Array, count: Array, n: int) -> Array:
+    """`[B, G]`, how many of the first `count` n-grams of `tokens [B, G, T]` differ."""
+    places = tokens.shape[-1] - n + 1
+    there = jnp.arange(places) < count[..., None]
+    grams = [jnp.where(there, tokens[..., i : i + places], -1) for i in range(n)]
+    # Sorted, equal ones are neighbours, and those that are not there come first.
+    ordered = jax.lax.sort(grams, num_keys=n)
+    new = jnp.any(jnp.stack([gram[..., 1:] != gram[..., :-1] for gram in ordered]), axis=0)
+    return jnp.sum(new & (ordered[0][..., 1:] >= 0), axis=-1) + (ordered[0][..., 0] >= 0)
+
+
+def unjudged(names: Sequence[str]) -> Hook:
+    """A hook that measures for which share of the completions a reward could not be given, as `unjudged/<name>`.
+
+    Args:
+      names: one a reward function.
+    """
+
+    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+        given = experience.reward_mask
+        if given is None or given.shape[-1] != len(names):
+            shape = None if given is None else given.shape
+            raise ValueError(f"{len(names)} names for a reward_mask [B, G, R] of shape {shape}")
+        there = experience.rollout.lengths > 0
+        return experience, {
+            f"unjudged/{name}": Mean(jnp.sum(there & ~given[..., k]), jnp.sum(there)) for k, name in enumerate(names)
+        }
+
+    return hook
+
+
+# --------------------------------------------------------------------- of a history
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _finite(history: History, name: str, count: int | None = None) -> list[float]:
+    """The numbers of a metric, in order; only the last `count` of them, if given."""
+    found = (line[name] for line in reversed(history) if _is_number(line.get(name)))
+    return list(itertools.islice(found, count))[::-1]
+
+
+def _last(history: History, name: str, count: int) -> list[float]:
+    """The last `count` numbers of a metric, none if there are fewer."""
+    found = _finite(history, name, count)
+    return found if len(found) == count else []
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _not_finite(history: History, name: str) -> bool:
+    """Whether the metric was measured at the last step and is no number."""
+    return bool(history) and name in history[-1] and not _is_number(history[-1][name])
+
+
+def _no_number(what: str) -> str:
+    return (
+        f"{what} is not a finite number. Lower the learning rate, clip gradients (max_grad_norm), and see at which "
+        "step it began to grow: a checkpoint from before that is the place to go on from"
+    )
+
+
+def _exceeds(change: float, *least: float, scale: float) -> bool:
+    """Whether a change is above each of these, and more than rounding."""
+    return change > max(*least, 1e-4 * abs(scale))
+
+
+def _change(history: History, name: str, window: int, spreads: float, deviations: float) -> tuple[float, float] | None:
+    """The means of a metric over the last two windows of steps, if they differ by more than noise."""
+    values = _last(history, name, 2 * window)
+    if not values:
+        return None
+    then, now = statistics.fmean(values[:window]), statistics.fmean(values[window:])
+    error = math.sqrt((statistics.pvariance(values[:window]) + statistics.pvariance(values[window:])) / window)
+    spread = max(_finite(history, f"{name}_std", 2 * window), default=0.0)
+    return (then, now) if _exceeds(abs(now - then), spreads * spread, deviations * error, scale=then) else None

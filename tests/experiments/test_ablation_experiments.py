@@ -1,0 +1,65 @@
+"""Each ablation runs, in a few steps of two conditions, and what its other conditions compose can be traced."""
+
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import pytest
+
+from grpo_jax.study import ablation
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "ablations"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "setting")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a file of the ablations as its command does, with `setting` beside it."""
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def load_one(name):
+        spec = importlib.util.spec_from_file_location(f"ablation_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load_one
+    sys.modules.pop("setting", None)
+
+
+def test_there_are_nine():
+    assert len(NAMES) == 9
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", NAMES)
+def test_a_smoke_run_leaves_a_table_a_figure_and_tidy_rows(name, load, tmp_path):
+    module = load(name)
+    config = module.setting.configured(module.setting.Config(run_dir=tmp_path, smoke=True))
+    module.experiment(config)
+    written = sorted(path.stem for path in config.results.glob("*.csv"))
+    assert written
+    for stem in written:
+        rows = ablation.read(config.results / f"{stem}.csv")
+        assert {row["seed"] for row in rows} == {0, 1}
+        assert {row["step"] for row in rows} == set(range(11))
+        assert len({row["condition"] for row in rows}) == 2
+        assert (config.results / f"{stem}.md").read_text().count("\n") == 4
+        assert (config.results / f"{stem}.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_runs_at_once_take_memory_in_proportion(load):
+    setting = load("temperature").setting
+    run = setting.make(setting.Config(steps=10))
+
+    def one(key):
+        return run(key, {"params": setting.policy.init(key)})
+
+    def held(runs):
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), runs))
+        found = jax.jit(jax.vmap(one)).lower(keys).compile().memory_analysis()
+        return found.temp_size_in_bytes + found.output_size_in_bytes
+
+    assert 6 < held(8) / held(1) < 8.5

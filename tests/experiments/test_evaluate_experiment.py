@@ -1,0 +1,257 @@
+"""The evaluation of checkpoints through its command line's settings, on a tiny one that the test makes."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax import data, sampling, testing
+from grpo_jax.models import hf
+from grpo_jax.run import checkpoint
+from grpo_jax.study import evaluation
+from grpo_jax.updates import init_state
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+REWARDS = """
+from grpo_jax.tasks import Splits, Task
+
+def even(prompts, completions, answer, **kwargs):
+    assert all(a.isdigit() for a in answer), answer
+    return [float(len(c) % 2 == 0) for c in completions]
+
+def vowels(completions):
+    return [float(sum(c in "aeiou" for c in completion)) for completion in completions]
+
+def first_letter(completion):
+    return completion[:1] or None
+
+def my_task(seed):
+    rows = [{"prompt": f"{seed} {i}?", "answer": str(i)} for i in range(6)]
+    return Task("mine", Splits(rows[:1], rows[1:2], rows[2:], rows[5:]), even)
+"""
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where dataclasses looks annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+evaluate = load("evaluate")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    testing.tiny_checkpoint(folder / "model")
+    rows = [{"question": f"What is {i} plus 1?", "answer": f"{i} + 1\n#### {i + 1}"} for i in range(7)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "verifiers.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(files, monkeypatch):
+    monkeypatch.chdir(files)
+
+
+def settings(files, output, **changes):
+    return evaluate.Config(**{
+        "model": str(files / "model"),
+        "output": output,
+        "data": str(files / "rows.jsonl"),
+        "reward": ("verifiers:even", "verifiers:vowels"),
+        "prompt_column": "question",
+        "answer_after": "####",
+        "compute_dtype": "float32",
+        "group_size": 4,
+        "k": (1, 4),
+        "max_tokens": 6,
+        "bucket": 32,
+        "batch_size": 4,
+        "extract": "verifiers:first_letter",
+    } | changes)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    config = settings(files, tmp_path_factory.mktemp("finished") / "out", chat=True, filtered=files / "kept.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(files)
+        return config, evaluate.run(config)
+
+
+def test_summaries_and_items_are_written_and_go_together(finished):
+    config, summaries = finished
+    written = json.loads((config.output / "summary.json").read_text())
+    assert written["config"]["model"] == config.model
+    assert {name: written[name] for name in ("greedy", "samples")} == summaries
+    for name, size, k in (("greedy", 1, ()), ("samples", 4, (1, 4))):
+        items = data.read_jsonl(config.output / f"{name}.jsonl")
+        assert len(items) == 7
+        assert all(len(item["completions"]) == size for item in items)
+        assert evaluation.summarise(items, k=k) == summaries[name]
+        for item in items:
+            assert item["rewards"]["even"] == [float(len(text) % 2 == 0) for text in item["completions"]]
+    assert {"accuracy", "accuracy_low", "pass@1", "pass@4", "pass@4_high", "majority@4", "reward/vowels"} <= set(
+        summaries["samples"]
+    )
+    assert 0 < summaries["samples"]["accuracy"] < 1  # or the test shows little
+    assert "pass@1" not in summaries["greedy"]
+
+
+def test_the_greedy_completions_are_those_of_the_checkpoint_after_its_chat_template(finished):
+    config, _ = finished
+    policy, params = hf.load_pretrained(config.model)
+    tokenizer = hf.load_tokenizer(config.model)
+    for item in data.read_jsonl(config.output / "greedy.jsonl"):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": item["prompt"]}], add_generation_prompt=True, return_dict=False
+        )
+        rollout = sampling.sample(
+            policy, params, data.make_prompts([ids]), jax.random.key(0), group_size=1, greedy=True, max_tokens=6,
+            eos_ids=hf.eos_ids(config.model, tokenizer),
+        )  # fmt: skip
+        tokens = np.asarray(rollout.tokens)[0, 0, : int(rollout.lengths[0, 0])]
+        assert item["completions"] == [tokenizer.decode(tokens, skip_special_tokens=True)]
+
+
+def test_the_rows_that_are_solved_sometimes_are_kept_as_they_were_read(finished, files):
+    config, _ = finished
+    rates = evaluation.pass_rates(data.read_jsonl(config.output / "samples.jsonl"))
+    rows = data.read_jsonl(files / "rows.jsonl")
+    kept = data.read_jsonl(files / "kept.jsonl")
+    assert kept == [row for row, rate in zip(rows, rates, strict=True) if 0 < rate < 1]
+    assert len(kept) > 0
+
+
+def test_an_evaluation_repeats_itself(finished, files, tmp_path):
+    config, summaries = finished
+    again = dataclasses.replace(config, output=tmp_path, filtered=None)
+    assert evaluate.run(again) == summaries
+    for name in ("greedy.jsonl", "samples.jsonl"):
+        assert (tmp_path / name).read_bytes() == (config.output / name).read_bytes()
+
+
+def test_a_task_brings_its_rows_and_its_verifier(files, tmp_path, capsys):
+    changes = {"data": None, "answer_after": None, "prompt_column": "prompt", "greedy": False, "group_size": 2}
+    changes |= {"task": "verifiers:my_task", "k": (2,), "reward": ("verifiers:vowels",)}
+    summaries = evaluate.run(settings(files, tmp_path, task_seed=3, **changes))
+    assert list(summaries) == ["samples"]
+    items = data.read_jsonl(tmp_path / "samples.jsonl")
+    assert [item["prompt"] for item in items] == [f"3 {i}?" for i in range(2, 6)]
+    assert list(items[0]["rewards"]) == ["even", "vowels"]
+    shown = capsys.readouterr().out
+    for words in ("3 2?", "even", "vowels", "pass@2", "samples, 4 prompts"):
+        assert words in shown, words
+    evaluate.run(settings(files, tmp_path, split="shifted", rows=1, **changes))
+    assert [item["prompt"] for item in data.read_jsonl(tmp_path / "samples.jsonl")] == ["0 5?"]
+    with pytest.raises(ValueError, match=r"my_task has the splits train, validation, test, shifted, not 'dev'"):
+        evaluate.run(settings(files, tmp_path, split="dev", **changes))
+
+
+@pytest.mark.parametrize("name", ["countdown", "multiplication"])
+def test_a_task_of_the_library_is_taken_by_its_name(files, tmp_path, name):
+    changes = {"data": None, "reward": (), "answer_after": None, "prompt_column": "prompt", "group_size": 0}
+    config = settings(files, tmp_path, task=name, rows=2, model=str(files / "model"), **changes)
+    rows, functions = evaluate.read(config)
+    assert len(rows) == 2
+    assert functions == [evaluate.load(f"grpo_jax.tasks.{name}:correct")]
+
+
+def test_the_command_line_evaluates_and_shows_the_samples(files, tmp_path):
+    command = [
+        sys.executable, str(ROOT / "experiments" / "evaluate.py"), "--model", "model", "--data", "rows.jsonl",
+        "--prompt-column", "question", "--answer-after", "####", "--reward", "verifiers:even", "--rows", "3",
+        "--group-size", "2", "--k", "1", "2", "--max-tokens", "4", "--output", str(tmp_path / "out"), "--no-greedy",
+        "--compute-dtype", "float32",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pass@2" in done.stdout
+    assert "What is 0 plus 1?" in done.stdout
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["samples.jsonl", "summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, "either --task or --data"),
+        ({"task": "countdown"}, "either --task or --data"),
+        ({"reward": ()}, "--data needs a --reward"),
+        ({"greedy": False, "group_size": 0}, "nothing to do"),
+        ({"k": (1, 8)}, "--k is from 1 to --group-size 4, got 8"),
+        ({"group_size": 1, "k": (1,), "filtered": pathlib.Path("x")}, "--group-size is at least 2"),
+        ({"reward": ("verifiers:absent",)}, "verifiers has no function 'absent'"),
+        ({"reward": ("even",)}, "named module:function, got 'even'"),
+        ({"reward": ("verifiers:even", "verifiers:even")}, "one name each, got even, even"),
+        ({"prompt_column": "text"}, r"rows.jsonl:1: no column text"),
+        ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(
+    files, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr(hf, "load_pretrained", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(settings(files, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_evaluated_as_the_export_of_its_step_is(files, tmp_path, capsys):
+    _, params = hf.load_pretrained(files / "model")
+    state = init_state(params, optax.sgd(1e-3), jax.random.key(0))
+    sharper = state._replace(params=jax.tree.map(lambda x: 3 * x, params))
+    states = {step: at._replace(step=jnp.int32(step)) for step, at in ((2, state), (4, sharper))}
+    with checkpoint.manager(tmp_path / "checkpoints") as checkpoints:
+        for state in states.values():
+            checkpoint.save(checkpoints, state, {"config": {"model": str(files / "model")}})
+    policy, tokenizer = hf.load_pretrained(files / "model")[0], hf.load_tokenizer(files / "model")
+    found = {}
+    for step, state in states.items():
+        hf.save_pretrained(policy, state.params, tmp_path / f"step_{step}", tokenizer=tokenizer)
+        for name in (f"step_{step}", f"checkpoints/{step}"):
+            found[name] = evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / name)))
+        assert found[f"step_{step}"] == found[f"checkpoints/{step}"]
+    assert found["step_2"] != found["step_4"]
+    capsys.readouterr()
+    assert evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "checkpoints"))) == found["step_4"]
+    assert f"the parameters of step 4 in {tmp_path / 'checkpoints'}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_say_its_model_is_refused(files, tmp_path):
+    state = init_state({"w": jnp.ones(2)}, optax.sgd(1e-3), jax.random.key(0))
+    with checkpoint.manager(tmp_path / "checkpoints") as checkpoints:
+        checkpoint.save(checkpoints, state, {"config": {}})
+    with pytest.raises(ValueError, match="do not say which model they began from"):
+        evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "checkpoints" / "0")))
+
+
+def test_the_folder_of_a_run_is_answered_with_its_exports(files, tmp_path):
+    for name in ("best", "step_20"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "config.json").write_text("{}")
+    (tmp_path / "run" / "checkpoints" / "20" / "meta").mkdir(parents=True)
+    with pytest.raises(ValueError, match="one of the models in it: best, step_20, checkpoints"):
+        evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "run")))
+
+
+def test_prompts_that_are_too_long_can_be_dropped_with_their_rows(files, tmp_path, capsys):
+    rows = [{"question": "why " * (i % 2 * 30 + 1), "answer": str(i)} for i in range(4)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": str(tmp_path / "long.jsonl"), "answer_after": None, "group_size": 0, "too_long": "drop"}
+    evaluate.run(settings(files, tmp_path / "out", max_prompt_tokens=20, **changes))
+    assert "dropped 2 of 4 prompts" in capsys.readouterr().out
+    items = data.read_jsonl(tmp_path / "out" / "greedy.jsonl")
+    assert [item["prompt"] for item in items] == ["why ", "why "]

@@ -1,0 +1,473 @@
+"""The experiments on Hugging Face checkpoints, on a tiny one that the test makes."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import types
+
+import chex
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from grpo_jax import testing
+from grpo_jax.models import hf
+from grpo_jax.run import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+REWARDS = """
+def contains_answer(prompts, completions, answer, **kwargs):
+    rewards = []
+    for completion, a in zip(completions, answer):
+        right = str(a) in completion
+        rewards.append(1.0 if right else (-0.1 if len(completion) > 200 else 0.0))
+    return rewards
+
+def brevity(completions):
+    return [1.0 / (1 + len(c if isinstance(c, str) else c[0]["content"])) for c in completions]
+
+def broken(prompts, completions, **kwargs):
+    raise LookupError("the verifier is down")
+
+calls = 0
+
+def breaks_later(prompts, completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > 3:
+        raise LookupError("the verifier is down")
+    return [float(i) for i in range(len(completions))]
+
+def make(scale=2.0):
+    def made(completions, log_metric, **kwargs):
+        log_metric("made/calls", 1.0)
+        return [scale * (i % 3) for i in range(len(completions))]
+    return made
+
+def too_few(prompts, completions, **kwargs):
+    return [1.0]
+"""
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where dataclasses looks annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+grpo, sft = load("grpo"), load("sft")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint with a BPE tokenizer and chat template, data as GSM8K has it, and reward functions."""
+    folder = tmp_path_factory.mktemp("files")
+    testing.tiny_checkpoint(folder / "model")
+    rows = [{"question": f"What is {a} plus {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+            for a in range(5) for b in range(4)]  # fmt: skip
+    (folder / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [{"prompt": [{"role": "user", "content": row["question"]}], "answer": 7} for row in rows]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    pairs = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(4)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (folder / "my_rewards.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(files, monkeypatch):
+    monkeypatch.chdir(files)
+
+
+def settings(files, run_dir, **changes):
+    return grpo.Config(**{
+        "model": str(files / "model"),
+        "data": files / "gsm8k.jsonl",
+        "reward": ("my_rewards:contains_answer",),
+        "run_dir": run_dir,
+        "prompt_column": "question",
+        "answer_after": "####",
+        "compute_dtype": "float32",
+        "steps": 2,
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "max_tokens": 8,
+        "bucket": 32,
+        "max_prompt_tokens": 64,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "eval_batch": 4,
+        "evaluate_every": 1,
+    } | changes)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """A run of six steps with an evaluation split, two rewards, a KL term, a chat template, passes and minibatches."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    config = settings(
+        files, run_dir, steps=6, save_every=2, export_every=3, eval_rows=5, evaluate_every=3, chat=True,
+        reward=("my_rewards:contains_answer", "my_rewards:brevity"), reward_weights=(1.0, 0.5), beta=0.01,
+        passes=2, minibatches=2,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(files)
+        grpo.run(config)
+    return config
+
+
+def test_a_run_measures_evaluates_and_exports(finished):
+    lines = metrics.read(finished.run_dir)
+    assert [line["step"] for line in lines] == list(range(6))
+    for name in ("reward", "reward/contains_answer", "reward/brevity", "kl", "entropy", "ratio_max", "grad_norm"):
+        assert all(np.isfinite(line[name]) for line in lines), name
+    assert [("eval/reward" in line) for line in lines] == [False, False, True, False, False, True]
+    assert lines[2]["reward"] == pytest.approx(lines[2]["reward/contains_answer"] + 0.5 * lines[2]["reward/brevity"])
+    assert {"step_3", "step_6", "best", "metrics.png"} <= {path.name for path in finished.run_dir.iterdir()}
+
+
+def test_the_export_is_what_was_trained(finished, files):
+    policy, exported = hf.load_pretrained(finished.run_dir / "step_6")
+    _, before = hf.load_pretrained(files / "model")
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), exported, before)
+    assert all(jax.tree.leaves(changed))
+    assert hf.load_tokenizer(finished.run_dir / "step_6")("What")["input_ids"]
+    assert policy.config.vocab_size == hf.load_pretrained(files / "model")[0].config.vocab_size
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path):
+    class Stop(Exception):
+        pass
+
+    my_rewards = importlib.import_module("my_rewards")
+    calls = 0
+
+    def contains_answer(prompts, completions, answer, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # two of the evaluation before training, then the third step's
+            raise Stop
+        return my_rewards.contains_answer(prompts, completions, answer)
+
+    stopping = types.SimpleNamespace(contains_answer=contains_answer, brevity=my_rewards.brevity)
+    config = dataclasses.replace(finished, run_dir=tmp_path, stop_after_failed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "my_rewards", stopping)
+        with pytest.raises(Stop):
+            grpo.run(config)
+    assert len(metrics.read(tmp_path)) == 2
+    grpo.run(config)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (finished.run_dir / "metrics.jsonl").read_bytes()
+    for name in ("step_6", "best"):
+        files = [run_dir / name / "model.safetensors" for run_dir in (tmp_path, finished.run_dir)]
+        chex.assert_trees_all_equal(*map(safetensors.numpy.load_file, files))
+
+
+def test_prompts_as_messages_give_completions_as_messages(files, tmp_path):
+    changes = {"data": files / "chats.jsonl", "prompt_column": "prompt", "answer_after": None}
+    grpo.run(settings(files, tmp_path, reward=("my_rewards:brevity",), **changes))
+    assert metrics.read(tmp_path)[-1]["reward/brevity"] > 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [("dr_grpo", {}), ("dapo", {"epsilon_high": 0.3}), ("gspo", {}), ("grpo_jax.losses:grpo", {"epsilon": 0.1})],
+)
+def test_any_loss_is_taken_by_name_with_the_settings_that_it_has(files, loss, changes):
+    made = grpo.make_loss(settings(files, files, loss=loss, **changes))
+    assert callable(made)
+
+
+def test_a_loss_refuses_settings_that_it_does_not_have(files):
+    with pytest.raises(ValueError, match=r"the loss grpo_jax.losses:sft has no setting epsilon"):
+        grpo.make_loss(settings(files, files, loss="grpo_jax.losses:sft", epsilon=0.1))
+
+
+def test_an_exception_of_a_reward_passes_through_and_the_state_is_kept(files, tmp_path):
+    sys.modules.pop("my_rewards", None)
+    with pytest.raises(LookupError, match="the verifier is down") as raised:
+        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later",), stop_after_failed=1))
+    assert "breaks_later" in raised.value.__notes__[0]
+    assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 2]
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+def test_batches_that_a_reward_raises_on_are_masked_until_the_third_in_a_row(files, tmp_path):
+    sys.modules.pop("my_rewards", None)
+    with (
+        pytest.raises(LookupError, match="the verifier is down"),
+        pytest.warns(RuntimeWarning, match="breaks_later failed on a batch of 4 completions"),
+    ):
+        # Nothing is learned from the other reward alone.
+        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later", "my_rewards:brevity")))
+    lines = metrics.read(tmp_path)
+    assert [line["breaks_later/failed"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
+    assert [line["unjudged/breaks_later"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
+    assert [line["grad_norm"] for line in lines][3:] == [0.0, 0.0]
+    assert (tmp_path / "checkpoints" / "5").is_dir()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_reward_raises_on_is_not_the_best(files, tmp_path, monkeypatch):
+    failing = types.SimpleNamespace(contains_answer=_fails_on_calls({8}, lambda completions: [1.0] * len(completions)))
+    monkeypatch.setitem(sys.modules, "my_rewards", failing)
+    config = settings(files, tmp_path, steps=2, save_every=1, eval_rows=4, eval_batch=2)
+    with pytest.warns(RuntimeWarning, match="contains_answer failed"):
+        grpo.run(config)  # calls 1, 2, 4, 5, 7 and 8 are of evaluations
+    assert [line["eval/reward"] for line in metrics.read(tmp_path)] == [1.0, None]
+    shutil.rmtree(tmp_path / "best")
+    grpo.run(dataclasses.replace(config, steps=3))
+    assert metrics.read(tmp_path)[2]["eval/reward"] == 1.0
+    assert not (tmp_path / "best").exists()
+
+
+def _fails_on_calls(numbers, function):
+    """A reward function that raises on some of its calls, counted from 1."""
+    calls = 0
+
+    def contains_answer(completions, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls in numbers:
+            raise LookupError("the verifier is down")
+        return function(completions)
+
+    return contains_answer
+
+
+@pytest.mark.slow
+def test_micro_batches_are_chosen_from_the_memory_of_the_device(files, tmp_path, monkeypatch, capsys):
+    plan, learn, peaks, used = grpo.memory.plan, grpo.make_learn, {}, []
+
+    def noted_plan(*arguments, micro_batches, **settings):
+        found = plan(*arguments, micro_batches=micro_batches, **settings)
+        peaks[micro_batches] = found.peak
+        return found
+
+    def noted_learn(*arguments, micro_batches, **settings):
+        used.append(micro_batches)
+        return learn(*arguments, micro_batches=micro_batches, **settings)
+
+    monkeypatch.setattr(grpo.memory, "plan", noted_plan)
+    monkeypatch.setattr(grpo, "make_learn", noted_learn)
+    wide = {"group_size": 16, "steps": 1}  # so that completions take more than weights
+    with pytest.raises(ValueError, match="one prompt at a time takes"):
+        grpo.run(settings(files, tmp_path / "none", memory_gib=1e-6, **wide))
+    assert peaks[2] < peaks[1]
+    grpo.run(settings(files, tmp_path / "two", memory_gib=(peaks[1] + peaks[2]) / 2 / 2**30, **wide))
+    assert used == [2]
+    assert "micro-batches with which a step fits" in capsys.readouterr().out
+
+
+def test_a_run_whose_updates_are_not_finite_stops_with_its_state_saved(files, tmp_path):
+    broken = {"learning_rate": 1e30, "steps": 9, "stop_after_skipped": 2, "reward": ("my_rewards:brevity",)}
+    with pytest.raises(FloatingPointError, match="the last 2 updates were not finite"):
+        grpo.run(settings(files, tmp_path, **broken))
+    lines = metrics.read(tmp_path)
+    assert [line["skipped"] for line in lines][-2:] == [1.0, 1.0]
+    assert len(lines) < 9
+    assert (tmp_path / "checkpoints" / str(len(lines))).is_dir()
+
+
+def test_a_broken_reward_shows_before_the_first_step_where_there_is_an_evaluation(files, tmp_path):
+    with pytest.raises(LookupError):
+        grpo.run(settings(files, tmp_path, reward=("my_rewards:broken",), eval_rows=4, stop_after_failed=1))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
+    with pytest.raises(ValueError, match="cuDNN's flash attention computes in bfloat16 or float16, not in float32"):
+        grpo.run(settings(files, tmp_path, attention="cudnn", compute_dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": ("my_rewards:absent",)}, r"my_rewards has no function 'absent'"),
+        ({"reward": ("contains_answer",)}, r"named module:function, got 'contains_answer'"),
+        ({"prompt_column": "text"}, r"gsm8k.jsonl:1: no column text; the row has question, answer"),
+        ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
+        ({"eval_rows": 20}, r"--eval-rows 20 leaves none of the 20 rows"),
+        ({"memory_gib": 1.0, "micro_batches": 2}, r"give no --micro-batches 2"),
+        ({"group_size": 1}, r"at least 2 completions to compare, got --group-size 1"),
+        ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),
+        ({"reward_weights": (1.0, 2.0)}, r"2 weights for 1 reward functions"),
+        ({"reward": ("my_rewards:brevity", "my_rewards:brevity")}, r"one name each, got brevity, brevity"),
+        ({"stop_after_failed": 0}, r"batches is at least 1, got 0"),
+        ({"loss": "ppo"}, r"grpo_jax.losses has no function 'ppo'"),
+        ({"attention": "flash"}, r"grpo_jax.models.attention has no function 'flash'"),
+        ({"attention": "splash", "pack": True}, r"--attention splash .* leave out --pack"),
+        ({"model": "no/such folder"}, r"neither a folder nor the id of a repository"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(files, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(hf, "load_pretrained", lambda *arguments, **settings: pytest.fail("the model was loaded"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        grpo.run(settings(files, tmp_path, **changes))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_wrong_number_of_rewards_is_told(files, tmp_path):
+    with pytest.raises(ValueError, match=r"too_few returned 1 values for 4 completions"):
+        grpo.run(settings(files, tmp_path, reward=("my_rewards:too_few",), stop_after_failed=1))
+
+
+def test_a_malformed_line_is_refused_with_its_number(files, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": oops}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl:2: not JSON"):
+        grpo.run(settings(files, tmp_path / "run", data=tmp_path / "bad.jsonl"))
+
+
+def test_a_finished_run_is_not_trained_on_under_other_settings(finished):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.01"):
+        grpo.run(dataclasses.replace(finished, learning_rate=0.01))
+
+
+def test_supervised_learning_lowers_the_loss_on_completions_and_exports(files, tmp_path):
+    config = sft.Config(
+        model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, epochs=20, batch_size=4,
+        learning_rate=1e-2, bucket=8, max_prompt_tokens=16, max_tokens=8, eval_rows=4, compute_dtype="float32",
+        micro_batches=2, save_every=40,
+    )  # fmt: skip
+    sft.run(config)
+    losses = [line["loss"] for line in metrics.read(tmp_path)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert "eval/loss" in metrics.read(tmp_path)[-1]
+    policy, params = hf.load_pretrained(tmp_path / "model")
+    assert policy.config.hf_config
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = sft.run(config)  # is finished, and does nothing
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
+
+
+def test_supervised_learning_refuses_a_completion_that_does_not_fit(files, tmp_path):
+    with pytest.raises(ValueError, match=r"completion 0 has 2 tokens and the limit is 1"):
+        sft.run(sft.Config(model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, max_tokens=1))
+
+
+# ------------------------------------------------------------- sampling ahead
+
+
+def overlapping(files, run_dir, **changes):
+    """A learning rate at which one update moves the policy visibly; checkpoints after steps 2, 4 and 6."""
+    return settings(
+        files,
+        run_dir,
+        steps=6,
+        save_every=2,
+        reward=("my_rewards:make()",),
+        learning_rate=0.05,
+        overlap=True,
+        **changes,
+    )
+
+
+@pytest.mark.slow
+def test_sampled_ahead_the_ratio_is_to_the_policy_that_sampled_and_checkpoints_are_on_policy(files, tmp_path):
+    """Steps 1, 3 and 5 learn from a batch of the policy before; steps 0, 2 and 4 follow a checkpoint."""
+    grpo.run(overlapping(files, tmp_path))
+    ratio_max = [line["ratio_max"] for line in metrics.read(tmp_path)]
+    np.testing.assert_allclose(ratio_max[::2], 1.0, rtol=1e-5)
+    assert min(ratio_max[3::2]) > 1.01  # the first update has a learning rate of 0
+    assert [line["made/calls"] for line in metrics.read(tmp_path)] == [1.0] * 6
+    grpo.run(dataclasses.replace(overlapping(files, tmp_path / "plain"), overlap=False))
+    np.testing.assert_allclose([line["ratio_max"] for line in metrics.read(tmp_path / "plain")], 1.0, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_sampled_ahead_goes_on_to_the_same_bits(files, tmp_path, monkeypatch):
+    expected = grpo.run(overlapping(files, tmp_path / "whole"))
+    monkeypatch.setattr(grpo.metrics, "append", _fails_at(5, grpo.metrics.append))
+    with pytest.raises(KeyboardInterrupt):
+        grpo.run(overlapping(files, tmp_path / "killed"))
+    monkeypatch.undo()
+    monkeypatch.chdir(files)
+    resumed = grpo.run(overlapping(files, tmp_path / "killed"))
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert metrics.read(tmp_path / "killed") == metrics.read(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ended", ["by a signal", "by a reward"])
+def test_a_run_that_ended_with_a_batch_in_flight_goes_on_to_the_same_bits(files, tmp_path, monkeypatch, ended):
+    """It ends after step 3 of the 6, between two checkpoints, and again at step 4 before the next one is written."""
+    config = overlapping(files, tmp_path / "ended", stop_after_failed=1)
+    expected = grpo.run(dataclasses.replace(config, run_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        if ended == "by a signal":
+            patch.setattr(grpo.metrics, "append", _signals_at(2, grpo.metrics.append))
+        else:
+            rewarded = importlib.import_module("my_rewards").make()
+            failing = _fails_on_calls({4}, lambda completions: rewarded(completions, lambda name, value: None))
+            patch.setattr(importlib.import_module("my_rewards"), "make", lambda: failing)
+        with pytest.raises((SystemExit, LookupError)):
+            grpo.run(config)
+    assert [path.name for path in config.run_dir.glob("in_flight_*")] == ["in_flight_3.npz"]
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.metrics, "append", _fails_at(3, grpo.metrics.append))
+        with pytest.raises(KeyboardInterrupt):
+            grpo.run(config)
+    resumed = grpo.run(config)
+    chex.assert_trees_all_equal(resumed, expected)
+    if ended == "by a signal":  # the other's first lines have no made/calls
+        assert metrics.read(config.run_dir) == metrics.read(tmp_path / "whole")
+    # It stays as long as its checkpoint does, which a run may have to fall back on.
+    assert [path.name for path in config.run_dir.glob("in_flight_*")] == ["in_flight_3.npz"]
+    assert (config.run_dir / "checkpoints" / "3").is_dir()
+
+
+@pytest.mark.slow
+def test_which_batches_are_sampled_ahead_does_not_change_on_the_way(files, tmp_path):
+    config = settings(files, tmp_path, steps=1, overlap=True)
+    grpo.run(config)
+    with pytest.raises(ValueError, match=r"save_every: 50 -> 3"):
+        grpo.run(dataclasses.replace(config, save_every=3))
+
+
+def _signals_at(step, function):
+    """As if the process were asked to stop when it wrote the metrics of a step."""
+
+    def append(run_dir, n, *arguments):
+        if n == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(run_dir, n, *arguments)
+
+    return append
+
+
+def _fails_at(step, function):
+    """As if the process had been killed when it wrote the metrics of a step."""
+
+    def append(run_dir, n, *arguments):
+        if n == step:
+            raise KeyboardInterrupt
+        return function(run_dir, n, *arguments)
+
+    return append
+
+
+@pytest.mark.slow
+def test_packing_and_a_profile_change_nothing_of_a_run_but_what_lies_beside_it(files, tmp_path):
+    for name, changes in (("plain", {}), ("other", {"pack": True, "completion_bucket": 2, "profile": True})):
+        # So hot that a tiny model ends its completions at different lengths.
+        grpo.run(settings(files, tmp_path / name, steps=3, max_tokens=16, temperature=3.0, seed=1, **changes))
+    plain, other = (metrics.read(tmp_path / name) for name in ("plain", "other"))
+    assert plain[0].keys() == other[0].keys()
+    for name, value in plain[0].items():
+        assert other[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert not (tmp_path / "plain" / "trace").exists()
+    assert list((tmp_path / "other" / "trace").rglob("*.xplane.pb"))
+    timing = [json.loads(line) for line in (tmp_path / "other" / "timing.jsonl").read_text().splitlines()]
+    assert all(line.keys() >= {"sample", "reward", "learn", "host", "programs"} for line in timing)
+    assert timing[0]["programs"] > 0

@@ -1,0 +1,95 @@
+"""The experiments on tasks, as far as a tiny random model goes: what they do, and nothing about what they reach."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+
+from grpo_jax.models import hf
+from grpo_jax.run import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pytestmark = pytest.mark.slow
+countdown, gsm8k = load("countdown"), load("gsm8k")
+
+
+def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys):
+    config = countdown.Config(run_dir=tmp_path / "run", smoke=True)
+    results = countdown.main(config)
+    lines = metrics.read(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(4))
+    assert {"reward/correct", "reward/strict_format", "kl", "repetition", "unjudged/correct"} <= set(lines[-1])
+    assert "validation/accuracy" in lines[1]
+    assert results == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"test/pass@1", "test/pass@2", "shifted/pass@2"} <= set(results)
+    assert len((tmp_path / "run" / "shifted.jsonl").read_text().splitlines()) == 8
+    hf.load_pretrained(tmp_path / "run" / "model")
+    assert countdown.main(config) == results  # nothing is left to train, and the evaluation repeats itself
+    assert "resumed at step 4 of 4" in capsys.readouterr().out
+
+
+NAMES = {countdown: ("correct", "judge"), gsm8k: ("0", "1")}  # of rewards in the metrics
+
+
+@pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)
+def test_the_layout_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(tmp_path, monkeypatch, module):
+    def strict_format():
+        def judge(completions, log_metric):
+            log_metric("judge/faults", 3.0)
+            return [float(i % 3) for i in range(len(completions))]
+
+        return judge
+
+    monkeypatch.setattr(module.rewards, "strict_format", strict_format)
+    monkeypatch.setattr(module.evaluation, "evaluate", lambda *arguments, **settings: ({}, []))
+    module.main(module.Config(run_dir=tmp_path / "run", smoke=True, format_weight=0.5))
+    for line in metrics.read(tmp_path / "run"):
+        correct, layout = (line[f"reward/{name}"] for name in NAMES[module])
+        assert line["judge/faults"] == 3.0
+        assert layout > 0
+        assert line["reward"] == pytest.approx(correct + 0.5 * layout)
+
+
+def test_gsm8k_trains_under_a_recipe_whose_reference_is_renewed_and_goes_on(tmp_path, capsys):
+    config = gsm8k.Config(run_dir=tmp_path / "run", smoke=True, recipe="r1")
+    results = gsm8k.main(config)
+    assert [line["step"] for line in metrics.read(tmp_path / "run")] == list(range(3))
+    assert {"greedy/test/accuracy", "test/pass@2"} <= set(results)
+    said = capsys.readouterr().out
+    assert "finite" not in said
+    assert "DeepSeek-R1 leaves to you:" in said
+    assert "@article{guo2025deepseekr1," in said
+    assert gsm8k.main(config) == results
+    assert "resumed at step 3 of 3" in capsys.readouterr().out
+
+
+def test_gsm8k_is_run_under_the_recipes_settings_but_for_those_given():
+    recipe = gsm8k.make_recipe(gsm8k.Config(group_size=8, learning_rate=3e-6))
+    assert (recipe.prompts, recipe.group_size, recipe.max_tokens, recipe.learning_rate) == (16, 8, 1024, 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recipe": "citation"}, "'citation' is no recipe; there are deepseekmath, "),
+        ({"recipe": "nothing"}, "'nothing' is no recipe"),
+        ({"recipe": "dapo", "prompts": 64}, "64 prompts do not divide into 16 minibatches of 16 micro-batches"),
+        ({"recipe": "gmpo", "micro_batches": 1}, "states no learning rate"),
+        ({"recipe": "gspo"}, "GSPO leaves open, and so asks for: prompts, group_size, max_tokens"),
+    ],
+    ids=["no_recipe", "unknown", "divide", "rate", "open"],
+)
+def test_gsm8k_refuses_what_is_no_recipe_or_leaves_sizes_open(settings, message):
+    with pytest.raises(ValueError, match=message):
+        gsm8k.make_recipe(gsm8k.Config(**settings))

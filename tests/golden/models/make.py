@@ -1,0 +1,150 @@
+"""Makes the frozen checkpoints and logits in this folder, by transformers in torch on CPU in float32.
+
+    python tests/golden/models/make.py        # needs the extra `parity`; a minute
+
+Each case is a folder: a checkpoint (config.json, safetensors) as `save_pretrained` of
+transformers writes it, and reference.safetensors with
+
+    prompts [B, P] int32, right-padded with 0 · lengths [B] int32
+    completions [B, G, T] int32 · logits [B, G, T, V] float32, of completion token t
+    given the prompt and the tokens before it, each row run alone and without a cache
+
+All parameters are random, also norms and biases, so that leaving one out shows.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+import transformers
+
+FOLDER = Path(__file__).parent
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
+SIZES = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# name: (family, fields of its config)
+CASES = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "llama_multi_head": ("llama", {"num_key_value_heads": 4}),
+    "llama_multi_query": ("llama", {"num_key_value_heads": 1}),
+    "llama_head_dim": ("llama", {"head_dim": 6}),
+    "llama_attention_bias": ("llama", {"attention_bias": True}),
+    "llama_mlp_bias": ("llama", {"mlp_bias": True}),
+    "llama_linear": (
+        "llama",
+        {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}},
+    ),
+    "llama_llama3": ("llama", {"head_dim": 8, "rope_parameters": LLAMA3}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 8}),
+    "mistral_window": ("mistral", {"sliding_window": 4}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_tied_window": (
+        "qwen2",
+        {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    ),
+    "qwen2_window_above": (
+        "qwen2",
+        {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 6, "tie_word_embeddings": True}),
+    "qwen3_bias": ("qwen3", {"head_dim": 4, "attention_bias": True, "rms_norm_eps": 1e-2}),
+    "qwen3_layer_types": (
+        "qwen3",
+        {
+            "head_dim": 4,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3_yarn": ("qwen3", {"head_dim": 8, "rope_parameters": YARN}),
+    "qwen3_yarn_attention_factor": (
+        "qwen3",
+        {"head_dim": 8, "rope_parameters": YARN | {"attention_factor": 1.5, "beta_fast": 1.0, "beta_slow": 0.1}},
+    ),
+    "qwen2_yarn_mscale": (
+        "qwen2",
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            # Slow enough waves that the blend begins and ends between pairs.
+            "rope_parameters": YARN
+            | {"mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False, "beta_fast": 1.0, "beta_slow": 0.1},
+        },
+    ),
+    "qwen2_bfloat16": ("qwen2", {"tie_word_embeddings": True, "dtype": "bfloat16"}),
+    "llama_float16": ("llama", {"dtype": "float16"}),
+}
+
+
+def make(name: str, family: str, fields: dict, seed: int) -> None:
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(seed)
+    config = CONFIGS[family](**(SIZES | fields))
+    model = transformers.AutoModelForCausalLM.from_config(config).to(config.dtype or torch.float32).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape) * 0.3
+            parameter.copy_(noise + 1 if "norm" in parameter_name else noise)
+    model.save_pretrained(folder, max_shard_size="6KB" if name == "llama" else "50GB")
+    (folder / "generation_config.json").unlink()
+    if name == "llama_linear":  # spelled as on the Hub before transformers 5
+        written = json.loads((folder / "config.json").read_text())
+        rope = written.pop("rope_parameters")
+        written |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "linear", "factor": rope["factor"]}}
+        written["torch_dtype"] = written.pop("dtype")
+        (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+
+    # Read again: a model cast down and up has rounded its rotation too.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    rng = np.random.default_rng(seed)
+    lengths = np.array([1, 6, 13], np.int32)
+    B, G, P, T, V = 3, 2, 13, 8, config.vocab_size
+    prompts = np.where(np.arange(P) < lengths[:, None], rng.integers(2, V, (B, P)), 0).astype(np.int32)
+    completions = rng.integers(2, V, (B, G, T)).astype(np.int32)
+    logits = np.zeros((B, G, T, V), np.float32)
+    with torch.no_grad():
+        for b, g in np.ndindex(B, G):
+            row = np.concatenate([prompts[b, : lengths[b]], completions[b, g]])
+            logits[b, g] = model(torch.tensor(row)[None].long()).logits[0, lengths[b] - 1 : -1].numpy()
+    safetensors.numpy.save_file(
+        {"prompts": prompts, "lengths": lengths, "completions": completions, "logits": logits},
+        folder / "reference.safetensors",
+    )
+
+
+if __name__ == "__main__":
+    for seed, (name, (family, fields)) in enumerate(CASES.items()):
+        make(name, family, fields, seed)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    (FOLDER / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")

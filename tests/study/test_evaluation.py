@@ -1,0 +1,448 @@
+"""pass@k, majority@k and intervals against enumeration and exact values, on policies that are known."""
+
+import io
+import itertools
+import json
+import math
+from fractions import Fraction
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_jax import data, testing
+from grpo_jax.models import hf
+from grpo_jax.policies import from_logits_fn
+from grpo_jax.study import evaluation
+from grpo_jax.study.evaluation import (
+    between,
+    bootstrap_interval,
+    evaluate,
+    majority_at_k,
+    pass_at_k,
+    pass_rates,
+    sample_table,
+)
+
+TOKENIZER = testing.tiny_tokenizer()
+END = TOKENIZER.eos_token_id
+TOKEN = {letter: TOKENIZER(letter)["input_ids"][0] for letter in "0123456789?"}
+
+
+# ------------------------------------------------------------------ of counts and answers
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_completion(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert pass_at_k([c], n, k) == pytest.approx([sum(map(any, subsets)) / len(subsets)], abs=1e-15)
+
+
+def test_pass_at_k_takes_several_k_and_prompts_with_different_numbers_of_completions():
+    found = pass_at_k([0, 1, 3], [4, 5, 6], [1, 2, 4])
+    expected = [
+        [1 - Fraction(math.comb(n - c, k), math.comb(n, k)) for c, n in ((0, 4), (1, 5), (3, 6))] for k in (1, 2, 4)
+    ]
+    np.testing.assert_allclose(found, np.array(expected, float), rtol=1e-14)
+    assert pass_at_k([1, 2], 4, [3]).shape == (1, 2)
+    assert pass_at_k([1, 2], 4, 3).shape == (2,)
+    assert pass_at_k([], [], 4).shape == (0,)
+
+
+@pytest.mark.parametrize("c", [0, 1, 17, 9_000, 10_000])
+def test_pass_at_k_of_many_completions_is_exact_where_binomials_overflow(c):
+    exact = float(1 - Fraction(math.comb(10_000 - c, 500), math.comb(10_000, 500)))
+    assert pass_at_k([c], 10_000, 500)[0] == pytest.approx(exact, rel=1e-11, abs=1e-300)
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "k", "message"),
+    [
+        ([1], 4, 0, "k is from 1 to the number of completions, 4, got 0"),
+        ([1], 4, 5, "4, got 5"),
+        ([1, 1], [4, 2], [1, 3], r"2, got \[1, 3\]"),
+        ([5], 4, 1, "0 to n are right, got"),
+        ([-1], 4, 1, "0 to n are right, got"),
+    ],
+    ids=["k=0", "k>n", "k>least n", "c>n", "c<0"],
+)
+def test_pass_at_k_refuses_what_is_out_of_range(correct, n, k, message):
+    with pytest.raises(ValueError, match=message):
+        pass_at_k(correct, n, k)
+
+
+def majority_of(answers, right, subset):
+    """Whether the majority of the subset is right, written out."""
+    votes = {}
+    for i in subset:
+        if answers[i] is not None:
+            votes[answers[i]] = votes.get(answers[i], 0) + 1
+    if not votes:
+        return False
+    tied = [answer for answer in votes if votes[answer] == max(votes.values())]
+    return right[min(answers.index(answer) for answer in tied)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(["1", "2", "3", None]), min_size=1, max_size=6), st.data())
+def test_majority_at_k_is_the_mean_over_all_subsets(answers, drawn):
+    k = drawn.draw(st.integers(1, len(answers)))
+    right = [answer == "2" for answer in answers]
+    subsets = list(itertools.combinations(range(len(answers)), k))
+    expected = np.mean([majority_of(answers, right, subset) for subset in subsets])
+    assert majority_at_k([answers], [right], k) == pytest.approx([expected], abs=1e-12)
+
+
+def test_majority_at_1_is_the_pass_rate_and_an_answer_that_nobody_gave_is_wrong():
+    answers = [["a", "b", "a", None], [None] * 4]
+    right = [[True, False, True, False], [True] * 4]
+    np.testing.assert_allclose(majority_at_k(answers, right, 1), [0.5, 0.0])
+    np.testing.assert_allclose(majority_at_k(answers, right, 4), [1.0, 0.0])
+
+
+def test_of_equally_frequent_answers_the_first_wins():
+    assert majority_at_k([["x", "y", "y", "x"]], [[False, True, True, False]], 4) == [0.0]
+    assert majority_at_k([["y", "x", "y", "x"]], [[True, False, True, False]], 4) == [1.0]
+
+
+def test_drawn_subsets_repeat_by_their_seed_and_come_near_the_mean_over_all():
+    rng = np.random.default_rng(0)
+    answers = [[str(x) for x in row] for row in rng.integers(0, 3, (20, 14))]
+    right = [[x == "0" for x in row] for row in answers]
+    exact = majority_at_k(answers, right, 5, draws=math.comb(14, 5))
+    first, again, other = (majority_at_k(answers, right, 5, draws=1000, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    np.testing.assert_allclose(first, exact, atol=0.08)  # a deviation is at most sqrt(0.25 / 1000) = 0.016
+    assert abs(np.mean(first - exact)) < 0.015
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "k", "message"),
+    [
+        ([["a"]], [[True]], 2, "1 of prompt 0, got 2"),
+        ([["a"]], [[True, False]], 1, "prompt 0 has 1 answers, of which 2"),
+        ([["a"]], [], 1, "answers of 1 prompts, but right or wrong of 0"),
+    ],
+    ids=["k>n", "lengths", "prompts"],
+)
+def test_majority_refuses_what_does_not_go_together(answers, right, k, message):
+    with pytest.raises(ValueError, match=message):
+        majority_at_k(answers, right, k)
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits, above, below = 0, 0, 0
+    for seed in range(200):
+        low, high = bootstrap_interval(rng.random(60) < 0.3, level=0.9, seed=seed, resamples=300)
+        hits, above, below = hits + (low <= 0.3 <= high), above + (low > 0.3), below + (high < 0.3)
+    assert 0.82 <= hits / 200 <= 0.97  # 0.9 is expected, less a little for 60 prompts; a deviation is 0.02
+    assert above > 0
+    assert below > 0
+
+
+def test_the_interval_narrows_with_the_prompts_and_widens_with_the_level():
+    values = np.arange(40) % 2
+
+    def width(values, **settings):
+        low, high = bootstrap_interval(values, **settings)
+        assert low <= np.mean(values) <= high
+        return high - low
+
+    # The mean's deviation is 0.5 / sqrt(40), and 95% of a normal lies within 1.96 of it.
+    assert width(values) == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(40), rel=0.1)
+    assert width(np.tile(values, 16)) == pytest.approx(width(values) / 4, rel=0.15)
+    assert width(values, level=0.5) < width(values, level=0.8) < width(values, level=0.99)
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    assert bootstrap_interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "level"), [([], 0.95), ([1.0, math.nan], 0.95), ([1.0], 1.0)], ids=["none", "nan", "level"]
+)
+def test_the_interval_refuses_what_has_none(values, level):
+    with pytest.raises(ValueError, match=r"interval is of a list|level is between"):
+        bootstrap_interval(values, level=level)
+
+
+# ------------------------------------------------------------------- of policies that are known
+
+
+def spinner(params, tokens, mask):
+    """After a prompt that ends in `?`, the digits by their log-probs; after a digit, the end."""
+    after = jnp.full((len(TOKENIZER), len(TOKENIZER)), -1e9).at[:, END].set(0.0)
+    digits = jnp.array([TOKEN[digit] for digit in "0123456789"])
+    asked = jnp.full(len(TOKENIZER), -1e9).at[digits].set(params)
+    return after.at[TOKEN["?"]].set(asked)[tokens]
+
+
+SPINNER = from_logits_fn(spinner)
+PROBABILITIES = np.array([0.1, 0.5, 0.25, 0.15, 0, 0, 0, 0, 0, 0])
+PARAMS = jnp.log(jnp.array(PROBABILITIES) + 1e-30)
+ROWS = [{"prompt": f"{i}?", "answer": str(i % 4)} for i in range(200)]
+
+
+def correct(completions, answer):
+    return [float(completion == a) for completion, a in zip(completions, answer, strict=True)]
+
+
+def small(completions):
+    return [0.9 if completion in "01" else 0.3 for completion in completions]
+
+
+def spin(rows=ROWS, functions=(correct, small), **changes):
+    fields = {"eos_ids": [END], "max_tokens": 4, "batch_size": 64, "bucket": 4}
+    return evaluate(SPINNER, PARAMS, TOKENIZER, rows, functions, **(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    return spin(group_size=10, k=(1, 2, 10), extract=lambda text: text or None, seed=1)
+
+
+def test_pass_and_majority_at_k_of_a_policy_with_known_probabilities(sampled):
+    summary, items = sampled
+    p = PROBABILITIES[:4]
+    rates = pass_rates(items)
+    np.testing.assert_allclose([rates[i::4].mean() for i in range(4)], p, atol=4 * 0.5 / np.sqrt(500))
+    for k in (1, 2, 10):
+        expected = np.mean(1 - (1 - p) ** k)
+        assert summary[f"pass@{k}"] == pytest.approx(expected, abs=0.06), k
+        assert summary[f"pass@{k}_low"] < summary[f"pass@{k}"] < summary[f"pass@{k}_high"]
+    assert summary["accuracy"] == pytest.approx(summary["pass@1"], abs=1e-12)
+    assert summary["majority@1"] == pytest.approx(summary["pass@1"], abs=1e-12)
+    for i in range(4):  # the majority of 3 by the probability of each outcome; of three answers any may come first
+        wins = 3 * p[i] ** 2 * (1 - p[i]) + p[i] ** 3
+        others = [p[j] for j in range(4) if j != i]
+        all_differ = 6 * p[i] * sum(x * y for x, y in itertools.combinations(others, 2))
+        found = majority_at_k([item["answers"] for item in items[i::4]], [item["right"] for item in items[i::4]], 3)
+        assert found.mean() == pytest.approx(wins + all_differ / 3, abs=0.1), i
+    assert summary["majority@10"] < summary["pass@10"]
+    assert summary["never_solved"] == np.mean(rates == 0)
+    assert summary["always_solved"] == np.mean(rates == 1)
+
+
+def test_an_item_has_what_was_written_and_how_it_was_judged(sampled):
+    summary, items = sampled
+    assert [item["row"] for item in items] == list(range(200))
+    for item, row in zip(items, ROWS, strict=True):
+        assert item["prompt"] == row["prompt"]
+        assert len(item["completions"]) == 10
+        assert item["rewards"]["correct"] == correct(item["completions"], [row["answer"]] * 10)
+        assert item["right"] == [text == row["answer"] for text in item["completions"]]
+        assert item["pass_rate"] == pytest.approx(np.mean(item["right"]))
+        assert item["lengths"] == [2] * 10
+        assert item["answers"] == item["completions"]
+    assert len({tuple(item["completions"]) for item in items}) > 150  # each prompt has noise of its own
+    assert summary["reward/small"] == pytest.approx(np.mean([r for item in items for r in item["rewards"]["small"]]))
+    assert summary["reward/correct"] == pytest.approx(summary["accuracy"])
+    assert summary["length"] == 2
+    assert summary["truncated"] == 0
+
+
+def test_the_greedy_completion_is_the_likeliest():
+    summary, items = spin(greedy=True)
+    assert {text for item in items for text in item["completions"]} == {"1"}
+    assert summary["accuracy"] == 0.25
+    assert summary["accuracy_low"] == pytest.approx(0.25 - 1.96 * np.sqrt(0.25 * 0.75 / 200), abs=0.015)
+    assert (summary["always_solved"], summary["never_solved"]) == (0.25, 0.75)
+    assert not any("@" in name for name in summary)
+
+
+def test_batches_change_nothing_and_the_last_one_shows_no_row_twice():
+    seen = []
+
+    def counted(completions, answer):
+        seen.extend(answer)
+        return correct(completions, answer)
+
+    whole = spin(ROWS[:7], [counted], greedy=True, batch_size=64)
+    assert len(seen) == 7
+    parts = spin(ROWS[:7], [counted], greedy=True, batch_size=3)
+    assert len(seen) == 14
+    assert parts == whole
+
+
+def test_one_program_is_compiled_for_each_width():
+    calls = []
+
+    def traced(params, tokens, mask):
+        calls.append(tokens.shape)
+        return spinner(params, tokens, mask)
+
+    rows = [{"prompt": "1" * length + "?", "answer": "1"} for length in (1, 2, 3, 1, 2, 9, 10)]
+    evaluate(
+        from_logits_fn(traced), PARAMS, TOKENIZER, rows, [correct], eos_ids=[END], max_tokens=4, batch_size=2, bucket=8
+    )
+    assert len(set(calls)) == 2
+
+
+def test_the_seed_and_the_temperature_matter():
+    once, again, other = (spin(ROWS[:20], seed=seed, group_size=4) for seed in (0, 0, 1))
+    assert once == again
+    assert once != other
+    cold, _ = spin(temperature=0.05, group_size=2)
+    assert cold["accuracy"] == 0.25
+    top, _ = spin(top_k=1, group_size=2)
+    assert top["accuracy"] == 0.25
+
+
+def test_the_threshold_and_the_named_function_say_what_is_right():
+    assert spin(greedy=True, accuracy="small")[0]["accuracy"] == 0
+    assert spin(greedy=True, accuracy="small", threshold=0.9)[0]["accuracy"] == 1  # 0.9 is less in float32
+    assert spin(greedy=True, accuracy="small", threshold=0.91)[0]["accuracy"] == 0
+
+
+def test_completions_that_could_not_be_judged_are_left_out():
+    def unsure(completions, answer):
+        """None for the answer 3, and for all of the first row's completions."""
+        judged = correct(completions, answer)
+        return [None if c == "3" or i < 4 else r for i, (c, r) in enumerate(zip(completions, judged, strict=True))]
+
+    summary, items = spin(ROWS[:8], [unsure], group_size=4, k=(1, 4), extract=str, accuracy="unsure")
+    assert items[0]["pass_rate"] is None
+    assert items[0]["right"] == [None] * 4
+    assert math.isnan(pass_rates(items)[0])
+    judged = [[right for right in item["right"] if right is not None] for item in items]
+    partly = [rights for rights in judged if 0 < len(rights) < 4]
+    assert partly  # or the test shows nothing
+    assert summary["accuracy"] == pytest.approx(np.mean([np.mean(rights) for rights in judged if rights]))
+    assert summary["pass@4"] == pytest.approx(np.mean([any(rights) for rights in judged if len(rights) == 4]))
+    assert summary["unjudged"] == 1 - sum(map(len, judged)) / 32
+    nothing, _ = spin(ROWS[:2], [lambda completions: [None] * len(completions)], k=(1,))
+    assert all(math.isnan(nothing[name]) for name in ("accuracy", "accuracy_low", "pass@1", "always_solved"))
+    assert nothing["unjudged"] == 1
+
+
+def test_rows_that_the_model_solves_always_or_never_can_be_left_out(sampled):
+    _, items = sampled
+    rates = pass_rates(items)
+    kept = between(ROWS, rates)
+    assert kept == [row for row, item in zip(ROWS, items, strict=True) if 0 < sum(item["right"]) < 10]
+    assert 0 < len(kept) < len(ROWS)
+    assert between("abcde", [0.0, 0.2, 0.5, 1.0, math.nan]) == ["b", "c"]
+    assert between("abcde", [0.0, 0.2, 0.5, 1.0, math.nan], low=-1, high=0.5) == ["a", "b"]
+    with pytest.raises(ValueError, match="2 pass rates for 3 rows"):
+        between("abc", [0.1, 0.2])
+    with pytest.raises(ValueError, match=r"low is less than high, got 0.5 and 0.5"):
+        between("a", [0.1], low=0.5, high=0.5)
+
+
+def test_items_that_were_written_sum_up_to_the_same(sampled, tmp_path):
+    summary, items = sampled
+    evaluation.write_items(tmp_path / "items.jsonl", items)
+    read = data.read_jsonl(tmp_path / "items.jsonl")
+    assert read == json.loads(json.dumps(items))
+    assert evaluation.summarise(read, k=(1, 2, 10), seed=1) == summary
+
+
+def test_a_checkpoint_is_evaluated_on_chat_messages(tmp_path):
+    testing.tiny_checkpoint(tmp_path / "model")
+    policy, params = hf.load_pretrained(tmp_path / "model")
+    rows = [{"prompt": [{"role": "user", "content": f"What is {i}?"}], "answer": "x"} for i in range(3)]
+
+    def length(completions):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    fields = {"eos_ids": hf.eos_ids(tmp_path / "model", TOKENIZER), "max_tokens": 6, "batch_size": 2, "bucket": 32}
+    summary, items = evaluate(policy, params, TOKENIZER, rows, [length], group_size=2, threshold=0.0, **fields)
+    assert summary["accuracy"] == 1
+    assert [item["rewards"]["length"] for item in items] == [[len(t) for t in item["completions"]] for item in items]
+    assert items[0]["prompt"] == rows[0]["prompt"]
+    tokens = [data.encode_prompt(TOKENIZER, row["prompt"]) for row in rows]
+    given = evaluate(policy, params, TOKENIZER, rows, [length], group_size=2, threshold=0.0, prompts=tokens, **fields)
+    assert given == (summary, items)
+    other = evaluate(policy, params, TOKENIZER, rows, [length], group_size=2, prompts=tokens[::-1], **fields)[1]
+    assert [item["completions"] for item in other] != [item["completions"] for item in items]
+    shown = render(sample_table(items))
+    assert "user: What is 0?" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": []}, "needs rows and reward functions, got 0 and 2"),
+        ({"functions": []}, "got 200 and 0"),
+        ({"functions": [correct, correct]}, "several reward functions are called correct"),
+        ({"accuracy": "format"}, "one of correct, small, got 'format'"),
+        ({"greedy": True, "group_size": 2}, "the 2 greedy completions of a prompt would be equal"),
+        ({"k": (1, 3), "group_size": 2}, "k is from 1 to group_size = 2, got 3"),
+        ({"prompts": [[1]]}, "1 prompts for 200 rows"),
+    ],
+    ids=["rows", "functions", "names", "accuracy", "greedy", "k", "prompts"],
+)
+def test_an_evaluation_refuses_what_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        spin(**changes)
+
+
+def test_an_exception_of_a_reward_passes_through():
+    def broken(completions):
+        raise LookupError("the verifier is down")
+
+    with pytest.raises(LookupError, match="the verifier is down"):
+        spin(ROWS[:2], [broken])
+
+
+# ---------------------------------------------------------------------------- the table
+
+
+def render(table):
+    console = rich.console.Console(file=io.StringIO(), width=120, force_terminal=False)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def item_of(prompt, *completions, **rewards):
+    return {"prompt": prompt, "completions": list(completions), "rewards": rewards}
+
+
+def test_the_table_shows_prompt_completion_and_each_reward():
+    items = [
+        item_of(f"What is {i}?", "it is 7", "no", "third", correct=[1.0, 0.0, 0.5], format=[None, 0.125, 0])
+        for i in range(9)
+    ]
+    shown = render(sample_table(items, 3))
+    assert [shown.count(f"What is {i}?") for i in range(4)] == [1, 1, 1, 0]
+    assert shown.count("it is 7") == 3
+    assert shown.count("0.125") == 3
+    assert "third" not in shown
+    assert "third" in render(sample_table(items, 1, completions=3))
+    head = shown.splitlines()[1]
+    assert [head.index(name) for name in ("prompt", "completion", "correct", "format")] == sorted(
+        head.index(name) for name in ("prompt", "completion", "correct", "format")
+    )
+    assert "-" in next(line for line in shown.splitlines() if "it is 7" in line)  # no reward to give
+    assert render(sample_table([])) is not None
+
+
+HOSTILE = "\x1b[2J\x1b[31mred\x07\r\x00 \u202eright to left \ud800 [bold]markup[/bold] [/nothing] \x9b0m \u2028end"
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal():
+    shown = render(sample_table([item_of(HOSTILE, HOSTILE, r=[1.0])]))
+    assert not set(shown) & set("\x1b\x07\r\x00\u202e\ud800\x9b\u2028")
+    shown.encode()  # a lone surrogate cannot be written
+    for escape in ("\\x1b[2J", "\\u202e", "\\ud800", "[bold]markup[/bold]", "\\x9b"):
+        assert escape in shown.replace("\n", ""), escape
+
+
+def test_a_line_break_stays_one_and_a_long_text_is_cut():
+    shown = render(sample_table([item_of("a\nb", "x" * 1000 + "y" * 1000, r=[1.0])], characters=100))
+    assert "\\n" not in shown
+    assert shown.count("x") == shown.count("y") == 50
+    assert " ... " in shown
+
+
+def test_hostile_text_is_kept_whole_in_the_items_file(tmp_path):
+    evaluation.write_items(tmp_path / "items.jsonl", [item_of(HOSTILE, HOSTILE)])
+    written = (tmp_path / "items.jsonl").read_bytes()
+    assert written.isascii()
+    assert b"\x1b" not in written
+    assert written.count(b"\n") == 1
+    assert data.read_jsonl(tmp_path / "items.jsonl")[0]["prompt"] == HOSTILE

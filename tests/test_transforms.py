@@ -1,0 +1,236 @@
+"""Hooks before the split, against their definitions in NumPy, and what they do to a step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax import losses
+from grpo_jax.losses import k3, token_mean
+from grpo_jax.policies import from_logits_fn
+from grpo_jax.testing import random_prompts
+from grpo_jax.train_step import make_collect, make_learn, make_train_step
+from grpo_jax.transforms import (
+    drop_weightless,
+    mask_truncated,
+    mask_without_spread,
+    old_from_sampler,
+    share_tokens,
+    top_entropy,
+)
+from grpo_jax.types import Experience, Rollout, Scores, summary
+from grpo_jax.updates import init_state
+
+V, B, G, T = 9, 4, 3, 5
+
+
+def bigram(params, tokens, mask):
+    return params["table"][tokens]
+
+
+POLICY = from_logits_fn(bigram, init=lambda key: {"table": jax.random.normal(key, (V, V))})
+
+
+def experience_of(seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, T + 1, (B, G))
+    lengths[0, 0] = T
+    mask = np.arange(T) < lengths[..., None]
+    numbers = [jnp.asarray(np.where(mask, x, 0.0), jnp.float32) for x in rng.normal(size=(4, B, G, T))]
+    tokens = jnp.asarray(np.where(mask, rng.integers(0, V, mask.shape), 0), jnp.int32)
+    rollout = Rollout(
+        random_prompts(seed, B, 3, V), tokens, jnp.asarray(lengths), jnp.asarray(mask), numbers[0], lengths == T
+    )
+    return Experience(
+        rollout,
+        rewards=jnp.asarray(rng.normal(size=(B, G, 1)), jnp.float32),
+        reward_mask=jnp.ones((B, G, 1), bool),
+        old_log_probs=-jnp.abs(numbers[1]),
+        ref_log_probs=-jnp.abs(numbers[2]),
+        advantages=jnp.asarray(rng.normal(size=(B, G)), jnp.float32),
+        old_entropy=jnp.abs(numbers[3]),
+    )
+
+
+def test_truncated_completions_leave_numerator_and_denominator_and_stay_in_the_baseline():
+    experience = experience_of()
+    masked, metrics = mask_truncated(experience)
+    truncated = np.asarray(experience.rollout.truncated)
+    assert 0 < truncated.sum() < truncated.size
+    np.testing.assert_array_equal(masked.rollout.mask, experience.rollout.mask & ~truncated[..., None])
+    assert metrics == {}
+    counts = token_mean(jnp.ones((B, G, T)), masked.rollout.mask)
+    assert counts.sum == counts.count == experience.rollout.lengths[~truncated].sum()
+
+    def learn(prepare):
+        state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
+        learn = make_learn(POLICY, optax.sgd(1.0), loss=losses.dapo(), advantage=recorded, prepare=prepare)
+        return learn(state, experience)
+
+    seen = []
+
+    def recorded(experience):
+        seen.append(np.asarray(experience.rewards))
+        return experience.rewards[..., 0], {}
+
+    moved, plain = learn((mask_truncated,))[0].params["table"], learn(())[0].params["table"]
+    assert np.abs(moved - plain).max() > 1e-3
+    np.testing.assert_array_equal(seen[0], experience.rewards)
+
+
+def test_groups_of_equal_rewards_leave_the_loss():
+    experience = experience_of()
+    experience = experience._replace(advantages=experience.advantages.at[1].set(0.0))
+    masked, _ = mask_without_spread(experience)
+    expected = np.array(experience.rollout.mask)
+    expected[1] = False
+    np.testing.assert_array_equal(masked.rollout.mask, expected)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_the_tokens_of_highest_entropy_are_those_of_the_quantile_of_all_that_count(share):
+    experience = experience_of()
+    mask, entropy = np.asarray(experience.rollout.mask), np.asarray(experience.old_entropy)
+    found, metrics = jax.jit(top_entropy(share))(experience)
+    threshold = np.quantile(entropy[mask], 1 - share)
+    np.testing.assert_allclose(metrics["entropy_threshold"], threshold, rtol=1e-6)
+    kept = np.asarray(found.weights)[mask]
+    ranked = np.sort(entropy[mask])
+    np.testing.assert_array_equal(kept, entropy[mask] >= ranked[np.searchsorted(ranked, threshold - 1e-6)])
+    assert abs(kept.mean() - share) <= 1 / mask.sum() + 1e-6
+
+
+def test_what_padding_holds_is_no_entropy():
+    experience = experience_of()
+    mask = experience.rollout.mask
+    spoiled = experience._replace(old_entropy=jnp.where(mask, experience.old_entropy, 99.0))
+    np.testing.assert_array_equal(
+        np.where(mask, top_entropy(0.3)(experience)[0].weights, 0),
+        np.where(mask, top_entropy(0.3)(spoiled)[0].weights, 0),
+    )
+
+
+def test_weights_scale_the_gain_alone_and_dropping_them_changes_denominator_and_penalty_too():
+    experience = experience_of()
+    scores = Scores(experience.rollout.log_probs)
+    weighted, _ = top_entropy(0.4)(experience)
+    dropped, _ = drop_weightless(weighted)
+    loss = losses.dapo(penalty=k3(0.5))
+    (of_all, kl_of_all), _ = loss(scores, experience)
+    (of_weighted, kl_of_weighted), _ = loss(scores, weighted)
+    (of_dropped, kl_of_dropped), _ = loss(scores, dropped)
+    kept = int((weighted.weights * experience.rollout.mask).sum())
+    assert of_weighted.count == of_all.count > of_dropped.count == kept
+    np.testing.assert_allclose(of_weighted.sum, of_dropped.sum, rtol=1e-5)
+    assert abs(of_all.sum - of_weighted.sum) > 1e-2
+    assert kl_of_weighted == kl_of_all
+    assert kl_of_dropped.count == kept
+
+
+def test_weights_of_two_hooks_multiply():
+    experience = experience_of()
+    half = experience._replace(weights=jnp.full((B, G, T), 0.5))
+    np.testing.assert_array_equal(
+        top_entropy(0.3)(half)[0].weights, 0.5 * np.asarray(top_entropy(0.3)(experience)[0].weights)
+    )
+
+
+def test_ratios_against_the_sampler_are_those_of_its_own_log_probs():
+    experience, metrics = old_from_sampler(experience_of())
+    np.testing.assert_array_equal(experience.old_log_probs, experience.rollout.log_probs)
+    assert metrics == {}
+
+
+def test_over_the_rollout_every_update_divides_by_the_average_number_of_tokens():
+    """As TRL's dapo does; `token_mean` divides each by its own."""
+    experience, _ = share_tokens(experience_of(1))
+    scores = Scores(experience.rollout.log_probs)
+    parts = [jax.tree.map(lambda x, p=p: x[p], (scores, experience)) for p in (slice(0, 2), slice(2, 4))]
+    tokens = [int(part[1].rollout.mask.sum()) for part in parts]
+    assert tokens[0] != tokens[1]
+    make = losses.over_rollout(lambda mean: losses.dapo(aggregate=mean))
+    for part, own in zip(parts, tokens, strict=True):
+        ours, plain = losses.value(make(*part)[0]), losses.value(losses.dapo()(*part)[0])
+        np.testing.assert_allclose(ours, plain * own / (sum(tokens) / 2), rtol=1e-5)
+
+
+def test_over_the_rollout_says_what_it_needs():
+    experience = experience_of()
+    with pytest.raises(ValueError, match="share_tokens"):
+        losses.over_rollout(lambda mean: losses.dapo(aggregate=mean))(Scores(experience.old_log_probs), experience)
+
+
+def test_hooks_run_once_in_their_order_before_the_split_and_their_metrics_are_reported():
+    seen = []
+
+    def note(name):
+        def hook(experience):
+            seen.append((name, experience.rollout.tokens.shape[0], experience.advantages is not None))
+            return experience, {f"seen_{name}": jnp.asarray(len(seen))}
+
+        return hook
+
+    def reward(rollout):
+        return rollout.lengths[..., None].astype(jnp.float32), jnp.ones((*rollout.lengths.shape, 1), bool)
+
+    step = make_train_step(
+        POLICY,
+        optax.sgd(1.0),
+        reward=reward,
+        loss=losses.grpo(),
+        group_size=G,
+        max_tokens=T,
+        eos_ids=(1,),
+        prepare=(note("a"), top_entropy(0.5), note("b")),
+        minibatches=2,
+    )
+    state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
+    _, metrics = jax.jit(step)(state, random_prompts(0, B, 3, V))
+    assert seen == [("a", B, True), ("b", B, True)]
+    assert summary(metrics)["seen_b"] == 2
+    assert 0 < summary(metrics)["entropy_threshold"] < np.log(V)
+
+
+@pytest.mark.parametrize("score_old", [False, True])
+def test_one_update_a_rollout_asks_for_the_old_entropy_and_gets_it_by_score_old(score_old):
+    state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
+    collect = make_collect(POLICY, group_size=G, max_tokens=T, eos_ids=(1,), score_old=score_old)
+    experience = collect(state, random_prompts(0, B, 3, V))
+    if score_old:
+        expected = -jnp.sum(jax.nn.softmax(state.params["table"]) * jax.nn.log_softmax(state.params["table"]), axis=-1)
+        last = experience.rollout.prompts.tokens[jnp.arange(B), experience.rollout.prompts.lengths - 1]
+        np.testing.assert_allclose(experience.old_entropy[..., 0], np.tile(expected[last][:, None], (1, G)), rtol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="score_old=True"):
+            top_entropy(0.2)(experience)
+
+
+def test_a_whole_step_with_one_update_scores_the_old_policy_where_it_is_told_to():
+    def reward(rollout):
+        return rollout.lengths[..., None].astype(jnp.float32), jnp.ones((*rollout.lengths.shape, 1), bool)
+
+    def step(**settings):
+        make = make_train_step(
+            POLICY, optax.sgd(1.0), reward=reward, loss=losses.grpo(), group_size=G, max_tokens=T, eos_ids=(1,),
+            prepare=(top_entropy(0.5),), **settings,
+        )  # fmt: skip
+        state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
+        return jax.jit(make)(state, random_prompts(0, B, 3, V))[1]
+
+    metrics = summary(step(score_old=True))
+    assert 0 < metrics["entropy_threshold"] < np.log(V)
+    np.testing.assert_allclose(metrics["ratio_max"], 1.0, rtol=1e-6)
+    with pytest.raises(ValueError, match="score_old=True"):
+        step()
+
+
+@pytest.mark.parametrize("share", [0, -0.2, 1.5, float("nan")])
+def test_refuses_a_share_out_of_range(share):
+    with pytest.raises(ValueError, match=f"^share is above 0 and at most 1, got {share}$"):
+        top_entropy(share)
+
+
+def test_refuses_to_drop_what_has_no_weights():
+    with pytest.raises(ValueError, match="after a hook that makes weights"):
+        drop_weightless(experience_of())
