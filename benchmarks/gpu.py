@@ -72,7 +72,7 @@ class Config:
     """Settings of a run."""
 
     cells: tuple[Literal["0.5B", "1.5B", "7B"], ...] = ("0.5B", "1.5B", "7B")
-    attentions: tuple[Literal["joint", "cudnn"], ...] = ("joint", "cudnn")
+    attentions: tuple[Literal["reference", "cudnn"], ...] = ("reference", "cudnn")
     repeats: int = 3
     trl: bool = True  # if it is installed with a torch that sees the GPU
     output: Path = Path("benchmarks/results/gpu.jsonl")  # overwritten; .md is written beside it

@@ -65,7 +65,7 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
             micro_batches=min(MICRO_BATCHES, cell.prompts),
         ),
         donate_argnums=0,
-        compiler_options=compilation.less_memory(),
+        compiler_options=compilation.cpu_memory_options(),
     )
     state = init_state(params, optimizer, jax.random.key(0), reference=True)
     del params
@@ -157,6 +157,6 @@ def agreement(cell: Cell, checkpoint: Path) -> worker.Line:
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
-    compilation.keep_programs(arguments["programs"])
-    compilation.return_memory()
+    compilation.enable_compilation_cache(arguments["programs"])
+    compilation.trim_malloc()
     worker.serve(make_step(cells.from_json(arguments["cell"]), Path(arguments["checkpoint"])))

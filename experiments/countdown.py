@@ -17,7 +17,7 @@ KL coefficient 0.001 are nano-aha-moment's and TinyZero's; the batch is this scr
 This script has been run on a tiny random model only, which learns nothing here: it has no
 result of its own yet.
 
-`shifted` in the results are problems with five or six numbers, which training never shows.
+`ood` in the results are problems with five or six numbers, which training never shows.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Config:
     epsilon: float = 0.2
     format_weight: float = 0.1
     train_rows: int = 10_000
-    eval_rows: int = 256  # of each of validation, test and shifted
+    eval_rows: int = 256  # of each of validation, test and ood
     samples: int = 8  # completions of a problem in the last evaluation, for pass@k
     evaluate_every: int = 20
     save_every: int = 20
@@ -78,7 +78,7 @@ def run(config: Config) -> dict[str, float]:
         )
     tokenizer = hf.load_tokenizer(config.model)
     eos_ids = hf.eos_ids(config.model, tokenizer)
-    sizes = {"validation": config.eval_rows, "test": config.eval_rows, "shifted": config.eval_rows}
+    sizes = {"validation": config.eval_rows, "test": config.eval_rows, "ood": config.eval_rows}
     task = countdown.task(config.seed, train=config.train_rows, **sizes)
     task = with_prompts(task, data.chat if config.style == "chat" else dialogue)
     prompts = [data.encode_prompt(tokenizer, row["prompt"]) for row in task.splits.train]
@@ -105,7 +105,7 @@ def run(config: Config) -> dict[str, float]:
                 optimizer,
                 loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta)),
                 advantage=advantages.from_rewards(weights=(1.0, config.format_weight), names=names),
-                prepare=(monitoring.repetition(), monitoring.unjudged(names)),
+                transforms=(monitoring.repetition(), monitoring.unscored(names)),
                 minibatches=config.minibatches,
                 micro_batches=config.micro_batches,
                 max_grad_norm=1.0,
@@ -136,7 +136,7 @@ def run(config: Config) -> dict[str, float]:
             with metrics.progress(config.steps, start=first, keys=("reward", *(f"reward/{n}" for n in names))) as show:
                 for n in range(first, config.steps):
                     started = time.monotonic()
-                    rows = data.batch_rows(config.seed, n, len(prompts), config.prompts_per_step)
+                    rows = data.batch_indices(config.seed, n, len(prompts), config.prompts_per_step)
                     batch = data.make_prompts([prompts[row] for row in rows], rows, multiple=64)
                     experience = collect(state, batch)
                     given, mask = reward(experience.rollout)
@@ -160,7 +160,7 @@ def run(config: Config) -> dict[str, float]:
 
         # ---------------------------------------------------------------------- results
         results: dict[str, float] = {}
-        for split in ("test", "shifted"):
+        for split in ("test", "ood"):
             results |= evaluate(state.params, split, group_size=config.samples, k=(1, config.samples))
         (config.run_dir / "results.json").write_text(json.dumps(results, indent=2))
         hf.save_pretrained(policy, state.params, config.run_dir / "model", tokenizer=tokenizer, eos_ids=eos_ids)
@@ -188,6 +188,6 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    compilation.keep_programs()
-    compilation.return_memory()
+    compilation.enable_compilation_cache()
+    compilation.trim_malloc()
     main(tyro.cli(Config, description=__doc__))

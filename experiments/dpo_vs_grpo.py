@@ -42,7 +42,7 @@ from grpo_jax.study import ablation
 from grpo_jax.study.ablation import Condition
 from grpo_jax.study.runs import Run
 from grpo_jax.train_step import Step, make_collect, make_learn, make_train_step
-from grpo_jax.transforms import Hook
+from grpo_jax.transforms import ExperienceTransform
 from grpo_jax.types import Experience, Metrics, Prompts, TrainState
 
 NAME = "dpo_vs_grpo"
@@ -98,7 +98,7 @@ def pairs(config: Config, who: Settings) -> Run:
     """DPO on the best and the worst completion."""
 
     def change(hyper: Hyper) -> Settings:
-        return {"loss": dpo.dpo(beta=hyper["beta"]), "prepare": (setting.measure, in_pairs)}
+        return {"loss": dpo.dpo(beta=hyper["beta"]), "transforms": (setting.measure, in_pairs)}
 
     return setting.make(config, change, **who)
 
@@ -108,9 +108,9 @@ def in_pairs(experience: Experience) -> tuple[Experience, Metrics]:
     return preferences.pairs(experience, weights=WEIGHTS), {}
 
 
-def imitation(config: Config, who: Settings, hook: Hook) -> Run:
+def imitation(config: Config, who: Settings, hook: ExperienceTransform) -> Run:
     """Supervised learning of the completions that a hook leaves."""
-    return setting.make(config, lambda hyper: {"loss": losses.sft(), "prepare": (setting.measure, hook)}, **who)
+    return setting.make(config, lambda hyper: {"loss": losses.sft(), "transforms": (setting.measure, hook)}, **who)
 
 
 BEST = rejection_sampling.raft(weights=WEIGHTS)
@@ -154,5 +154,5 @@ def best_rates(rows: Sequence[ablation.Row]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    compilation.keep_programs()
+    compilation.enable_compilation_cache()
     experiment(setting.configured(tyro.cli(Config, default=DEFAULT, description=__doc__)))

@@ -254,5 +254,5 @@ def load(name: str) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    compilation.keep_programs()
+    compilation.enable_compilation_cache()
     run(tyro.cli(Config, description=__doc__))

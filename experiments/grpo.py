@@ -98,7 +98,7 @@ class Config:
     max_grad_norm: float = 1.0
     seed: int = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # trained weights are float32 in any case
-    attention: str = "by_platform"  # of grpo_jax.models.attention (cudnn, splash, ...), or module:function
+    attention: str = "auto"  # of grpo_jax.models.attention (cudnn, splash, ...), or module:function
 
     eval_data: pathlib.Path | None = None
     eval_rows: int = 0  # without --eval-data: held out of the data
@@ -118,7 +118,7 @@ def run(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     # Everything that can be wrong with the input is looked at before the model is loaded.
     functions = [load(name.removesuffix("()"))() if name.endswith("()") else load(name) for name in config.reward]
-    functions = [rewards.tolerant(function, batches=config.stop_after_failed) for function in functions]
+    functions = [rewards.skip_failed_batches(function, batches=config.stop_after_failed) for function in functions]
     names = [rewards.name_of(function) for function in functions]
     check(config, names)
     loss = make_loss(config)
@@ -178,7 +178,7 @@ def run(config: Config) -> Params:
                 optimizer,
                 loss=loss,
                 advantage=advantage,
-                prepare=(monitoring.repetition(), monitoring.unjudged(names)),
+                transforms=(monitoring.repetition(), monitoring.unscored(names)),
                 temperature=config.temperature,
                 passes=config.passes,
                 minibatches=config.minibatches,
@@ -186,12 +186,12 @@ def run(config: Config) -> Params:
                 max_grad_norm=config.max_grad_norm,
             ),
             donate_argnums=0,
-            compiler_options=compilation.less_memory(),
+            compiler_options=compilation.cpu_memory_options(),
         )
 
         def collect_batch(state: types.TrainState, n: int) -> types.Experience:
             """The batch of step `n`, with the policy of `state`; under way when this returns."""
-            rows = data.batch_rows(config.seed, n, len(train_prompts), config.prompts_per_step)
+            rows = data.batch_indices(config.seed, n, len(train_prompts), config.prompts_per_step)
             prompts = data.make_prompts([train_prompts[row] for row in rows], rows, multiple=config.bucket)
             return collect(state._replace(step=jnp.int32(n)), prompts)
 
@@ -236,7 +236,7 @@ def run(config: Config) -> Params:
 
             keys = ("reward", *(f"reward/{name}" for name in names), "eval/reward", "kl", "entropy", "length")
             skipped_in_a_row, ahead, before = 0, None, time.monotonic()
-            programs = compilation.count_programs()
+            programs = compilation.count_compilations()
             if (path := config.run_dir / f"in_flight_{first}.npz").exists():
                 like = jax.eval_shape(functools.partial(collect_batch, n=first), state)
                 with np.load(path) as file:
@@ -426,6 +426,6 @@ def save(
 
 
 if __name__ == "__main__":
-    compilation.keep_programs()
-    compilation.return_memory()
+    compilation.enable_compilation_cache()
+    compilation.trim_malloc()
     run(tyro.cli(Config, description=__doc__))

@@ -146,7 +146,7 @@ def run(config: Config) -> dict[str, float]:
             with metrics.progress(config.steps, start=first, keys=("reward", "reward/0", "reward/1", "kl")) as show:
                 for n in range(first, config.steps):
                     started = time.monotonic()
-                    chosen = data.batch_rows(config.seed, n, len(prompts), recipe.prompts)
+                    chosen = data.batch_indices(config.seed, n, len(prompts), recipe.prompts)
                     experience = collect(state, data.make_prompts([prompts[i] for i in chosen], chosen, multiple=64))
                     given, mask = reward(experience.rollout)
                     state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
@@ -170,7 +170,7 @@ def run(config: Config) -> dict[str, float]:
 
         # ---------------------------------------------------------------------- results
         results = {f"greedy/{k}": v for k, v in evaluate(state.params, "test", greedy=True).items()}
-        for split in ("test", "shifted") if task.splits.shifted else ("test",):
+        for split in ("test", "ood") if task.splits.ood else ("test",):
             results |= evaluate(state.params, split, group_size=config.samples, k=(1, config.samples))
         (config.run_dir / "results.json").write_text(json.dumps(results, indent=2))
         hf.save_pretrained(policy, state.params, config.run_dir / "model", tokenizer=tokenizer, eos_ids=eos_ids)
@@ -206,6 +206,6 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    compilation.keep_programs()
-    compilation.return_memory()
+    compilation.enable_compilation_cache()
+    compilation.trim_malloc()
     main(tyro.cli(Config, description=__doc__))

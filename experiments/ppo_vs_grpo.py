@@ -462,5 +462,5 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is measured has a process of its own
-    compilation.keep_programs()
+    compilation.enable_compilation_cache()
     experiment(setting.configured(tyro.cli(Config, default=DEFAULT, description=__doc__)))

@@ -121,7 +121,7 @@ def run(config: Config) -> dict[str, float]:
             return learn(state, Experience(jax.tree.map(lambda x: x[rows], demonstrations)))
 
         def warmup_step(state: TrainState, n: int) -> tuple[TrainState, Metrics]:
-            return imitate(state, data.batch_rows(config.seed, n, len(prompts), config.warmup_batch))
+            return imitate(state, data.batch_indices(config.seed, n, len(prompts), config.warmup_batch))
 
         print(f"supervised warm-up on {len(prompts)} demonstrations, such as {prompts[0]}{completions[0]}")
         state = init_state(jax.jit(policy.init)(jax.random.key(config.seed)), optimizer, jax.random.key(config.seed))
@@ -154,7 +154,7 @@ def run(config: Config) -> dict[str, float]:
         )
 
         def grpo_step(state: TrainState, n: int) -> tuple[TrainState, Metrics]:
-            rows = data.batch_rows(config.seed, n, len(splits.train), config.prompts_per_step)
+            rows = data.batch_indices(config.seed, n, len(splits.train), config.prompts_per_step)
             return step(state, arithmetic.encode(tokenizer, splits.train[rows]))
 
         print(f"GRPO: {config.prompts_per_step} prompts x {config.group_size} completions a step")
@@ -258,5 +258,5 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    compilation.keep_programs()
+    compilation.enable_compilation_cache()
     main(tyro.cli(Config, description=__doc__))

@@ -303,7 +303,7 @@ def finetune(
     learn = jax.jit(make_learn(problem.policy, optimizer, loss=losses.sft(), **settings), donate_argnums=0)
 
     def step(state: TrainState, n: int) -> tuple[TrainState, Metrics]:
-        rows = data.batch_rows(config.seed + key, n, len(pairs), config.sft_batch)
+        rows = data.batch_indices(config.seed + key, n, len(pairs), config.sft_batch)
         prompts, completions = zip(*(pairs[row] for row in rows), strict=True)
         return learn(state, Experience(data.make_demonstrations(prompts, completions, multiple=config.bucket)))
 
@@ -354,7 +354,7 @@ def reinforce(
     )
 
     def step(state: TrainState, n: int) -> tuple[TrainState, Metrics]:
-        rows = problem.train[data.batch_rows(config.seed + key, n, len(problem.train), config.prompts_per_step)]
+        rows = problem.train[data.batch_indices(config.seed + key, n, len(problem.train), config.prompts_per_step)]
         experience = collect(state, problem.prompts(rows))
         given, mask = grade(experience.rollout)
         experience = experience._replace(rewards=jnp.asarray(given), reward_mask=jnp.asarray(mask))
@@ -375,7 +375,7 @@ def rejection_sample(
     """
     folder.mkdir(parents=True, exist_ok=True)
     draw = jax.jit(make_sampler(problem, group_size=config.samples, temperature=config.temperature))
-    rows = problem.train[data.batch_rows(config.seed + 3, 0, len(problem.train), config.sampled_prompts)]
+    rows = problem.train[data.batch_indices(config.seed + 3, 0, len(problem.train), config.sampled_prompts)]
     rows = np.unique(rows)  # a prompt comes once, also where there are fewer than are asked for
     lines: list[dict[str, Any]] = []
     for n, batch in enumerate(batches(rows, config.test_batch)):
@@ -678,6 +678,6 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    compilation.keep_programs()
-    compilation.return_memory()
+    compilation.enable_compilation_cache()
+    compilation.trim_malloc()
     main(tyro.cli(Config, description=__doc__))

@@ -100,7 +100,7 @@ def run(config: Config) -> Params:
             metrics.truncate(config.run_dir, first)
             with metrics.progress(steps, start=first, keys=("loss", "eval/loss", "grad_norm", "length")) as show:
                 for n in range(first, steps):
-                    rows = data.batch_rows(config.seed, n, len(pairs), config.batch_size)
+                    rows = data.batch_indices(config.seed, n, len(pairs), config.batch_size)
                     state, measured = learn(state, Experience(batch(pairs, rows)))
                     measured = jax.device_get(types.summary(measured))
                     due = (n + 1) % config.save_every == 0 or n + 1 == steps
@@ -141,5 +141,5 @@ def encode(tokenizer: Any, end: int, config: Config) -> list[tuple[list[int], li
 
 
 if __name__ == "__main__":
-    compilation.keep_programs()
+    compilation.enable_compilation_cache()
     run(tyro.cli(Config, description=__doc__))

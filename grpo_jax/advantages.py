@@ -99,7 +99,7 @@ def batch_normalised_advantages(
     rewards, mask = _checked(rewards, mask, at_least=1)
     centered = rewards - _mean(rewards, mask, axis=None)
     scale = jnp.sqrt(_mean(centered**2, mask, axis=None, ddof=ddof)) + eps
-    spread = has_spread(rewards.reshape(1, -1), mask.reshape(1, -1))
+    spread = has_variance(rewards.reshape(1, -1), mask.reshape(1, -1))
     return jnp.where(mask & spread, centered / scale, 0.0)
 
 
@@ -269,7 +269,7 @@ def total_reward(experience: Experience, weights: Weights | None = None) -> tupl
     return total, jnp.any(given, axis=-1)
 
 
-def has_spread(rewards: Array, mask: Array) -> Array:
+def has_variance(rewards: Array, mask: Array) -> Array:
     """`[B]`, whether the rewards `[B, G]` of a group differ.
 
     By comparison: the mean of eight 1.1s is not 1.1, and that rounding would be divided by
@@ -303,7 +303,7 @@ def _reward_metrics(experience: Experience, total: Array, scored: Array, names: 
         raise ValueError(f"reward functions have a name each, got {names}; set their __name__")
     judged = jnp.any(scored, axis=1)
     metrics = _moments("reward", total, scored) | {
-        "groups_without_spread": Mean(jnp.sum(~has_spread(total, scored) & judged), jnp.sum(judged))
+        "zero_variance_groups": Mean(jnp.sum(~has_variance(total, scored) & judged), jnp.sum(judged))
     }
     for k, name in enumerate(names or range(R)):
         metrics |= _moments(f"reward/{name}", rewards[..., k], given[..., k])
@@ -329,7 +329,7 @@ def _centered(rewards: Array, mask: Array) -> Array:
 
 
 def _where_spread(rewards: Array, mask: Array, advantages: Array) -> Array:
-    return jnp.where(mask & has_spread(rewards, mask)[:, None], advantages, 0.0)
+    return jnp.where(mask & has_variance(rewards, mask)[:, None], advantages, 0.0)
 
 
 def _moments(name: str, x: Array, mask: Array) -> Metrics:

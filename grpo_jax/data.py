@@ -294,7 +294,7 @@ def limit_prompts(prompts: Sequence[list[int]], max_tokens: int, *, too_long: To
     return kept
 
 
-def batch_rows(seed: int, step: int, num_rows: int, batch_size: int) -> np.ndarray:
+def batch_indices(seed: int, step: int, num_rows: int, batch_size: int) -> np.ndarray:
     """The rows `[batch_size]` of a step: one after the other from endless shuffled epochs.
 
     Each epoch has every row once, in an order of its own; a batch may end one epoch and
@@ -307,9 +307,9 @@ def batch_rows(seed: int, step: int, num_rows: int, batch_size: int) -> np.ndarr
 def batch_rows_by_length(
     seed: int, step: int, lengths: Sequence[int], batch_size: int, *, window: int = 16
 ) -> np.ndarray:
-    """As `batch_rows`, with rows of like length in a batch, so that less of it is padding.
+    """As `batch_indices`, with rows of like length in a batch, so that less of it is padding.
 
-    The rows of `window` steps are those of `batch_rows`; within them they are sorted by
+    The rows of `window` steps are those of `batch_indices`; within them they are sorted by
     length, cut into batches, and the batches shuffled. Which rows share a batch then
     depends on their length; over a window, every row comes as often as it would without.
 
@@ -325,7 +325,7 @@ def batch_rows_by_length(
     """
     if window < 1:
         raise ValueError(f"window is a number of steps, from 1 on, got {window}")
-    rows = batch_rows(seed, step // window, len(lengths), window * batch_size)
+    rows = batch_indices(seed, step // window, len(lengths), window * batch_size)
     batches = rows[np.argsort(np.asarray(lengths)[rows], kind="stable")].reshape(window, batch_size)
     return batches[np.random.default_rng([seed, step // window, window]).permutation(window)[step % window]]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.advantages import has_spread, total_reward
+from grpo_jax.advantages import has_variance, total_reward
 from grpo_jax.train_step import Collect, Reward
 from grpo_jax.types import Array, Experience, Mean, Metrics, Prompts, TrainState
 
@@ -23,20 +23,20 @@ Keep = Callable[[Experience], Array]  # [B] bool
 CollectKept = Callable[[TrainState, Prompts], tuple[Experience, Metrics]]
 
 
-def with_spread(experience: Experience) -> Array:
+def nonzero_variance(experience: Experience) -> Array:
     """Keeps groups whose total rewards are not all equal: DAPO's rule, on rewards instead of right answers.
 
-    All rewards weigh 1 here; `with_spread_of` takes the weights of `from_rewards`.
+    All rewards weigh 1 here; `nonzero_variance_of` takes the weights of `from_rewards`.
     """
-    return has_spread(*total_reward(experience))
+    return has_variance(*total_reward(experience))
 
 
-def with_spread_of(weights: Sequence[float | Array]) -> Keep:
-    """`with_spread` of the rewards under these weights, one a reward function: 0 for what is not to be looked at."""
-    return lambda experience: has_spread(*total_reward(experience, weights))
+def nonzero_variance_of(weights: Sequence[float | Array]) -> Keep:
+    """`nonzero_variance` of the rewards under these weights, one a reward function: 0 for what is not to be looked at."""
+    return lambda experience: has_variance(*total_reward(experience, weights))
 
 
-def dynamic_sampling(collect: Collect, *, rounds: int, keep: Keep = with_spread) -> CollectKept:
+def dynamic_sampling(collect: Collect, *, rounds: int, keep: Keep = nonzero_variance) -> CollectKept:
     """Repeats `collect` inside the program until the batch is full.
 
     Args:
@@ -81,7 +81,9 @@ def dynamic_sampling(collect: Collect, *, rounds: int, keep: Keep = with_spread)
     return collect_kept
 
 
-def host_dynamic_sampling(collect: Collect, reward: Reward, *, rounds: int, keep: Keep = with_spread) -> CollectKept:
+def host_dynamic_sampling(
+    collect: Collect, reward: Reward, *, rounds: int, keep: Keep = nonzero_variance
+) -> CollectKept:
     """`dynamic_sampling` for rewards that are computed on the host, between two programs.
 
     Args:

@@ -48,7 +48,7 @@ def score(
     B, _, T = rollout.tokens.shape
     prompts = rollout.prompts
     prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
-    read, positions = to_read(prompts, rollout.tokens[..., :-1], rollout.lengths)
+    read, positions = decoder_inputs(prompts, rollout.tokens[..., :-1], rollout.lengths)
     held = jnp.arange(T) < rollout.lengths[..., None]
     tokens = jnp.where(held, rollout.tokens, 0)
     segments = None
@@ -91,7 +91,7 @@ def score(
     return Scores(join(log_probs), join(entropies) if entropy else None)
 
 
-def to_read(prompts: Prompts, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+def decoder_inputs(prompts: Prompts, tokens: Array, lengths: Array) -> tuple[Array, Array]:
     """What `policy.extend` reads of completions or their beginnings `[B, G, S]`, and where: two arrays `[B, G, S + 1]`.
 
     The prompt's last token and then theirs, so that what comes of place `t` predicts token `t`.

@@ -20,7 +20,7 @@ from grpo_jax.policies import Policy
 from grpo_jax.sampling import sample
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import score
-from grpo_jax.transforms import Hook
+from grpo_jax.transforms import ExperienceTransform
 from grpo_jax.types import Array, Experience, Max, Mean, Metrics, Packing, Params, Prompts, Rollout, TrainState
 from grpo_jax.updates import step_keys
 
@@ -42,7 +42,7 @@ def make_train_step(
     max_tokens: int,
     eos_ids: Sequence[int],
     advantage: Advantage | Scheduled | None = None,
-    prepare: Sequence[Hook] = (),
+    transforms: Sequence[ExperienceTransform] = (),
     temperature: Number | Scheduled = 1.0,
     top_k: int | None = None,
     top_p: Number | None = None,
@@ -81,7 +81,7 @@ def make_train_step(
         optimizer,
         loss=loss,
         advantage=from_rewards() if advantage is None else advantage,
-        prepare=prepare,
+        transforms=transforms,
         temperature=temperature,
         passes=passes,
         minibatches=minibatches,
@@ -173,7 +173,7 @@ def make_learn(
     *,
     loss: Loss | Scheduled,
     advantage: Advantage | Scheduled | None = None,
-    prepare: Sequence[Hook] = (),
+    transforms: Sequence[ExperienceTransform] = (),
     temperature: Number | Scheduled = 1.0,
     passes: int = 1,
     minibatches: int = 1,
@@ -192,7 +192,7 @@ def make_learn(
       advantage: `experience -> (advantages, metrics)`, may be `Scheduled`; None for a
         loss that asks for none, such as `losses.sft()`, and for an experience that comes
         with its own.
-      prepare: hooks `experience -> (experience, metrics)`, called in this order once
+      transforms: functions `experience -> (experience, metrics)`, called in this order once
         before the split; see `preparation`.
       temperature: of the scores; the one that the rollout was sampled at, and so may be
         `Scheduled`.
@@ -231,9 +231,9 @@ def make_learn(
         if advantage is not None:
             advantages, of_rewards = at(advantage, state)(experience)
             experience, metrics = experience._replace(advantages=advantages), metrics | of_rewards
-        for hook in prepare:
-            experience, of_hook = hook(experience)
-            metrics = metrics | of_hook
+        for transform in transforms:
+            experience, of_transform = transform(experience)
+            metrics = metrics | of_transform
         return experience, metrics
 
     def reference_scores(state: TrainState) -> Callable[[tuple[Rollout, Packing | None]], Array]:

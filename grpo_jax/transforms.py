@@ -1,6 +1,6 @@
 """What is done to an experience once, before it is split into updates: filters of tokens, and what needs them all.
 
-A hook is `experience -> (experience, metrics)`; `make_learn(..., prepare=(mask_truncated,))`
+A hook is `experience -> (experience, metrics)`; `make_learn(..., transforms=(mask_truncated,))`
 runs them in their order, after the reference policy's scores and the advantages are in.
 A quantile or a mean over the rollout belongs here, since a loss sees parts of it.
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from grpo_jax.losses.contract import per_token
 from grpo_jax.types import Array, Experience, Metrics
 
-Hook = Callable[[Experience], tuple[Experience, Metrics]]
+ExperienceTransform = Callable[[Experience], tuple[Experience, Metrics]]
 
 
 def mask_truncated(experience: Experience) -> tuple[Experience, Metrics]:
@@ -28,20 +28,22 @@ def mask_truncated(experience: Experience) -> tuple[Experience, Metrics]:
     return _with_mask(experience, rollout.mask & ~rollout.truncated[..., None]), {}
 
 
-def mask_without_spread(experience: Experience) -> tuple[Experience, Metrics]:
+def mask_zero_variance_groups(experience: Experience) -> tuple[Experience, Metrics]:
     """Leaves groups whose advantages are all 0, since their rewards are equal, out of the loss and its denominators.
 
     As in Skywork-OR1 (arXiv:2505.22312) and ScaleRL (arXiv:2510.13786, section 3.2). The
     batch shrinks; `dynamic_sampling` fills it up instead.
     """
     if experience.advantages is None:
-        raise ValueError("mask_without_spread needs advantages: make_learn(..., advantage=) adds them before the hooks")
+        raise ValueError(
+            "mask_zero_variance_groups needs advantages: make_learn(..., advantage=) adds them before the hooks"
+        )
     mask = experience.rollout.mask
     spread = jnp.any(per_token(experience.advantages) * mask != 0, axis=(1, 2), keepdims=True)
     return _with_mask(experience, mask & spread), {}
 
 
-def top_entropy(share: float | Array) -> Hook:
+def top_entropy(share: float | Array) -> ExperienceTransform:
     """Lets only the `share` of tokens of highest entropy teach (Wang et al. 2025, arXiv:2506.01939, equation 5).
 
         weight = 1 where H >= quantile(H, 1 - share), else 0
@@ -93,7 +95,7 @@ def old_from_sampler(experience: Experience) -> tuple[Experience, Metrics]:
 
 
 def share_tokens(experience: Experience) -> tuple[Experience, Metrics]:
-    """Records the tokens of the rollout that count, for `losses.over_rollout`; comes after hooks that mask."""
+    """Records the tokens of the rollout that count, for `losses.normalize_by_rollout_tokens`; comes after hooks that mask."""
     mask = experience.rollout.mask
     return experience._replace(token_share=jnp.full(mask.shape[0], jnp.sum(mask) / mask.shape[0])), {}
 

@@ -127,8 +127,8 @@ def test_a_shift_of_one_group_alone_changes_the_batch_deviation_and_no_group_adv
     """The batch deviation is about the batch's mean, so that the distance between groups counts in it."""
     estimator, _ = ESTIMATORS[name]
     rewards = jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
-    shifted = rewards + jnp.array([[8.0], [0.0]])
-    same = np.allclose(estimator(shifted), estimator(rewards), rtol=1e-5)
+    ood = rewards + jnp.array([[8.0], [0.0]])
+    same = np.allclose(estimator(ood), estimator(rewards), rtol=1e-5)
     assert same != name.startswith("batch")
 
 
@@ -259,10 +259,10 @@ def test_metrics_carry_the_names_of_the_rewards_and_the_share_of_groups_that_tea
     given[1], given[2, 1:] = False, False  # groups of nobody, and of one, cannot have any
     rewards[2, 0] = 7.0
     _, metrics = jax.jit(from_rewards(names=("right", "brief")))(experience_of(rewards, given))
-    assert set(metrics) == {"reward", "reward_std", "groups_without_spread"} | {
+    assert set(metrics) == {"reward", "reward_std", "zero_variance_groups"} | {
         f"reward/{name}{suffix}" for name in ("right", "brief") for suffix in ("", "_std")
     }
-    assert types.summary(metrics)["groups_without_spread"] == pytest.approx(2 / 3)  # of those that were judged
+    assert types.summary(metrics)["zero_variance_groups"] == pytest.approx(2 / 3)  # of those that were judged
     assert metrics["reward/right"] == Mean(9.5, 7)
 
 
@@ -274,7 +274,7 @@ def test_equal_rewards_get_exactly_0_after_weighting_too(G, R, transform):
     rewards = np.broadcast_to(rng.normal(size=(3, 1, R)), (3, G, R))
     advantages, metrics = transform(from_rewards(weights=rng.normal(size=R).tolist()))(experience_of(rewards))
     np.testing.assert_array_equal(advantages, 0.0)
-    assert types.summary(metrics)["groups_without_spread"] == 1
+    assert types.summary(metrics)["zero_variance_groups"] == 1
 
 
 def test_weights_can_be_traced():
@@ -367,7 +367,7 @@ def test_gdpo_matches_the_formula_in_plain_python(ddof, missing):
     expected = gdpo_in_plain_python(rewards.astype(np.float64), given, (1.0, 0.5), ddof, 1e-4)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(actual[3], 0.0)
-    assert {"reward", "reward_std", "groups_without_spread", "reward/0", "reward/1_std"} <= set(metrics)
+    assert {"reward", "reward_std", "zero_variance_groups", "reward/0", "reward/1_std"} <= set(metrics)
 
 
 def test_gdpo_tells_apart_what_the_sum_of_rewards_does_not():

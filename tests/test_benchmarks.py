@@ -180,7 +180,7 @@ def test_scaling_varies_one_number_at_a_time():
 
 @pytest.mark.slow
 def test_the_gpu_measurement_runs_on_what_is_there():
-    line = gpu.measure(gpu.GpuCell(CELL, micro_batches=2, adam=False), 1, attention.joint, bandwidth_mib=1, side=64)
+    line = gpu.measure(gpu.GpuCell(CELL, micro_batches=2, adam=False), 1, attention.reference, bandwidth_mib=1, side=64)
     assert line["decode_tokens_per_second"] == pytest.approx(64 / line["sample_seconds"])
     assert line["flops_utilisation"] > 0 < line["bandwidth_share"]
     weights = 2 * MODEL.hidden * MODEL.vocabulary + MODEL.layers * MODEL.layer_weights
@@ -189,14 +189,14 @@ def test_the_gpu_measurement_runs_on_what_is_there():
 
 def test_the_gpu_table_compares_with_trl_on_the_same_cell():
     shares, peaks = ("bandwidth_share", "flops_utilisation"), ("sample_peak_gib", "learn_peak_gib", "planned_peak_gib")
-    ours = {"kind": "gpu", "cell": CELL.name, "attention": "joint", "sample_seconds": 1.0, "learn_seconds": 2.0}
+    ours = {"kind": "gpu", "cell": CELL.name, "attention": "reference", "sample_seconds": 1.0, "learn_seconds": 2.0}
     ours |= {"decode_tokens_per_second": 64.0, "learn_tokens_per_second": 32.0}
     ours |= dict.fromkeys(shares, 0.25) | dict.fromkeys(peaks, 1.5)
     trl = {"kind": "gpu_trl", "cell": CELL.name, "micro_batch": 8, "whole": 12.0, "peak_gib": 20.0}
     text = report.markdown([{"kind": "machine"}, ours, ours | {"cell": "other"}, trl])
     assert text.count("times ours") == 1
-    assert "| W1 | joint | 64 | 25% | 32 | 25% | 1.5 | 1.5 | 1.5 |" in text
-    assert "12.0 s a step, 20.0 GiB; 4.00 times ours with joint." in text
+    assert "| W1 | reference | 64 | 25% | 32 | 25% | 1.5 | 1.5 | 1.5 |" in text
+    assert "12.0 s a step, 20.0 GiB; 4.00 times ours with reference." in text
 
 
 def test_the_start_is_timed_by_the_first_step_that_is_printed(tmp_path, monkeypatch):

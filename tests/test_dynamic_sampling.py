@@ -11,7 +11,7 @@ import pytest
 
 from grpo_jax import losses
 from grpo_jax.advantages import from_rewards
-from grpo_jax.dynamic_sampling import dynamic_sampling, host_dynamic_sampling, with_spread, with_spread_of
+from grpo_jax.dynamic_sampling import dynamic_sampling, host_dynamic_sampling, nonzero_variance, nonzero_variance_of
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_collect, make_learn
@@ -141,8 +141,8 @@ def test_only_the_rewards_that_are_to_be_looked_at_decide():
     experience, _ = programs(4)[0](state_of(), prompts_of(5))
     rewards = jnp.concatenate([jnp.ones((B, 3, 1)), experience.rollout.log_probs[..., :1]], axis=-1)
     experience = experience._replace(rewards=rewards, reward_mask=jnp.ones(rewards.shape, bool))
-    np.testing.assert_array_equal(with_spread(experience), [True] * B)
-    np.testing.assert_array_equal(with_spread_of((1.0, 0.0))(experience), [False] * B)
+    np.testing.assert_array_equal(nonzero_variance(experience), [True] * B)
+    np.testing.assert_array_equal(nonzero_variance_of((1.0, 0.0))(experience), [False] * B)
 
 
 def test_a_rule_of_ones_own_decides():

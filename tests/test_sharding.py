@@ -65,7 +65,7 @@ from grpo_jax.updates import init_state
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 optimizer, prompts = optax.sgd(1.0), testing.random_prompts(0, 8, 6)
-config = dataclasses.replace(testing.tiny_policy("qwen2").config, attention=attention.joint)
+config = dataclasses.replace(testing.tiny_policy("qwen2").config, attention=attention.reference)
 policy = models.decoder(config)
 collect = make_collect(policy, group_size=2, max_tokens=6, eos_ids=(0,), score_old=True)
 loss, advantage = losses.grpo(penalty=losses.k3(0.1)), from_rewards()

@@ -507,7 +507,7 @@ def test_a_batch_that_nobody_scored_changes_nothing_and_is_counted_as_a_step():
     assert (after.step, after.skipped) == (1, 0)
     assert all(np.all(np.isfinite(x)) for x in numbers.values())
     assert numbers["grad_norm"] == numbers["loss"] == 0
-    assert numbers["groups_without_spread"] == 0  # there is no group that was judged
+    assert numbers["zero_variance_groups"] == 0  # there is no group that was judged
 
 
 def test_groups_of_equal_rewards_teach_nothing():
@@ -515,7 +515,7 @@ def test_groups_of_equal_rewards_teach_nothing():
     experience = experience._replace(rewards=jnp.full_like(experience.rewards, 1.1))
     after, metrics = compiled_learn()(state, experience)
     assert raw(after.params) == raw(state.params)
-    assert types.summary(metrics)["groups_without_spread"] == 1
+    assert types.summary(metrics)["zero_variance_groups"] == 1
 
 
 def test_a_reward_of_nan_that_is_not_masked_is_refused():

@@ -14,7 +14,7 @@ from grpo_jax.train_step import make_collect, make_learn, make_train_step
 from grpo_jax.transforms import (
     drop_weightless,
     mask_truncated,
-    mask_without_spread,
+    mask_zero_variance_groups,
     old_from_sampler,
     share_tokens,
     top_entropy,
@@ -65,7 +65,7 @@ def test_truncated_completions_leave_numerator_and_denominator_and_stay_in_the_b
 
     def learn(prepare):
         state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
-        learn = make_learn(POLICY, optax.sgd(1.0), loss=losses.dapo(), advantage=recorded, prepare=prepare)
+        learn = make_learn(POLICY, optax.sgd(1.0), loss=losses.dapo(), advantage=recorded, transforms=prepare)
         return learn(state, experience)
 
     seen = []
@@ -82,7 +82,7 @@ def test_truncated_completions_leave_numerator_and_denominator_and_stay_in_the_b
 def test_groups_of_equal_rewards_leave_the_loss():
     experience = experience_of()
     experience = experience._replace(advantages=experience.advantages.at[1].set(0.0))
-    masked, _ = mask_without_spread(experience)
+    masked, _ = mask_zero_variance_groups(experience)
     expected = np.array(experience.rollout.mask)
     expected[1] = False
     np.testing.assert_array_equal(masked.rollout.mask, expected)
@@ -149,7 +149,7 @@ def test_over_the_rollout_every_update_divides_by_the_average_number_of_tokens()
     parts = [jax.tree.map(lambda x, p=p: x[p], (scores, experience)) for p in (slice(0, 2), slice(2, 4))]
     tokens = [int(part[1].rollout.mask.sum()) for part in parts]
     assert tokens[0] != tokens[1]
-    make = losses.over_rollout(lambda mean: losses.dapo(aggregate=mean))
+    make = losses.normalize_by_rollout_tokens(lambda mean: losses.dapo(aggregate=mean))
     for part, own in zip(parts, tokens, strict=True):
         ours, plain = losses.value(make(*part)[0]), losses.value(losses.dapo()(*part)[0])
         np.testing.assert_allclose(ours, plain * own / (sum(tokens) / 2), rtol=1e-5)
@@ -158,7 +158,9 @@ def test_over_the_rollout_every_update_divides_by_the_average_number_of_tokens()
 def test_over_the_rollout_says_what_it_needs():
     experience = experience_of()
     with pytest.raises(ValueError, match="share_tokens"):
-        losses.over_rollout(lambda mean: losses.dapo(aggregate=mean))(Scores(experience.old_log_probs), experience)
+        losses.normalize_by_rollout_tokens(lambda mean: losses.dapo(aggregate=mean))(
+            Scores(experience.old_log_probs), experience
+        )
 
 
 def test_hooks_run_once_in_their_order_before_the_split_and_their_metrics_are_reported():
@@ -182,7 +184,7 @@ def test_hooks_run_once_in_their_order_before_the_split_and_their_metrics_are_re
         group_size=G,
         max_tokens=T,
         eos_ids=(1,),
-        prepare=(note("a"), top_entropy(0.5), note("b")),
+        transforms=(note("a"), top_entropy(0.5), note("b")),
         minibatches=2,
     )
     state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
@@ -213,7 +215,7 @@ def test_a_whole_step_with_one_update_scores_the_old_policy_where_it_is_told_to(
     def step(**settings):
         make = make_train_step(
             POLICY, optax.sgd(1.0), reward=reward, loss=losses.grpo(), group_size=G, max_tokens=T, eos_ids=(1,),
-            prepare=(top_entropy(0.5),), **settings,
+            transforms=(top_entropy(0.5),), **settings,
         )  # fmt: skip
         state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
         return jax.jit(make)(state, random_prompts(0, B, 3, V))[1]

@@ -11,7 +11,7 @@ import optax
 import setting
 from setting import Condition, Config, Metrics, Prompts, TrainState
 
-from grpo_jax.dynamic_sampling import dynamic_sampling, with_spread_of
+from grpo_jax.dynamic_sampling import dynamic_sampling, nonzero_variance_of
 from grpo_jax.policies import Policy
 from grpo_jax.train_step import Step, make_collect, make_learn
 
@@ -30,8 +30,8 @@ def experiment(config: Config) -> None:
         "dynamic_sampling",
         config,
         conditions,
-        metrics=("greedy", "sampled", "groups_without_spread", "groups_sampled"),
-        curves=("greedy", "sampled", "groups_without_spread"),
+        metrics=("greedy", "sampled", "zero_variance_groups", "groups_sampled"),
+        curves=("greedy", "sampled", "zero_variance_groups"),
         against="8 prompts",
         seconds=True,
     )
@@ -40,7 +40,7 @@ def experiment(config: Config) -> None:
 def filling(policy: Policy, optimizer: optax.GradientTransformation, **settings: Any) -> Step:
     """A train step with dynamic sampling before it."""
     of_collect = {name: settings.pop(name) for name in ("reward", "group_size", "max_tokens", "eos_ids")}
-    collect = dynamic_sampling(make_collect(policy, **of_collect), rounds=ROUNDS, keep=with_spread_of((1.0, 0.0)))
+    collect = dynamic_sampling(make_collect(policy, **of_collect), rounds=ROUNDS, keep=nonzero_variance_of((1.0, 0.0)))
     learn = make_learn(policy, optimizer, **settings)
 
     def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:

@@ -26,7 +26,7 @@ def experiment(config: Config) -> None:
             config,
             conditions,
             terms=terms,
-            metrics=("greedy", "sampled", "advantage_variance", "groups_without_spread"),
+            metrics=("greedy", "sampled", "advantage_variance", "zero_variance_groups"),
             against=f"{PROMPTS} x 8",
             seconds=True,
         )

@@ -12,7 +12,7 @@ import setting
 from setting import Condition, Config
 
 from grpo_jax import losses, schedules
-from grpo_jax.schedules.reference import renew_reference
+from grpo_jax.schedules.reference import sync_reference
 
 BETAS = (0.0, 0.0001, 0.0005, 0.001, 0.01, 0.04, 0.1)
 
@@ -27,7 +27,7 @@ def experiment(config: Config) -> None:
         return setting.make(config, change, reference=True, **settings)
 
     k1, k2, k3 = (make(penalty) for penalty in (losses.k1, losses.k2, losses.k3))
-    renewed = make(losses.k3, after=functools.partial(renew_reference, every=max(1, config.steps // 4)))  # 25 steps
+    renewed = make(losses.k3, after=functools.partial(sync_reference, every=max(1, config.steps // 4)))  # 25 steps
     beta = schedules.cosine_with_hold(0.1, 0.04, config.steps)
     cosine = setting.make(
         config,

@@ -14,8 +14,7 @@ import optax
 import setting
 from setting import Condition, Config, Metrics, Prompts, TrainState
 
-from grpo_jax import losses, models
-from grpo_jax import transforms as preparation
+from grpo_jax import losses, models, transforms
 from grpo_jax.policies import Policy
 from grpo_jax.scoring import score
 from grpo_jax.train_step import Step, make_collect, make_learn
@@ -33,7 +32,7 @@ def experiment(config: Config) -> None:
     corrections = {
         "none": {},
         "truncated importance": {"loss": losses.grpo(weight=losses.truncated_importance(2.0))},
-        "ratio to the sampler": {"prepare": (setting.measure, preparation.old_from_sampler)},
+        "ratio to the sampler": {"transforms": (setting.measure, transforms.old_from_sampler)},
     }
     conditions = []
     for sampler, (of_state, sampling_policy) in samplers.items():

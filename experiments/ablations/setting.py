@@ -114,7 +114,7 @@ def make(
             "reward": rewards.traced(modular_sums.accuracy(), modular_sums.layout()),
             "advantage": accuracy_and_layout(),
             "loss": losses.grpo(),
-            "prepare": (measure,),
+            "transforms": (measure,),
             "group_size": 8,
             "max_tokens": modular_sums.max_tokens(terms),
             "eos_ids": (modular_sums.EOS,),
@@ -259,7 +259,7 @@ def summarise(rows: Sequence[ablation.Row], metrics: Sequence[str], *, against: 
 
 def main(experiment: Callable[[Config], Any], description: str | None) -> None:
     """The command line of an ablation."""
-    compilation.keep_programs()
+    compilation.enable_compilation_cache()
     experiment(configured(tyro.cli(Config, description=description)))
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Policy
-from grpo_jax.scoring import to_read
+from grpo_jax.scoring import decoder_inputs
 from grpo_jax.types import Array, Params, PRNGKey, Prompts
 
 
@@ -47,7 +47,7 @@ def hidden_states(network: Policy, params: Params, prompts: Prompts, tokens: Arr
       that predicts token `t`.
     """
     prompt_cache = network.prefill(params, prompts.tokens, prompts.lengths)
-    read, positions = to_read(prompts, tokens, lengths)
+    read, positions = decoder_inputs(prompts, tokens, lengths)
     hidden, _ = network.extend(params, read, positions, prompt_cache)
     return hidden
 

@@ -3,10 +3,10 @@
 RAFT as one step, which samples, keeps the best of each group and imitates them:
 
     step = make_train_step(
-        policy, optimizer, reward=reward, loss=losses.sft(), prepare=(raft(0.5),), group_size=8, ...
+        policy, optimizer, reward=reward, loss=losses.sft(), transforms=(raft(0.5),), group_size=8, ...
     )
 
-The same hook serves `make_learn(policy, optimizer, loss=losses.sft(), prepare=(raft(0.5),))`.
+The same hook serves `make_learn(policy, optimizer, loss=losses.sft(), transforms=(raft(0.5),))`.
 """
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from grpo_jax.advantages import Weights
 from grpo_jax.baselines.selection import candidates, select
 from grpo_jax.losses.contract import Number
-from grpo_jax.transforms import Hook
+from grpo_jax.transforms import ExperienceTransform
 from grpo_jax.types import Experience, Mean, Metrics
 
 
@@ -44,7 +44,7 @@ def best_of_n(experience: Experience, *, keep: int = 1, weights: Weights | None 
     return select(experience, places, jnp.take_along_axis(counted, places, axis=1))
 
 
-def raft(threshold: Number | None = None, *, keep: int = 1, weights: Weights | None = None) -> Hook:
+def raft(threshold: Number | None = None, *, keep: int = 1, weights: Weights | None = None) -> ExperienceTransform:
     """A hook that leaves the best of each group, for `losses.sft()` to imitate.
 
     RAFT (Dong et al. 2023, arXiv:2304.06767, algorithm 1) with `keep=1` and no threshold.

@@ -12,7 +12,7 @@ def candidates(experience: Experience, weights: Weights | None = None) -> tuple[
     """The total rewards `[B, G]`, and which completions may be taken `[B, G]`.
 
     Those are the ones with a reward that is a number and with a token that counts: after
-    `preparation.mask_truncated` none that was cut off.
+    `transforms.mask_truncated` none that was cut off.
 
     Args:
       experience: with rewards.

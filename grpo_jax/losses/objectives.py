@@ -33,9 +33,9 @@ from grpo_jax.losses.contract import (
 )
 from grpo_jax.losses.ratios import product_ratio, sequence_ratio, sequence_token_ratio, token_ratio
 from grpo_jax.losses.surrogates import (
-    clip_where_it_earns,
     clipped_importance,
     gamma_weight,
+    pessimistic_clip,
     policy_gradient,
     ppo_clip,
     soft_gate,
@@ -194,7 +194,7 @@ def dapo(
     """The loss of DAPO (Yu et al. 2025, arXiv:2503.14476, equation 8): clip-higher and the mean over tokens.
 
     The mean is over the tokens of the update, as in the paper. TRL divides by the
-    average over the updates of a rollout: `over_rollout`. Arguments as in `grpo`.
+    average over the updates of a rollout: `normalize_by_rollout_tokens`. Arguments as in `grpo`.
     """
     return policy_loss(ppo_clip(epsilon, epsilon_high, delta), **Parts(aggregate=token_mean) | parts)
 
@@ -253,7 +253,7 @@ def gmpo(*, epsilon: Number = 0.4, epsilon_high: Number | None = None, **parts: 
             "clip_low": (advantages < 0) & (log_ratio < -epsilon),
             "clip_high": (advantages > 0) & (log_ratio > high),
         }
-        return ratio(clip_where_it_earns(log_ratio, advantages, -epsilon, high), mask), clipped
+        return ratio(pessimistic_clip(log_ratio, advantages, -epsilon, high), mask), clipped
 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
         return jnp.exp(log_ratio) * advantages, {}
@@ -298,38 +298,38 @@ def cispo(*, max_ratio: Number = 5.0, min_ratio: Number = 0.0, **parts: Unpack[P
     return policy_loss(clipped_importance(max_ratio, min_ratio), **Parts(aggregate=token_mean) | parts)
 
 
-def sapo(*, temperature_good: Number = 1.0, temperature_bad: Number = 1.05, **parts: Unpack[Parts]) -> Loss:
+def sapo(*, tau_pos: Number = 1.0, tau_neg: Number = 1.05, **parts: Unpack[Parts]) -> Loss:
     """SAPO (Gao et al. 2025, arXiv:2511.20347, equation 5): a soft gate, mean over completions.
 
     Args:
-      temperature_good: as in `soft_gate`.
-      temperature_bad: as in `soft_gate`.
+      tau_pos: as in `soft_gate`.
+      tau_neg: as in `soft_gate`.
       **parts: as in `grpo`.
     """
-    return policy_loss(soft_gate(temperature_good, temperature_bad), **Parts(aggregate=completion_mean) | parts)
+    return policy_loss(soft_gate(tau_pos, tau_neg), **Parts(aggregate=completion_mean) | parts)
 
 
 def vespo(
     *,
-    power_good: Number = 2.0,
-    rate_good: Number = 3.0,
-    power_bad: Number = 3.0,
-    rate_bad: Number = 2.0,
+    k_pos: Number = 2.0,
+    lambda_pos: Number = 3.0,
+    k_neg: Number = 3.0,
+    lambda_neg: Number = 2.0,
     **parts: Unpack[Parts],
 ) -> Loss:
     """VESPO (2026, arXiv:2602.10693): a gamma-shaped weight of the whole completion's ratio, mean over tokens.
 
     TRL adds the logarithm of the truncated weight between trainer and sampler to the
-    ratio; `preparation.old_from_sampler` takes the ratio against the sampler itself.
+    ratio; `transforms.old_from_sampler` takes the ratio against the sampler itself.
 
     Args:
-      power_good: as in `gamma_weight`.
-      rate_good: as in `gamma_weight`.
-      power_bad: as in `gamma_weight`.
-      rate_bad: as in `gamma_weight`.
+      k_pos: as in `gamma_weight`.
+      lambda_pos: as in `gamma_weight`.
+      k_neg: as in `gamma_weight`.
+      lambda_neg: as in `gamma_weight`.
       **parts: as in `grpo`.
     """
-    surrogate = gamma_weight(power_good, rate_good, power_bad, rate_bad)
+    surrogate = gamma_weight(k_pos, lambda_pos, k_neg, lambda_neg)
     return policy_loss(surrogate, **Parts(aggregate=token_mean, ratio=product_ratio) | parts)
 
 
@@ -363,24 +363,24 @@ def plus(*losses: Loss) -> Loss:
     return loss
 
 
-def over_rollout(make: Callable[[Aggregate], Loss]) -> Loss:
+def normalize_by_rollout_tokens(make: Callable[[Aggregate], Loss]) -> Loss:
     """The sum over the update's tokens, divided by the average number of tokens of the rollout's updates, as in TRL.
 
         loss = sum over the update / (tokens of the rollout / updates of a pass)
 
     `token_mean` divides every update by its own tokens instead. For instance
-    `over_rollout(lambda mean: dapo(aggregate=mean))`.
+    `normalize_by_rollout_tokens(lambda mean: dapo(aggregate=mean))`.
 
     Args:
       make: `aggregate -> loss`.
 
     Returns:
-      A loss that asks for `make_learn(..., prepare=(preparation.share_tokens,))`.
+      A loss that asks for `make_learn(..., transforms=(transforms.share_tokens,))`.
     """
 
     def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
         if experience.token_share is None:
-            raise ValueError("over_rollout needs make_learn(..., prepare=(preparation.share_tokens,))")
+            raise ValueError("normalize_by_rollout_tokens needs make_learn(..., transforms=(transforms.share_tokens,))")
         tokens = jnp.sum(experience.token_share)
 
         def mean(x: Array, mask: Array) -> Mean:

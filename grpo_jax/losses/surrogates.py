@@ -52,7 +52,7 @@ def ppo_clip(epsilon: Number, epsilon_high: Number | None = None, delta: Number 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
         del log_probs
         lowest, highest = jnp.log1p(-jnp.minimum(jnp.asarray(epsilon), 1.0)), jnp.log1p(high)
-        bounded = clip_where_it_earns(log_ratio, advantages, lowest, highest)
+        bounded = pessimistic_clip(log_ratio, advantages, lowest, highest)
         metrics = {
             "clip_low": (advantages < 0) & (log_ratio < lowest),
             "clip_high": (advantages > 0) & (log_ratio > highest),
@@ -65,7 +65,7 @@ def ppo_clip(epsilon: Number, epsilon_high: Number | None = None, delta: Number 
     return surrogate
 
 
-def clip_where_it_earns(log_ratio: Array, advantages: Array, lowest: Number, highest: Number) -> Array:
+def pessimistic_clip(log_ratio: Array, advantages: Array, lowest: Number, highest: Number) -> Array:
     """Bounds a log-ratio on the side where moving on would earn more: above for a good token, below for a bad one.
 
     An advantage of 0 is bounded above, too: inf * 0 is NaN.
@@ -117,7 +117,7 @@ def clipped_importance(max_ratio: Number, min_ratio: Number = 0.0) -> Surrogate:
     return surrogate
 
 
-def soft_gate(temperature_good: Number = 1.0, temperature_bad: Number = 1.05) -> Surrogate:
+def soft_gate(tau_pos: Number = 1.0, tau_neg: Number = 1.05) -> Surrogate:
     """A smooth gate in place of the clip (SAPO, Gao et al. 2025, arXiv:2511.20347, equations 5 and 6).
 
         gain = 4 / tau * sigmoid(tau * (ratio - 1)) * A
@@ -127,17 +127,17 @@ def soft_gate(temperature_good: Number = 1.0, temperature_bad: Number = 1.05) ->
     A log-ratio above 20 counts as 20.
 
     Args:
-      temperature_good: `tau` where `A > 0`.
-      temperature_bad: `tau` elsewhere; larger falls off faster.
+      tau_pos: `tau` where `A > 0`.
+      tau_neg: `tau` elsewhere; larger falls off faster.
 
     Raises:
       ValueError: for a temperature that is not above 0.
     """
-    check_positive(temperature_good=temperature_good, temperature_bad=temperature_bad)
+    check_positive(tau_pos=tau_pos, tau_neg=tau_neg)
 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
         del log_probs
-        tau = jnp.where(advantages > 0, temperature_good, temperature_bad)
+        tau = jnp.where(advantages > 0, tau_pos, tau_neg)
         distance = jnp.expm1(jnp.minimum(log_ratio, _LARGEST))
         return 4 / tau * jax.nn.sigmoid(tau * distance) * advantages, {}
 
@@ -145,7 +145,7 @@ def soft_gate(temperature_good: Number = 1.0, temperature_bad: Number = 1.05) ->
 
 
 def gamma_weight(
-    power_good: Number = 2.0, rate_good: Number = 3.0, power_bad: Number = 3.0, rate_bad: Number = 2.0
+    k_pos: Number = 2.0, lambda_pos: Number = 3.0, k_neg: Number = 3.0, lambda_neg: Number = 2.0
 ) -> Surrogate:
     """The score function under a weight of the shape of a gamma density (VESPO, 2026, arXiv:2602.10693).
 
@@ -155,10 +155,10 @@ def gamma_weight(
     `product_ratio`; the log-ratio is held between log(1e-8) and 20, as in TRL.
 
     Args:
-      power_good: `k` where `A >= 0`.
-      rate_good: `lambda` where `A >= 0`.
-      power_bad: `k` where `A < 0`.
-      rate_bad: `lambda` where `A < 0`.
+      k_pos: `k` where `A >= 0`.
+      lambda_pos: `lambda` where `A >= 0`.
+      k_neg: `k` where `A < 0`.
+      lambda_neg: `lambda` where `A < 0`.
 
     Returns:
       A surrogate with the metric `importance`, the mean weight.
@@ -166,12 +166,12 @@ def gamma_weight(
     Raises:
       ValueError: for a power or a rate below 0.
     """
-    check_not_negative(power_good=power_good, rate_good=rate_good, power_bad=power_bad, rate_bad=rate_bad)
+    check_not_negative(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg)
 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
         log_ratio = jnp.clip(log_ratio, jnp.log(1e-8), _LARGEST)
-        k = jnp.where(advantages < 0, power_bad, power_good)
-        rate = jnp.where(advantages < 0, rate_bad, rate_good)
+        k = jnp.where(advantages < 0, k_neg, k_pos)
+        rate = jnp.where(advantages < 0, lambda_neg, lambda_pos)
         weight = jax.lax.stop_gradient(jnp.exp(k * log_ratio - rate * jnp.expm1(log_ratio)))
         return weight * advantages * log_probs, {"importance": weight}
 

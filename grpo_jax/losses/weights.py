@@ -2,7 +2,7 @@
 
 A weight is `(scores, experience) -> (weight [B, G, T], metrics)`. It multiplies the gain
 and is not differentiated; penalties are exempt, and denominators count a token whatever
-its weight, as in TRL. (`preparation.drop_weightless` takes tokens of weight 0 out of the
+its weight, as in TRL. (`transforms.drop_weightless` takes tokens of weight 0 out of the
 denominators, too.)
 
 The sampler and the trainer disagree when they run in different precisions or engines, or

@@ -10,7 +10,7 @@ import transformers
 from jax.typing import DTypeLike
 
 from grpo_jax.models import rope
-from grpo_jax.models.attention import Attention, by_platform
+from grpo_jax.models.attention import Attention, auto
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DecoderConfig:
     dtype: DTypeLike = jnp.float32  # of the layers' arithmetic
     cache_dtype: DTypeLike | None = None  # of completions' keys and values while they are sampled; None: dtype
     logits_dtype: DTypeLike = jnp.float32  # of the operands of the last product; logits themselves are float32
-    attention: Attention = by_platform  # of grpo_jax.models.attention, or any function like them
+    attention: Attention = auto  # of grpo_jax.models.attention, or any function like them
     remat: bool | Callable[..., bool] = True  # recompute a layer's activations in the backward pass; or all but some
     hf_config: str = ""  # the Hugging Face config as JSON, for the export
 

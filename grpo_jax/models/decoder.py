@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models import rope
-from grpo_jax.models.attention import KeyValues, Sight
+from grpo_jax.models.attention import KeyValues, MaskInputs
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy, forget
 from grpo_jax.types import Array, Params, PRNGKey
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         cache: tuple[KeyValues, Array] | None,
         layer: Array,
         prompt: KeyValues | None,
-        sight: Sight,
+        mask_inputs: MaskInputs,
         rotation: tuple[Array, Array],
     ) -> tuple[Array, KeyValues | None, KeyValues]:
         """Reads `x [B, G, S, D]`; returns the output, the cache of all layers and the new keys and values."""
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         if cache is not None:
             stored, column = cache
             start = (layer, 0, 0, column, 0, 0)
-            size = (1, *sight.own.shape, *key.shape[-2:])
+            size = (1, *mask_inputs.own.shape, *key.shape[-2:])
             stored = jax.tree.map(
                 lambda all_layers, update: jax.lax.dynamic_update_slice(
                     all_layers, update[None].astype(all_layers.dtype), start
@@ -104,7 +104,7 @@ class Attention(nn.Module):
             read = functools.partial(jax.lax.dynamic_slice, start_indices=(layer, 0, 0, 0, 0, 0), slice_sizes=size)
             own = jax.tree.map(lambda all_layers: read(all_layers)[0].astype(key.dtype), stored)
 
-        out = c.attention(query, own, prompt, sight)
+        out = c.attention(query, own, prompt, mask_inputs)
         out = _linear(c, c.hidden_size, c.o_bias, "o_proj")(out.reshape(-1, c.num_heads * c.head_dim))
         return out.reshape(x.shape), stored, new
 
@@ -135,7 +135,7 @@ class Block(nn.Module):
         layer: Array,
         prompt: KeyValues | None,
         window: Array | None,
-        sight: Sight,
+        mask_inputs: MaskInputs,
         rotation: tuple[Array, Array],
         column: Array | None,
     ) -> tuple[tuple[Array, KeyValues | None], KeyValues]:
@@ -143,7 +143,7 @@ class Block(nn.Module):
         cache = None if stored is None or column is None else (stored, column)
         normed = RMSNorm(self.config, name="input_layernorm")(x)
         out, stored, new = Attention(self.config, name="self_attn")(
-            normed, cache, layer, prompt, sight._replace(window=window), rotation
+            normed, cache, layer, prompt, mask_inputs._replace(window=window), rotation
         )
         x = x + out
         x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_layernorm")(x))
@@ -180,7 +180,12 @@ class Decoder(nn.Module):
             self.lm_head = self.param("lm_head", initializer, (c.hidden_size, c.vocab_size), c.param_dtype)
 
     def __call__(
-        self, tokens: Array, sight: Sight, prompt: KeyValues | None, stored: KeyValues | None, column: Array | None
+        self,
+        tokens: Array,
+        mask_inputs: MaskInputs,
+        prompt: KeyValues | None,
+        stored: KeyValues | None,
+        column: Array | None,
     ) -> tuple[Array, KeyValues | None, KeyValues]:
         """Hidden states `[B, G, S, D]`, the updated cache, and the keys and values of every layer."""
         c = self.config
@@ -193,8 +198,8 @@ class Decoder(nn.Module):
             jnp.arange(c.num_layers),
             prompt,
             windows,
-            sight,
-            rope.angles(c.rope, sight.queries),
+            mask_inputs,
+            rope.angles(c.rope, mask_inputs.queries),
             column,
         )
         return self.norm(x), stored, new
@@ -216,7 +221,7 @@ def decoder(config: DecoderConfig) -> Policy:
 
     def init(key: PRNGKey) -> Params:
         tokens = jnp.zeros((1, 1, 1), jnp.int32)
-        return module.init(key, tokens, Sight(tokens, tokens), None, None, None)["params"]
+        return module.init(key, tokens, MaskInputs(tokens, tokens), None, None, None)["params"]
 
     def cast(params: Params) -> Params:
         def cast_leaf(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -230,7 +235,7 @@ def decoder(config: DecoderConfig) -> Policy:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         # A pad id may lie outside the vocabulary; its embedding is NaN, and a weight of 0 does not remove that.
         tokens = jnp.where(positions < lengths[:, None, None], tokens, 0)
-        _, _, new = apply({"params": params}, tokens, Sight(positions, positions), None, None, None)
+        _, _, new = apply({"params": params}, tokens, MaskInputs(positions, positions), None, None, None)
         return PromptCache(jax.tree.map(lambda layers: layers[:, :, 0], new), lengths - 1)
 
     def init_cache(B: int, G: int, T: int) -> Cache:
@@ -255,8 +260,8 @@ def decoder(config: DecoderConfig) -> Policy:
         if segments is not None and cache is not None:
             raise ValueError("segments keep packed completions apart and go without a cache")
         held = jnp.broadcast_to(prompt_cache.lengths[:, None], positions.shape[:2])
-        sight = Sight(positions, own, held, segments)
-        hidden, stored, _ = apply({"params": params}, tokens, sight, prompt_cache.layers, stored, column)
+        mask_inputs = MaskInputs(positions, own, held, segments)
+        hidden, stored, _ = apply({"params": params}, tokens, mask_inputs, prompt_cache.layers, stored, column)
         return hidden, None if cache is None else Cache(stored, written, cache.column + tokens.shape[-1])
 
     def unembed(params: Params, hidden: Array) -> Array:

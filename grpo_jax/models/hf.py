@@ -30,7 +30,7 @@ import transformers
 from jax.typing import DTypeLike
 
 from grpo_jax import models
-from grpo_jax.models.attention import Attention, by_platform
+from grpo_jax.models.attention import Attention, auto
 from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Params
 
@@ -50,7 +50,7 @@ def load_pretrained(
     compute_dtype: DTypeLike | None = None,
     cache_dtype: DTypeLike | None = None,
     logits_dtype: DTypeLike = jnp.float32,
-    attention: Attention = by_platform,
+    attention: Attention = auto,
     remat: bool | Callable[..., bool] = True,
     revision: str | None = None,
 ) -> tuple[Policy, Params]:

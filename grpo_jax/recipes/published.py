@@ -243,7 +243,7 @@ def dapo() -> Recipe:
 
     The mini-batch of 512 counts completions, the rollout of 512 prompts: 16 updates. Table
     1 adds the soft punishment to the filter of truncated completions, and so does TRL; the
-    authors' scripts have the punishment alone (`prepare=()`).
+    authors' scripts have the punishment alone (`transforms=()`).
     """
     return Recipe(
         name="DAPO",
@@ -259,7 +259,7 @@ def dapo() -> Recipe:
         objective=losses.dapo,
         epsilon=0.2,
         epsilon_high=0.28,
-        prepare=(mask_truncated,),
+        transforms=(mask_truncated,),
         prompts=512,
         group_size=16,
         max_tokens=20480,
@@ -290,7 +290,7 @@ def high_entropy_tokens() -> Recipe:
             "Chen, Xiong-Hui and Yang, Jianxin and Zhang, Zhenru and Liu, Yuqiong and Yang, An and Zhao, Andrew and "
             "Yue, Yang and Song, Shiji and Yu, Bowen and Huang, Gao and Lin, Junyang",
         ),
-        prepare=(),
+        transforms=(),
         entropy_share=0.2,
         temperature=1.0,
         warmup_rollouts=10,
@@ -469,11 +469,11 @@ def vespo() -> Recipe:
         leaves=(_TASK, _RATE, "The prompts of a rollout: the paper's minibatches of 256 do not say of what."),
         objective=losses.vespo,
         estimator=centered_advantages,
-        power_good=2.0,
-        rate_good=3.0,
-        power_bad=3.0,
-        rate_bad=2.0,
-        prepare=(old_from_sampler,),
+        k_pos=2.0,
+        lambda_pos=3.0,
+        k_neg=3.0,
+        lambda_neg=2.0,
+        transforms=(old_from_sampler,),
         group_size=8,
         max_tokens=16384,
         minibatches=8,
@@ -544,7 +544,7 @@ def scale_rl() -> Recipe:
         aggregate=losses.prompt_mean,
         estimator=batch_scaled_advantages,
         max_ratio=5.0,
-        prepare=(old_from_sampler,),
+        transforms=(old_from_sampler,),
         prompts=48,
         group_size=16,
         max_tokens=14336,
@@ -571,8 +571,8 @@ def sapo() -> Recipe:
         ),
         leaves=(_TASK, _RATE, "The sizes of group and rollout, which the source does not state."),
         objective=losses.sapo,
-        temperature_good=1.0,
-        temperature_bad=1.05,
+        tau_pos=1.0,
+        tau_neg=1.05,
         minibatches=4,
     )
 

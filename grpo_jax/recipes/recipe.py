@@ -14,8 +14,8 @@ from grpo_jax.advantages import Advantage, Cost, Estimator, from_rewards, group_
 from grpo_jax.losses import Aggregate, Loss, Penalty, Weight
 from grpo_jax.losses.contract import Number
 from grpo_jax.schedules import Scheduled, entropy_control
-from grpo_jax.schedules.reference import renew_reference
-from grpo_jax.transforms import Hook, top_entropy
+from grpo_jax.schedules.reference import sync_reference
+from grpo_jax.transforms import ExperienceTransform, top_entropy
 from grpo_jax.types import Array, Metrics, TrainState
 
 
@@ -41,12 +41,12 @@ class Recipe:
     epsilon_high: Number | None = None
     delta: Number | None = None
     max_ratio: Number | None = None
-    temperature_good: Number | None = None
-    temperature_bad: Number | None = None
-    power_good: Number | None = None
-    rate_good: Number | None = None
-    power_bad: Number | None = None
-    rate_bad: Number | None = None
+    tau_pos: Number | None = None
+    tau_neg: Number | None = None
+    k_pos: Number | None = None
+    lambda_pos: Number | None = None
+    k_neg: Number | None = None
+    lambda_neg: Number | None = None
     limit: Number | None = None
     low: Number | None = None
     high: Number | None = None
@@ -65,7 +65,7 @@ class Recipe:
     # The advantages, and the hooks of `make_learn`.
     to_advantages: Callable[..., Advantage] = from_rewards
     estimator: Estimator | None = group_advantages  # None where `to_advantages` takes none
-    prepare: tuple[Hook, ...] = ()
+    transforms: tuple[ExperienceTransform, ...] = ()
     entropy_share: Number | None = None  # of the tokens, those of highest entropy, that teach
 
     # The rollout.
@@ -169,7 +169,7 @@ class Recipe:
         """Keyword arguments of `make_learn`; none for what the source does not state."""
         names = ("temperature", "minibatches", "passes", "max_grad_norm")
         hooks = () if self.entropy_share is None else (top_entropy(self.entropy_share),)
-        made = {"loss": self.loss, "advantage": self.advantage, "prepare": (*self.prepare, *hooks)}
+        made = {"loss": self.loss, "advantage": self.advantage, "transforms": (*self.transforms, *hooks)}
         return _stated({name: getattr(self, name) for name in names}) | made
 
     @property
@@ -188,7 +188,7 @@ class Recipe:
           The state to go on with; the same for most recipes.
         """
         if self.reference_updates is not None:
-            state = renew_reference(state, every=self.reference_updates // self.updates)
+            state = sync_reference(state, every=self.reference_updates // self.updates)
         if self.entropy_target is not None:
             entropy, measured = types.summary(metrics)["entropy"], metrics["entropy"].count > 0
             settings = _stated({"target": self.entropy_target, "delta": self.entropy_delta})
@@ -204,8 +204,8 @@ class Recipe:
 
 
 _OF_PARTS = (
-    *("epsilon", "epsilon_high", "delta", "max_ratio", "temperature_good", "temperature_bad"),
-    *("power_good", "rate_good", "power_bad", "rate_bad", "limit", "low", "high", "threshold"),
+    *("epsilon", "epsilon_high", "delta", "max_ratio", "tau_pos", "tau_neg"),
+    *("k_pos", "lambda_pos", "k_neg", "lambda_neg", "limit", "low", "high", "threshold"),
 )
 
 

@@ -14,11 +14,11 @@ The makers here are those of text; `rewards.tokens` has the traced ones of the s
 """
 
 from grpo_jax.rewards import text, tokens
-from grpo_jax.rewards.host import HostReward, RewardFunction, callback, combine, host, name_of, tolerant
+from grpo_jax.rewards.host import HostReward, RewardFunction, callback, combine, host, name_of, skip_failed_batches
 from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.mathematics import accuracy
 from grpo_jax.rewards.model import reward_model
-from grpo_jax.rewards.pool import WorkerPool, isolated
+from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 from grpo_jax.rewards.python import python_tests
 from grpo_jax.rewards.text import (
     cosine_length,
@@ -47,7 +47,7 @@ __all__ = [
     "exact_answer",
     "format",
     "host",
-    "isolated",
+    "in_worker_processes",
     "judge",
     "language_consistency",
     "name_of",
@@ -56,12 +56,12 @@ __all__ = [
     "repetition_penalty",
     "reward_model",
     "self_consistency",
+    "skip_failed_batches",
     "soft_overlong",
     "strict_format",
     "tag_count",
     "text",
     "tokens",
-    "tolerant",
     "traced",
     "worked_steps",
 ]

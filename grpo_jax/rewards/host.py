@@ -136,7 +136,7 @@ def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | N
     return combined
 
 
-def tolerant(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
+def skip_failed_batches(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
     """Masks the batches that a reward function fails on, up to a number of them in a row.
 
     What an exception costs is then a batch from which nothing is learned, and not the
@@ -144,7 +144,7 @@ def tolerant(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
     given TRL's `log_metric`, counted as `<name>/failed`, 1 or 0 a batch.
 
     Args:
-      function: plain or async. For faults of single completions, see `pool.isolated`.
+      function: plain or async. For faults of single completions, see `pool.in_worker_processes`.
       batches: at this many failures in a row the exception passes through; 1 is at once.
 
     Raises:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo_jax.rewards.pool import WorkerPool, isolated
+from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 
 
 def accuracy(
@@ -28,7 +28,7 @@ def accuracy(
     normalised away. The two are compared as numbers, sets, intervals, matrices,
     relations or formulas; `\frac{1}{2}`, `0.5` and `\frac{2}{4}` are one answer. An answer that is
     missing or cannot be parsed scores 0, and so does one whose parsing takes longer than
-    `timeout` or more than `memory`. A fault of the verifier masks (see `isolated`).
+    `timeout` or more than `memory`. A fault of the verifier masks (see `in_worker_processes`).
 
     Args:
       column: the data set's column of gold answers; by default `solution`, or else `answer`.
@@ -53,7 +53,7 @@ def accuracy(
         raise ValueError(f"tolerance is a share of the gold number, at least 0 and below 1, got {tolerance}")
     if decimals < 0 or characters < 1:
         raise ValueError(f"decimals is at least 0 and characters at least 1, got {decimals} and {characters}")
-    judge = isolated(
+    judge = in_worker_processes(
         symbolic.accuracy,
         pool=pool,
         workers=workers,

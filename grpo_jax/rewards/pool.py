@@ -183,7 +183,7 @@ class WorkerPool:
                 worker.send(i, requests[i], self._timeout)
 
 
-def isolated(
+def in_worker_processes(
     score: Callable[..., float | None],
     *,
     pool: WorkerPool | None = None,
@@ -202,7 +202,7 @@ def isolated(
                  score    otherwise; None masks, as ever
 
     `score` says itself what else is wrong, for instance an answer that it cannot parse.
-    Both kinds are reported as by `settle`.
+    Both kinds are reported as by `to_rewards`.
 
     Args:
       score: of a module's top level; see `WorkerPool.map`. It is given the completion's text,
@@ -233,13 +233,13 @@ def isolated(
         given = {"prompt": list(prompts), **lists, "completion": [text_of(completion) for completion in completions]}
         wanted = {k: v for k, v in given.items() if (everything or k in named) and k not in fixed}
         items = [fixed | {k: v[i] for k, v in wanted.items()} for i in range(len(completions))]
-        return settle(pool.map(score, items), label, wrong=wrong, log_metric=log_metric)
+        return to_rewards(pool.map(score, items), label, wrong=wrong, log_metric=log_metric)
 
     reward.__name__ = reward.__qualname__ = label
     return reward
 
 
-def settle(
+def to_rewards(
     outcomes: Sequence[Outcome],
     name: str,
     *,

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from grpo_jax.rewards.pool import START_TIMEOUT, Outcome, environment, kill_group, settle
+from grpo_jax.rewards.pool import START_TIMEOUT, Outcome, environment, kill_group, to_rewards
 from grpo_jax.rewards.sandbox import bubblewrap
 from grpo_jax.rewards.text import text_of
 
@@ -62,7 +62,7 @@ def python_tests(
     Scores 0: failed tests, no code, code of more than 65536 characters, and, whatever
     passed before, tests that together took longer than `timeout` (counted in `timeouts`).
     Masked and counted in `faults`: tests that cannot be run whatever the code (no Python, no test,
-    a function as an argument), and a sandbox that does not start. See `pool.settle`.
+    a function as an argument), and a sandbox that does not start. See `pool.to_rewards`.
 
     Args:
       share: reward the share of tests passed, not only all of them.
@@ -101,7 +101,7 @@ def python_tests(
             outcomes = list(threads.map(run, codes, columns["tests"]))
         if not share:
             outcomes = [o if o.value is None else o._replace(value=float(o.value == 1)) for o in outcomes]
-        return settle(outcomes, "python_tests", log_metric=log_metric)
+        return to_rewards(outcomes, "python_tests", log_metric=log_metric)
 
     reward.__name__ = reward.__qualname__ = "python_tests"
     return reward

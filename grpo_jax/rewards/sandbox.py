@@ -11,7 +11,7 @@ SCRATCH = 32 * 2**20  # bytes of files in /tmp
 def bubblewrap(read: Sequence[str] = ()) -> list[str]:
     """The beginning of a command line that runs the rest of it in a sandbox, for Linux.
 
-    The program has no network, no other processes in sight, and no environment but a
+    The program has no network, no other processes in mask_inputs, and no environment but a
     locale and a `PATH`. It sees `/usr` and what is named in `read`, read-only, the null and
     random devices, and an empty `/tmp` of its own, of 32 MiB, where it starts. There is no
     `/proc` and no home. It has no privileges, cannot gain any, and is killed, with

@@ -11,7 +11,7 @@ import jax
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # of a program compiled, or fetched where it is kept
 
 
-def keep_programs(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
+def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Keeps what XLA compiles in a folder, so that the next run of the same programs starts at once.
 
     Tracing is still done. Where JAX has such a folder already, from `JAX_COMPILATION_CACHE_DIR`
@@ -32,8 +32,8 @@ def keep_programs(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
     return folder
 
 
-def count_programs() -> Callable[[], int]:
-    """A function that tells how many programs were compiled, or fetched from the folder of `keep_programs`, since now.
+def count_compilations() -> Callable[[], int]:
+    """A function that tells how many programs were compiled, or fetched from the folder of `enable_compilation_cache`, since now.
 
     In a loop that is well made it stays where it is after the first few steps: a number that
     goes on growing says that shapes or settings change where they should not.
@@ -48,7 +48,7 @@ def count_programs() -> Callable[[], int]:
     return lambda: count
 
 
-def less_memory() -> dict[str, str]:
+def cpu_memory_options() -> dict[str, str]:
     """Options with which `jax.jit(..., compiler_options=...)` makes programs that take less memory.
 
     On a CPU, XLA orders a program for threads to work side by side, which makes buffers long before they are
@@ -59,7 +59,7 @@ def less_memory() -> dict[str, str]:
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
 
 
-def return_memory(seconds: float = 0.1) -> None:
+def trim_malloc(seconds: float = 0.1) -> None:
     """From now on, what compiling has used and freed goes back to the system after each program.
 
     XLA compiles in many threads, and the GNU C library keeps what they free, for them to use again: hundreds of MiB

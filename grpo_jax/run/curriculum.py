@@ -13,7 +13,7 @@ of a step are a pure function of it and of the step's key:
     ...
     state = state._replace(extra=curriculum.observe(state.extra, chosen, solved))
 
-It replaces `data.batch_rows`, and with it the promise that every row comes once an epoch.
+It replaces `data.batch_indices`, and with it the promise that every row comes once an epoch.
 """
 
 from typing import NamedTuple

@@ -71,7 +71,7 @@ def plan(
 ) -> Plan:
     """The memory of one step of `prompts * group_size` completions, on the default backend.
 
-    `learn` is taken to donate its state and to be compiled with `compilation.less_memory()`, as `experiments/grpo.py`
+    `learn` is taken to donate its state and to be compiled with `compilation.cpu_memory_options()`, as `experiments/grpo.py`
     does.
 
     Args:
@@ -112,7 +112,7 @@ def plan(
     rows = prompts // (minibatches * micro_batches) * group_size
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
     logits = 2 * rows * width * jax.eval_shape(policy.unembed, params, _hidden(policy, params, batch)).shape[-1] * 4
-    learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.less_memory())
+    learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
     learning = beside(learn, state, experience) + size(experience)
     cast = jax.eval_shape(policy.cast, params)
     same = [leaf.dtype for leaf in jax.tree.leaves(cast)] == [leaf.dtype for leaf in jax.tree.leaves(params)]

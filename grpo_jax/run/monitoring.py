@@ -13,7 +13,7 @@ one dict of metrics a step, as `metrics.read` gives it, where None stands for a 
 Thresholds are keywords: `functools.partial(mostly_truncated, threshold=0.8)` is another check. Their defaults are
 rules of thumb, no paper's. A check whose metrics were not measured says nothing.
 
-`repetition` and `unjudged` measure what a step does not: `make_learn(..., prepare=[repetition(), unjudged(names)])`.
+`repetition` and `unscored` measure what a step does not: `make_learn(..., transforms=[repetition(), unscored(names)])`.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.transforms import Hook
+from grpo_jax.transforms import ExperienceTransform
 from grpo_jax.types import Array, Experience, Mean, Metrics
 
 History = Sequence[Mapping[str, Any]]
@@ -50,21 +50,21 @@ def mostly_truncated(history: History, *, window: int = 5, threshold: float = 0.
         f"{share:.0%} of the completions of the last {window} steps were cut at the token limit (`truncated`). A "
         "completion that is cut gives no answer, so its reward says little about its reasoning. Raise max_tokens, ask "
         "for shorter answers in the prompt, reward shortness (rewards.soft_overlong), or leave cut completions out of "
-        "the loss (preparation.mask_truncated). If completions never end, look whether eos_ids has the token that "
+        "the loss (transforms.mask_truncated). If completions never end, look whether eos_ids has the token that "
         "ends a turn in this model's chat template"
     )
 
 
-def mostly_without_spread(history: History, *, window: int = 5, threshold: float = 0.5) -> str | None:
+def mostly_zero_variance(history: History, *, window: int = 5, threshold: float = 0.5) -> str | None:
     """Over the last `window` steps more than `threshold` of the groups had equal rewards throughout."""
-    share = _mean(_last(history, "groups_without_spread", window))
+    share = _mean(_last(history, "zero_variance_groups", window))
     if share is None or share <= threshold:
         return None
     rewards = _last(history, "reward", window)
     level = f", at a mean reward of {_mean(rewards):.3g}" if rewards else ""
     return (
         f"in {share:.0%} of the groups of the last {window} steps every completion had the same reward "
-        f"(`groups_without_spread`){level}. Such a group has advantages of 0 and teaches nothing. Where the reward is "
+        f"(`zero_variance_groups`){level}. Such a group has advantages of 0 and teaches nothing. Where the reward is "
         "low the task is too hard: take easier prompts, larger groups or a graded reward, or begin with supervised "
         "learning. Where it is high the task is solved: take harder prompts. Filter prompts by pass rate "
         "(evaluation.between), or sample until groups differ (dynamic_sampling)"
@@ -223,7 +223,7 @@ def repeating(history: History, *, window: int = 5, threshold: float = 0.5) -> s
     return (
         f"{share:.0%} of what the completions of the last {window} steps say they have said before (`repetition`). "
         "Read some: loops are a sign of collapse, or pay under a reward for length. Add a penalty "
-        "(rewards.repetition_penalty), leave cut completions out of the loss (preparation.mask_truncated), lower the "
+        "(rewards.repetition_penalty), leave cut completions out of the loss (transforms.mask_truncated), lower the "
         "learning rate, or go back to a checkpoint from before"
     )
 
@@ -232,13 +232,13 @@ def reward_failing(history: History, *, window: int = 10, share: float = 0.1, st
     """A reward could often not be given.
 
     That is more than `share` of the completions of the last `window` steps by
-    `unjudged/<name>` (of `unjudged`) or `<name>/failed`, or at least one fault or
+    `unscored/<name>` (of `unscored`) or `<name>/failed`, or at least one fault or
     timeout in more than `steps` of these steps by `<name>/faults` or `<name>/timeouts`,
     which count and are what verifiers log by TRL's `log_metric`.
     """
     seen = []
     for name in dict.fromkeys(name for line in history[-window:] for name in line):
-        if name.startswith("unjudged/") or name.endswith("/failed"):
+        if name.startswith("unscored/") or name.endswith("/failed"):
             failed = _mean(_last(history, name, window))
             if failed is not None and failed > share:
                 seen.append(f"{failed:.0%} of the completions of the last {window} steps (`{name}`)")
@@ -270,7 +270,7 @@ def updates_skipped(history: History) -> str | None:
 
 DEFAULT: tuple[Check, ...] = (
     mostly_truncated,
-    mostly_without_spread,
+    mostly_zero_variance,
     reward_jumped,
     reward_collapsed,
     kl_exploded,
@@ -319,7 +319,7 @@ def warnings(
 # ----------------------------------------------------------- measured inside of a step
 
 
-def repetition(n: int = 4) -> Hook:
+def repetition(n: int = 4) -> ExperienceTransform:
     """A hook that measures how much the completions repeat themselves, as the metric `repetition`.
 
         repetition = 1 - distinct n-grams / n-grams, of the tokens of a completion
@@ -354,8 +354,8 @@ def _distinct(tokens: Array, count: Array, n: int) -> Array:
     return jnp.sum(new & (ordered[0][..., 1:] >= 0), axis=-1) + (ordered[0][..., 0] >= 0)
 
 
-def unjudged(names: Sequence[str]) -> Hook:
-    """A hook that measures for which share of the completions a reward could not be given, as `unjudged/<name>`.
+def unscored(names: Sequence[str]) -> ExperienceTransform:
+    """A hook that measures for which share of the completions a reward could not be given, as `unscored/<name>`.
 
     Args:
       names: one a reward function.
@@ -368,7 +368,7 @@ def unjudged(names: Sequence[str]) -> Hook:
             raise ValueError(f"{len(names)} names for a reward_mask [B, G, R] of shape {shape}")
         there = experience.rollout.lengths > 0
         return experience, {
-            f"unjudged/{name}": Mean(jnp.sum(there & ~given[..., k]), jnp.sum(there)) for k, name in enumerate(names)
+            f"unscored/{name}": Mean(jnp.sum(there & ~given[..., k]), jnp.sum(there)) for k, name in enumerate(names)
         }
 
     return hook

@@ -5,7 +5,7 @@ import jax
 from grpo_jax.types import TrainState
 
 
-def renew_reference(state: TrainState, *, every: int, mixture: float | jax.Array = 1.0) -> TrainState:
+def sync_reference(state: TrainState, *, every: int, mixture: float | jax.Array = 1.0) -> TrainState:
     """Moves the reference policy towards the policy after every `every` steps; goes after the step.
 
         ref_params = mixture * params + (1 - mixture) * ref_params

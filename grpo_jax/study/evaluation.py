@@ -335,7 +335,7 @@ def summarise(items: Sequence[Item], *, k: Sequence[int] = (), level: float = 0.
       that could not be judged is left out, and so is a prompt of which fewer than `k`
       could be (of which none could, for the accuracy); NaN where nothing is left. Then
       the shares of prompts `always_solved` and `never_solved`, and over all completions
-      the shares `truncated` and `unjudged`, the mean `length` in tokens, and the mean
+      the shares `truncated` and `unscored`, the mean `length` in tokens, and the mean
       `reward/<name>`.
     """
     judged = [[right is not None for right in item["right"]] for item in items]
@@ -361,7 +361,7 @@ def summarise(items: Sequence[Item], *, k: Sequence[int] = (), level: float = 0.
         "always_solved": _mean(measured["accuracy"] == 1),
         "never_solved": _mean(measured["accuracy"] == 0),
         "truncated": _mean(over_completions("truncated")),
-        "unjudged": _mean([right is None for right in over_completions("right")]),
+        "unscored": _mean([right is None for right in over_completions("right")]),
         "length": _mean(over_completions("lengths")),
     }
     for name in items[0]["rewards"] if items else ():

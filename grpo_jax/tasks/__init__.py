@@ -32,7 +32,7 @@ class Splits(NamedTuple):
     train: list[Row]
     validation: list[Row]  # for choices made on the way
     test: list[Row]  # for the result
-    shifted: list[Row]  # harder, or from elsewhere: shows what generalises
+    ood: list[Row]  # harder, or from elsewhere: shows what generalises
 
 
 class Task(NamedTuple):
@@ -66,21 +66,21 @@ def draw_splits(
     train: int,
     validation: int,
     test: int,
-    shifted: int,
+    ood: int,
 ) -> Splits:
-    """Splits of generated problems, drawn in the order `test`, `validation`, `shifted`, `train`.
+    """Splits of generated problems, drawn in the order `test`, `validation`, `ood`, `train`.
 
     So more rows to train on leave the others as they are.
 
     Args:
       problems: an endless stream of rows, with repetitions.
-      harder: the same, for `shifted`.
+      harder: the same, for `ood`.
       key: what makes two rows the same problem. No two rows of all splits share it.
       seed: each split is a function of it and of the splits before.
       train: number of rows.
       validation: number of rows.
       test: number of rows.
-      shifted: number of rows.
+      ood: number of rows.
 
     Raises:
       ValueError: if 10,000 rows in a row bring no new problem.
@@ -104,26 +104,26 @@ def draw_splits(
 
     tested = draw("test", problems, test)
     validated = draw("validation", problems, validation)
-    moved = draw("shifted", harder, shifted)
+    moved = draw("ood", harder, ood)
     return Splits(draw("train", problems, train), validated, tested, moved)
 
 
 def held_out_splits(
-    train: Sequence[Row], test: Sequence[Row], shifted: Sequence[Row], *, seed: int, validation: int
+    train: Sequence[Row], test: Sequence[Row], ood: Sequence[Row], *, seed: int, validation: int
 ) -> Splits:
     """Splits of a published data set, whose test set stays whole: results compare with published ones.
 
     Args:
-      train: rows to train on. One whose prompt is also in `test` or `shifted`, or was there before, is left out.
-      test: as published; `shifted` may be a part of it.
-      shifted: see `Splits`.
+      train: rows to train on. One whose prompt is also in `test` or `ood`, or was there before, is left out.
+      test: as published; `ood` may be a part of it.
+      ood: see `Splits`.
       seed: which rows of `train` are held out for validation.
       validation: how many.
 
     Raises:
       ValueError: if that leaves no row to train on.
     """
-    known = {row["prompt"] for row in [*test, *shifted]}
+    known = {row["prompt"] for row in [*test, *ood]}
     first = {row["prompt"]: row for row in reversed(train)}  # of each prompt
     rows = [row for row in train if row is first[row["prompt"]] and row["prompt"] not in known]
     if validation >= len(rows):
@@ -133,5 +133,5 @@ def held_out_splits(
         train=[row for i, row in enumerate(rows) if i not in chosen],
         validation=[row for i, row in enumerate(rows) if i in chosen],
         test=list(test),
-        shifted=list(shifted),
+        ood=list(ood),
     )

@@ -1,7 +1,7 @@
 """Small Python functions, told in words and judged by unit tests in a sandbox.
 
 A dozen families of steps on lists of whole numbers and on text, each with a number that
-varies. A problem is one step, or two one after the other; `shifted` has three.
+varies. A problem is one step, or two one after the other; `ood` has three.
 
     Write a Python function f(values) ... 1. leave out the multiples of 3 ... 2. give the sum of the squares of ...
 """
@@ -96,7 +96,7 @@ def task(seed: int = 0, *, verifier: RewardFunction | None = None, **sizes: int)
     return Task("code", splits(seed, **sizes), python_tests() if verifier is None else verifier)
 
 
-def splits(seed: int, *, train: int = 2000, validation: int = 100, test: int = 300, shifted: int = 300) -> Splits:
+def splits(seed: int, *, train: int = 2000, validation: int = 100, test: int = 300, ood: int = 300) -> Splits:
     """Rows of `prompt`, `steps` (in words) and `tests` (assertions); no two have the same steps."""
     return draw_splits(
         lambda rng: problems(rng, (1, *[2] * 9)),  # of one step there are few
@@ -106,7 +106,7 @@ def splits(seed: int, *, train: int = 2000, validation: int = 100, test: int = 3
         train=train,
         validation=validation,
         test=test,
-        shifted=shifted,
+        ood=ood,
     )
 
 

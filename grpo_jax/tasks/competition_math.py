@@ -48,7 +48,7 @@ def task(
     *,
     train: Sequence[Row] | None = None,
     test: Sequence[Row] | None = None,
-    shifted: Sequence[Row] | None = None,
+    ood: Sequence[Row] | None = None,
     levels: Sequence[int] | None = None,
     validation: int = 500,
     verifier: RewardFunction | None = None,
@@ -61,12 +61,12 @@ def task(
     Raises:
       ValueError: for `train` without `test`, or the other way round.
     """
-    if train is None and test is None and shifted is None:
+    if train is None and test is None and ood is None:
         parts = splits(seed, **from_hub(), levels=levels, validation=validation)
     elif train is None or test is None:
         raise ValueError("rows of your own are both train and test; leave out both for those of the Hub")
     else:
-        parts = splits(seed, train=train, test=test, shifted=shifted, levels=levels, validation=validation)
+        parts = splits(seed, train=train, test=test, ood=ood, levels=levels, validation=validation)
     return Task("competition_math", parts, accuracy(column="gold") if verifier is None else verifier)
 
 
@@ -75,7 +75,7 @@ def splits(
     *,
     train: Sequence[Row],
     test: Sequence[Row],
-    shifted: Sequence[Row] | None = None,
+    ood: Sequence[Row] | None = None,
     levels: Sequence[int] | None = None,
     validation: int = 500,
 ) -> Splits:
@@ -85,10 +85,10 @@ def splits(
       seed: which rows of `train` are held out for validation.
       train: rows of `FIELDS`.
       test: rows of `FIELDS`; all of them are the test split.
-      shifted: rows of `FIELDS`. If not given, the rows of `test` of level `HARD_LEVEL`,
+      ood: rows of `FIELDS`. If not given, the rows of `test` of level `HARD_LEVEL`,
         which are then in both.
       levels: of `train`, those to train and to validate on; all if not given. Without 5,
-        `shifted` shows what carries over from easier problems; Dr. GRPO takes 3 to 5.
+        `ood` shows what carries over from easier problems; Dr. GRPO takes 3 to 5.
       validation: how many rows of `train` are held out.
 
     Raises:
@@ -97,7 +97,7 @@ def splits(
     """
     tested = rows(test, "test")
     hard = [row for row in tested if row["level"] == HARD_LEVEL]
-    moved = hard if shifted is None else rows(shifted, "shifted")
+    moved = hard if ood is None else rows(ood, "ood")
     trained = [row for row in rows(train, "train") if levels is None or row["level"] in levels]
     return held_out_splits(trained, tested, moved, seed=seed, validation=validation)
 

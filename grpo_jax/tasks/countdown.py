@@ -3,7 +3,7 @@
     numbers 3, 7 and 25, target 29   ->   <think>...</think><answer>25 + 7 - 3</answer>
 
 The game of TinyZero (Pan et al. 2025) and nano-aha-moment: three or four numbers from 1
-to 99, a target from 10 to 99. `shifted` has five or six numbers.
+to 99, a target from 10 to 99. `ood` has five or six numbers.
 """
 
 import ast
@@ -26,13 +26,13 @@ def task(seed: int = 0, **sizes: int) -> Task:
     return Task("countdown", splits(seed, **sizes), correct)
 
 
-def splits(seed: int, *, train: int = 10_000, validation: int = 256, test: int = 1000, shifted: int = 1000) -> Splits:
+def splits(seed: int, *, train: int = 10_000, validation: int = 256, test: int = 1000, ood: int = 1000) -> Splits:
     """Rows of `prompt`, `numbers` and `target`; two with the same numbers, in any order, differ in the target."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return *sorted(row["numbers"]), row["target"]
 
-    sizes = {"train": train, "validation": validation, "test": test, "shifted": shifted}
+    sizes = {"train": train, "validation": validation, "test": test, "ood": ood}
     return draw_splits(lambda rng: problems(rng, (3, 4)), lambda rng: problems(rng, (5, 6)), key, seed=seed, **sizes)
 
 

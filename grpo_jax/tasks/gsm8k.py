@@ -6,7 +6,7 @@ From the Hugging Face Hub, or from rows of your own with the same fields:
     train, test = (data.read_rows(path, gsm8k.FIELDS) for path in ("train.jsonl", "test.jsonl"))
     task = gsm8k.task(train=train, test=test)
 
-`shifted` is on the Hub the P2 of GSM-Symbolic (Mirzadeh et al. 2024, arXiv:2410.05229):
+`ood` is on the Hub the P2 of GSM-Symbolic (Mirzadeh et al. 2024, arXiv:2410.05229):
 templates of the same kind of problem, with two clauses more.
 """
 
@@ -30,7 +30,7 @@ def from_hub() -> dict[str, Any]:
     return {
         "train": data.read_rows("openai/gsm8k", FIELDS, split="train", subset="main"),
         "test": data.read_rows("openai/gsm8k", FIELDS, split="test", subset="main"),
-        "shifted": data.read_rows("apple/GSM-Symbolic", FIELDS, split="test", subset="p2"),
+        "ood": data.read_rows("apple/GSM-Symbolic", FIELDS, split="test", subset="p2"),
     }
 
 
@@ -39,7 +39,7 @@ def task(
     *,
     train: Sequence[Row] | None = None,
     test: Sequence[Row] | None = None,
-    shifted: Sequence[Row] | None = None,
+    ood: Sequence[Row] | None = None,
     validation: int = 500,
 ) -> Task:
     """GSM8K made of rows with the fields `question` and `answer`, or `from_hub`; the arguments are those of `splits`.
@@ -47,12 +47,12 @@ def task(
     Raises:
       ValueError: for `train` without `test`, or the other way round.
     """
-    if train is None and test is None and shifted is None:
+    if train is None and test is None and ood is None:
         parts = splits(seed, **from_hub(), validation=validation)
     elif train is None or test is None:
         raise ValueError("rows of your own are both train and test; leave out both for those of the Hub")
     else:
-        parts = splits(seed, train=train, test=test, shifted=shifted, validation=validation)
+        parts = splits(seed, train=train, test=test, ood=ood, validation=validation)
     return Task("gsm8k", parts, correct)
 
 
@@ -61,7 +61,7 @@ def splits(
     *,
     train: Sequence[Row],
     test: Sequence[Row],
-    shifted: Sequence[Row] | None = None,
+    ood: Sequence[Row] | None = None,
     validation: int = 500,
 ) -> Splits:
     """Rows of `prompt`, `answer` (the number, as text) and `solution`.
@@ -70,7 +70,7 @@ def splits(
       seed: which rows of `train` are held out for validation.
       train: rows of `FIELDS`.
       test: rows of `FIELDS`; all of them are the test split.
-      shifted: rows of `FIELDS`. If not given, the rows of `test` whose solution has
+      ood: rows of `FIELDS`. If not given, the rows of `test` whose solution has
         `HARD_STEPS` lines or more, which are then in both.
       validation: how many rows of `train` are held out.
 
@@ -80,7 +80,7 @@ def splits(
     """
     tested = rows(test, "test")
     hard = [row for row in tested if len(row["solution"].splitlines()) >= HARD_STEPS]
-    moved = hard if shifted is None else rows(shifted, "shifted")
+    moved = hard if ood is None else rows(ood, "ood")
     return held_out_splits(rows(train, "train"), tested, moved, seed=seed, validation=validation)
 
 

@@ -1,7 +1,7 @@
 """Multiplication of whole numbers; the digits of the factors dial how hard it is.
 
 What 2 by 2 digits is to one model, 4 by 4 is to another: with too few the model always
-is right, with too many never, and neither teaches anything. `shifted` has one digit more
+is right, with too many never, and neither teaches anything. `ood` has one digit more
 in each factor.
 """
 
@@ -27,7 +27,7 @@ def splits(
     train: int = 2000,
     validation: int = 200,
     test: int = 500,
-    shifted: int = 500,
+    ood: int = 500,
 ) -> Splits:
     """Rows of `prompt`, `factors` and `answer`; 23 * 47 and 47 * 23 are one problem.
 
@@ -37,7 +37,7 @@ def splits(
     if min(digits) < 1:
         raise ValueError(f"a factor has at least 1 digit, got digits={digits}")
     more = digits[0] + 1, digits[1] + 1
-    sizes = {"train": train, "validation": validation, "test": test, "shifted": shifted}
+    sizes = {"train": train, "validation": validation, "test": test, "ood": ood}
     return draw_splits(
         lambda rng: problems(rng, digits),
         lambda rng: problems(rng, more),

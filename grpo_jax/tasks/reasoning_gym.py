@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_jax.data import Row
 from grpo_jax.rewards.host import RewardFunction
-from grpo_jax.rewards.pool import WorkerPool, isolated
+from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 from grpo_jax.rewards.sandbox import bubblewrap
 from grpo_jax.rewards.text import answer_of, text_of
 from grpo_jax.tasks import Splits, Task, draw_splits
@@ -58,7 +58,7 @@ def splits(
     train: int = 1000,
     validation: int = 100,
     test: int = 200,
-    shifted: int = 200,
+    ood: int = 200,
 ) -> Splits:
     """Rows of `prompt`, `answer` (None where the problem has many) and what the verifier needs; no question twice.
 
@@ -71,11 +71,11 @@ def splits(
         it; or its settings, as a dict, which is how `composite` is told its parts:
         `{"datasets": [{"name": "chain_sum", "weight": 1, "config": {}}, ...]}`. For `train`,
         `validation` and `test`.
-      shifted_difficulty: the same, for `shifted`.
+      shifted_difficulty: the same, for `ood`.
       train: number of rows.
       validation: number of rows.
       test: number of rows.
-      shifted: number of rows.
+      ood: number of rows.
 
     Raises:
       ValueError: for an unknown data set or a level that it does not have (a few have
@@ -96,7 +96,7 @@ def splits(
         train=train,
         validation=validation,
         test=test,
-        shifted=shifted,
+        ood=ood,
     )
 
 
@@ -176,7 +176,7 @@ def verifier(*, partial: bool = False, pool: WorkerPool | None = None) -> Reward
     The answer is that of `rewards.text.answer_of`. Many scorers give a wrong one 0.01 or
     more, and a group of wrong answers then has a spread; so only the full score counts.
     A scorer that fails over an answer, or takes too long, has judged it wrong; one that
-    fails over the right answer too masks the item. See `rewards.pool.isolated`.
+    fails over the right answer too masks the item. See `rewards.pool.in_worker_processes`.
 
     Args:
       partial: give the scorer's own score, from 0 to 1.
@@ -188,7 +188,7 @@ def verifier(*, partial: bool = False, pool: WorkerPool | None = None) -> Reward
       ImportError: without the extra `tasks`.
     """
     gym = _worker()
-    judge = isolated(gym.score, pool=sandboxed_pool() if pool is None else pool, name="reasoning_gym")
+    judge = in_worker_processes(gym.score, pool=sandboxed_pool() if pool is None else pool, name="reasoning_gym")
 
     def correct(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         answers = [answer_of(text_of(completion)) for completion in completions]

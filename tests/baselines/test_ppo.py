@@ -369,7 +369,7 @@ def test_every_setting_may_be_traced_and_has_an_effect():
 
 def test_the_raw_advantages_are_learned_from_without_whitening():
     experience, state = experience_of(), state_of()
-    shifted = experience._replace(rewards=3 * experience.rewards + 5)
+    ood = experience._replace(rewards=3 * experience.rewards + 5)
     settings = {"value_weight": 0.0, "entropy_weight": 0.0, "decay": 1.0, "discount": 1.0}
     state = state._replace(params=state.params | {"critic": heads.init_from(POLICY, state.params["policy"])})
 
@@ -377,8 +377,8 @@ def test_the_raw_advantages_are_learned_from_without_whitening():
         learn = compiled_learn(whiten=whiten, **settings)
         return learn(state, experience._replace(ref_log_probs=experience.old_log_probs))[0].params["policy"]["table"]
 
-    np.testing.assert_allclose(table(shifted, True), table(experience, True), atol=1e-3)
-    assert np.abs(table(shifted, False) - table(experience, False)).max() > 0.1
+    np.testing.assert_allclose(table(ood, True), table(experience, True), atol=1e-3)
+    assert np.abs(table(ood, False) - table(experience, False)).max() > 0.1
 
 
 # --------------------------------------------------------------------------------- programs

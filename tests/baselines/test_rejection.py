@@ -84,7 +84,7 @@ def test_raft_imitates_the_best_above_the_threshold_and_nothing_else(threshold, 
     """Its loss is the mean of the negative log-likelihood of their tokens."""
     experience, optimizer = scored_experience(), optax.sgd(1.0)
     state = init_state(POLICY.init(jax.random.key(0)), optimizer, jax.random.key(0))
-    learn = make_learn(POLICY, optimizer, loss=losses.sft(), prepare=(raft(threshold, keep=keep),))
+    learn = make_learn(POLICY, optimizer, loss=losses.sft(), transforms=(raft(threshold, keep=keep),))
     after, metrics = jax.jit(learn)(state, experience)
     order, total = ranked(experience, (1.0, 1.0))
     taken = [(b, g) for b in range(B) for g in order[b][:keep] if threshold is None or total[b, g] > threshold]
@@ -108,7 +108,7 @@ def test_a_threshold_may_be_traced():
 def test_what_was_not_taken_has_no_gradient_whatever_it_holds():
     experience, optimizer = scored_experience(), optax.sgd(1.0)
     state = init_state(POLICY.init(jax.random.key(0)), optimizer, jax.random.key(0))
-    learn = jax.jit(make_learn(POLICY, optimizer, loss=losses.sft(), prepare=(raft(0.5),)))
+    learn = jax.jit(make_learn(POLICY, optimizer, loss=losses.sft(), transforms=(raft(0.5),)))
     order, total = ranked(experience, (1.0, 1.0))
     taken = np.zeros((B, G, 1), bool)
     for b in range(B):
@@ -124,7 +124,7 @@ def test_what_was_not_taken_has_no_gradient_whatever_it_holds():
 def test_a_threshold_that_nothing_reaches_leaves_everything_as_it_was():
     optimizer = optax.adamw(0.1)
     state = init_state(POLICY.init(jax.random.key(0)), optimizer, jax.random.key(0))
-    learn = make_learn(POLICY, optimizer, loss=losses.sft(), prepare=(raft(100.0),), micro_batches=2)
+    learn = make_learn(POLICY, optimizer, loss=losses.sft(), transforms=(raft(100.0),), micro_batches=2)
     after, metrics = jax.jit(learn)(state, scored_experience())
     chex.assert_trees_all_equal(after.params, state.params)
     assert (after.step, after.skipped, types.summary(metrics)["kept"]) == (1, 0, 0)
@@ -132,7 +132,7 @@ def test_a_threshold_that_nothing_reaches_leaves_everything_as_it_was():
 
 def test_raft_raises_the_reward_as_one_step_that_is_traced_once():
     optimizer = optax.adam(0.1)
-    settings = {"loss": losses.sft(), "prepare": (raft(0.5),), "group_size": 6, "max_tokens": 5, "eos_ids": (EOS,)}
+    settings = {"loss": losses.sft(), "transforms": (raft(0.5),), "group_size": 6, "max_tokens": 5, "eos_ids": (EOS,)}
     step = make_train_step(POLICY, optimizer, reward=even_tokens, minibatches=2, **settings)
     chex.clear_trace_counter()
     step = jax.jit(chex.assert_max_traces(step, n=1))

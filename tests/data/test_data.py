@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.data import (
-    batch_rows,
+    batch_indices,
     batch_rows_by_length,
     bucket,
     chat,
@@ -529,7 +529,7 @@ def test_another_way_with_long_prompts_is_refused():
 def test_every_epoch_has_every_row_once_whatever_the_batches(seed, num_rows, batch_size):
     """Batches that straddle epochs, and batches of several epochs."""
     steps = -(-3 * num_rows // batch_size)
-    stream = np.concatenate([batch_rows(seed, step, num_rows, batch_size) for step in range(steps)])
+    stream = np.concatenate([batch_indices(seed, step, num_rows, batch_size) for step in range(steps)])
     assert len(stream) == steps * batch_size
     epochs = stream[: 3 * num_rows].reshape(3, num_rows)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(num_rows), (3, 1)))
@@ -538,24 +538,24 @@ def test_every_epoch_has_every_row_once_whatever_the_batches(seed, num_rows, bat
 @settings(deadline=None)
 @given(steps=st.permutations(range(12)), num_rows=st.integers(1, 9))
 def test_the_rows_of_a_step_do_not_depend_on_the_steps_before(steps, num_rows):
-    in_order = [batch_rows(0, step, num_rows, 4).tolist() for step in range(12)]
-    assert [batch_rows(0, step, num_rows, 4).tolist() for step in steps] == [in_order[step] for step in steps]
+    in_order = [batch_indices(0, step, num_rows, 4).tolist() for step in range(12)]
+    assert [batch_indices(0, step, num_rows, 4).tolist() for step in steps] == [in_order[step] for step in steps]
 
 
 def test_the_rows_of_a_step_are_the_same_in_every_version():
     """Else a run that was killed goes on in another order after an upgrade. Made with NumPy 2.4.6."""
-    assert batch_rows(3, 1, 5, 7).tolist() == [0, 2, 3, 4, 0, 1, 2]
+    assert batch_indices(3, 1, 5, 7).tolist() == [0, 2, 3, 4, 0, 1, 2]
 
 
 def test_epochs_have_orders_of_their_own():
-    first, second = (batch_rows(0, epoch, 50, 50) for epoch in (0, 1))
+    first, second = (batch_indices(0, epoch, 50, 50) for epoch in (0, 1))
     assert first.tolist() != second.tolist()
     assert first.tolist() != list(range(50))
 
 
 def test_seeds_have_orders_of_their_own():
     """Also where another seed is no other epoch."""
-    orders = {tuple(batch_rows(seed, epoch, 50, 50)) for seed in range(4) for epoch in range(4)}
+    orders = {tuple(batch_indices(seed, epoch, 50, 50)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
 
 
@@ -570,7 +570,7 @@ def test_batches_of_like_length_have_the_rows_that_batches_in_order_have(lengths
     for start in range(0, 4 * window, window):
         steps = range(start, start + window)
         sorted_ = [batch_rows_by_length(5, step, lengths, batch_size, window=window) for step in steps]
-        plain = [batch_rows(5, step, len(lengths), batch_size) for step in steps]
+        plain = [batch_indices(5, step, len(lengths), batch_size) for step in steps]
         assert sorted(np.concatenate(sorted_).tolist()) == sorted(np.concatenate(plain).tolist())
         assert all(rows.shape == (batch_size,) for rows in sorted_)
 
@@ -581,7 +581,7 @@ def test_batches_of_like_length_have_less_padding_and_come_in_no_order_of_length
     def widest(rows):
         return np.array([lengths[batch].max() for batch in rows])
 
-    plain = widest([batch_rows(0, step, 640, 8) for step in range(80)])
+    plain = widest([batch_indices(0, step, 640, 8) for step in range(80)])
     alike = widest([batch_rows_by_length(0, step, lengths, 8, window=16) for step in range(80)])
     assert plain.sum() > 1.6 * alike.sum()  # the least there can be is the mean length, about half of the maximum
     for window in alike.reshape(5, 16):
@@ -599,7 +599,7 @@ def test_batches_of_like_length_follow_from_seed_and_step():
 
 
 def test_a_window_of_one_step_is_sorted_and_otherwise_as_it_was():
-    assert sorted(batch_rows_by_length(0, 4, [1] * 9, 3, window=1)) == sorted(batch_rows(0, 4, 9, 3))
+    assert sorted(batch_rows_by_length(0, 4, [1] * 9, 3, window=1)) == sorted(batch_indices(0, 4, 9, 3))
     with pytest.raises(ValueError, match="window is a number of steps, from 1 on, got 0"):
         batch_rows_by_length(0, 4, [1] * 9, 3, window=0)
 

@@ -154,9 +154,9 @@ def test_a_task_brings_its_rows_and_its_verifier(files, tmp_path, capsys):
     shown = capsys.readouterr().out
     for words in ("3 2?", "even", "vowels", "pass@2", "samples, 4 prompts"):
         assert words in shown, words
-    evaluate.run(settings(files, tmp_path, split="shifted", rows=1, **changes))
+    evaluate.run(settings(files, tmp_path, split="ood", rows=1, **changes))
     assert [item["prompt"] for item in data.read_jsonl(tmp_path / "samples.jsonl")] == ["0 5?"]
-    with pytest.raises(ValueError, match=r"my_task has the splits train, validation, test, shifted, not 'dev'"):
+    with pytest.raises(ValueError, match=r"my_task has the splits train, validation, test, ood, not 'dev'"):
         evaluate.run(settings(files, tmp_path, split="dev", **changes))
 
 

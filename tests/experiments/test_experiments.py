@@ -211,7 +211,7 @@ def test_batches_that_a_reward_raises_on_are_masked_until_the_third_in_a_row(fil
         grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later", "my_rewards:brevity")))
     lines = metrics.read(tmp_path)
     assert [line["breaks_later/failed"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
-    assert [line["unjudged/breaks_later"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
+    assert [line["unscored/breaks_later"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
     assert [line["grad_norm"] for line in lines][3:] == [0.0, 0.0]
     assert (tmp_path / "checkpoints" / "5").is_dir()
 

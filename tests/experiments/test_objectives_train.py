@@ -73,7 +73,7 @@ def warmed_up():
     demonstrations = data.make_demonstrations(tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"])
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, WARMUP_STEPS))
     learn = make_learn(policy, optimizer, loss=losses.sft(), max_grad_norm=1.0)
-    rows = jnp.stack([data.batch_rows(0, n, len(prompts), 64) for n in range(WARMUP_STEPS)])
+    rows = jnp.stack([data.batch_indices(0, n, len(prompts), 64) for n in range(WARMUP_STEPS)])
 
     @jax.jit
     def imitate(state):
@@ -119,7 +119,7 @@ def run():
         minibatches=2,
         max_grad_norm=1.0,
     )
-    rows = jnp.stack([data.batch_rows(0, n, len(splits.train), PROMPTS) for n in range(STEPS)])
+    rows = jnp.stack([data.batch_indices(0, n, len(splits.train), PROMPTS) for n in range(STEPS)])
     prompts = jax.tree.map(lambda x: jnp.asarray(x)[rows], arithmetic.encode(tokenizer, splits.train))
 
     @jax.jit

@@ -29,11 +29,11 @@ def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys):
     results = countdown.main(config)
     lines = metrics.read(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(4))
-    assert {"reward/correct", "reward/strict_format", "kl", "repetition", "unjudged/correct"} <= set(lines[-1])
+    assert {"reward/correct", "reward/strict_format", "kl", "repetition", "unscored/correct"} <= set(lines[-1])
     assert "validation/accuracy" in lines[1]
     assert results == json.loads((tmp_path / "run" / "results.json").read_text())
-    assert {"test/pass@1", "test/pass@2", "shifted/pass@2"} <= set(results)
-    assert len((tmp_path / "run" / "shifted.jsonl").read_text().splitlines()) == 8
+    assert {"test/pass@1", "test/pass@2", "ood/pass@2"} <= set(results)
+    assert len((tmp_path / "run" / "ood.jsonl").read_text().splitlines()) == 8
     hf.load_pretrained(tmp_path / "run" / "model")
     assert countdown.main(config) == results  # nothing is left to train, and the evaluation repeats itself
     assert "resumed at step 4 of 4" in capsys.readouterr().out

@@ -138,11 +138,11 @@ def soft(good=1.0, bad=1.05):
     return gain
 
 
-def gamma(power_good=2.0, rate_good=3.0, power_bad=3.0, rate_bad=2.0):
+def gamma(k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0):
     """VESPO: `W^k exp(lambda (1 - W))`."""
 
     def gain(ratio, held, A, log_prob):
-        k, rate = (power_good, rate_good) if A >= 0 else (power_bad, rate_bad)
+        k, rate = (k_pos, lambda_pos) if A >= 0 else (k_neg, lambda_neg)
         weight = held**k * np.exp(rate * (1 - held))
         return weight * A * log_prob, 0.0, weight * A
 

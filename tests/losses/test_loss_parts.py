@@ -34,8 +34,8 @@ from grpo_jax.losses import (
     kl_k3,
     luspo,
     masked_importance,
+    normalize_by_rollout_tokens,
     off_policy_mask,
-    over_rollout,
     per_prompt_count,
     plus,
     policy_gradient,
@@ -518,12 +518,12 @@ REFUSED = {
     r"max_ratio is above 0, got -5": lambda: clipped_importance(-5),
     r"min_ratio is at least 0, got -0.5": lambda: cispo(min_ratio=-0.5),
     r"max_ratio is above min_ratio = 2.0, got 2.0": lambda: cispo(max_ratio=2.0, min_ratio=2.0),
-    r"temperature_good is above 0, got 0": lambda: sapo(temperature_good=0),
-    r"temperature_bad is above 0, got -1": lambda: soft_gate(temperature_bad=-1),
-    r"power_good is at least 0, got -1": lambda: vespo(power_good=-1),
-    r"rate_good is at least 0, got -0.5": lambda: vespo(rate_good=-0.5),
-    r"power_bad is at least 0, got nan": lambda: vespo(power_bad=NAN),
-    r"rate_bad is at least 0, got -2": lambda: gamma_weight(rate_bad=-2),
+    r"tau_pos is above 0, got 0": lambda: sapo(tau_pos=0),
+    r"tau_neg is above 0, got -1": lambda: soft_gate(tau_neg=-1),
+    r"k_pos is at least 0, got -1": lambda: vespo(k_pos=-1),
+    r"lambda_pos is at least 0, got -0.5": lambda: vespo(lambda_pos=-0.5),
+    r"k_neg is at least 0, got nan": lambda: vespo(k_neg=NAN),
+    r"lambda_neg is at least 0, got -2": lambda: gamma_weight(lambda_neg=-2),
     r"beta is at least 0, got -0.1": lambda: k1(-0.1),
     r"beta is at least 0, got -1": lambda: k2(-1),
     r"beta is at least 0, got nan": lambda: k3(NAN),
@@ -550,7 +550,11 @@ NEEDED = {
         f"reference_{f.__name__}": (grpo(penalty=f(0.1)), {"ref_log_probs": None}, r"reference=True")
         for f in (k1, k2, k3)
     },
-    "token_share": (over_rollout(lambda mean: dapo(aggregate=mean)), {"token_share": None}, "share_tokens"),
+    "token_share": (
+        normalize_by_rollout_tokens(lambda mean: dapo(aggregate=mean)),
+        {"token_share": None},
+        "share_tokens",
+    ),
 }
 
 

@@ -24,8 +24,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import advantages as adv
-from grpo_jax import losses
-from grpo_jax import transforms as preparation
+from grpo_jax import losses, transforms
 from grpo_jax.losses import (
     bnpo,
     cispo,
@@ -90,14 +89,14 @@ def objective(s):
     elif kind == "cispo":
         loss = cispo(max_ratio=s["epsilon_high"], **parts)
     elif kind == "sapo":
-        temperatures = {"temperature_good": s["sapo_temperature_pos"], "temperature_bad": s["sapo_temperature_neg"]}
+        temperatures = {"tau_pos": s["sapo_temperature_pos"], "tau_neg": s["sapo_temperature_neg"]}
         loss = sapo(**temperatures, **parts, aggregate=completion_mean_of_all)
     elif kind == "luspo":
         assert s["delta"] is None
         loss = luspo(**clip, **parts, aggregate=per_prompt_count(G))
     elif kind == "vespo":
-        shape = {"power_good": s["vespo_k_pos"], "rate_good": s["vespo_lambda_pos"]}
-        shape |= {"power_bad": s["vespo_k_neg"], "rate_bad": s["vespo_lambda_neg"]}
+        shape = {"k_pos": s["vespo_k_pos"], "lambda_pos": s["vespo_lambda_pos"]}
+        shape |= {"k_neg": s["vespo_k_neg"], "lambda_neg": s["vespo_lambda_neg"]}
         loss = vespo(**shape, penalty=penalty)
         if corrects_rollout(s):
             assert penalty is None  # a corrected one would see the changed old log-probs, too
@@ -114,7 +113,7 @@ def objective(s):
         raise ValueError(f"no composition for loss_type {kind}")
 
     if kind != "gmpo" and s["top_entropy_quantile"] < 1:
-        loss = after(preparation.top_entropy(s["top_entropy_quantile"]), loss=loss)
+        loss = after(transforms.top_entropy(s["top_entropy_quantile"]), loss=loss)
     if s["entropy_coef"]:
         bonus = entropy_bonus(s["entropy_coef"])
         loss = plus(loss, after(*only_top_entropy(s), loss=bonus) if s["top_entropy_quantile"] < 1 else bonus)
@@ -152,7 +151,7 @@ def rollout_weight(s):
 
 
 def after(*hooks, loss):
-    """The loss of a prepared experience; in training `make_learn(..., prepare=hooks)` prepares it for all terms."""
+    """The loss of a prepared experience; in training `make_learn(..., transforms=hooks)` prepares it for all terms."""
 
     def prepared(scores, experience):
         for hook in hooks:
@@ -164,7 +163,7 @@ def after(*hooks, loss):
 
 def only_top_entropy(s):
     """The filter as a mask instead of a weight."""
-    return preparation.top_entropy(s["top_entropy_quantile"]), preparation.drop_weightless
+    return transforms.top_entropy(s["top_entropy_quantile"]), transforms.drop_weightless
 
 
 def divide_old_by(rollout_weight):
@@ -202,7 +201,7 @@ def inputs_of(s):
         old_entropy=x["entropies"],
     )
     if s["mask_truncated_completions"]:
-        experience, _ = preparation.mask_truncated(experience)
+        experience, _ = transforms.mask_truncated(experience)
         np.testing.assert_array_equal(experience.rollout.mask, x["mask_truncated"] == 1)
     return Scores(x["log_probs"], x["entropies"]), experience
 

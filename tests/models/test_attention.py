@@ -10,7 +10,7 @@ import pytest
 
 from grpo_jax import models, testing
 from grpo_jax.models import attention
-from grpo_jax.models.attention import KeyValues, Sight
+from grpo_jax.models.attention import KeyValues, MaskInputs
 from grpo_jax.scoring import score
 from grpo_jax.types import Rollout
 
@@ -42,7 +42,7 @@ def inputs(case, dtype=jnp.float32):
     queries = rng.integers(3, 9, (B, G, S)).astype(np.int32)
     own = rng.integers(-1, 9, (B, G, C)).astype(np.int32)
     own[..., :S] = queries[..., :C]  # of these each query sees itself
-    sight = Sight(
+    mask_inputs = MaskInputs(
         jnp.asarray(queries),
         jnp.asarray(own),
         None if P is None else jnp.asarray(rng.integers(0, P + 1, (B, 1)).repeat(G, 1), jnp.int32).at[0].set(0),
@@ -50,23 +50,25 @@ def inputs(case, dtype=jnp.float32):
         jnp.int32(4) if windowed else None,
     )
     prompt = None if P is None else KeyValues(normal(B, P, K, h), normal(B, P, K, h))
-    return normal(B, G, S, N, h), KeyValues(normal(B, G, C, K, h), normal(B, G, C, K, h)), prompt, sight
+    return normal(B, G, S, N, h), KeyValues(normal(B, G, C, K, h), normal(B, G, C, K, h)), prompt, mask_inputs
 
 
-def softmax_of_the_concatenation(query, own, prompt, sight):
+def softmax_of_the_concatenation(query, own, prompt, mask_inputs):
     """The definition, a query and head at a time, in NumPy."""
     query, own, prompt = jax.tree.map(lambda x: np.asarray(x, np.float64), (query, own, prompt))
-    sight = jax.tree.map(np.asarray, sight)
+    mask_inputs = jax.tree.map(np.asarray, mask_inputs)
     out = np.zeros(query.shape)
     for b, g, s, n in np.ndindex(query.shape[:4]):
-        k, position = n // (N // K), sight.queries[b, g, s]
-        since = -1 if sight.window is None else position - sight.window  # the last position out of sight
-        columns = [c for c, at in enumerate(sight.own[b, g]) if at >= 0 and since < at <= position]
-        if sight.segments is not None:
-            columns = [c for c in columns if sight.segments[b, g, c] == sight.segments[b, g, s]]
+        k, position = n // (N // K), mask_inputs.queries[b, g, s]
+        since = (
+            -1 if mask_inputs.window is None else position - mask_inputs.window
+        )  # the last position out of mask_inputs
+        columns = [c for c, at in enumerate(mask_inputs.own[b, g]) if at >= 0 and since < at <= position]
+        if mask_inputs.segments is not None:
+            columns = [c for c in columns if mask_inputs.segments[b, g, c] == mask_inputs.segments[b, g, s]]
         keys, values = (x[b, g, columns, k] for x in own)
         if prompt is not None:
-            seen = [p for p in range(sight.prompt[b, g]) if p > since]
+            seen = [p for p in range(mask_inputs.prompt[b, g]) if p > since]
             keys = np.concatenate([prompt.keys[b, seen, k], keys])
             values = np.concatenate([prompt.values[b, seen, k], values])
         logits = keys @ query[b, g, s, n] / np.sqrt(h)
@@ -75,7 +77,7 @@ def softmax_of_the_concatenation(query, own, prompt, sight):
     return out
 
 
-@pytest.mark.parametrize("form", [attention.joint, attention.blockwise, attention.by_platform])
+@pytest.mark.parametrize("form", [attention.reference, attention.blockwise, attention.auto])
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_softmax_over_prompt_and_own_tokens(form, case):
     given = inputs(case)
@@ -83,11 +85,11 @@ def test_it_is_the_softmax_over_prompt_and_own_tokens(form, case):
 
 
 @functools.partial(jit, static_argnums=0)
-def gradients(form, query, own, prompt, sight):
+def gradients(form, query, own, prompt, mask_inputs):
     """Those of a function of the output, in float32, of queries, keys and values."""
 
     def loss(query, own, prompt):
-        return jnp.sum(jnp.sin(form(query, own, prompt, sight).astype(jnp.float32)))
+        return jnp.sum(jnp.sin(form(query, own, prompt, mask_inputs).astype(jnp.float32)))
 
     return jax.grad(loss, (0, 1, 2))(query, own, prompt)
 
@@ -99,11 +101,11 @@ def check_gradients(actual, expected, tolerance=2e-6):
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.max(np.abs(e), initial=0.1))
 
 
-@pytest.mark.parametrize("form", [attention.blockwise, attention.by_platform])
+@pytest.mark.parametrize("form", [attention.blockwise, attention.auto])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_reference(form, case):
     given = inputs(case)
-    check_gradients(gradients(form, *given), gradients(attention.joint, *given))
+    check_gradients(gradients(form, *given), gradients(attention.reference, *given))
 
 
 def causal_rows(query, keys, values):
@@ -117,13 +119,13 @@ def group(S=5, P=7, dtype=jnp.float32):
     prompt = jax.tree.map(lambda x: jnp.resize(x, (B, P, K, h)), prompt)
     lengths = jnp.array([P, 0], jnp.int32)
     positions = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(S), (B, G, S))
-    return query, own, prompt, Sight(positions, positions, jnp.broadcast_to(lengths[:, None], (B, G)))
+    return query, own, prompt, MaskInputs(positions, positions, jnp.broadcast_to(lengths[:, None], (B, G)))
 
 
-def alone(query, own, _, sight):
+def alone(query, own, _, mask_inputs):
     """The same without a prompt, as prompts themselves are read."""
-    positions = sight.queries - sight.queries[..., :1]
-    return query, own, None, Sight(positions, positions)
+    positions = mask_inputs.queries - mask_inputs.queries[..., :1]
+    return query, own, None, MaskInputs(positions, positions)
 
 
 def check_in_bfloat16(form, given):
@@ -134,10 +136,10 @@ def check_in_bfloat16(form, given):
     precise = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, given)
     rounded = gradients(form, *given)
     assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(rounded))
-    check_gradients(rounded, gradients(attention.joint, *precise), 3e-2)
+    check_gradients(rounded, gradients(attention.reference, *precise), 3e-2)
 
 
-@pytest.mark.parametrize("form", [attention.blockwise, attention.of_rows(causal_rows)])
+@pytest.mark.parametrize("form", [attention.blockwise, attention.from_causal_kernel(causal_rows)])
 def test_in_bfloat16_it_rounds_as_the_reference_does(form):
     check_in_bfloat16(form, group(dtype=jnp.bfloat16))
 
@@ -168,22 +170,22 @@ GROUPS = {
     ],
 )
 def test_a_kernel_for_rows_gives_output_and_gradients_of_the_reference(kernel, given):
-    form, given = attention.of_rows(KERNELS[kernel]), GROUPS[given]()
+    form, given = attention.from_causal_kernel(KERNELS[kernel]), GROUPS[given]()
     np.testing.assert_allclose(jit(form)(*given), softmax_of_the_concatenation(*given), rtol=0, atol=2e-6)
-    check_gradients(gradients(form, *given), gradients(attention.joint, *given), 5e-6)
+    check_gradients(gradients(form, *given), gradients(attention.reference, *given), 5e-6)
 
 
 @pytest.mark.parametrize("case", ["a cache", "a cache and a window", "one query"])
 def test_what_reads_a_cache_does_not_go_to_the_kernel(case):
     given = inputs(case)
-    form = attention.of_rows(None)  # which cannot be called
-    np.testing.assert_array_equal(jax.jit(form)(*given), jax.jit(attention.joint)(*given))
+    form = attention.from_causal_kernel(None)  # which cannot be called
+    np.testing.assert_array_equal(jax.jit(form)(*given), jax.jit(attention.reference)(*given))
 
 
 @pytest.mark.parametrize("case", ["packed completions", "a window"])
 def test_what_a_kernel_for_rows_cannot_be_told_of_is_refused(case):
     with pytest.raises(ValueError, match={"a window": "windows", "packed completions": "packing"}[case]):
-        attention.of_rows(causal_rows)(*inputs(case))
+        attention.from_causal_kernel(causal_rows)(*inputs(case))
 
 
 def test_flash_attention_in_float32_is_refused():
@@ -214,9 +216,9 @@ def gradient_of_log_probs(**settings):
     return gradient, plain.init(jax.random.key(0))
 
 
-@pytest.mark.parametrize("form", [attention.blockwise, attention.of_rows(causal_rows)])
+@pytest.mark.parametrize("form", [attention.blockwise, attention.from_causal_kernel(causal_rows)])
 def test_the_attention_is_an_argument_of_the_network(form):
-    (program, params), (reference, _) = (gradient_of_log_probs(attention=f) for f in (form, attention.joint))
+    (program, params), (reference, _) = (gradient_of_log_probs(attention=f) for f in (form, attention.reference))
     check_gradients(jit(program)(params), jit(reference)(params))
 
 

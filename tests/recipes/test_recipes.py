@@ -11,8 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses, recipes
-from grpo_jax import transforms as preparation
+from grpo_jax import losses, recipes, transforms
 from grpo_jax.advantages import (
     batch_normalised_advantages,
     batch_scaled_advantages,
@@ -173,10 +172,10 @@ NUMBERS = {
         "minibatches": (8, "section 4: updated 8 times with a batch size of 128"),
     },
     "vespo": {
-        "power_good": (2.0, "section 4.1: '(c1, c2) = (2.0, 3.0) for A > 0'"),
-        "rate_good": (3.0, "section 4.1: '(c1, c2) = (2.0, 3.0) for A > 0'"),
-        "power_bad": (3.0, "section 4.1: '(3.0, 2.0) for A < 0'"),
-        "rate_bad": (2.0, "section 4.1: '(3.0, 2.0) for A < 0'"),
+        "k_pos": (2.0, "section 4.1: '(c1, c2) = (2.0, 3.0) for A > 0'"),
+        "lambda_pos": (3.0, "section 4.1: '(c1, c2) = (2.0, 3.0) for A > 0'"),
+        "k_neg": (3.0, "section 4.1: '(3.0, 2.0) for A < 0'"),
+        "lambda_neg": (2.0, "section 4.1: '(3.0, 2.0) for A < 0'"),
         "group_size": (8, "appendix D: '8 responses per query'"),
         "max_tokens": (16384, "appendix D: 'maximum sequence length 16,384 tokens'"),
         "minibatches": (8, "section 4.1: 'staleness ratio N=gbs/mbs=8'"),
@@ -198,8 +197,8 @@ NUMBERS = {
         "weight_decay": (0.01, "appendix A.3: 'weight decay of 0.01'"),
     },
     "sapo": {
-        "temperature_good": (1.0, "section 5: tau_pos = 1.0"),
-        "temperature_bad": (1.05, "section 5: tau_neg = 1.05"),
+        "tau_pos": (1.0, "section 5: tau_pos = 1.0"),
+        "tau_neg": (1.05, "section 5: tau_neg = 1.05"),
         "minibatches": (4, "section 5: 4 mini-batches"),
     },
     "rloo": {
@@ -352,19 +351,19 @@ def test_the_advantages_are_those_of_the_estimator_written_out(make):
 
 
 HOOKS = {
-    "dapo": (preparation.mask_truncated,),
-    "scale_rl": (preparation.old_from_sampler,),
-    "vespo": (preparation.old_from_sampler,),
+    "dapo": (transforms.mask_truncated,),
+    "scale_rl": (transforms.old_from_sampler,),
+    "vespo": (transforms.old_from_sampler,),
 }
 
 
 @every_recipe
 def test_the_hooks_are_those_of_the_work(make):
-    hooks = make().learning["prepare"]
+    hooks = make().learning["transforms"]
     if make is recipes.high_entropy_tokens:
         (hook,) = hooks
         weights = hook(EXPERIENCE)[0].weights
-        np.testing.assert_array_equal(weights, preparation.top_entropy(0.2)(EXPERIENCE)[0].weights)
+        np.testing.assert_array_equal(weights, transforms.top_entropy(0.2)(EXPERIENCE)[0].weights)
     else:
         assert hooks == HOOKS.get(make.__name__, ())
 
@@ -381,8 +380,8 @@ def test_a_recipe_is_a_frozen_value(make):
 
 
 OF_LOSS = (
-    *("epsilon", "epsilon_high", "delta", "max_ratio", "temperature_good", "temperature_bad", "power_good"),
-    *("rate_good", "power_bad", "rate_bad", "limit", "low", "high", "threshold", "beta"),
+    *("epsilon", "epsilon_high", "delta", "max_ratio", "tau_pos", "tau_neg", "k_pos"),
+    *("lambda_pos", "k_neg", "lambda_neg", "limit", "low", "high", "threshold", "beta"),
 )
 
 
@@ -442,7 +441,7 @@ def test_a_weight_and_its_numbers_join_another_recipe():
             "high = 2.0 has no effect in TIS: it is no argument of grpo or truncated_importance",
         ),
         (recipes.icepop, {"weight": None}, "low = 0.5 has no effect in IcePop"),
-        (recipes.sapo, {"power_good": 2.0}, "power_good = 2.0 has no effect in SAPO"),
+        (recipes.sapo, {"k_pos": 2.0}, "k_pos = 2.0 has no effect in SAPO"),
         (recipes.r1_zero, {"beta": None}, "reference_updates = 400 has no effect in DeepSeek-R1-Zero without beta"),
         (recipes.r1_zero, {"minibatches": 3}, "no whole number of rollouts of 3 updates"),
         (recipes.dapo, {"entropy_delta": 0.1}, "entropy_delta = 0.1 has no effect in DAPO without entropy_target"),

@@ -148,7 +148,7 @@ def failing_at(*batches):
 
 def test_a_batch_that_a_tolerated_function_fails_on_is_masked_and_told():
     found = []
-    reward = rewards.tolerant(failing_at(2))
+    reward = rewards.skip_failed_batches(failing_at(2))
     assert reward.__name__ == "fragile"
     log = lambda name, value: found.append((name, value))  # noqa: E731
     assert call(reward, log_metric=log) == [None, 1.0, 1.0]
@@ -160,15 +160,15 @@ def test_a_batch_that_a_tolerated_function_fails_on_is_masked_and_told():
 
 @pytest.mark.filterwarnings("ignore:fragile failed:RuntimeWarning")
 def test_so_many_failures_in_a_row_pass_through_and_a_success_starts_the_count_again():
-    reward = rewards.tolerant(failing_at(1, 2, 4, 5, 6), batches=3)
+    reward = rewards.skip_failed_batches(failing_at(1, 2, 4, 5, 6), batches=3)
     for _ in range(5):
         call(reward)
     with pytest.raises(LookupError, match="down at call 6"):
         call(reward)
     with pytest.raises(LookupError):
-        call(rewards.tolerant(failing_at(1), batches=1))
+        call(rewards.skip_failed_batches(failing_at(1), batches=1))
     with pytest.raises(ValueError, match="batches is at least 1, got 0"):
-        rewards.tolerant(failing_at(1), batches=0)
+        rewards.skip_failed_batches(failing_at(1), batches=0)
 
 
 @pytest.mark.filterwarnings("ignore:judge failed:RuntimeWarning")
@@ -188,7 +188,9 @@ def test_tolerated_functions_that_are_async_wait_together_and_are_masked_one_by_
 
         return judge
 
-    reward = rewards.host([rewards.tolerant(judge(False)), rewards.tolerant(judge(True))], DATASET, letters())
+    reward = rewards.host(
+        [rewards.skip_failed_batches(judge(False)), rewards.skip_failed_batches(judge(True))], DATASET, letters()
+    )
     values, given = reward(ROLLOUT)
     assert most == 2
     assert given[..., 0].all()

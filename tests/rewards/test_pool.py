@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards.pool import Outcome, WorkerPool, isolated, settle
+from grpo_jax.rewards.pool import Outcome, WorkerPool, in_worker_processes, to_rewards
 
 VERIFIERS = """
 import ctypes, functools, json, os, signal, subprocess, sys, time
@@ -344,11 +344,11 @@ def test_settings_out_of_range(settings):
         WorkerPool(**settings)
 
 
-# ---------------------------------------------------------------------------- isolated
+# ---------------------------------------------------------------------------- in_worker_processes
 
 
 def test_rewards_of_what_the_completion_and_what_the_verifier_caused(pool, verifiers):
-    reward = isolated(verifiers.score, pool=pool, wrong=-1.0)
+    reward = in_worker_processes(verifiers.score, pool=pool, wrong=-1.0)
     completions = ["4", "5", "hang", "exhaust", "crash", "fault", "unsure", "4"]
     metrics = {}
     with pytest.warns(RuntimeWarning, match=r"(?s)score could not judge 2 of 8 .* completion 4: the worker died"):
@@ -358,7 +358,7 @@ def test_rewards_of_what_the_completion_and_what_the_verifier_caused(pool, verif
 
 
 def test_chat_messages_settings_and_columns_it_does_not_name(pool, verifiers):
-    reward = isolated(verifiers.score, pool=pool, settings={"bonus": 0.5}, name="mine")
+    reward = in_worker_processes(verifiers.score, pool=pool, settings={"bonus": 0.5}, name="mine")
     chat = [[{"role": "assistant", "content": "4"}], [{"role": "assistant", "content": "5"}]]
     columns = {"answer": ["4", "4"], "bonus": [9.0, 9.0], "unused": [object(), object()], "trainer_state": object()}
     assert reward(prompts=["?", "?"], completions=chat, **columns) == [1.5, 0.5]
@@ -366,17 +366,17 @@ def test_chat_messages_settings_and_columns_it_does_not_name(pool, verifiers):
 
 
 def test_a_verifier_with_keywords_gets_every_column(pool, verifiers):
-    reward = isolated(verifiers.everything, pool=pool)
+    reward = in_worker_processes(verifiers.everything, pool=pool)
     assert reward(["?"], ["4"], answer=["4"], level=[1], log_extra=print) == [1.0]
 
 
 def test_a_pool_of_its_own(verifiers):
-    reward = isolated(verifiers.score, workers=1, timeout=0.5)
+    reward = in_worker_processes(verifiers.score, workers=1, timeout=0.5)
     assert reward(["?"] * 2, ["hang", "4"], answer=["4"] * 2) == [0.0, 1.0]
 
 
 def test_settle_of_outcomes_without_faults_is_silent():
     outcomes = [Outcome(0.5), Outcome(None), Outcome(None, "exhausted")]
     metrics = {}
-    assert settle(outcomes, "r", wrong=-2.0, log_metric=metrics.__setitem__) == [0.5, None, -2.0]
+    assert to_rewards(outcomes, "r", wrong=-2.0, log_metric=metrics.__setitem__) == [0.5, None, -2.0]
     assert metrics == {"r/timeouts": 1, "r/faults": 0}

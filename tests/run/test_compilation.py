@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_jax.run.compilation import count_programs, less_memory
+from grpo_jax.run.compilation import count_compilations, cpu_memory_options
 
 COMPILE = """
 import jax, sys
-from grpo_jax.run.compilation import keep_programs
-print(keep_programs(*sys.argv[1:]))
+from grpo_jax.run.compilation import enable_compilation_cache
+print(enable_compilation_cache(*sys.argv[1:]))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/cache_hits")))
@@ -49,7 +49,7 @@ def test_the_users_own_folder_stays(tmp_path):
 
 
 def test_programs_are_counted_as_they_are_compiled():
-    count = count_programs()
+    count = count_compilations()
     assert count() == 0
     double = jax.jit(lambda x: 2 * x + 1)
     x, y = jnp.ones(3), jnp.ones(4)
@@ -72,18 +72,18 @@ def test_the_options_make_a_program_take_less_memory():
         x = jax.ShapeDtypeStruct((128, 128), jnp.float32)
         return jax.jit(sums, compiler_options=options).lower(x).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(less_memory()) <= 3 * 128 * 128 * 4  # jax 0.12 orders this one so by itself
+    assert temporary(cpu_memory_options()) <= 3 * 128 * 128 * 4  # jax 0.12 orders this one so by itself
 
 
 LEAVE_BEHIND = """
 import ctypes, pathlib, sys, jax
-from grpo_jax.run.compilation import return_memory
+from grpo_jax.run.compilation import trim_malloc
 
 def resident():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) // 1024
 
-return_memory(float(sys.argv[1]))
+trim_malloc(float(sys.argv[1]))
 c = ctypes.CDLL(None)
 c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 blocks = [c.malloc(60_000) for _ in range(4_000)]  # too small to be mapped by themselves

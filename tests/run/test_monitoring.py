@@ -34,7 +34,7 @@ def healthy(steps=STEPS, seed=0):
         history.append({
             "step": step,
             "truncated": 0.2 + noise[0],
-            "groups_without_spread": 0.3 + noise[1],
+            "zero_variance_groups": 0.3 + noise[1],
             "reward": accuracy + 0.1 * (0.9 + noise[2]) + noise[3],
             "reward_std": spread,
             "reward/accuracy": accuracy + noise[3],
@@ -46,7 +46,7 @@ def healthy(steps=STEPS, seed=0):
             "entropy": 0.5 - 0.3 * step / STEPS + noise[6] * 0.1,
             "length": 200 + step,
             "repetition": 0.1 + noise[7],
-            "unjudged/accuracy": 0.01,
+            "unscored/accuracy": 0.01,
             "accuracy/faults": float(step % 10 == 0),
             "accuracy/timeouts": float(step % 7 == 0),
             "judge/failed": 0.02,
@@ -79,7 +79,7 @@ def test_a_run_that_goes_well_hears_nothing(seed):
 FAULTS = {
     "truncated": (changed(40, truncated=0.9), "mostly_truncated", 44, ["of the completions", "max_tokens"]),
     "no spread": (
-        changed(40, groups_without_spread=1.0), "mostly_without_spread", 44,
+        changed(40, zero_variance_groups=1.0), "mostly_zero_variance", 44,
         ["every completion had the same reward", "mean reward of", "dynamic_sampling"],
     ),
     "jump": (
@@ -107,7 +107,7 @@ FAULTS = {
         ["reward/format rose from 0.8", "while reward/accuracy fell from 0.4", "Read completions"],
     ),
     "repetition": (changed(40, repetition=0.8), "repeating", 44, ["say they have said before", "mask_truncated"]),
-    "unjudged": (changed(40, unjudged__accuracy=0.5), "reward_failing", 49, ["`unjudged/accuracy`", "verifier"]),
+    "unscored": (changed(40, unjudged__accuracy=0.5), "reward_failing", 49, ["`unscored/accuracy`", "verifier"]),
     "failed": (changed(40, judge__failed=0.5), "reward_failing", 49, ["`judge/failed`", "the service"]),
     "faults": (changed(40, accuracy__faults=3.0), "reward_failing", 49, ["`accuracy/faults`", "times in"]),
     "timeouts": (changed(40, accuracy__timeouts=3.0), "reward_failing", 49, ["`accuracy/timeouts`", "time limit"]),
@@ -303,10 +303,10 @@ def test_unjudged_is_the_share_of_completions_without_a_reward():
     mask = jnp.asarray([[[True, False], [True, True]], [[True, False], [False, False]]])
     rollout = rollout_of([[[1], [2, 3]], [[4], []]])  # the last place holds no completion
     experience = Experience(rollout, rewards=mask * 1.0, reward_mask=mask)
-    found = summary(jax.jit(lambda e: monitoring.unjudged(["right", "format"])(e)[1])(experience))
-    assert found == {"unjudged/right": 0, "unjudged/format": pytest.approx(2 / 3)}
+    found = summary(jax.jit(lambda e: monitoring.unscored(["right", "format"])(e)[1])(experience))
+    assert found == {"unscored/right": 0, "unscored/format": pytest.approx(2 / 3)}
     with pytest.raises(ValueError, match=r"1 names for a reward_mask \[B, G, R\] of shape \(2, 2, 2\)"):
-        monitoring.unjudged(["right"])(experience)
+        monitoring.unscored(["right"])(experience)
 
 
 def table(params, tokens, mask):
@@ -325,7 +325,7 @@ def test_the_hooks_measure_in_a_step_what_the_checks_read():
     learn = jax.jit(
         make_learn(
             POLICY, optax.sgd(0.0), loss=losses.grpo(), advantage=from_rewards(names=names),
-            prepare=[monitoring.repetition(), monitoring.unjudged(names)],
+            transforms=[monitoring.repetition(), monitoring.unscored(names)],
         )
     )  # fmt: skip
     history = []
@@ -335,11 +335,11 @@ def test_the_hooks_measure_in_a_step_what_the_checks_read():
         state, measured = learn(state, experience._replace(rewards=jnp.zeros((4, 2, 2)), reward_mask=mask))
         history.append({"step": step, **metrics.plain(summary(measured))})
     assert history[-1]["repetition"] == pytest.approx(6 / 7)
-    assert (history[-1]["unjudged/right"], history[-1]["unjudged/format"]) == (0, 0.5)
+    assert (history[-1]["unscored/right"], history[-1]["unscored/format"]) == (0, 0.5)
     told = [text for _, text in spoken(json.loads(json.dumps(history)))]
     for words in (
         "have said before",
-        "`unjudged/format`",
+        "`unscored/format`",
         "cut at the token limit",
         "had the same reward",
         "entropy is 0 ",

@@ -11,7 +11,7 @@ import pytest
 from grpo_jax import losses
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.run import checkpoint
-from grpo_jax.schedules.reference import renew_reference
+from grpo_jax.schedules.reference import sync_reference
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_train_step
 from grpo_jax.updates import init_state
@@ -34,7 +34,7 @@ def state_at(step, params=(3.0, -0.0, 1e-30), ref=(1.0, 2.0, 4.0)):
 
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_every_n_steps_the_reference_becomes_the_policy_exactly_and_in_between_it_stays(transform):
-    renew = transform(functools.partial(renew_reference, every=400))
+    renew = transform(functools.partial(sync_reference, every=400))
     for step in (400, 800, 1200):
         state = state_at(step)
         renewed = renew(state)
@@ -46,14 +46,14 @@ def test_every_n_steps_the_reference_becomes_the_policy_exactly_and_in_between_i
 
 def test_a_mixture_moves_the_reference_part_of_the_way():
     """TR-DPO's 0.6 every 512: 0.6 of the policy and 0.4 of what was."""
-    renewed = renew_reference(state_at(512), every=512, mixture=0.6)
+    renewed = sync_reference(state_at(512), every=512, mixture=0.6)
     np.testing.assert_allclose(renewed.ref_params["w"], [0.6 * 3 + 0.4 * 1, 0.4 * 2, 0.4 * 4], rtol=1e-6)
 
 
 def test_the_reference_keeps_its_dtype():
     state = state_at(2)
     state = state._replace(ref_params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.ref_params))
-    assert renew_reference(state, every=2).ref_params["w"].dtype == jnp.bfloat16
+    assert sync_reference(state, every=2).ref_params["w"].dtype == jnp.bfloat16
 
 
 def test_a_run_with_renewal_resumes_to_the_same_bits(tmp_path):
@@ -76,7 +76,7 @@ def test_a_run_with_renewal_resumes_to_the_same_bits(tmp_path):
     @functools.partial(jax.jit, donate_argnums=0)
     def run_step(state):
         state, _ = step(state, random_prompts(0, 4, 3, V))
-        return renew_reference(state, every=2, mixture=0.6)
+        return sync_reference(state, every=2, mixture=0.6)
 
     def initial():
         return init_state(POLICY.init(jax.random.key(0)), OPTIMIZER, jax.random.key(0), reference=True)
@@ -108,9 +108,9 @@ def test_a_run_with_renewal_resumes_to_the_same_bits(tmp_path):
 )
 def test_refuses_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
-        renew_reference(state_at(2), **settings)
+        sync_reference(state_at(2), **settings)
 
 
 def test_says_that_there_is_no_reference():
     with pytest.raises(ValueError, match="reference=True"):
-        renew_reference(state_at(2)._replace(ref_params=None), every=2)
+        sync_reference(state_at(2)._replace(ref_params=None), every=2)

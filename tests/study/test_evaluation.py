@@ -313,10 +313,10 @@ def test_completions_that_could_not_be_judged_are_left_out():
     assert partly  # or the test shows nothing
     assert summary["accuracy"] == pytest.approx(np.mean([np.mean(rights) for rights in judged if rights]))
     assert summary["pass@4"] == pytest.approx(np.mean([any(rights) for rights in judged if len(rights) == 4]))
-    assert summary["unjudged"] == 1 - sum(map(len, judged)) / 32
+    assert summary["unscored"] == 1 - sum(map(len, judged)) / 32
     nothing, _ = spin(ROWS[:2], [lambda completions: [None] * len(completions)], k=(1,))
     assert all(math.isnan(nothing[name]) for name in ("accuracy", "accuracy_low", "pass@1", "always_solved"))
-    assert nothing["unjudged"] == 1
+    assert nothing["unscored"] == 1
 
 
 def test_rows_that_the_model_solves_always_or_never_can_be_left_out(sampled):

@@ -10,7 +10,7 @@ import pytest
 from grpo_jax.rewards.python import python_tests
 from grpo_jax.tasks import code
 
-SPLITS = code.splits(0, train=300, validation=20, test=40, shifted=40)
+SPLITS = code.splits(0, train=300, validation=20, test=40, ood=40)
 
 # The families once more, written from their words as one would in answer to the prompt.
 FROM_THE_WORDS = {
@@ -96,7 +96,7 @@ def test_the_tests_have_an_empty_input_and_four_results_or_more():
 
 def test_the_shifted_split_has_three_steps_and_the_others_one_or_two():
     assert {len(row["steps"]) for row in [*SPLITS.train, *SPLITS.validation, *SPLITS.test]} == {1, 2}
-    assert {len(row["steps"]) for row in SPLITS.shifted} == {3}
+    assert {len(row["steps"]) for row in SPLITS.ood} == {3}
 
 
 def test_problems_are_about_numbers_and_about_text():
@@ -114,7 +114,7 @@ def verifier():
 
 
 def test_code_is_judged_by_running_it_in_the_sandbox(verifier):
-    rows = [SPLITS.train[0], SPLITS.test[0], SPLITS.shifted[0], SPLITS.shifted[1]]
+    rows = [SPLITS.train[0], SPLITS.test[0], SPLITS.ood[0], SPLITS.ood[1]]
     answers = [solution(row["steps"]) for row in rows[:3]] + ["def f(x):\n    return x"]
     completions = [f"<think>so</think><answer>\n```python\n{answer}\n```\n</answer>" for answer in answers]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
@@ -122,6 +122,6 @@ def test_code_is_judged_by_running_it_in_the_sandbox(verifier):
 
 
 def test_the_verifier_is_python_tests_unless_another_is_given(verifier):
-    sizes = {"train": 1, "validation": 0, "test": 0, "shifted": 0}
+    sizes = {"train": 1, "validation": 0, "test": 0, "ood": 0}
     assert code.task(0, **sizes).verifier.__name__ == "python_tests"
     assert code.task(0, **sizes, verifier=len).verifier is len

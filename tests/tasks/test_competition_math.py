@@ -63,9 +63,9 @@ def test_files_in_the_data_sets_format_become_a_task(tmp_path):
 
 def test_the_shifted_split_is_what_is_given_or_the_hardest_level():
     parts = {"train": ROWS[:2], "test": ROWS[2:], "validation": 0}
-    assert [row["prompt"][:2] for row in competition_math.splits(0, **parts).shifted] == ["x?", "S?"]
-    given = competition_math.splits(0, **parts, shifted=[{"problem": "?", "solution": r"\boxed{1}"}])
-    assert [row["answer"] for row in given.shifted] == ["1"]
+    assert [row["prompt"][:2] for row in competition_math.splits(0, **parts).ood] == ["x?", "S?"]
+    given = competition_math.splits(0, **parts, ood=[{"problem": "?", "solution": r"\boxed{1}"}])
+    assert [row["answer"] for row in given.ood] == ["1"]
 
 
 def test_levels_choose_what_is_trained_on_and_not_what_is_tested():
@@ -104,9 +104,7 @@ def test_the_rows_of_the_hub_are_the_default(monkeypatch):
     assert list(map(len, splits)) == [5, 2, 7, 0]
 
 
-@pytest.mark.parametrize(
-    "parts", [{"train": ROWS}, {"test": ROWS}, {"shifted": ROWS}], ids=["train", "test", "shifted"]
-)
+@pytest.mark.parametrize("parts", [{"train": ROWS}, {"test": ROWS}, {"ood": ROWS}], ids=["train", "test", "ood"])
 def test_rows_to_train_on_without_rows_to_test_are_refused(parts):
     with pytest.raises(ValueError, match="rows of your own are both train and test"):
         competition_math.task(0, **parts, verifier=len)

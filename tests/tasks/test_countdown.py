@@ -53,9 +53,9 @@ def test_numbers_and_targets_are_in_range_and_in_the_prompt(counts):
 
 
 def test_the_shifted_split_has_more_numbers():
-    splits = countdown.splits(0, train=50, validation=10, test=10, shifted=50)
+    splits = countdown.splits(0, train=50, validation=10, test=10, ood=50)
     assert {len(row["numbers"]) for row in [*splits.train, *splits.validation, *splits.test]} == {3, 4}
-    assert {len(row["numbers"]) for row in splits.shifted} == {5, 6}
+    assert {len(row["numbers"]) for row in splits.ood} == {5, 6}
 
 
 # ---------------------------------------------------------------------------- verifier

@@ -36,9 +36,9 @@ def test_files_in_the_data_sets_format_become_a_task(tmp_path):
 
 def test_the_shifted_split_is_what_is_given_or_what_takes_many_steps():
     parts = {"train": ROWS[:4], "test": ROWS[4:], "validation": 1}
-    assert [row["prompt"][:10] for row in gsm8k.splits(0, **parts).shifted] == ["A hard one"]
-    given = gsm8k.splits(0, **parts, shifted=[{"question": "Else", "answer": "#### 1"}])
-    assert [row["answer"] for row in given.shifted] == ["1"]
+    assert [row["prompt"][:10] for row in gsm8k.splits(0, **parts).ood] == ["A hard one"]
+    given = gsm8k.splits(0, **parts, ood=[{"question": "Else", "answer": "#### 1"}])
+    assert [row["answer"] for row in given.ood] == ["1"]
     assert len(given.test) == 2
 
 
@@ -63,13 +63,11 @@ def test_the_rows_of_the_hub_are_the_default(monkeypatch):
         ("openai/gsm8k", "main", "test"),
         ("apple/GSM-Symbolic", "p2", "test"),
     ]
-    assert [row["answer"] for row in splits.shifted] == ["7"]
-    assert "7" not in [row["answer"] for row in [*splits.train, *splits.validation]]  # it is in shifted
+    assert [row["answer"] for row in splits.ood] == ["7"]
+    assert "7" not in [row["answer"] for row in [*splits.train, *splits.validation]]  # it is in ood
 
 
-@pytest.mark.parametrize(
-    "parts", [{"train": ROWS}, {"test": ROWS}, {"shifted": ROWS}], ids=["train", "test", "shifted"]
-)
+@pytest.mark.parametrize("parts", [{"train": ROWS}, {"test": ROWS}, {"ood": ROWS}], ids=["train", "test", "ood"])
 def test_rows_to_train_on_without_rows_to_test_are_refused(parts):
     with pytest.raises(ValueError, match="rows of your own are both train and test"):
         gsm8k.task(0, **parts)

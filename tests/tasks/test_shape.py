@@ -19,7 +19,7 @@ from grpo_jax.tasks import (
     with_prompts,
 )
 
-SIZES = {"train": 40, "validation": 10, "test": 12, "shifted": 8}
+SIZES = {"train": 40, "validation": 10, "test": 12, "ood": 8}
 QUESTIONS = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(90)]
 PROBLEMS = [
     {"problem": f"What is {n} + 1?", "solution": rf"\boxed{{{n + 1}}}", "level": f"Level {n % 5 + 1}"}
@@ -32,12 +32,12 @@ def never(prompts, completions, **columns):
 
 
 def a_gsm8k(seed):
-    parts = {"train": QUESTIONS[:50], "test": QUESTIONS[50:62], "shifted": QUESTIONS[62:70]}
+    parts = {"train": QUESTIONS[:50], "test": QUESTIONS[50:62], "ood": QUESTIONS[62:70]}
     return gsm8k.task(seed, **parts, validation=10)
 
 
 def a_competition_math(seed):
-    parts = {"train": PROBLEMS[:50], "test": PROBLEMS[50:62], "shifted": PROBLEMS[62:70]}
+    parts = {"train": PROBLEMS[:50], "test": PROBLEMS[50:62], "ood": PROBLEMS[62:70]}
     return competition_math.task(seed, **parts, validation=10, verifier=never)
 
 
@@ -118,7 +118,7 @@ def test_a_task_with_too_few_problems_is_refused_and_not_searched_forever():
             yield {"prompt": rng.choice("ab")}
 
     with pytest.raises(ValueError, match="5 rows of train are wanted, and only 1 more problems were found"):
-        draw_splits(coin, coin, lambda row: row["prompt"], seed=0, train=5, validation=0, test=1, shifted=0)
+        draw_splits(coin, coin, lambda row: row["prompt"], seed=0, train=5, validation=0, test=1, ood=0)
 
 
 def rows_of(text):
@@ -133,7 +133,7 @@ def test_a_problem_of_the_test_set_is_not_trained_on_and_none_is_there_twice():
     splits = held_out_splits(rows_of("abcdefgabxyz"), rows_of("bx"), rows_of("z"), seed=0, validation=3)
     assert sorted(prompts_of(splits.train) + prompts_of(splits.validation)) == list("acdefgy")
     assert len(splits.validation) == 3
-    assert (prompts_of(splits.test), prompts_of(splits.shifted)) == ("bx", "z")
+    assert (prompts_of(splits.test), prompts_of(splits.ood)) == ("bx", "z")
     assert list(prompts_of(splits.train)) == sorted(prompts_of(splits.train))  # in their order
 
 
@@ -145,7 +145,7 @@ def test_a_validation_split_that_leaves_nothing_is_refused():
 def test_a_task_goes_through_the_host_reward_as_it_is():
     """From rows to tokens to text to rewards, with the columns that the verifier wants."""
     tokenizer = testing.tiny_tokenizer()
-    task = countdown.task(0, train=3, validation=0, test=0, shifted=0)
+    task = countdown.task(0, train=3, validation=0, test=0, ood=0)
     rows = [row | {"numbers": [2, 3], "target": 6} for row in task.splits.train]
     texts = ["<answer>2 * 3</answer>", "<answer>2 + 3</answer>", "2 * 3"]
     rollout = data.make_demonstrations([[5]] * 3, [tokenizer(text)["input_ids"] for text in texts])

@@ -2,39 +2,39 @@
 
 An attention is a function
 
-    (query [B, G, S, N, h], own, prompt or None, sight) -> [B, G, S, N, h]
+    (query [B, G, S, N, h], own, prompt or None, mask_inputs) -> [B, G, S, N, h]
 
     out = softmax([q k_prompt, q k_own] / sqrt(h)) [v_prompt; v_own]
 
-over the keys that `sight` lets the query see, in the dtype of the query. Head `n` reads key-value head
+over the keys that `mask_inputs` lets the query see, in the dtype of the query. Head `n` reads key-value head
 `n // (N / K)`; each query sees at least one of its own keys.
 
-    joint        two matrix products for each part, on any device; the reference for the others
+    reference        two matrix products for each part, on any device; the reference for the others
     blockwise    block by block, without keeping logits; for CPUs
-    by_platform  blockwise on CPUs, joint elsewhere; what a network takes unless told otherwise
+    auto  blockwise on CPUs, reference elsewhere; what a network takes unless told otherwise
     cudnn        cuDNN's flash attention, for NVIDIA GPUs
     splash       JAX's splash attention, for TPUs
-    of_rows      any other kernel for causal attention
+    from_causal_kernel      any other kernel for causal attention
 
-A function of one's own finds what a query sees in `own_mask` and `prompt_mask`.
+A function of one's own finds what a query sees in `completion_mask` and `prompt_mask`.
 """
 
-from grpo_jax.models.attention.blockwise import blockwise, by_platform
-from grpo_jax.models.attention.contract import Attention, KeyValues, Sight, own_mask, prompt_mask
-from grpo_jax.models.attention.joint import joint
-from grpo_jax.models.attention.rows import cudnn, of_rows, splash, splash_kernel
+from grpo_jax.models.attention.blockwise import auto, blockwise
+from grpo_jax.models.attention.contract import Attention, KeyValues, MaskInputs, completion_mask, prompt_mask
+from grpo_jax.models.attention.joint_softmax import reference
+from grpo_jax.models.attention.rows import cudnn, from_causal_kernel, splash, splash_kernel
 
 __all__ = [
     "Attention",
     "KeyValues",
-    "Sight",
+    "MaskInputs",
+    "auto",
     "blockwise",
-    "by_platform",
+    "completion_mask",
     "cudnn",
-    "joint",
-    "of_rows",
-    "own_mask",
+    "from_causal_kernel",
     "prompt_mask",
+    "reference",
     "splash",
     "splash_kernel",
 ]

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo_jax.models.attention.contract import NEVER, KeyValues, Sight, own_mask, prompt_mask
-from grpo_jax.models.attention.joint import joint
+from grpo_jax.models.attention.contract import NEVER, KeyValues, MaskInputs, completion_mask, prompt_mask
+from grpo_jax.models.attention.joint_softmax import reference
 from grpo_jax.types import Array
 
 
-def blockwise(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> Array:
+def blockwise(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> Array:
     """One completion and key-value head after the other, by plain matrix products; for CPUs.
 
     XLA runs batched products there at a fraction of the speed of plain ones, and a
@@ -21,7 +21,7 @@ def blockwise(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sig
     from the denominators of the forward pass (Dao et al. 2022, arXiv:2205.14135,
     appendix B), so that nothing is kept that grows with `S C`.
     The output and the denominators are named `attention`, for policies of `jax.checkpoint`. One block
-    follows the other on one device: with `B` over several, use `joint`.
+    follows the other on one device: with `B` over several, use `reference`.
     """
     B, G, S, N, h = query.shape
     K = own.keys.shape[-2]
@@ -35,18 +35,18 @@ def blockwise(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sig
     # The queries of the R heads that read the same keys, one head after the other.
     query = (query * h**-0.5).reshape(B, G, S, K, R, h).transpose(0, 3, 1, 4, 2, 5).reshape(B * K, G, R * S, h)
     own, prompt = jax.tree.map(by_head, (own, prompt))
-    if sight.window is not None:
-        sight = sight._replace(window=jnp.broadcast_to(sight.window, (B, G)))
-    sight = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), sight)
-    out = _blocks(query, own, prompt, sight)
+    if mask_inputs.window is not None:
+        mask_inputs = mask_inputs._replace(window=jnp.broadcast_to(mask_inputs.window, (B, G)))
+    mask_inputs = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), mask_inputs)
+    out = _blocks(query, own, prompt, mask_inputs)
     return out.reshape(B, K, G, R, S, h).transpose(0, 2, 4, 1, 3, 5).reshape(B, G, S, N, h)
 
 
-def by_platform(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> Array:
-    """`blockwise` on CPUs, `joint` elsewhere and for single queries, whose products are small in any form."""
+def auto(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> Array:
+    """`blockwise` on CPUs, `reference` elsewhere and for single queries, whose products are small in any form."""
     if query.shape[2] <= 1:
-        return joint(query, own, prompt, sight)
-    return jax.lax.platform_dependent(query, own, prompt, sight, cpu=blockwise, default=joint)
+        return reference(query, own, prompt, mask_inputs)
+    return jax.lax.platform_dependent(query, own, prompt, mask_inputs, cpu=blockwise, default=reference)
 
 
 class _Block(NamedTuple):
@@ -73,33 +73,33 @@ def _sum(arrays: Iterable[Array]) -> Array:
 
 
 @jax.custom_vjp
-def _blocks(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> Array:
+def _blocks(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> Array:
     """`[H, G, R S, h]` of queries of that shape, scaled.
 
     Args:
       query: `[H, G, R S, h]`, `H` the prompts' key-value heads.
       own: `[H, G, C, h]`.
       prompt: `[H, P, h]`.
-      sight: with leading axes `[H, G]`, the window included.
+      mask_inputs: with leading axes `[H, G]`, the window included.
     """
-    return _forward(query, own, prompt, sight)[0]
+    return _forward(query, own, prompt, mask_inputs)[0]
 
 
-def _parts(own: KeyValues, prompt: KeyValues | None, sight: Sight) -> list[_Block]:
+def _parts(own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> list[_Block]:
     """What the queries of one completion and head see."""
-    parts = [_Block(own, own_mask(sight))]
+    parts = [_Block(own, completion_mask(mask_inputs))]
     if prompt is not None:
-        parts.append(_Block(prompt, prompt_mask(sight, prompt.keys.shape[0])))
+        parts.append(_Block(prompt, prompt_mask(mask_inputs, prompt.keys.shape[0])))
     return parts
 
 
-def _forward(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> tuple[Array, Any]:
+def _forward(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> tuple[Array, Any]:
     def of_head(x: Any) -> Any:
-        query, own, prompt, sight = x
+        query, own, prompt, mask_inputs = x
 
         def of_completion(x: Any) -> Any:
-            query, own, sight = x
-            parts = _parts(own, prompt, sight)
+            query, own, mask_inputs = x
+            parts = _parts(own, prompt, mask_inputs)
             logits = [_logits(query, part) for part in parts]
             maximum = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, initial=NEVER) for x in logits])[:, None]
             weights = [jnp.exp(x - maximum) for x in logits]
@@ -107,19 +107,19 @@ def _forward(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sigh
             out = _sum(_matmul(w, part.held.values) for w, part in zip(weights, parts, strict=True)) / total
             return out.astype(query.dtype), maximum + jnp.log(total)
 
-        return jax.lax.map(of_completion, (query, own, sight))
+        return jax.lax.map(of_completion, (query, own, mask_inputs))
 
-    out, normaliser = jax.lax.map(of_head, (query, own, prompt, sight))
+    out, normaliser = jax.lax.map(of_head, (query, own, prompt, mask_inputs))
     out, normaliser = checkpoint_name(out, "attention"), checkpoint_name(normaliser, "attention")
-    return out, (query, own, prompt, sight, out, normaliser)
+    return out, (query, own, prompt, mask_inputs, out, normaliser)
 
 
 def _backward(kept: Any, cotangent: Array) -> Any:
     def of_head(x: Any) -> Any:
-        (query, own, prompt, sight, out, normaliser), cotangent = x
+        (query, own, prompt, mask_inputs, out, normaliser), cotangent = x
 
         def of_completion(total: Any, x: Any) -> Any:
-            query, own, sight, out, normaliser, cotangent = x
+            query, own, mask_inputs, out, normaliser, cotangent = x
             delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1, keepdims=True)
 
             def of_part(part: _Block) -> tuple[Array, KeyValues]:
@@ -129,13 +129,13 @@ def _backward(kept: Any, cotangent: Array) -> Any:
                     _matmul(of_logits.T, query), _matmul(weights.T, cotangent)
                 )
 
-            (of_query, of_own), *of_prompt = map(of_part, _parts(own, prompt, sight))
+            (of_query, of_own), *of_prompt = map(of_part, _parts(own, prompt, mask_inputs))
             for more, of_held in of_prompt:
                 of_query, total = of_query + more, jax.tree.map(jnp.add, total, of_held)
             return total, (of_query, of_own)
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), prompt)
-        each = query, own, sight, out, normaliser, cotangent
+        each = query, own, mask_inputs, out, normaliser, cotangent
         of_prompt, (of_query, of_own) = jax.lax.scan(of_completion, zeros, each)
         cast = functools.partial(jax.tree.map, lambda g, x: g.astype(x.dtype))
         return cast(of_query, query), cast(of_own, own), cast(of_prompt, prompt)

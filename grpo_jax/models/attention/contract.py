@@ -18,7 +18,7 @@ class KeyValues(NamedTuple):
     values: Array
 
 
-class Sight(NamedTuple):
+class MaskInputs(NamedTuple):
     """What each query may see: by positions, never by columns.
 
     A query sees the prompt's tokens and its own completion's at its own and earlier
@@ -32,25 +32,25 @@ class Sight(NamedTuple):
     window: Array | None = None  # [] int32
 
 
-Attention = Callable[[Array, KeyValues, KeyValues | None, Sight], Array]
+Attention = Callable[[Array, KeyValues, KeyValues | None, MaskInputs], Array]
 
 
-def own_mask(sight: Sight) -> Array:
+def completion_mask(mask_inputs: MaskInputs) -> Array:
     """`[B, G, S, C]` bool: which of its own keys a query sees; leading axes may be missing."""
-    queries, own = sight.queries[..., :, None], sight.own[..., None, :]
+    queries, own = mask_inputs.queries[..., :, None], mask_inputs.own[..., None, :]
     seen = (own <= queries) & (own >= 0)
-    if sight.segments is not None:
-        seen &= sight.segments[..., :, None] == sight.segments[..., None, :]
-    if sight.window is not None:
-        seen &= queries - own < sight.window[..., None, None]
+    if mask_inputs.segments is not None:
+        seen &= mask_inputs.segments[..., :, None] == mask_inputs.segments[..., None, :]
+    if mask_inputs.window is not None:
+        seen &= queries - own < mask_inputs.window[..., None, None]
     return seen
 
 
-def prompt_mask(sight: Sight, P: int) -> Array:
+def prompt_mask(mask_inputs: MaskInputs, P: int) -> Array:
     """`[B, G, S, P]` bool: which of the prompt's keys a query sees; leading axes may be missing."""
-    assert sight.prompt is not None
+    assert mask_inputs.prompt is not None
     columns = jnp.arange(P)
-    seen = jnp.broadcast_to(columns < sight.prompt[..., None, None], (*sight.queries.shape, P))
-    if sight.window is not None:
-        seen &= sight.queries[..., :, None] - columns < sight.window[..., None, None]
+    seen = jnp.broadcast_to(columns < mask_inputs.prompt[..., None, None], (*mask_inputs.queries.shape, P))
+    if mask_inputs.window is not None:
+        seen &= mask_inputs.queries[..., :, None] - columns < mask_inputs.window[..., None, None]
     return seen

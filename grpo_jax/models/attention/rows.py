@@ -6,14 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.attention.contract import Attention, KeyValues, Sight
-from grpo_jax.models.attention.joint import joint
+from grpo_jax.models.attention.contract import Attention, KeyValues, MaskInputs
+from grpo_jax.models.attention.joint_softmax import reference
 from grpo_jax.types import Array
 
 Kernel = Callable[[Array, Array, Array], Array]
 
 
-def of_rows(kernel: Kernel) -> Attention:
+def from_causal_kernel(kernel: Kernel) -> Attention:
     """Attention by a kernel for causal rows, such as a flash attention.
 
     A completion and its prompt become one row without a gap, whatever the prompt's length:
@@ -29,7 +29,7 @@ def of_rows(kernel: Kernel) -> Attention:
     completion costs that is a share of `P^2 / (S (12 D + 2 P + S))`, with `D` the width: 0.5% at `P = 256, S = 1024,
     D = 896`, 4.5% at `P = 1024, S = 512, D = 3584`. Whatever is not attention is still computed once for a prompt.
 
-    Single queries, and all others that read a cache, go to `joint`.
+    Single queries, and all others that read a cache, go to `reference`.
 
     Args:
       kernel: `(query [R, L, N, h], keys [R, L, K, h], values [R, L, K, h]) -> [R, L, N, h]`, causal, scaling by
@@ -40,20 +40,22 @@ def of_rows(kernel: Kernel) -> Attention:
       the kernel cannot be told of. It expects consecutive positions, from the prompt's length.
     """
 
-    def attention(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> Array:
+    def attention(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> Array:
         B, G, S, N, h = query.shape
         if S <= 1 or own.keys.shape[2] != S:
-            return joint(query, own, prompt, sight)
-        if sight.segments is not None:
+            return reference(query, own, prompt, mask_inputs)
+        if mask_inputs.segments is not None:
             raise ValueError("a kernel for causal rows cannot keep packed completions apart; leave out the packing")
-        if sight.window is not None:
-            raise ValueError("a kernel for causal rows knows no sliding windows, which this model has; take `joint`")
-        if prompt is None or sight.prompt is None:
+        if mask_inputs.window is not None:
+            raise ValueError(
+                "a kernel for causal rows knows no sliding windows, which this model has; take `reference`"
+            )
+        if prompt is None or mask_inputs.prompt is None:
             rows = (x.reshape(B * G, S, *x.shape[3:]) for x in (query, *own))
             return kernel(*rows).reshape(query.shape)
 
         P = prompt.keys.shape[1]
-        starts = jnp.repeat(sight.prompt[:, 0], G)  # [R]
+        starts = jnp.repeat(mask_inputs.prompt[:, 0], G)  # [R]
 
         def row(before: Array, own: Array) -> Array:
             """`[R, P + S, ...]` of `before [B, P, ...]` and `own [B, G, S, ...]`."""
@@ -88,7 +90,7 @@ def _cudnn_kernel(query: Array, keys: Array, values: Array) -> Array:
 
 
 def splash_kernel(query: Array, keys: Array, values: Array, *, interpret: bool = False) -> Array:
-    """The splash attention that comes with JAX, causal; a kernel for `of_rows`.
+    """The splash attention that comes with JAX, causal; a kernel for `from_causal_kernel`.
 
     Args:
       query: `[R, L, N, h]`; any `L`, which is padded to a multiple of 128.
@@ -112,5 +114,5 @@ def splash_kernel(query: Array, keys: Array, values: Array, *, interpret: bool =
     return jax.vmap(kernel)(query, keys, values).swapaxes(1, 2)[:, :L].astype(query.dtype)
 
 
-cudnn = of_rows(_cudnn_kernel)
-splash = of_rows(splash_kernel)
+cudnn = from_causal_kernel(_cudnn_kernel)
+splash = from_causal_kernel(splash_kernel)

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.attention.contract import NEVER, KeyValues, Sight, own_mask, prompt_mask
+from grpo_jax.models.attention.contract import NEVER, KeyValues, MaskInputs, completion_mask, prompt_mask
 from grpo_jax.types import Array
 
 
-def joint(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) -> Array:
+def reference(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> Array:
     """All queries at once, by two matrix products for each part; the reference for every other attention.
 
     The prompt is stored once and read by the whole group in one matrix product. Prompt and own part share
@@ -19,11 +19,11 @@ def joint(query: Array, own: KeyValues, prompt: KeyValues | None, sight: Sight) 
     products = {"preferred_element_type": jnp.float32}
 
     own_logits = jnp.einsum("bgskrh,bgckh->bgksrc", query, own.keys, **products)
-    own_logits = jnp.where(own_mask(sight)[:, :, None, :, None, :], own_logits, NEVER)
+    own_logits = jnp.where(completion_mask(mask_inputs)[:, :, None, :, None, :], own_logits, NEVER)
     maximum = jnp.max(own_logits, axis=-1, initial=NEVER)  # [B, G, K, S, R]
     if prompt is not None:
         prompt_logits = jnp.einsum("bgskrh,bpkh->bkgsrp", query, prompt.keys, **products)
-        seen = prompt_mask(sight, prompt.keys.shape[1])
+        seen = prompt_mask(mask_inputs, prompt.keys.shape[1])
         prompt_logits = jnp.where(seen[:, None, :, :, None, :], prompt_logits, NEVER)
         maximum = jnp.maximum(maximum, jnp.max(prompt_logits, axis=-1, initial=NEVER).swapaxes(1, 2))
     maximum = jax.lax.stop_gradient(maximum)  # cancels in the quotient
