@@ -32,7 +32,7 @@ def nonzero_variance(experience: Experience) -> Array:
 
 
 def nonzero_variance_of(weights: Sequence[float | Array]) -> Keep:
-    """`nonzero_variance` of the rewards under these weights, one a reward function: 0 for what is not to be looked at."""
+    """`nonzero_variance` of the rewards under these weights, one per reward function; 0 ignores one."""
     return lambda experience: has_variance(*total_reward(experience, weights))
 
 

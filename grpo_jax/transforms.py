@@ -95,7 +95,7 @@ def old_from_sampler(experience: Experience) -> tuple[Experience, Metrics]:
 
 
 def share_tokens(experience: Experience) -> tuple[Experience, Metrics]:
-    """Records the tokens of the rollout that count, for `losses.normalize_by_rollout_tokens`; comes after hooks that mask."""
+    """Records how many tokens count, for `losses.normalize_by_rollout_tokens`; comes after transforms that mask."""
     mask = experience.rollout.mask
     return experience._replace(token_share=jnp.full(mask.shape[0], jnp.sum(mask) / mask.shape[0])), {}
 

@@ -63,9 +63,9 @@ def test_truncated_completions_leave_numerator_and_denominator_and_stay_in_the_b
     counts = token_mean(jnp.ones((B, G, T)), masked.rollout.mask)
     assert counts.sum == counts.count == experience.rollout.lengths[~truncated].sum()
 
-    def learn(prepare):
+    def learn(transforms):
         state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
-        learn = make_learn(POLICY, optax.sgd(1.0), loss=losses.dapo(), advantage=recorded, transforms=prepare)
+        learn = make_learn(POLICY, optax.sgd(1.0), loss=losses.dapo(), advantage=recorded, transforms=transforms)
         return learn(state, experience)
 
     seen = []

@@ -33,7 +33,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> pa
 
 
 def count_compilations() -> Callable[[], int]:
-    """A function that tells how many programs were compiled, or fetched from the folder of `enable_compilation_cache`, since now.
+    """A function that tells how many programs were compiled, or fetched from the cache, since now.
 
     In a loop that is well made it stays where it is after the first few steps: a number that
     goes on growing says that shapes or settings change where they should not.

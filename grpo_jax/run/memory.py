@@ -71,8 +71,8 @@ def plan(
 ) -> Plan:
     """The memory of one step of `prompts * group_size` completions, on the default backend.
 
-    `learn` is taken to donate its state and to be compiled with `compilation.cpu_memory_options()`, as `experiments/grpo.py`
-    does.
+    `learn` is taken to donate its state and to be compiled with `compilation.cpu_memory_options()`, as in
+    `experiments/grpo.py`.
 
     Args:
       policy: the network; its compute dtype, attention and rematerialisation count.

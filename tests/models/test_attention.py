@@ -60,9 +60,7 @@ def softmax_of_the_concatenation(query, own, prompt, mask_inputs):
     out = np.zeros(query.shape)
     for b, g, s, n in np.ndindex(query.shape[:4]):
         k, position = n // (N // K), mask_inputs.queries[b, g, s]
-        since = (
-            -1 if mask_inputs.window is None else position - mask_inputs.window
-        )  # the last position out of mask_inputs
+        since = -1 if mask_inputs.window is None else position - mask_inputs.window  # the last position out of sight
         columns = [c for c, at in enumerate(mask_inputs.own[b, g]) if at >= 0 and since < at <= position]
         if mask_inputs.segments is not None:
             columns = [c for c in columns if mask_inputs.segments[b, g, c] == mask_inputs.segments[b, g, s]]
