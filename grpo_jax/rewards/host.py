@@ -8,15 +8,17 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
-from transformers import PreTrainedTokenizerBase
 
 from grpo_jax.types import Array, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> list[float | None], plain or async
 LogMetric = Callable[[str, float], None]
@@ -26,7 +28,7 @@ HostReward = Callable[[Rollout], tuple[np.ndarray, np.ndarray]]  # rewards [B, G
 def host(
     functions: Sequence[RewardFunction],
     dataset: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     prompt_column: str = "prompt",
     log_metric: LogMetric | None = None,

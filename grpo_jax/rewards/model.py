@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from grpo_jax import data
-from grpo_jax.models import hf
 from grpo_jax.types import Array, Params, Prompts
 
 
@@ -41,6 +39,9 @@ def reward_model(
     Returns:
       A reward function `f(prompts, completions, **columns) -> list[float]`, in logits.
     """
+    from grpo_jax import data
+    from grpo_jax.models import hf
+
     tokenizer = hf.load_tokenizer(path_or_repo, revision=revision)
     policy, params, head = hf.load_reward_model(path_or_repo, compute_dtype=compute_dtype, revision=revision)
 
