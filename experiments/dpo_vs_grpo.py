@@ -37,12 +37,12 @@ from ablations.setting import Config, Hyper, Settings
 from grpo_jax import losses
 from grpo_jax.baselines import dpo, preferences, rejection_sampling
 from grpo_jax.policies import Policy
+from grpo_jax.protocols import ExperienceTransform
 from grpo_jax.run import compilation
 from grpo_jax.study import ablation
 from grpo_jax.study.ablation import Condition
 from grpo_jax.study.runs import Run
 from grpo_jax.train_step import Step, make_collect, make_learn, make_train_step
-from grpo_jax.transforms import ExperienceTransform
 from grpo_jax.types import Experience, Metrics, Prompts, TrainState
 
 NAME = "dpo_vs_grpo"

@@ -45,7 +45,7 @@ import numpy as np
 import optax
 import tyro
 
-from grpo_jax import advantages, data, losses, packing, rewards, types
+from grpo_jax import advantages, data, losses, packing, protocols, rewards, types
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, compilation, memory, metrics, monitoring, preemption
 from grpo_jax.study import evaluation
@@ -353,7 +353,7 @@ def check(config: Config, names: Sequence[str]) -> None:
         raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {config.group_size}")
 
 
-def make_loss(config: Config) -> losses.Loss:
+def make_loss(config: Config) -> protocols.Loss:
     """The loss by its name, with the settings that were given; its own defaults for the rest."""
     make = load(config.loss, "grpo_jax.losses")
     given = {

@@ -70,6 +70,7 @@ _MODULES = (
     "models",
     "packing",
     "policies",
+    "protocols",
     "recipes",
     "rewards",
     "run",

@@ -1,17 +1,15 @@
 """Rewards to advantages: how much better a completion is than the others of its group."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.losses import kl_k1
+from grpo_jax.protocols import Advantage, Cost, Estimator, KLEstimate
 from grpo_jax.types import Array, Experience, Mean, Metrics
 
-Estimator = Callable[[Array, Array | None], Array]  # (rewards [B, G], mask [B, G]) -> advantages [B, G]
-Advantage = Callable[[Experience], tuple[Array, Metrics]]  # [B, G] or [B, G, T]
-Cost = Callable[[Experience], Array]  # [B, G], in reward units
 Weights = Sequence[float | Array]  # one a reward function
 
 
@@ -230,7 +228,7 @@ def from_normalised_rewards(
     return advantage
 
 
-def kl_cost(beta: float | Array, *, estimate: Callable[[Array, Array], Array] = kl_k1) -> Cost:
+def kl_cost(beta: float | Array, *, estimate: KLEstimate = kl_k1) -> Cost:
     """The divergence from the reference policy as a cost of the reward, not a term of the loss.
 
         cost[b, g] = beta * sum_t estimate(log p[t], log ref[t])

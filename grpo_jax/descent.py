@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax import losses, types
-from grpo_jax.losses import Terms
+from grpo_jax.protocols import Terms
 from grpo_jax.types import Array, Mean, Metrics, Params, TrainState
 from grpo_jax.updates import step_keys, update
 

@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.advantages import Advantage, from_rewards
+from grpo_jax.advantages import from_rewards
 from grpo_jax.descent import in_parts, make_descent
-from grpo_jax.losses import Loss, Terms
 from grpo_jax.policies import Policy
+from grpo_jax.protocols import Advantage, ExperienceTransform, Loss, Terms
 from grpo_jax.sampling import sample
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import score
-from grpo_jax.transforms import ExperienceTransform
 from grpo_jax.types import Array, Experience, Max, Mean, Metrics, Packing, Params, Prompts, Rollout, TrainState
 from grpo_jax.updates import step_keys
 

@@ -8,14 +8,11 @@ A mask leaves a token out of numerators and denominators alike, the penalty's in
 weight scales the gain of the policy and nothing else.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 
 from grpo_jax.losses.contract import per_token
+from grpo_jax.protocols import ExperienceTransform
 from grpo_jax.types import Array, Experience, Metrics
-
-ExperienceTransform = Callable[[Experience], tuple[Experience, Metrics]]
 
 
 def mask_truncated(experience: Experience) -> tuple[Experience, Metrics]:

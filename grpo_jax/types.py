@@ -13,6 +13,7 @@ import jax.numpy as jnp
 Array = jax.Array
 PRNGKey = jax.Array  # a typed key, as `jax.random.key` makes
 Params = Any  # a pytree of arrays
+Number = float | Array  # a setting: a Python number, or a traced scalar
 Metrics = dict[str, Any]  # name -> Mean, Max, or a scalar once `summary` has been taken
 
 

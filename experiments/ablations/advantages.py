@@ -16,6 +16,7 @@ from grpo_jax.advantages import (
     group_advantages,
     leave_one_out_advantages,
 )
+from grpo_jax.protocols import Aggregate, Estimator
 
 
 def experiment(config: Config) -> None:
@@ -48,7 +49,7 @@ def experiment(config: Config) -> None:
     )
 
 
-def make(config: Config, estimator: setting.Estimator, aggregate: losses.Aggregate) -> setting.Run:
+def make(config: Config, estimator: Estimator, aggregate: Aggregate) -> setting.Run:
     """The standard run on hard sums."""
     change = {"advantage": setting.accuracy_and_layout(estimator), "loss": losses.grpo(aggregate=aggregate)}
     return setting.make(config, lambda hyper: change, terms=setting.HARD)

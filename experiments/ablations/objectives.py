@@ -10,6 +10,7 @@ from setting import Condition, Config
 
 from grpo_jax import losses
 from grpo_jax.advantages import batch_normalised_advantages, centered_advantages, leave_one_out_advantages
+from grpo_jax.protocols import Advantage, Loss
 
 
 def experiment(config: Config) -> None:
@@ -38,7 +39,7 @@ def experiment(config: Config) -> None:
     setting.run("objectives", config, conditions, metrics=names, curves=names[:3], against="grpo")
 
 
-def make(config: Config, loss: losses.Loss, advantage: setting.Advantage) -> setting.Run:
+def make(config: Config, loss: Loss, advantage: Advantage) -> setting.Run:
     """Two passes with this objective."""
     return setting.make(config, lambda hyper: {"loss": loss, "advantage": advantage, "passes": 2})
 

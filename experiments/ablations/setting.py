@@ -27,7 +27,8 @@ import transformers
 import tyro
 
 from grpo_jax import losses, models, rewards, sampling, types
-from grpo_jax.advantages import Advantage, Estimator, from_rewards, group_advantages
+from grpo_jax.advantages import from_rewards, group_advantages
+from grpo_jax.protocols import Advantage, Estimator
 from grpo_jax.run import checkpoint, compilation
 from grpo_jax.study import ablation, runs
 from grpo_jax.study.ablation import Condition

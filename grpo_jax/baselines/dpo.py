@@ -14,8 +14,9 @@ Online, on pairs of what the policy has just sampled:
 import jax.numpy as jnp
 
 from grpo_jax.baselines.preferences import bradley_terry, check_label_smoothing, whole_pairs
-from grpo_jax.losses.contract import Loss, Number, Terms, check_positive, difference
-from grpo_jax.types import Experience, Mean, Metrics, Scores
+from grpo_jax.losses.contract import check_positive, difference
+from grpo_jax.protocols import Loss, Terms
+from grpo_jax.types import Experience, Mean, Metrics, Number, Scores
 
 
 def dpo(*, beta: Number = 0.1, label_smoothing: Number = 0.0) -> Loss:

@@ -23,14 +23,15 @@ from grpo_jax import train_step
 from grpo_jax.advantages import Weights, batch_normalised_advantages, total_reward
 from grpo_jax.baselines.heads import hidden_states, scalar
 from grpo_jax.descent import in_parts, make_descent
-from grpo_jax.losses import Terms, bnpo, entropy_bonus, kl_k1, plus, token_mean
-from grpo_jax.losses.contract import Number, check_not_negative, check_positive, masked_sum
+from grpo_jax.losses import bnpo, entropy_bonus, kl_k1, plus, token_mean
+from grpo_jax.losses.contract import check_not_negative, check_positive, masked_sum
 from grpo_jax.policies import Policy
+from grpo_jax.protocols import Terms
 from grpo_jax.sampling import sample
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import score
 from grpo_jax.train_step import Collect, Learn, Reward, Sampler, Step, rollout_metrics
-from grpo_jax.types import Array, Experience, Mean, Metrics, Params, Prompts, Rollout, TrainState
+from grpo_jax.types import Array, Experience, Mean, Metrics, Number, Params, Prompts, Rollout, TrainState
 
 
 class Judged(NamedTuple):

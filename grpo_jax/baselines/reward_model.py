@@ -23,11 +23,10 @@ import optax
 from grpo_jax.baselines.heads import hidden_states, scalar
 from grpo_jax.baselines.preferences import bradley_terry, check_label_smoothing, whole_pairs
 from grpo_jax.descent import make_descent
-from grpo_jax.losses import Terms
-from grpo_jax.losses.contract import Number
 from grpo_jax.policies import Policy
+from grpo_jax.protocols import Terms
 from grpo_jax.train_step import Learn
-from grpo_jax.types import Array, Experience, Metrics, Params, Rollout, TrainState
+from grpo_jax.types import Array, Experience, Metrics, Number, Params, Rollout, TrainState
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -19,7 +19,6 @@ from grpo_jax.losses.aggregates import (
     prompt_mean,
     token_mean,
 )
-from grpo_jax.losses.contract import Aggregate, Loss, Penalty, Ratio, Surrogate, Terms, Weight
 from grpo_jax.losses.objectives import (
     bnpo,
     cispo,
@@ -45,13 +44,6 @@ from grpo_jax.losses.surrogates import clipped_importance, gamma_weight, policy_
 from grpo_jax.losses.weights import masked_importance, off_policy_mask, product, truncated_importance
 
 __all__ = [
-    "Aggregate",
-    "Loss",
-    "Penalty",
-    "Ratio",
-    "Surrogate",
-    "Terms",
-    "Weight",
     "bnpo",
     "cispo",
     "clipped_importance",

@@ -6,8 +6,9 @@ batch's loss and gradient. Padding and prompts count nowhere.
 
 import jax.numpy as jnp
 
-from grpo_jax.losses.contract import Aggregate, Number, check_positive, masked_sum
-from grpo_jax.types import Array, Mean
+from grpo_jax.losses.contract import check_positive, masked_sum
+from grpo_jax.protocols import Aggregate
+from grpo_jax.types import Array, Mean, Number
 
 
 def completion_mean(per_token: Array, mask: Array) -> Mean:

@@ -3,22 +3,9 @@
 Axes: `B` prompts, `G` completions in a group, `T` completion tokens.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 
-from grpo_jax.types import Array, Experience, Mean, Metrics, Scores
-
-Number = float | Array
-Terms = tuple[Mean, ...]
-PerToken = tuple[Array, dict[str, Array]]  # [B, G, T], and metrics [B, G, T] to be averaged over the tokens that count
-
-Loss = Callable[[Scores, Experience], tuple[Terms, Metrics]]
-Ratio = Callable[[Array, Array], Array]  # (log_ratio [B, G, T], mask) -> log_ratio
-Surrogate = Callable[[Array, Array, Array], PerToken]  # (log_ratio, advantages, log_probs) -> gain, to be maximised
-Weight = Callable[[Scores, Experience], PerToken]  # what the gain of each token is multiplied by; not differentiated
-Penalty = Callable[[Scores, Experience], PerToken]  # a cost, to be minimised
-Aggregate = Callable[[Array, Array], Mean]  # (per_token [B, G, T], mask) -> how tokens count
+from grpo_jax.types import Array, Number
 
 
 def masked_sum(x: Array, mask: Array, axis: int | tuple[int, ...] | None = None) -> Array:

@@ -17,20 +17,7 @@ from grpo_jax.losses.aggregates import (
     constant_length,
     token_mean,
 )
-from grpo_jax.losses.contract import (
-    Aggregate,
-    Loss,
-    Number,
-    Penalty,
-    PerToken,
-    Ratio,
-    Surrogate,
-    Terms,
-    Weight,
-    check_positive,
-    difference,
-    per_token,
-)
+from grpo_jax.losses.contract import check_positive, difference, per_token
 from grpo_jax.losses.ratios import product_ratio, sequence_ratio, sequence_token_ratio, token_ratio
 from grpo_jax.losses.surrogates import (
     clipped_importance,
@@ -40,7 +27,8 @@ from grpo_jax.losses.surrogates import (
     ppo_clip,
     soft_gate,
 )
-from grpo_jax.types import Array, Experience, Max, Mean, Metrics, Scores
+from grpo_jax.protocols import Aggregate, Loss, Penalty, PerToken, Ratio, Surrogate, Terms, Weight
+from grpo_jax.types import Array, Experience, Max, Mean, Metrics, Number, Scores
 
 Level = Callable[[Array, Array, Array], PerToken]  # (log_ratio, mask, advantages) -> log_ratio, [B, G, T] each
 

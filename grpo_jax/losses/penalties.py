@@ -18,25 +18,12 @@ of the reward (`advantages.kl_cost`) it is the value that counts, and the policy
 does the rest. A test enumerates a distribution and checks each line.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 
 from grpo_jax.losses.aggregates import token_mean
-from grpo_jax.losses.contract import (
-    Aggregate,
-    Loss,
-    Number,
-    Penalty,
-    PerToken,
-    Ratio,
-    Terms,
-    check_not_negative,
-    difference,
-)
-from grpo_jax.types import Array, Experience, Metrics, Scores
-
-KL = Callable[[Array, Array], Array]  # (log_probs, ref_log_probs) -> estimate
+from grpo_jax.losses.contract import check_not_negative, difference
+from grpo_jax.protocols import Aggregate, KLEstimate, Loss, Penalty, PerToken, Ratio, Terms
+from grpo_jax.types import Array, Experience, Metrics, Number, Scores
 
 
 def kl_k1(log_probs: Array, ref_log_probs: Array) -> Array:
@@ -83,7 +70,7 @@ def k3(beta: Number, *, correction: Ratio | None = None) -> Penalty:
     return _kl(kl_k3, beta, correction)
 
 
-def _kl(estimate: KL, beta: Number, correction: Ratio | None) -> Penalty:
+def _kl(estimate: KLEstimate, beta: Number, correction: Ratio | None) -> Penalty:
     check_not_negative(beta=beta)
 
     def penalty(scores: Scores, experience: Experience) -> PerToken:

@@ -8,8 +8,9 @@ ratio leaves 1; `notebooks/02_objectives.ipynb` draws them.
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.losses.contract import Number, PerToken, Surrogate, check_not_negative, check_positive
-from grpo_jax.types import Array
+from grpo_jax.losses.contract import check_not_negative, check_positive
+from grpo_jax.protocols import PerToken, Surrogate
+from grpo_jax.types import Array, Number
 
 _LARGEST = 20.0  # of a log-ratio that is exponentiated without a bound of its own: e^20 is 5e8
 

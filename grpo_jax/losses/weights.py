@@ -18,18 +18,10 @@ completion.
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.losses.contract import (
-    Number,
-    PerToken,
-    Ratio,
-    Weight,
-    check_not_negative,
-    check_positive,
-    difference,
-    per_token,
-)
+from grpo_jax.losses.contract import check_not_negative, check_positive, difference, per_token
 from grpo_jax.losses.ratios import token_ratio
-from grpo_jax.types import Array, Experience, Scores
+from grpo_jax.protocols import PerToken, Ratio, Weight
+from grpo_jax.types import Array, Experience, Number, Scores
 
 
 def truncated_importance(limit: Number = 2.0, *, low: Number = 0.0, ratio: Ratio = token_ratio) -> Weight:

@@ -11,10 +11,10 @@ from grpo_jax.advantages import (
     kl_cost,
     leave_one_out_advantages,
 )
-from grpo_jax.losses import Penalty
-from grpo_jax.losses.contract import Number
+from grpo_jax.protocols import Penalty
 from grpo_jax.recipes.recipe import Recipe
 from grpo_jax.transforms import mask_truncated, old_from_sampler
+from grpo_jax.types import Number
 
 
 def _arxiv(key: str, eprint: str, year: int, title: str, authors: str) -> str:

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax import losses, types
-from grpo_jax.advantages import Advantage, Cost, Estimator, from_rewards, group_advantages
-from grpo_jax.losses import Aggregate, Loss, Penalty, Weight
-from grpo_jax.losses.contract import Number
+from grpo_jax.advantages import from_rewards, group_advantages
+from grpo_jax.protocols import Advantage, Aggregate, Cost, Estimator, ExperienceTransform, Loss, Penalty, Weight
 from grpo_jax.schedules import Scheduled, entropy_control
 from grpo_jax.schedules.reference import sync_reference
-from grpo_jax.transforms import ExperienceTransform, top_entropy
-from grpo_jax.types import Array, Metrics, TrainState
+from grpo_jax.transforms import top_entropy
+from grpo_jax.types import Array, Metrics, Number, TrainState
 
 
 @dataclasses.dataclass(frozen=True)

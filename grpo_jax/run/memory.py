@@ -21,8 +21,8 @@ import tyro
 
 from grpo_jax import losses, models
 from grpo_jax.advantages import from_rewards
-from grpo_jax.losses import Loss
 from grpo_jax.policies import Policy
+from grpo_jax.protocols import Loss
 from grpo_jax.run import compilation
 from grpo_jax.scoring import CHUNK_TOKENS
 from grpo_jax.train_step import make_collect, make_learn

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.transforms import ExperienceTransform
+from grpo_jax.protocols import ExperienceTransform
 from grpo_jax.types import Array, Experience, Mean, Metrics
 
 History = Sequence[Mapping[str, Any]]
