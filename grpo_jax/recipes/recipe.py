@@ -12,7 +12,7 @@ import optax
 from grpo_jax import losses, types
 from grpo_jax.advantages import from_rewards, group_advantages
 from grpo_jax.protocols import Advantage, Aggregate, Cost, Estimator, ExperienceTransform, Loss, Penalty, Weight
-from grpo_jax.schedules import Scheduled, entropy_control
+from grpo_jax.schedules import Scheduled, entropy_control, learning_rates
 from grpo_jax.schedules.reference import sync_reference
 from grpo_jax.transforms import top_entropy
 from grpo_jax.types import Array, Metrics, Number, TrainState
@@ -79,7 +79,7 @@ class Recipe:
     minibatches: int | None = None  # updates in a pass
     passes: int | None = None
     learning_rate: Number | None = None  # constant after the warm-up
-    warmup_rollouts: int | None = None  # linear, from 0
+    warmup_rollouts: int | None = None  # linear; see `learning_rates.learning_rate`
     b1: Number | None = None
     b2: Number | None = None
     adam_eps: Number | None = None
@@ -145,7 +145,7 @@ class Recipe:
             raise ValueError(f"{self.source} states no learning rate: dataclasses.replace(recipe, learning_rate=...)")
         rate: Any = self.learning_rate
         if self.warmup_rollouts is not None:
-            rate = optax.linear_schedule(0.0, rate, self.warmup_rollouts * self.updates)
+            rate = learning_rates.learning_rate(rate, warmup_steps=self.warmup_rollouts, updates_per_step=self.updates)
         return optax.adamw(
             rate, **_stated({"b1": self.b1, "b2": self.b2, "eps": self.adam_eps, "weight_decay": self.weight_decay})
         )

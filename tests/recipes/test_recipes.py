@@ -46,6 +46,7 @@ from grpo_jax.losses import (
 )
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.schedules import Scheduled, entropy_control
+from grpo_jax.schedules.learning_rates import learning_rate
 from grpo_jax.testing import random_prompts, tiny_policy
 from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Experience, Rollout, Scores
@@ -474,10 +475,10 @@ def test_settings_hold_what_the_source_states_and_nothing_else(make):
 
 def test_the_optimizer_is_adamw_with_a_warm_up_of_rollouts():
     recipe = recipes.scale_rl()
-    expected = optax.adamw(optax.linear_schedule(0.0, 5e-7, 100), eps=1e-15, weight_decay=0.01)
+    expected = optax.adamw(learning_rate(5e-7, warmup_steps=100), eps=1e-15, weight_decay=0.01)
     assert_same_updates(recipe.optimizer, expected)
     warm = dataclasses.replace(recipes.dapo(), warmup_rollouts=2)  # of 16 updates each
-    assert_same_updates(warm.optimizer, optax.adamw(optax.linear_schedule(0.0, 1e-6, 32)))
+    assert_same_updates(warm.optimizer, optax.adamw(learning_rate(1e-6, warmup_steps=2, updates_per_step=16)))
     plain = optax.adamw(1e-6, b1=0.9, b2=0.95, weight_decay=0.0)
     assert_same_updates(recipes.dr_grpo().optimizer, plain)
     for name in ("learning_rate", "b1", "b2", "weight_decay"):
