@@ -380,7 +380,7 @@ def cosine_length(
 
     Args:
       correct: a reward function, plain or async. A completion is right where it gives more
-        than the threshold; what it could not judge (None) stays None.
+        than the threshold; what it could not score (None) stays None.
       max_length: tokens from which on a reward stays at its `long` end.
       min_wrong: of a wrong completion without length.
       max_wrong: of a wrong completion of `max_length`.

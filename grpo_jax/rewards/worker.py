@@ -1,8 +1,8 @@
 """The process that a `WorkerPool` runs: reads requests from standard input, answers each with a line of JSON.
 
 It is started by its path, in an interpreter of its own, and imports the standard library alone, so that it is ready
-in a few hundredths of a second. The function to call is loaded from its file under another name: of its packages
-nothing is imported, unless the file does so itself.
+in a few hundredths of a second. The function to call is loaded from its file under another name: its packages are not
+imported, unless the file does so itself.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ def load(file: str, function: str) -> Callable[..., Any]:
 
 
 def answer(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the function made of one item: `{"value": ...}` or `{"fault": ..., "message": ...}`."""
+    """The function's result for one item: `{"value": ...}` or `{"fault": ..., "message": ...}`."""
     try:
         value = function(**arguments)
     except (RecursionError, MemoryError, OverflowError) as error:
@@ -83,7 +83,7 @@ def main() -> None:
         results.write(json.dumps({"id": request["id"], **reply}).encode() + b"\n")
         results.flush()
         if reply.get("fault") == "exhausted":
-            return  # who knows what state it is in; the pool starts another
+            return  # its state is unknown; the pool starts another
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards.pool import Outcome, WorkerPool, in_worker_processes, to_rewards
+from grpo_jax.rewards.outcomes import Outcome, to_rewards
+from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 
 VERIFIERS = """
 import ctypes, functools, json, os, signal, subprocess, sys, time
@@ -259,7 +260,7 @@ def test_a_batch_has_a_limit_too(verifiers):
         assert pool.map(verifiers.half, [{"number": 1}]) == [Outcome(0.5)]
 
 
-def test_items_are_judged_at_the_same_time(verifiers):
+def test_items_are_scored_at_the_same_time(verifiers):
     with WorkerPool(workers=4, timeout=5.0) as pool:
         pool.map(verifiers.linger, [{"seconds": 0.2}] * 4)
         began = time.monotonic()
@@ -322,6 +323,32 @@ def test_a_module_that_cannot_be_loaded_is_no_items_fault(pool, tmp_path, monkey
         pool.map("broken_verifier:judge", [{}])
 
 
+DIES_LOADING = """
+import os, pathlib, signal
+deaths = pathlib.Path({deaths!r})
+if len(deaths.read_text()) < {times}:
+    deaths.write_text(deaths.read_text() + "x")
+    os.kill(os.getpid(), signal.SIGKILL)
+def score(): return 1.0
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_worker_killed_while_it_loads_its_function_is_replaced_up_to_two_times(tmp_path, monkeypatch, times):
+    """As by the system, which is short of memory: no item is to blame, and no batch."""
+    deaths = tmp_path / "deaths"
+    deaths.write_text("")
+    (tmp_path / f"dies_loading_{times}.py").write_text(DIES_LOADING.format(deaths=str(deaths), times=times))
+    monkeypatch.syspath_prepend(tmp_path)
+    with WorkerPool(workers=1) as workers:
+        if times < 3:
+            assert workers.map(f"dies_loading_{times}:score", [{}, {}]) == [Outcome(1.0)] * 2
+        else:
+            with pytest.raises(RuntimeError, match=r"could not load score.*exit status -9"):
+                workers.map(f"dies_loading_{times}:score", [{}, {}])
+    assert len(deaths.read_text()) == times
+
+
 @pytest.mark.parametrize("kind", ["lambda", "partial", "builtin", "absent"])
 def test_functions_that_workers_cannot_find_are_refused(pool, verifiers, kind):
     functions = {"lambda": lambda: 1.0, "partial": verifiers.wrapped, "builtin": len, "absent": "no_such_module:f"}
@@ -351,7 +378,7 @@ def test_rewards_of_what_the_completion_and_what_the_verifier_caused(pool, verif
     reward = in_worker_processes(verifiers.score, pool=pool, wrong=-1.0)
     completions = ["4", "5", "hang", "exhaust", "crash", "fault", "unsure", "4"]
     metrics = {}
-    with pytest.warns(RuntimeWarning, match=r"(?s)score could not judge 2 of 8 .* completion 4: the worker died"):
+    with pytest.warns(RuntimeWarning, match=r"(?s)score could not score 2 of 8 .* completion 4: the worker died"):
         rewards = reward(["?"] * 8, completions, answer=["4"] * 8, log_metric=metrics.__setitem__)
     assert rewards == [1.0, 0.0, -1.0, -1.0, None, None, None, 1.0]
     assert metrics == {"score/timeouts": 2, "score/faults": 2}
@@ -375,7 +402,7 @@ def test_a_pool_of_its_own(verifiers):
     assert reward(["?"] * 2, ["hang", "4"], answer=["4"] * 2) == [0.0, 1.0]
 
 
-def test_settle_of_outcomes_without_faults_is_silent():
+def test_rewards_of_outcomes_without_faults_is_silent():
     outcomes = [Outcome(0.5), Outcome(None), Outcome(None, "exhausted")]
     metrics = {}
     assert to_rewards(outcomes, "r", wrong=-2.0, log_metric=metrics.__setitem__) == [0.5, None, -2.0]

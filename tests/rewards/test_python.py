@@ -230,7 +230,7 @@ UNUSABLE = {
 def test_tests_that_cannot_be_run_mask(case, code):
     reward = python_tests(timeout=5.0, accept_unsandboxed_execution=True)
     metrics = {}
-    with pytest.warns(RuntimeWarning, match="python_tests could not judge 1 of 1"):
+    with pytest.warns(RuntimeWarning, match="python_tests could not score 1 of 1"):
         rewards = reward(["?"], [code], tests=[UNUSABLE[case]], log_metric=metrics.__setitem__)
     assert rewards == [None]
     assert metrics == {"python_tests/timeouts": 0, "python_tests/faults": 1}

@@ -219,7 +219,7 @@ def test_a_scorer_that_fails_over_the_right_answer_masks(pool):
     (row,) = reasoning_gym.splits(0, name="n_queens", **SIZES).validation[:1]
     entry = ast.literal_eval(row["entry"])
     del entry["metadata"]
-    with pytest.warns(RuntimeWarning, match="reasoning_gym could not judge 1 of 1 completions"):
+    with pytest.warns(RuntimeWarning, match="reasoning_gym could not score 1 of 1 completions"):
         assert judged([row | {"entry": repr(entry)}], ["[]"], pool) == [None]
 
 
