@@ -34,7 +34,8 @@ import tyro
 
 from grpo_jax import advantages, data, losses, rewards, testing, types
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint, compilation, metrics, monitoring, preemption
+from grpo_jax.run import checkpoint, compilation, display, metrics, monitoring, plots, preemption
+from grpo_jax.run import measured as measured_metrics
 from grpo_jax.study import evaluation
 from grpo_jax.tasks import countdown, dialogue, with_prompts
 from grpo_jax.train_step import make_collect, make_learn
@@ -105,7 +106,7 @@ def run(config: Config) -> dict[str, float]:
                 optimizer,
                 loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta)),
                 advantage=advantages.from_rewards(weights=(1.0, config.format_weight), names=names),
-                transforms=(monitoring.repetition(), monitoring.unscored(names)),
+                transforms=(measured_metrics.repetition(), measured_metrics.unscored(names)),
                 minibatches=config.minibatches,
                 micro_batches=config.micro_batches,
                 max_grad_norm=1.0,
@@ -133,7 +134,7 @@ def run(config: Config) -> dict[str, float]:
             history = metrics.read(config.run_dir) if first else []
             if not first:
                 print("before training:", evaluate(state.params, "validation", greedy=True))
-            with metrics.progress(config.steps, start=first, keys=("reward", *(f"reward/{n}" for n in names))) as show:
+            with display.progress(config.steps, start=first, keys=("reward", *(f"reward/{n}" for n in names))) as show:
                 for n in range(first, config.steps):
                     started = time.monotonic()
                     rows = data.batch_indices(config.seed, n, len(prompts), config.prompts_per_step)
@@ -164,7 +165,7 @@ def run(config: Config) -> dict[str, float]:
             results |= evaluate(state.params, split, group_size=config.samples, k=(1, config.samples))
         (config.run_dir / "results.json").write_text(json.dumps(results, indent=2))
         hf.save_pretrained(policy, state.params, config.run_dir / "model", tokenizer=tokenizer, eos_ids=eos_ids)
-        print(f"curves: {metrics.plot(config.run_dir)}\nmodel: {config.run_dir / 'model'}")
+        print(f"curves: {plots.plot(config.run_dir)}\nmodel: {config.run_dir / 'model'}")
         for name, value in results.items():
             print(f"  {name:32s}{value:8.3f}")
     return results

@@ -47,7 +47,9 @@ import tyro
 
 from grpo_jax import advantages, data, losses, packing, protocols, rewards, types
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint, compilation, memory, metrics, monitoring, preemption
+from grpo_jax.run import checkpoint, compilation, display, memory, metrics, monitoring, plots, preemption
+from grpo_jax.run import measured as measured_metrics
+from grpo_jax.run import writers as writers_of
 from grpo_jax.study import evaluation
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Params
@@ -178,7 +180,7 @@ def run(config: Config) -> Params:
                 optimizer,
                 loss=loss,
                 advantage=advantage,
-                transforms=(monitoring.repetition(), monitoring.unscored(names)),
+                transforms=(measured_metrics.repetition(), measured_metrics.unscored(names)),
                 temperature=config.temperature,
                 passes=config.passes,
                 minibatches=config.minibatches,
@@ -227,10 +229,12 @@ def run(config: Config) -> Params:
             history = metrics.read(config.run_dir) if first else []
             evaluated = [line["eval/reward"] for line in history if line.get("eval/reward") is not None]
             best = max(evaluated, default=-np.inf)
-            writers = [metrics.tensorboard(config.run_dir, purge_step=first)] if config.tensorboard else []
+            writers = [writers_of.tensorboard(config.run_dir, purge_step=first).metrics] if config.tensorboard else []
             if config.wandb is not None:
                 run_id = hashlib.sha256(str(config.run_dir.absolute()).encode()).hexdigest()[:16]
-                writers.append(metrics.wandb(project=config.wandb, id=run_id, resume="allow", config=settings))
+                writers.append(
+                    writers_of.wandb(project=config.wandb, id=run_id, resume="allow", config=settings).metrics
+                )
             if eval_prompts and first == 0:
                 print("before training:", {name: round(value, 4) for name, value in evaluate(state.params).items()})
 
@@ -241,7 +245,7 @@ def run(config: Config) -> Params:
                 like = jax.eval_shape(functools.partial(collect_batch, n=first), state)
                 with np.load(path) as file:
                     ahead = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(file[name]) for name in file])
-            with metrics.progress(config.steps, start=first, keys=keys) as show, contextlib.ExitStack() as tracing:
+            with display.progress(config.steps, start=first, keys=keys) as show, contextlib.ExitStack() as tracing:
                 for n in range(first, config.steps):
                     started = time.monotonic()
                     if config.profile and n == first + 1:
@@ -317,7 +321,7 @@ def run(config: Config) -> Params:
                     if stopping and not last:
                         raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
         if first < config.steps:
-            print(f"curves: {metrics.plot(config.run_dir)}\nmodel: {config.run_dir / f'step_{config.steps}'}")
+            print(f"curves: {plots.plot(config.run_dir)}\nmodel: {config.run_dir / f'step_{config.steps}'}")
     return state.params
 
 

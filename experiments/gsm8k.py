@@ -34,7 +34,7 @@ import tyro
 
 from grpo_jax import data, recipes, rewards, testing, types
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint, compilation, metrics, monitoring, preemption
+from grpo_jax.run import checkpoint, compilation, display, metrics, monitoring, plots, preemption
 from grpo_jax.study import evaluation
 from grpo_jax.tasks import gsm8k, with_prompts
 from grpo_jax.train_step import make_collect, make_learn
@@ -143,7 +143,7 @@ def run(config: Config) -> dict[str, float]:
             if not first:
                 print(f"{recipe.name} leaves to you:\n  " + "\n  ".join(recipe.leaves))
                 print("before training:", evaluate(state.params, "validation", greedy=True))
-            with metrics.progress(config.steps, start=first, keys=("reward", "reward/0", "reward/1", "kl")) as show:
+            with display.progress(config.steps, start=first, keys=("reward", "reward/0", "reward/1", "kl")) as show:
                 for n in range(first, config.steps):
                     started = time.monotonic()
                     chosen = data.batch_indices(config.seed, n, len(prompts), recipe.prompts)
@@ -174,7 +174,7 @@ def run(config: Config) -> dict[str, float]:
             results |= evaluate(state.params, split, group_size=config.samples, k=(1, config.samples))
         (config.run_dir / "results.json").write_text(json.dumps(results, indent=2))
         hf.save_pretrained(policy, state.params, config.run_dir / "model", tokenizer=tokenizer, eos_ids=eos_ids)
-        print(f"curves: {metrics.plot(config.run_dir)}\nmodel: {config.run_dir / 'model'}")
+        print(f"curves: {plots.plot(config.run_dir)}\nmodel: {config.run_dir / 'model'}")
         for name, value in results.items():
             print(f"  {name:32s}{value:8.3f}")
         print(f"please cite:\n{recipes.citation(recipe)}")

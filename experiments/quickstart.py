@@ -39,7 +39,7 @@ from grpo_jax import data, losses, models, rewards, sampling, types
 from grpo_jax.advantages import from_rewards
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
-from grpo_jax.run import checkpoint, compilation, metrics, preemption
+from grpo_jax.run import checkpoint, compilation, display, metrics, plots, preemption
 from grpo_jax.tasks import arithmetic
 from grpo_jax.train_step import make_learn, make_train_step
 from grpo_jax.types import Experience, Metrics, Params, Prompts, TrainState
@@ -187,7 +187,7 @@ def run(config: Config) -> dict[str, float]:
     (config.run_dir / "results.json").write_text(json.dumps(results, indent=2))
     curves = ("reward", "reward/accuracy", "validation", "kl" if config.beta else "grad_norm", "entropy", "length")
     curves = (*curves, "clip_low", "clip_high")
-    print(f"curves: {metrics.plot(config.run_dir, keys=curves)}")
+    print(f"curves: {plots.plot(config.run_dir, keys=curves)}")
     export(policy, state.params, tokenizer, config.run_dir / "model", arithmetic.prompt(splits.test[0]))
     print(f"{time.monotonic() - started:.0f} s in all")
     return results
@@ -212,7 +212,7 @@ def train(
             checkpoint.check_config(meta["config"], settings, allow=("run_dir",))
             print(f"resumed at step {int(state.step)} of {steps}")
         metrics.truncate(folder, int(state.step))
-        with metrics.progress(steps, start=int(state.step), keys=keys) as show:
+        with display.progress(steps, start=int(state.step), keys=keys) as show:
             for n in range(int(state.step), steps):
                 started = time.monotonic()
                 state, measured = step(state, n)

@@ -93,7 +93,7 @@ from grpo_jax.advantages import from_rewards
 from grpo_jax.baselines.rejection_sampling import best_of_n
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
-from grpo_jax.run import checkpoint, compilation, metrics, preemption
+from grpo_jax.run import checkpoint, compilation, display, metrics, preemption
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Array, Experience, Metrics, Params, PRNGKey, Prompts, Rollout, TrainState
@@ -436,7 +436,7 @@ def train(
             checkpoint.check_config(meta["config"], settings, allow=("run_dir",))
             print(f"  resumed at step {int(state.step)} of {steps}")
         metrics.truncate(folder, int(state.step))
-        with metrics.progress(steps, start=int(state.step), keys=keys, every=50) as show:
+        with display.progress(steps, start=int(state.step), keys=keys, every=50) as show:
             for n in range(int(state.step), steps):
                 began = time.monotonic()
                 state, measured = step(state, n)

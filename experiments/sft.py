@@ -21,7 +21,7 @@ import tyro
 
 from grpo_jax import data, losses, scoring, types
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint, compilation, metrics, preemption
+from grpo_jax.run import checkpoint, compilation, display, metrics, preemption
 from grpo_jax.train_step import make_learn
 from grpo_jax.types import Experience, Mean, Params, Rollout
 from grpo_jax.updates import init_state
@@ -98,7 +98,7 @@ def run(config: Config) -> Params:
                 print(f"resumed at step {int(state.step)} of {steps}")
             first = int(state.step)
             metrics.truncate(config.run_dir, first)
-            with metrics.progress(steps, start=first, keys=("loss", "eval/loss", "grad_norm", "length")) as show:
+            with display.progress(steps, start=first, keys=("loss", "eval/loss", "grad_norm", "length")) as show:
                 for n in range(first, steps):
                     rows = data.batch_indices(config.seed, n, len(pairs), config.batch_size)
                     state, measured = learn(state, Experience(batch(pairs, rows)))

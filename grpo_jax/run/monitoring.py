@@ -13,7 +13,6 @@ one dict of metrics a step, as `metrics.read` gives it, where None stands for a 
 Thresholds are keywords: `functools.partial(mostly_truncated, threshold=0.8)` is another check. Their defaults are
 rules of thumb, no paper's. A check whose metrics were not measured says nothing.
 
-`repetition` and `unscored` measure what a step does not: `make_learn(..., transforms=[repetition(), unscored(names)])`.
 """
 
 import itertools
@@ -21,12 +20,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-
-from grpo_jax.protocols import ExperienceTransform
-from grpo_jax.types import Array, Experience, Mean, Metrics
 
 History = Sequence[Mapping[str, Any]]
 Check = Callable[[History], str | None]
@@ -88,9 +81,10 @@ def reward_jumped(
     if not _exceeds(now - then, spreads * spread, deviations * statistics.pstdev(rewards[:before]), scale=now):
         return None
     return (
-        f"the mean reward jumped from {then:.3g} to {now:.3g} within {window} steps. Learning is slower than that as a "
-        "rule; a way to please the reward function without solving the task is found at once. Read the completions of "
-        "the last steps, evaluate with a stricter verifier, and make the reward refuse what was found"
+        f"the mean reward jumped from {then:.3g} to {now:.3g} within {window} steps (`reward`). Quick learning looks "
+        "like this, and so does a shortcut in the reward function. Read some completions of the last steps "
+        "(completions.jsonl in the run's folder) and compare with the evaluation (eval/reward): if they solve the "
+        "task, all is well; if not, make the reward refuse what they do"
     )
 
 
@@ -268,6 +262,22 @@ def updates_skipped(history: History) -> str | None:
     )
 
 
+def nothing_learned(history: History) -> str | None:
+    """At the last step the learning rate was 0, or the update changed no parameter (`update_norm`)."""
+    line = history[-1] if history else {}
+    if line.get("learning_rate") == 0:
+        return (
+            "the learning rate is 0 (`learning_rate`), so this step trains nothing. Look at the schedule: a warm-up "
+            "should begin above 0, and a decay should not end before the run does"
+        )
+    if line.get("update_norm") == 0 and line.get("grad_norm", 0) != 0:
+        return (
+            "the update changed no parameter (`update_norm` is 0, `grad_norm` is not). Look at the learning rate, at "
+            "parameters in bfloat16, which drop small changes, and at what is frozen"
+        )
+    return None
+
+
 DEFAULT: tuple[Check, ...] = (
     mostly_truncated,
     mostly_zero_variance,
@@ -280,6 +290,7 @@ DEFAULT: tuple[Check, ...] = (
     repeating,
     reward_failing,
     updates_skipped,
+    nothing_learned,
 )
 
 
@@ -314,64 +325,6 @@ def warnings(
     if stopping:
         raise RunWentWrong("the run was to stop on this: " + "; ".join(found))
     return found
-
-
-# ----------------------------------------------------------- measured inside of a step
-
-
-def repetition(n: int = 4) -> ExperienceTransform:
-    """A hook that measures how much the completions repeat themselves, as the metric `repetition`.
-
-        repetition = 1 - distinct n-grams / n-grams, of the tokens of a completion
-
-    The mean over completions of at least `n` tokens.
-
-    Args:
-      n: tokens of an n-gram, from 1 on.
-    """
-    if n < 1:
-        raise ValueError(f"an n-gram has at least 1 token, got n = {n}")
-
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
-        tokens, lengths = experience.rollout.tokens, experience.rollout.lengths
-        if tokens.shape[-1] < n:
-            return experience, {"repetition": Mean(jnp.zeros(()), jnp.zeros((), jnp.int32))}
-        count = jnp.maximum(lengths - n + 1, 0)  # n-grams of a completion
-        shares = 1 - _distinct(tokens, count, n) / jnp.maximum(count, 1)
-        return experience, {"repetition": Mean(jnp.sum(jnp.where(count > 0, shares, 0.0)), jnp.sum(count > 0))}
-
-    return hook
-
-
-def _distinct(tokens: Array, count: Array, n: int) -> Array:
-    """`[B, G]`, how many of the first `count` n-grams of `tokens [B, G, T]` differ."""
-    places = tokens.shape[-1] - n + 1
-    there = jnp.arange(places) < count[..., None]
-    grams = [jnp.where(there, tokens[..., i : i + places], -1) for i in range(n)]
-    # Sorted, equal ones are neighbours, and those that are not there come first.
-    ordered = jax.lax.sort(grams, num_keys=n)
-    new = jnp.any(jnp.stack([gram[..., 1:] != gram[..., :-1] for gram in ordered]), axis=0)
-    return jnp.sum(new & (ordered[0][..., 1:] >= 0), axis=-1) + (ordered[0][..., 0] >= 0)
-
-
-def unscored(names: Sequence[str]) -> ExperienceTransform:
-    """A hook that measures for which share of the completions a reward could not be given, as `unscored/<name>`.
-
-    Args:
-      names: one a reward function.
-    """
-
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
-        given = experience.reward_mask
-        if given is None or given.shape[-1] != len(names):
-            shape = None if given is None else given.shape
-            raise ValueError(f"{len(names)} names for a reward_mask [B, G, R] of shape {shape}")
-        there = experience.rollout.lengths > 0
-        return experience, {
-            f"unscored/{name}": Mean(jnp.sum(there & ~given[..., k]), jnp.sum(there)) for k, name in enumerate(names)
-        }
-
-    return hook
 
 
 # --------------------------------------------------------------------- of a history

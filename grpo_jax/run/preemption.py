@@ -7,13 +7,12 @@ A loop reads
             state, measured = train_step(state, prompts(step))
             if stop_requested():
                 checkpoint.save(checkpoints, state, meta)
-                break
+                raise SystemExit(preemption.STOPPED)
 
 and what a kill at any other moment leaves behind is the business of `checkpoint` and `metrics`.
 """
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import signal
@@ -21,36 +20,48 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+import filelock
+
+STOPPED = 143  # the exit status after a graceful stop: 128 + SIGTERM, as a shell reports a terminated process
+
 
 @contextlib.contextmanager
 def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is created where absent.
+    """Keeps other processes out of a folder, which is created where absent.
 
-    The lock is the kernel's, on `run.lock`, and ends with its process; the text inside only serves the message.
+    The lock is the kernel's, on `run.lock`, and ends with its process; the text inside only serves the message. It is
+    re-entrant: a process, in one thread, may hold it several times.
 
     Raises:
       RuntimeError: if another run holds it, naming its process and host.
       OSError: if the folder cannot be written.
     """
-    path = pathlib.Path(run_dir) / "run.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write in the run folder ({error.strerror})", str(run_dir)) from error
-    with file:
+    path = pathlib.Path(run_dir).absolute() / "run.lock"
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read() or "another process"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(
+                filelock.FileLock(
+                    path,
+                    blocking=False,
+                    is_singleton=True,
+                    fallback_to_soft=False,
+                    preserve_lock_file=True,
+                    on_acquired=_sign,
+                )
+            )
+        except filelock.Timeout as error:
+            holder = path.read_text() or "another process"
             raise RuntimeError(f"the run folder {run_dir} is in use by {holder}; stop it or use another") from error
-        # A forked child shares the lock, and would hold it on when this process is killed.
-        os.register_at_fork(after_in_child=file.close)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write in the run folder ({error.strerror})", str(run_dir)) from error
         yield
+
+
+def _sign(descriptor: int) -> None:
+    """Writes the holder into the locked file."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 @contextlib.contextmanager

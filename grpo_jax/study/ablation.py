@@ -31,7 +31,7 @@ import rich.table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from grpo_jax.run import checkpoint, metrics, preemption
+from grpo_jax.run import checkpoint, display, metrics, preemption
 from grpo_jax.study.runs import Run
 from grpo_jax.types import Array, TrainState
 
@@ -109,7 +109,7 @@ def run_grid(
     found, done = [], 0
     with (
         preemption.lock(folder),
-        metrics.progress(sum(block[0][0].run.chunks for block in blocks), keys=("condition", *show)) as progress,
+        display.progress(sum(block[0][0].run.chunks for block in blocks), keys=("condition", *show)) as progress,
     ):
         for number, block in enumerate(blocks):
             run = block[0][0].run

@@ -1,18 +1,11 @@
-import io
 import json
-import re
-import struct
-import sys
-import types as python_types
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
-import tensorboardX
-from matplotlib.image import imread
-from tensorboardX.proto.event_pb2 import Event
 
 from grpo_jax import types
 from grpo_jax.run import metrics
@@ -86,7 +79,7 @@ def test_timing_has_a_file_of_its_own(tmp_path):
     ids=lambda v: type(v).__name__,
 )
 def test_what_is_no_single_number_is_refused_by_name_and_nothing_is_written(tmp_path, value):
-    with pytest.raises(ValueError, match=r"metric 'loss' must be one number \(see types.summary\)"):
+    with pytest.raises(ValueError, match=r"metric 'loss' must be one number \(see statistics.summary\)"):
         metrics.append(tmp_path, 0, {"loss": value})
     assert not (tmp_path / metrics.METRICS_FILE).exists()
 
@@ -152,117 +145,52 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path):
         metrics.read(tmp_path)
 
 
-# Adapters
+def test_a_broken_line_after_the_step_that_is_resumed_is_dropped(tmp_path):
+    write_steps(tmp_path, range(3))
+    path = tmp_path / metrics.METRICS_FILE
+    whole = path.read_bytes()
+    with path.open("a") as file:
+        file.write('oops\n{"step": 4, "loss": 1.0}\n')
+    metrics.truncate(tmp_path, 3)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b'{"step": 1', b'{"step" 1'))
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not a line of JSON"):
+        metrics.truncate(tmp_path, 3)
+    metrics.truncate(tmp_path, 1)
+    assert [line["step"] for line in metrics.read(tmp_path)] == [0]
 
 
-def test_tensorboard_gets_every_finite_number(tmp_path, monkeypatch):
-    writers = []
-    make = tensorboardX.SummaryWriter
-    monkeypatch.setattr(tensorboardX, "SummaryWriter", lambda *a, **k: writers.append(make(*a, **k)) or writers[0])
-    write = metrics.tensorboard(tmp_path / "board", purge_step=3)
-    write(3, {"loss": jnp.float32(0.5), "kl": jnp.nan, "note": "text", "done": True})
-    write(4, {"loss": 0.25})
-    writers[0].close()  # as at the end of the process
-    (file,) = (tmp_path / "board").iterdir()
-    data, events = file.read_bytes(), []
-    while data:  # length, its checksum, the event, its checksum
-        (length,) = struct.unpack("<Q", data[:8])
-        events.append(Event.FromString(data[12 : 12 + length]))
-        data = data[16 + length :]
-    assert [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value] == [
-        (3, "done", 1.0),
-        (3, "loss", 0.5),
-        (4, "loss", 0.25),
-    ]
+def test_steps_without_a_line_are_told(tmp_path):
+    write_steps(tmp_path, [0, 1, 4])
+    assert metrics.missing(tmp_path, 5) == [2, 3]
+    assert metrics.missing(tmp_path, 2) == []
+    assert metrics.missing(tmp_path / "new", 2) == [0, 1]
 
 
-def test_wandb_gets_plain_numbers_with_their_step(monkeypatch):
-    logged = []
-    run = python_types.SimpleNamespace(log=lambda values, step: logged.append((step, values)))
-    client = python_types.SimpleNamespace(init=lambda **init: logged.append(init) or run)
-    monkeypatch.setitem(sys.modules, "wandb", client)
-    write = metrics.wandb(project="grpo", mode="offline")
-    write(7, {"loss": jnp.float32(0.5)})
-    assert logged == [{"project": "grpo", "mode": "offline"}, (7, {"loss": 0.5})]
-    assert type(logged[1][1]["loss"]) is float
-
-
-@pytest.mark.parametrize(
-    ("module", "adapter", "extra"),
-    [("tensorboardX", lambda: metrics.tensorboard("nowhere"), "tensorboard"), ("wandb", metrics.wandb, "wandb")],
-    ids=["tensorboard", "wandb"],
-)
-def test_an_adapter_that_is_not_installed_says_which_extra_to_install(monkeypatch, module, adapter, extra):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=re.escape(f"pip install 'grpo-jax[{extra}]'")):
-        adapter()
-
-
-# Progress
-
-
-def shown(*, terminal: bool, steps, total: int = 30, **settings) -> str:
-    out = io.StringIO()
-    console = rich.console.Console(file=out, force_terminal=terminal, width=100)
-    with metrics.progress(total, console=console, **settings) as show:
-        for step in steps:
-            show(step, {"reward": jnp.float32(step / 100), "kl": 1e-6, "unasked": 5.0, "length": 12}, 12345.6)
-    return out.getvalue()
-
-
-def test_without_a_terminal_a_line_is_printed_every_few_steps_and_for_the_first_and_last():
-    lines = shown(terminal=False, steps=range(3, 28), start=3, total=28).splitlines()
-    assert [line.split()[1] for line in lines] == ["4/28", "10/28", "20/28", "28/28"]
-    assert re.fullmatch(r"step 10/28  reward 0.09  kl 1e-06  length 12  tokens/s 12,346  left \d+:\d\d:\d\d", lines[1])
-    assert not any("\x1b" in line for line in lines)
-
-
-def test_on_a_terminal_each_step_is_drawn_over_the_last():
-    drawn = shown(terminal=True, steps=range(30))
-    assert "\x1b[1A" in drawn
-    for name in ("step", "reward", "kl", "length", "tokens/s", "left", "30/30", "12,346"):
-        assert name in drawn
-    for name in ("unasked", "accuracy", "entropy"):  # not asked for, or not measured
-        assert name not in drawn
-
-
-def test_the_remaining_time_is_that_of_the_steps_after_the_first(monkeypatch):
-    seconds = iter([100.0, 102.0, 104.0])  # however long the first took to compile
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(seconds))
-    lines = shown(terminal=False, steps=[0, 1, 2], total=103, every=1).splitlines()
-    assert [line.partition("  left ")[2] for line in lines] == ["", "0:03:22", "0:03:20"]
-
-
-# Plots
-
-
-def test_a_plot_has_a_panel_for_each_metric(tmp_path):
-    for step in range(8):
-        numbers = {f"{i}/$\\frac$": i * step for i in range(4)}
-        metrics.append(tmp_path, step, numbers | {"note": "text", "never": np.nan})
-    assert metrics.plot(tmp_path) == tmp_path / "metrics.png"
-    height, width, _ = imread(tmp_path / "metrics.png").shape
-    one = imread(metrics.plot(tmp_path, tmp_path / "one.png", keys=[next(iter(numbers))])).shape
-    assert (height, width) == (one[0], 4 * one[1])
-    five = imread(metrics.plot(tmp_path, tmp_path / "five.png", keys=[*numbers, *numbers][:5])).shape
-    assert (five[0], five[1]) == (2 * height, width)
-
-
-def test_a_plot_leaves_a_gap_where_a_metric_was_not_finite_and_bridges_where_it_was_not_measured(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(metrics.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    for step, line in enumerate([{"x": 1.0}, {"x": np.nan}, {}, {"x": 4.0}]):
-        metrics.append(tmp_path, step, line)
-    metrics.plot(tmp_path)
-    (axes,) = drawn[0].axes
-    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[0, 1], [1, np.nan], [3, 4]])
-
-
-@pytest.mark.parametrize("keys", [["loss", "nothing"], []])
-def test_a_plot_of_what_was_never_measured_is_refused(tmp_path, keys):
+def test_lines_are_on_disk_after_sync(tmp_path, monkeypatch):
     write_steps(tmp_path, range(2))
-    with pytest.raises(ValueError, match=r"cannot draw .* which measured \['loss'\]"):
-        metrics.plot(tmp_path, keys=keys)
+    synced = []
+    monkeypatch.setattr(
+        metrics.os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    metrics.sync(tmp_path)
+    assert [pathlib.Path(path).name for path in synced] == [metrics.METRICS_FILE, metrics.TIMING_FILE]
+
+
+def test_completions_are_lines_that_are_truncated_as_the_metrics_are(tmp_path):
+    for step in range(3):
+        metrics.append_completions(tmp_path, step, [{"completion": "a\nb"}, {"completion": None}])
+    metrics.truncate(tmp_path, 2)
+    lines = metrics.read(tmp_path, metrics.COMPLETIONS_FILE)
+    assert [(line["step"], line["completion"]) for line in lines] == [(0, "a\nb"), (0, None), (1, "a\nb"), (1, None)]
+
+
+def test_what_reward_functions_log_is_averaged_over_a_step():
+    logged = metrics.Logged()
+    for name, value in (("judge/faults", 1), ("judge/faults", 2), ("other", 3)):
+        logged(name, value)
+    assert logged.take() == {"judge/faults": 1.5, "other": 3.0}
+    assert logged.take() == {}
 
 
 def test_lines_are_json_of_the_standard(tmp_path):

@@ -46,13 +46,14 @@ def test_a_folder_that_another_process_holds_is_refused_by_name(tmp_path):
         pass
 
 
-def test_a_folder_is_refused_to_a_second_run_of_the_same_process(tmp_path):
-    with (
-        preemption.lock(tmp_path),
-        pytest.raises(RuntimeError, match=rf"in use by process {os.getpid()} "),
-        preemption.lock(tmp_path),
-    ):
-        pass
+def test_a_process_may_hold_its_folder_several_times_and_lets_go_at_the_end(tmp_path):
+    with preemption.lock(tmp_path):
+        with preemption.lock(tmp_path):
+            pass
+        with process(HOLD, tmp_path, "alone") as other:
+            assert other.stdout.readline() == ""
+    with process(HOLD, tmp_path, "alone") as other:
+        assert other.stdout.readline() == "held\n"
 
 
 @pytest.mark.parametrize("workers", ["alone", "forks"])

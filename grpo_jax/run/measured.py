@@ -1,0 +1,67 @@
+"""Metrics that a step does not measure itself, as transforms for `make_train_step(transforms=...)`.
+
+The checks of `monitoring` read them.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.protocols import ExperienceTransform
+from grpo_jax.types import Array, Experience, Mean, Metrics
+
+
+def repetition(n: int = 4) -> ExperienceTransform:
+    """Measures how much the completions repeat themselves, as the metric `repetition`.
+
+        repetition = 1 - distinct n-grams / n-grams, of the tokens of a completion
+
+    The mean over completions of at least `n` tokens.
+
+    Args:
+      n: tokens of an n-gram, from 1 on.
+    """
+    if n < 1:
+        raise ValueError(f"an n-gram has at least 1 token, got n = {n}")
+
+    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+        tokens, lengths = experience.rollout.tokens, experience.rollout.lengths
+        if tokens.shape[-1] < n:
+            return experience, {"repetition": Mean(jnp.zeros(()), jnp.zeros((), jnp.int32))}
+        count = jnp.maximum(lengths - n + 1, 0)  # n-grams of a completion
+        shares = 1 - _distinct(tokens, count, n) / jnp.maximum(count, 1)
+        return experience, {"repetition": Mean(jnp.sum(jnp.where(count > 0, shares, 0.0)), jnp.sum(count > 0))}
+
+    return hook
+
+
+def _distinct(tokens: Array, count: Array, n: int) -> Array:
+    """`[B, G]`, how many of the first `count` n-grams of `tokens [B, G, T]` differ."""
+    places = tokens.shape[-1] - n + 1
+    there = jnp.arange(places) < count[..., None]
+    grams = [jnp.where(there, tokens[..., i : i + places], -1) for i in range(n)]
+    # Sorted, equal ones are neighbours, and those that are not there come first.
+    ordered = jax.lax.sort(grams, num_keys=n)
+    new = jnp.any(jnp.stack([gram[..., 1:] != gram[..., :-1] for gram in ordered]), axis=0)
+    return jnp.sum(new & (ordered[0][..., 1:] >= 0), axis=-1) + (ordered[0][..., 0] >= 0)
+
+
+def unscored(names: Sequence[str]) -> ExperienceTransform:
+    """Measures for which share of the completions a reward could not be given, as `unscored/<name>`.
+
+    Args:
+      names: one a reward function.
+    """
+
+    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+        given = experience.reward_mask
+        if given is None or given.shape[-1] != len(names):
+            shape = None if given is None else given.shape
+            raise ValueError(f"{len(names)} names for a reward_mask [B, G, R] of shape {shape}")
+        there = experience.rollout.lengths > 0
+        return experience, {
+            f"unscored/{name}": Mean(jnp.sum(there & ~given[..., k]), jnp.sum(there)) for k, name in enumerate(names)
+        }
+
+    return hook
