@@ -60,7 +60,7 @@ def make_run(
     grpo = make_train_step(
         policy,
         adam,
-        reward=rewards.traced(arithmetic.accuracy(tokenizer), arithmetic.layout(tokenizer)),
+        reward=rewards.traced(arithmetic.accuracy(tokenizer), arithmetic.strict_format(tokenizer)),
         advantage=from_rewards(weights=(1.0, 0.1), names=("accuracy", "format")),
         loss=losses.grpo(),
         group_size=group,

@@ -15,7 +15,7 @@ What is made of a group:
                   sampling, and offline fine-tuning on the same data as offline DPO
     DPO           its best against its worst completion; without a difference it teaches nothing
 
-Best and worst are by accuracy and a tenth of the layout, as GRPO's advantages are; right is by accuracy alone. Each
+Best and worst are by accuracy and a tenth of the format, as GRPO's advantages are; right is by accuracy alone. Each
 line runs with two learning rates, and DPO with two betas, all with 8 seeds. `dpo_vs_grpo.csv` and the first table of
 `dpo_vs_grpo.md` hold them all; the second table and the figure the best learning rate of each line by the greedy
 accuracy over the run, which says more than that at the end where several lines reach all of it. It is chosen on the
@@ -50,7 +50,7 @@ NAME = "dpo_vs_grpo"
 DEFAULT = Config(results=pathlib.Path(__file__).parent / "results")
 LEARNING_RATES = (3e-4, 1e-3)
 BETAS = (0.1, 0.5)
-WEIGHTS = (1.0, 0.1)  # of accuracy and layout
+WEIGHTS = (1.0, 0.1)  # of accuracy and format
 
 
 def experiment(config: Config) -> None:

@@ -72,7 +72,7 @@ class Config:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    extract: str | None = "grpo_jax.rewards.text:answer_of"  # completion -> answer, for the majority
+    extract: str | None = "grpo_jax.rewards:answer_of"  # completion -> answer, for the majority
     threshold: float = 1.0  # of the first reward, from which on a completion is right
     level: float = 0.95  # of the intervals
     seed: int = 0

@@ -15,7 +15,7 @@ Published result to compare with: DeepSeekMath, GSM8K 82.9 before, 88.2 after (g
 learned reward model, a 7B model and 144 thousand questions of GSM8K and MATH; its figures
 for the same settings: learning rate 1e-6, KL coefficient 0.04, 64 completions of each of 16
 questions a step, at most 1024 tokens). Here the reward is the right number (1.0) and the
-layout (0.1), and the questions are GSM8K's own 7,473 less a validation split.
+format (0.1), and the questions are GSM8K's own 7,473 less a validation split.
 
 This script has been run on a tiny random model only, which learns nothing here: it has no
 result of its own yet.

@@ -139,7 +139,7 @@ def ppo_run(
 
     def step(hyper: Mapping[str, Any]) -> train_step.Step:
         standard = {
-            "reward": rewards.traced(modular_sums.accuracy(), modular_sums.layout()),
+            "reward": rewards.traced(modular_sums.accuracy(), modular_sums.strict_format()),
             "reward_weights": (1.0, 0.1),
             "group_size": COMPLETIONS // prompts,
             "max_tokens": modular_sums.max_tokens(setting.STANDARD),

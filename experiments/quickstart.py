@@ -8,8 +8,8 @@ warm-up on the demonstrations of an imperfect teacher, who forgets most carries:
 
     37+58=  ->  <think>7+8+0=15,3+5+0=08</think><answer>085</answer>
 
-It learns the layout, and both ways of adding, the wrong one more often. Then GRPO
-rewards right answers (1.0) and the layout (0.1), and nobody shows it anything more.
+It learns the format, and both ways of adding, the wrong one more often. Then GRPO
+rewards right answers (1.0) and the format (0.1), and nobody shows it anything more.
 So this is elicitation: what GRPO does here is to move probability from a way that
 was taught and is wrong to one that was taught and is right.
 
@@ -92,7 +92,7 @@ def run(config: Config) -> dict[str, float]:
     tokenizer = arithmetic.tokenizer()
     splits = arithmetic.splits(config.seed)
     policy = make_policy(tokenizer)
-    accuracy, layout = arithmetic.accuracy(tokenizer), arithmetic.layout(tokenizer)
+    accuracy, formed = arithmetic.accuracy(tokenizer), arithmetic.strict_format(tokenizer)
     eos_ids = (tokenizer.eos_token_id,)
 
     @jax.jit
@@ -142,7 +142,7 @@ def run(config: Config) -> dict[str, float]:
             make_train_step(
                 policy,
                 optimizer,
-                reward=rewards.traced(accuracy, layout),
+                reward=rewards.traced(accuracy, formed),
                 advantage=from_rewards(weights=(1.0, 0.1), names=("accuracy", "format")),
                 loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta) if config.beta else None),
                 group_size=config.group_size,

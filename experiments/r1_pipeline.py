@@ -8,7 +8,7 @@ r"""The four stages of DeepSeek-R1 (DeepSeek-AI 2025, arXiv:2501.12948, section 
         --test-batch 64 --min-language 0.95
 
 1. Cold start: supervised learning of a few demonstrations.
-2. GRPO with rewards for the right answer, the layout and the language.
+2. GRPO with rewards for the right answer, the format and the language.
 3. Rejection sampling: the policy of stage 2 writes a data set of which the verifier, the
    language reward and, if there is one, a judge keep what is good. From the base again,
    not from stage 2, a model is trained on it.
@@ -28,7 +28,7 @@ sums twice and writes 10% in the other script. So the second script stands for R
 languages, and the language reward is the share of digits in the first. The preference is
 for short right answers (`rewards.cosine_length`): it stands for R1's preference models.
 
-Accuracy on 512 held-out problems for the seeds 0, 1 and 2; layout, language and length are
+Accuracy on 512 held-out problems for the seeds 0, 1 and 2; format, language and length are
 of sampled completions, means of the three (2 CPU cores, Python 3.11, jax 0.10.2; about 3
 minutes a seed, compiling included, with other programs on the same cores):
 
@@ -58,9 +58,9 @@ and 2887 kept (at most 2 a prompt, without duplicates).
   GRPO found that a guess without working mixes no scripts, and did nothing else.
 
 Departures from the paper. R1 sums accuracy and language (section 2.3.2); here they are
-weighed, and there is a reward for the layout. Its third stage adds 200k samples that are not about
+weighed, and there is a reward for the format. Its third stage adds 200k samples that are not about
 reasoning (`--mix` adds the demonstrations), and filters long paragraphs and code as well; here
-the layout only ranks. Its last stage has prompts of its own for the preference, which is a
+the format only ranks. Its last stage has prompts of its own for the preference, which is a
 model's, in its last 400 of 1700 steps; here every completion gets all rewards in all
 steps. Its reference is renewed every 400 updates; here it is the start of the stage.
 
@@ -548,8 +548,8 @@ def small(config: Config) -> Problem:
         return wanted / jnp.maximum(wanted + other, 1)
 
     max_tokens = modular_sums.max_tokens(TERMS)
-    accuracy, layout = modular_sums.accuracy(), modular_sums.layout()
-    brief = rewards.tokens.cosine_length(accuracy, max_length=max_tokens)
+    accuracy, formed = modular_sums.accuracy(), modular_sums.strict_format()
+    brief = rewards.tokens.cosine_length(accuracy, rewards.cosine_scale(max_tokens))
     return Problem(
         policy,
         load=lambda: jax.jit(policy.init)(of_params),
@@ -560,7 +560,7 @@ def small(config: Config) -> Problem:
         train=train,
         test=test,
         prompts=prompts,
-        reasoning=jax.jit(rewards.traced(accuracy, layout, language)),
+        reasoning=jax.jit(rewards.traced(accuracy, formed, language)),
         preference=jax.jit(rewards.traced(brief)),
         judge=None,
         text=lambda ids: "".join(WORDS[token] for token in ids),
@@ -618,7 +618,7 @@ def pretrained(config: Config) -> Problem:
         return rewards.host(functions, rows, tokenizer)
 
     language = rewards.language_consistency(script=config.script)
-    brief = rewards.cosine_length(verifier, max_length=config.max_tokens)
+    brief = rewards.cosine_length(verifier, rewards.cosine_scale(config.max_tokens))
     return Problem(
         policy,
         load=lambda: unused.pop() if unused else load_pretrained()[1],

@@ -16,9 +16,9 @@ from grpo_jax.protocols import Advantage, Loss
 def experiment(config: Config) -> None:
     """Each objective with its own defaults, and the advantages it was published with."""
     T = setting.modular_sums.max_tokens(setting.STANDARD)
-    group, centered = setting.accuracy_and_layout(), setting.accuracy_and_layout(centered_advantages)
-    others = setting.accuracy_and_layout(leave_one_out_advantages)
-    batch = setting.accuracy_and_layout(batch_normalised_advantages)
+    group, centered = setting.accuracy_and_format(), setting.accuracy_and_format(centered_advantages)
+    others = setting.accuracy_and_format(leave_one_out_advantages)
+    batch = setting.accuracy_and_format(batch_normalised_advantages)
     parts = {
         "grpo": (losses.grpo(), group),
         "bnpo": (losses.bnpo(), group),

@@ -1,4 +1,4 @@
-"""What is rewarded: accuracy, layout, length, agreement without labels, and verifiers that err.
+"""What is rewarded: accuracy, format, length, agreement without labels, and verifiers that err.
 
 python experiments/ablations/rewards.py
 
@@ -22,16 +22,20 @@ GROUP = 8
 
 def experiment(config: Config) -> None:
     """Each with accuracy measured, whatever is rewarded."""
-    accuracy, layout, T = modular_sums.accuracy(), modular_sums.layout(), modular_sums.max_tokens(setting.STANDARD)
+    accuracy, formed, T = (
+        modular_sums.accuracy(),
+        modular_sums.strict_format(),
+        modular_sums.max_tokens(setting.STANDARD),
+    )
     length = reasoning_length(modular_sums.TAGS, (modular_sums.EOS,), per=T)
     agreement = self_consistency(modular_sums.TAGS[2], modular_sums.TAGS[3])
     noisy = make(config, (erring,), (1.0,), problems=with_luck)
     conditions = [
         Condition("accuracy", make(config, (accuracy,), (1.0,))),
-        Condition("accuracy + 0.1 layout", make(config, (accuracy, layout), (1.0, 0.1))),
-        Condition("accuracy + 0.1 layout + 0.1 length", make(config, (accuracy, layout, length), (1.0, 0.1, 0.1))),
-        Condition("accuracy + 0.1 layout + length", make(config, (accuracy, layout, length), (1.0, 0.1, 1.0))),
-        Condition("layout", make(config, (layout,), (1.0,))),
+        Condition("accuracy + 0.1 format", make(config, (accuracy, formed), (1.0, 0.1))),
+        Condition("accuracy + 0.1 format + 0.1 length", make(config, (accuracy, formed, length), (1.0, 0.1, 0.1))),
+        Condition("accuracy + 0.1 format + length", make(config, (accuracy, formed, length), (1.0, 0.1, 1.0))),
+        Condition("format", make(config, (formed,), (1.0,))),
         Condition("agreement with the group", make(config, (agreement,), (1.0,))),
         *(Condition(f"accuracy, {share:.0%} flipped", noisy, {"flipped": share}) for share in (0.1, 0.2, 0.3, 0.4)),
     ]

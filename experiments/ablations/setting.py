@@ -4,7 +4,7 @@ The task is sums of digits modulo 10 with worked steps (`grpo_jax.tasks.modular_
 dial is the number of terms: 4 is easy, 5 the standard here, 6 hard. Each seed makes a
 transformer of 0.1 M parameters from nothing and warms it up on the demonstrations of a
 teacher who leaves out 60% of the terms after the first, works a fifth of the sums
-twice, and guesses a tenth of them without any work. So the start knows the layout and two ways of adding, the
+twice, and guesses a tenth of them without any work. So the start knows the format and two ways of adding, the
 wrong one better, and GRPO has to find out which is which: as in the quickstart, elicitation.
 All conditions of a seed start from the same parameters and see the same problems.
 
@@ -112,8 +112,8 @@ def make(
 
     def step(hyper: Hyper) -> Step:
         standard = {
-            "reward": rewards.traced(modular_sums.accuracy(), modular_sums.layout()),
-            "advantage": accuracy_and_layout(),
+            "reward": rewards.traced(modular_sums.accuracy(), modular_sums.strict_format()),
+            "advantage": accuracy_and_format(),
             "loss": losses.grpo(),
             "transforms": (measure,),
             "group_size": 8,
@@ -139,9 +139,9 @@ def make(
     )
 
 
-def accuracy_and_layout(estimator: Estimator = group_advantages) -> Advantage:
-    """The advantage of accuracy and a tenth of the layout."""
-    return from_rewards(estimator, weights=(1.0, 0.1), names=("accuracy", "layout"))
+def accuracy_and_format(estimator: Estimator = group_advantages) -> Advantage:
+    """The advantage of accuracy and a tenth of the format."""
+    return from_rewards(estimator, weights=(1.0, 0.1), names=("accuracy", "format"))
 
 
 def measure(experience: Experience) -> tuple[Experience, Metrics]:

@@ -39,7 +39,7 @@ _TASK = "The model, the prompts and the rewards."
 _CLIP = "The clip range, which the source does not state: without an epsilon it is the 0.2 of `losses.grpo`."
 _RATE = "The learning rate and the rest of the optimizer, which the source here does not state."
 _SIZES = "The sizes of rollout and updates, which the source here does not state."
-_SOFT_OVERLONG = "The soft overlong punishment, a reward: `rewards.tokens.soft_overlong(max_tokens=20480, cache=4096)`."
+_SOFT_OVERLONG = "The soft overlong penalty, a reward: `rewards.tokens.soft_overlong(max_tokens=20480, cache=4096)`."
 _DYNAMIC = (
     "Dynamic sampling: `dynamic_sampling.dynamic_sampling(make_collect(...), rounds=...)` in place of the collect."
 )

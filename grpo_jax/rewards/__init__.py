@@ -1,66 +1,73 @@
 """Verifiers: on text, on the host, and on tokens, inside the program.
 
     host.py         functions with TRL's signature -> the reward of a rollout; combine; callback
-    text.py         verifiers of text: answers, layout, length, repetition, language
-    calculations.py the calculations in a text, for worked_steps
+    completions.py  the text of a completion
+    answers.py      exact_answer: the answer in a text, by text or by number
     mathematics.py  accuracy: whether two answers are equal as mathematics
+    calculations.py worked_steps: whether the calculations in a text are right
+    consistency.py  self_consistency: the majority of a group
+    formats.py      strict_format, soft_format, tag_count: the tags
+    lengths.py      reasoning_length, soft_overlong, cosine_length
+    repetition.py   repetition_penalty
+    language.py     language_consistency
     python.py       python_tests: code against unit tests, in a sandbox
     judging.py      judge: a language model behind an HTTP endpoint
     model.py        reward_model: a sequence-classification checkpoint in JAX
-    pool.py         WorkerPool, isolated: worker processes that can be killed
+    pool.py         WorkerPool, in_worker_processes: worker processes that can be killed
     tokens.py       verifiers of tokens, traced into the step
 
 The makers here are those of text; `rewards.tokens` has the traced ones of the same names.
+A share without a denominator (no calculation, no letter) is a reward of 0. Rewards on text take
+time linear in a completion's length; only a pattern or a function of the caller's can take longer.
 """
 
-from grpo_jax.rewards import text, tokens
+from grpo_jax.rewards import tokens
+from grpo_jax.rewards.answers import answer_of, exact_answer
+from grpo_jax.rewards.calculations import worked_steps
+from grpo_jax.rewards.completions import text_of
+from grpo_jax.rewards.consistency import self_consistency
+from grpo_jax.rewards.formats import R1_WEIGHTS, soft_format, strict_format, tag_count
 from grpo_jax.rewards.host import HostReward, RewardFunction, callback, combine, host, name_of, skip_failed_batches
 from grpo_jax.rewards.judging import judge
+from grpo_jax.rewards.language import language_consistency
+from grpo_jax.rewards.lengths import cosine_length, cosine_scale, overlong_penalty, reasoning_length, soft_overlong
 from grpo_jax.rewards.mathematics import accuracy
 from grpo_jax.rewards.model import reward_model
 from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 from grpo_jax.rewards.python import python_tests
-from grpo_jax.rewards.text import (
-    cosine_length,
-    exact_answer,
-    format,
-    language_consistency,
-    reasoning_length,
-    repetition_penalty,
-    self_consistency,
-    soft_overlong,
-    strict_format,
-    tag_count,
-    worked_steps,
-)
+from grpo_jax.rewards.repetition import repetition_penalty
 from grpo_jax.rewards.tokens import TokenReward, traced
 
 __all__ = [
+    "R1_WEIGHTS",
     "HostReward",
     "RewardFunction",
     "TokenReward",
     "WorkerPool",
     "accuracy",
+    "answer_of",
     "callback",
     "combine",
     "cosine_length",
+    "cosine_scale",
     "exact_answer",
-    "format",
     "host",
     "in_worker_processes",
     "judge",
     "language_consistency",
     "name_of",
+    "overlong_penalty",
     "python_tests",
     "reasoning_length",
     "repetition_penalty",
     "reward_model",
     "self_consistency",
     "skip_failed_batches",
+    "soft_format",
     "soft_overlong",
     "strict_format",
     "tag_count",
-    "text",
+    "text_of",
     "tokens",
     "traced",
     "worked_steps",

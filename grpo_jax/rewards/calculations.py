@@ -8,9 +8,33 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from grpo_jax.rewards.completions import per_text
+from grpo_jax.rewards.host import RewardFunction
 
-def share_of_right_steps(text: str) -> float:
-    """The share of right ones among the calculations of a text, by the rule of `text.worked_steps`; 0 without any."""
+
+def worked_steps() -> RewardFunction:
+    r"""The share of right ones among the calculations that the completion writes; 0.0 where it writes none.
+
+    A calculation is what stands on both sides of an `=` in one line, where at least one
+    side has an operator: `3+4*2=11`, `12 = 3 × 4`, and in `3+4*2=3+8=11` two of them.
+    Sides are made of decimals with thousands separators or a `$`, of `+`, `-`, `*`, `x`,
+    `×`, `·`, `/`, `÷`, `\times`, `\cdot`, `\div`, and of parentheses, computed exactly
+    with the usual precedence. Where the left side divides, a single number with decimals
+    on the right may be rounded: `10/3=3.33` is right, `10/3=3` is wrong. A division by
+    zero is wrong.
+
+    What is not of this form is passed over: variables, powers, percentages, roots,
+    fractions in LaTeX, numbers of more than 40 or sides of more than 200 characters. A
+    comma before exactly three digits separates thousands, any other ends a number.
+
+    Right steps need not be of use: one `1+1=2` earns 1.0. Use it beside a reward for the
+    answer.
+    """
+    return per_text("worked_steps", _share_of_right)
+
+
+def _share_of_right(text: str) -> float:
+    """The share of right ones among the calculations of a text, by the rule of `worked_steps`; 0 without any."""
     steps = [
         step
         for line in text.splitlines()

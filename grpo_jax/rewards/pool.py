@@ -25,8 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.outcomes import Outcome, to_rewards
-from grpo_jax.rewards.text import text_of
 from grpo_jax.rewards.worker_process import WorkerProcess, encode, wait
 
 START_TIMEOUT = 120.0  # seconds for a worker to start and to import its function's modules

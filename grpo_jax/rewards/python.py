@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.outcomes import Outcome, to_rewards
 from grpo_jax.rewards.pool import START_TIMEOUT
 from grpo_jax.rewards.sandbox import bubblewrap
-from grpo_jax.rewards.text import text_of
 from grpo_jax.rewards.worker_process import environment, kill_group
 
 HARNESS = Path(__file__).with_name("harness.py")

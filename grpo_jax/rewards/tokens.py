@@ -1,8 +1,9 @@
 """Verifiers on tokens: traced, so that a whole step, or a whole run, is one program.
 
-`grpo_jax.rewards.text` has the counterparts on text. The two agree where each tag is one
-token and white space is none; what only text can tell (numbers in another notation,
-`####`) or only tokens (whether the end token came) is said where they differ.
+The rewards on text have the same names. The two agree where each tag is one token and
+white space is none; docstrings say what only text can tell (numbers in another notation, `####`)
+or only tokens (whether the end token came). A tag that the prompt ends with counts as
+the completion's: it must not open it again.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.rewards.consistency import has_majority
+from grpo_jax.rewards.lengths import Formula, overlong_penalty
+from grpo_jax.rewards.repetition import check_settings
 from grpo_jax.types import Array, Rollout
 
 TokenReward = Callable[[Rollout], Array]  # [B, G] float32
@@ -19,19 +23,25 @@ def traced(*rewards: TokenReward) -> Callable[[Rollout], tuple[Array, Array]]:
     """The reward of a train step made of verifiers `rollout -> [B, G]`, each of which can always judge."""
 
     def reward(rollout: Rollout) -> tuple[Array, Array]:
-        given = jnp.stack([f(rollout).astype(jnp.float32) for f in rewards], axis=-1)
-        return given, jnp.ones(given.shape, bool)
+        values = jnp.stack([f(rollout).astype(jnp.float32) for f in rewards], axis=-1)
+        return values, jnp.ones(values.shape, bool)
 
     return reward
 
 
-def exact_answer(start: int, end: int) -> TokenReward:
+def exact_answer(start: int, end: int, *, thought_end: int | None = None) -> TokenReward:
     """1 where the tokens between the first `start` and the `end` after it are the answer, else 0.
 
     The answer is `prompts.info["answer"] [B, K]`, right-padded, of
     `prompts.info["answer_length"] [B]` tokens. Only the first `start` counts: a second
-    answer is no second chance. `text.exact_answer` without settings, in a vocabulary
+    answer is no second chance. `rewards.exact_answer` without settings, in a vocabulary
     without white space and `####`.
+
+    Args:
+      start: the token that opens the answer.
+      end: the token that closes it.
+      thought_end: the token that closes the reasoning, after the last of which the answer
+        is looked for, as on text; None to look for it everywhere.
     """
 
     def reward(rollout: Rollout) -> Array:
@@ -39,7 +49,7 @@ def exact_answer(start: int, end: int) -> TokenReward:
         B, K = answer.shape
         wanted = jnp.where(jnp.arange(K) < length[:, None], answer, -1)
         wanted = jnp.concatenate([wanted, jnp.full((B, 1), -1)], axis=1).at[jnp.arange(B), length].set(end)
-        tokens = _visible(rollout)
+        tokens = _after_thoughts(_continued(rollout, [start]), thought_end)
         first = jnp.argmax(tokens == start, axis=-1)[..., None]  # 0 where there is none: checked below
         places = first + 1 + jnp.arange(K + 1)
         written = jnp.take_along_axis(tokens, jnp.minimum(places, tokens.shape[-1] - 1), axis=-1)
@@ -50,61 +60,49 @@ def exact_answer(start: int, end: int) -> TokenReward:
     return reward
 
 
-def tag_format(tags: Sequence[int], eos_ids: Sequence[int]) -> TokenReward:
+def strict_format(tags: Sequence[int], eos_ids: Sequence[int]) -> TokenReward:
     """1 where the completion is `<think>...</think><answer>...</answer>` and an end token, else 0.
 
-    `text.strict_format` is the counterpart on text, which cannot tell whether the end
+    `rewards.strict_format` is the counterpart on text, which cannot tell whether the end
     token came, and allows white space between the pairs and a newline at the end.
 
     Args:
       tags: the four tags' tokens in that order, each of which is to occur exactly once:
-        the first at the very start, the third straight after the second, the fourth
-        straight before the end token.
+        the first at the very start, unless the prompt ends with it, the third straight
+        after the second, the fourth straight before the end token.
       eos_ids: tokens that end a completion.
     """
     if len(tags) != 4:
         raise ValueError(f"the format has 4 tags, got {len(tags)}: {tags}")
 
     def reward(rollout: Rollout) -> Array:
-        tokens = _visible(rollout)
+        tokens = _continued(rollout, tags[:1])
+        length = rollout.lengths + 1
         once = jnp.stack([jnp.sum(tokens == tag, axis=-1) == 1 for tag in tags]).all(axis=0)
         opened, thought, asked, answered = (jnp.argmax(tokens == tag, axis=-1) for tag in tags)
-        last = jnp.take_along_axis(tokens, rollout.lengths[..., None] - 1, axis=-1)[..., 0]
-        in_order = (opened == 0) & (asked == thought + 1) & (asked < answered) & (answered == rollout.lengths - 2)
+        last = jnp.take_along_axis(tokens, length[..., None] - 1, axis=-1)[..., 0]
+        first = jnp.where(tokens[..., 0] == -1, 1, 0)  # with one from the prompt, `once` refuses another
+        in_order = (opened == first) & (asked == thought + 1) & (asked < answered) & (answered == length - 2)
         return (once & in_order & jnp.isin(last, jnp.array(eos_ids, jnp.int32))).astype(jnp.float32)
 
     return reward
 
 
 def soft_overlong(max_tokens: int, cache: int) -> TokenReward:
-    """A punishment that grows over the last `cache` tokens (DAPO, Yu et al. 2025, arXiv:2503.14476, equation 13).
-
-        0 up to max_tokens - cache tokens, ((max_tokens - cache) - length) / cache up to max_tokens, -1 beyond
+    """A penalty that grows over the last `cache` tokens: `rewards.soft_overlong`, by the same formula.
 
     Counted in tokens, the end token included. A completion without an end that was cut at
     `max_tokens` gets -1.
-
-    Args:
-      max_tokens: 20480 in the paper, the limit that completions are sampled under.
-      cache: 4096 in the paper.
-
-    Raises:
-      ValueError: unless `0 < cache <= max_tokens`.
     """
-    if not 0 < cache <= max_tokens:
-        raise ValueError(f"cache is above 0 and at most max_tokens = {max_tokens}, got {cache}")
-
-    def reward(rollout: Rollout) -> Array:
-        return jnp.clip((max_tokens - cache - rollout.lengths) / cache, -1.0, 0.0)
-
-    return reward
+    penalty = overlong_penalty(max_tokens, cache)
+    return lambda rollout: penalty(rollout.lengths)
 
 
-def tag_pairs(tags: Sequence[int]) -> TokenReward:
+def soft_format(tags: Sequence[int]) -> TokenReward:
     """The share of tag pairs that are right: for `<think>...</think><answer>...</answer>` 1 for both, 0.5 for one.
 
     A pair is right where its two tags occur exactly once, the opening one first, and
-    after the end of the right pair before it: `text.format` on tokens.
+    after the end of the right pair before it: `rewards.soft_format` on tokens.
 
     Args:
       tags: the tags' tokens, opening and closing in turn.
@@ -115,7 +113,7 @@ def tag_pairs(tags: Sequence[int]) -> TokenReward:
     pairs = _pairs(tags)
 
     def reward(rollout: Rollout) -> Array:
-        tokens = _visible(rollout)
+        tokens = _continued(rollout, tags[::2])
         right, end = jnp.zeros(rollout.lengths.shape), jnp.full(rollout.lengths.shape, -1)
         for opening, closing in pairs:
             once = (jnp.sum(tokens == opening, axis=-1) == 1) & (jnp.sum(tokens == closing, axis=-1) == 1)
@@ -128,7 +126,7 @@ def tag_pairs(tags: Sequence[int]) -> TokenReward:
 
 
 def tag_count(tags: Sequence[int]) -> TokenReward:
-    """The share of tags that occur exactly once, 0.25 for each of four: `text.tag_count` on tokens.
+    """The share of tags that occur exactly once, 0.25 for each of four: `rewards.tag_count` on tokens.
 
     Args:
       tags: the tags' tokens, opening and closing in turn.
@@ -139,20 +137,20 @@ def tag_count(tags: Sequence[int]) -> TokenReward:
     _pairs(tags)
 
     def reward(rollout: Rollout) -> Array:
-        counts = jnp.sum(_visible(rollout)[..., None] == jnp.array(tags, jnp.int32), axis=-2)
+        counts = jnp.sum(_continued(rollout, tags[::2])[..., None] == jnp.array(tags, jnp.int32), axis=-2)
         return jnp.mean(counts == 1, axis=-1, dtype=jnp.float32)
 
     return reward
 
 
 def reasoning_length(tags: Sequence[int], eos_ids: Sequence[int], *, per: int = 1000) -> TokenReward:
-    """`min(length / per, 1)` where `tag_format` gives 1, else 0.
+    """`min(length / per, 1)` where `strict_format` gives 1, else 0.
 
     The length is that of the reasoning between the first two tags, in tokens
-    (`text.reasoning_length` counts characters).
+    (`rewards.reasoning_length` counts characters).
 
     Args:
-      tags: as of `tag_format`.
+      tags: as of `strict_format`.
       eos_ids: tokens that end a completion.
       per: tokens that earn the full reward.
 
@@ -161,68 +159,34 @@ def reasoning_length(tags: Sequence[int], eos_ids: Sequence[int], *, per: int = 
     """
     if not per > 0:
         raise ValueError(f"reasoning is measured per a number of tokens above 0, got {per}")
-    formed = tag_format(tags, eos_ids)
+    formed = strict_format(tags, eos_ids)
 
     def reward(rollout: Rollout) -> Array:
-        tokens = _visible(rollout)
+        tokens = _continued(rollout, tags[:1])
         opened, thought = (jnp.argmax(tokens == tag, axis=-1) for tag in tags[:2])
         return formed(rollout) * jnp.minimum((thought - opened - 1) / per, 1.0)
 
     return reward
 
 
-def cosine_length(
-    correct: TokenReward,
-    *,
-    max_length: int,
-    min_wrong: float = -1.0,
-    max_wrong: float = -0.5,
-    min_correct: float = 0.5,
-    max_correct: float = 1.0,
-    threshold: float = 0.5,
-) -> TokenReward:
-    """Right answers earn more the shorter, wrong ones lose less the longer they are, along a cosine.
+def cosine_length(correct: TokenReward, scale: Formula, *, threshold: float = 0.5) -> TokenReward:
+    """A reward that depends on the length and on whether the completion is right: `rewards.cosine_length` on tokens.
 
-        progress = min(length / max_length, 1)
-        reward = long + (short - long) * (1 + cos(pi * progress)) / 2
-
-    where a right completion, one to which `correct` gives more than the threshold, has
-    `short = max_correct` and `long = min_correct`, and a wrong one `short = min_wrong`
-    and `long = max_wrong`: `text.cosine_length` on tokens, which says where it is from.
-    The length counts the end token.
-
-    Raises:
-      ValueError: unless `max_length > 0`.
+    Args:
+      correct: a completion is right where this gives more than the threshold.
+      scale: of `rewards.cosine_scale`; the length counts the end token.
+      threshold: in the units of `correct`.
     """
-    if not max_length > 0:
-        raise ValueError(f"max_length is a number of tokens above 0, got {max_length}")
-
-    def reward(rollout: Rollout) -> Array:
-        right = correct(rollout) > threshold
-        short, long = jnp.where(right, max_correct, min_wrong), jnp.where(right, min_correct, max_wrong)
-        progress = jnp.minimum(rollout.lengths / max_length, 1.0)
-        return long + 0.5 * (short - long) * (1.0 + jnp.cos(jnp.pi * progress))
-
-    return reward
+    return lambda rollout: scale(correct(rollout) > threshold, rollout.lengths)
 
 
 def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> TokenReward:
-    """`(1 - unique / total) * max_penalty` over the n-grams of the completion: `text.repetition_penalty` on tokens.
+    """`(1 - unique / total) * max_penalty` over the n-grams of the completion: `rewards.repetition_penalty`, traced.
 
     0 for a completion of fewer than `ngram` tokens, the end token counted. Unique n-grams
-    are counted after sorting, in O(T log T).
-
-    Args:
-      ngram: tokens in a row that count as one.
-      max_penalty: what a completion of nothing but repetition comes near to; 0 or below.
-
-    Raises:
-      ValueError: unless `ngram > 0` and `max_penalty <= 0`.
+    are counted after sorting, in O(T log T). Arguments and errors are those of `rewards.repetition_penalty`.
     """
-    if not (ngram > 0 and -float("inf") < max_penalty <= 0):
-        raise ValueError(
-            f"ngram is above 0 and max_penalty at most 0, got ngram = {ngram}, max_penalty = {max_penalty}"
-        )
+    check_settings(ngram, max_penalty)
 
     def reward(rollout: Rollout) -> Array:
         T = rollout.tokens.shape[-1]
@@ -243,13 +207,13 @@ def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> TokenRew
 def self_consistency(start: int, end: int, *, majority: float = 1.0, other: float = -0.1) -> TokenReward:
     """`majority` for the answer that most completions of the group give, `other` for the rest: no label is needed.
 
-    `text.self_consistency` on tokens, with its rules: a completion without an answer has no
-    vote, and where several answers have the most votes all get `other`. The answer is what
-    stands between the first `start` and the first `end` after it.
+    `rewards.self_consistency` on tokens, with its rules: a completion without an answer has no
+    vote, and where several answers have the most votes all get `other`. The answer stands
+    between the first `start` and the first `end` after it.
     """
 
     def reward(rollout: Rollout) -> Array:
-        tokens = _visible(rollout)
+        tokens = _continued(rollout, [start])
         T = tokens.shape[-1]
         place = jnp.arange(T)
         opened = jnp.argmax(tokens == start, axis=-1, keepdims=True)
@@ -259,11 +223,7 @@ def self_consistency(start: int, end: int, *, majority: float = 1.0, other: floa
         from_start = jnp.take_along_axis(tokens, jnp.minimum(opened + 1 + place, T - 1), axis=-1)
         answer = jnp.where(place < closed - opened - 1, from_start, -1)  # [B, G, T], left-aligned
         same = jnp.all(answer[:, :, None] == answer[:, None], axis=-1)
-        votes = jnp.sum(same & answered[:, None], axis=-1)  # [B, G]
-        most = jnp.max(jnp.where(answered, votes, 0), axis=-1, keepdims=True)
-        leading = answered & (votes == most)
-        untied = jnp.sum(leading, axis=-1, keepdims=True) == most  # else it is those of several answers
-        return jnp.where(leading & untied, majority, other)
+        return jnp.where(has_majority(same, answered), majority, other)
 
     return reward
 
@@ -277,3 +237,20 @@ def _pairs(tags: Sequence[int]) -> list[tuple[int, int]]:
 def _visible(rollout: Rollout) -> Array:
     """The tokens, with -1 where there is only padding."""
     return jnp.where(jnp.arange(rollout.tokens.shape[-1]) < rollout.lengths[..., None], rollout.tokens, -1)
+
+
+def _continued(rollout: Rollout, opening: Sequence[int]) -> Array:
+    """The visible tokens `[B, G, 1 + T]` after the prompt's last one if that opens a tag, else after -1."""
+    prompts = rollout.prompts
+    last = jnp.take_along_axis(jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)[:, None] - 1, axis=1)
+    head = jnp.where(jnp.isin(last, jnp.array(opening, jnp.int32)), last, -1)[:, None]  # [B, 1, 1]
+    tokens = _visible(rollout)
+    return jnp.concatenate([jnp.broadcast_to(head, (*tokens.shape[:2], 1)).astype(tokens.dtype), tokens], axis=-1)
+
+
+def _after_thoughts(tokens: Array, thought_end: int | None) -> Array:
+    """The tokens, with -1 up to the last one that ends the thoughts."""
+    if thought_end is None:
+        return tokens
+    later = jnp.flip(jnp.cumsum(jnp.flip(tokens == thought_end, axis=-1), axis=-1), axis=-1)
+    return jnp.where(later > 0, -1, tokens)

@@ -10,7 +10,7 @@ columns that the verifier wants. So a loop, or an evaluation, takes any of them:
 
 The prompts ask for reasoning in `<think>` tags and for the answer in `<answer>` tags,
 after DeepSeek-R1-Zero (DeepSeek-AI 2025, arXiv:2501.12948, table 1). The verifiers look
-at the answer alone; for the layout there is a reward of its own.
+at the answer alone; for the format there is a reward of its own.
 
 `arithmetic` is the quickstart's, for a model that is trained from nothing: it is made of
 token arrays, for runs that are one program.

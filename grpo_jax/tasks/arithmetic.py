@@ -92,9 +92,9 @@ def accuracy(fast: transformers.PreTrainedTokenizerFast) -> rewards.TokenReward:
     return rewards.tokens.exact_answer(start, end)
 
 
-def layout(fast: transformers.PreTrainedTokenizerFast) -> rewards.TokenReward:
+def strict_format(fast: transformers.PreTrainedTokenizerFast) -> rewards.TokenReward:
     """1 where the four tags stand as they should."""
-    return rewards.tokens.tag_format(_tags(fast), [fast.eos_token_id])
+    return rewards.tokens.strict_format(_tags(fast), [fast.eos_token_id])
 
 
 def _tags(fast: transformers.PreTrainedTokenizerFast) -> list[int]:

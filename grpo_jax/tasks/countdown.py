@@ -14,7 +14,8 @@ from fractions import Fraction
 from typing import Any
 
 from grpo_jax.data import Row
-from grpo_jax.rewards.text import answer_of, text_of
+from grpo_jax.rewards.answers import answer_of
+from grpo_jax.rewards.completions import text_of
 from grpo_jax.tasks import Splits, Task, draw_splits
 
 MAX_LENGTH = 200  # of an expression, in characters
@@ -71,7 +72,7 @@ def correct(
 ) -> list[float]:
     """1 where the answer is an expression that uses each number exactly once and equals the target exactly, else 0.
 
-    The answer is that of `rewards.text.answer_of`. An expression may have whole numbers,
+    The answer is that of `rewards.answer_of`. An expression may have whole numbers,
     `+`, `-` (signs too), `*`, `/`, parentheses and blanks, in `MAX_LENGTH` characters and
     `MAX_DEPTH` operations one inside the other. It is computed in fractions, so that
     nothing is rounded. Nothing of it is executed.

@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_jax import data
 from grpo_jax.data import Row
-from grpo_jax.rewards.text import exact_answer
+from grpo_jax.rewards.answers import exact_answer
 from grpo_jax.tasks import Splits, Task, held_out_splits
 
 FIELDS = ("question", "answer")

@@ -93,9 +93,9 @@ def accuracy() -> rewards.TokenReward:
     return rewards.tokens.exact_answer(TAGS[2], TAGS[3])
 
 
-def layout() -> rewards.TokenReward:
+def strict_format() -> rewards.TokenReward:
     """1 where the four tags stand as they should."""
-    return rewards.tokens.tag_format(TAGS, (EOS,))
+    return rewards.tokens.strict_format(TAGS, (EOS,))
 
 
 def text(tokens: Array, length: int | Array) -> str:

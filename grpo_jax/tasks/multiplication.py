@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 
 from grpo_jax.data import Row
-from grpo_jax.rewards.text import exact_answer
+from grpo_jax.rewards.answers import exact_answer
 from grpo_jax.tasks import Splits, Task, draw_splits
 
 correct = exact_answer(tolerance=0)  # as a number: with or without commas between thousands

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.data import Row
+from grpo_jax.rewards.answers import answer_of
+from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.host import RewardFunction
 from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 from grpo_jax.rewards.sandbox import bubblewrap
-from grpo_jax.rewards.text import answer_of, text_of
 from grpo_jax.tasks import Splits, Task, draw_splits
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def prompt(question: str) -> str:
 def verifier(*, partial: bool = False, pool: WorkerPool | None = None) -> RewardFunction:
     """1 where reasoning-gym's scorer gives the answer its full score, else 0.
 
-    The answer is that of `rewards.text.answer_of`. Many scorers give a wrong one 0.01 or
+    The answer is that of `rewards.answer_of`. Many scorers give a wrong one 0.01 or
     more, and a group of wrong answers then has a spread; so only the full score counts.
     A scorer that fails over an answer, or takes too long, has judged it wrong; one that
     fails over the right answer too masks the item. See `rewards.pool.in_worker_processes`.

@@ -110,7 +110,7 @@ def run():
     step = make_train_step(
         policy,
         optimizer,
-        reward=rewards.traced(arithmetic.accuracy(tokenizer), arithmetic.layout(tokenizer)),
+        reward=rewards.traced(arithmetic.accuracy(tokenizer), arithmetic.strict_format(tokenizer)),
         advantage=Scheduled(advantage),
         loss=Scheduled(chosen),
         group_size=8,

@@ -23,7 +23,7 @@ from grpo_jax.updates import init_state
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "quickstart.py"
 # Not `--smoke`: after its 4 steps of warm-up every reward is 0, nothing is learned, and a resumed run that had lost its
-# optimiser's state would end as it should. After 60, completions differ in their layout.
+# optimiser's state would end as it should. After 60, completions differ in their format.
 SETTINGS = {
     "warmup_steps": 60,
     "warmup_batch": 32,

@@ -202,7 +202,7 @@ WRITTEN = (
     "<think>0零007</think><answer>7</answer><eos>",  # right, a sixth in the other script
     "<think>00007</think><answer>7</answer><eos>",  # the first one again
     "<think>00007</think><answer>7</answer>",  # right, without an end
-    "<think>0007<answer>7</answer><eos>",  # right, of bad layout
+    "<think>0007<answer>7</answer><eos>",  # right, of bad format
     "<think></think><answer>7</answer><eos>",  # right
 )
 
@@ -272,7 +272,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
 # ------------------------------------------------------------------- a model of a folder
 
 REWARDS = '''
-from grpo_jax.rewards.text import text_of
+from grpo_jax.rewards.completions import text_of
 
 def ends_well(prompts, completions, answer, **columns):
     """Random models get nothing right: this is right where the answer's tag was closed."""

@@ -43,7 +43,7 @@ NAMES = {countdown: ("correct", "judge"), gsm8k: ("0", "1")}  # of rewards in th
 
 
 @pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)
-def test_the_layout_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(tmp_path, monkeypatch, module):
+def test_the_format_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(tmp_path, monkeypatch, module):
     def strict_format():
         def judge(completions, log_metric):
             log_metric("judge/faults", 3.0)
@@ -55,10 +55,10 @@ def test_the_layout_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(t
     monkeypatch.setattr(module.evaluation, "evaluate", lambda *arguments, **settings: ({}, []))
     module.main(module.Config(run_dir=tmp_path / "run", smoke=True, format_weight=0.5))
     for line in metrics.read(tmp_path / "run"):
-        correct, layout = (line[f"reward/{name}"] for name in NAMES[module])
+        correct, formed = (line[f"reward/{name}"] for name in NAMES[module])
         assert line["judge/faults"] == 3.0
-        assert layout > 0
-        assert line["reward"] == pytest.approx(correct + 0.5 * layout)
+        assert formed > 0
+        assert line["reward"] == pytest.approx(correct + 0.5 * formed)
 
 
 def test_gsm8k_trains_under_a_recipe_whose_reference_is_renewed_and_goes_on(tmp_path, capsys):

@@ -595,7 +595,7 @@ def has_format(text):
 
 
 exact_answer = rewards.tokens.exact_answer(ANSWER, END_ANSWER)
-tag_format = rewards.tokens.tag_format(TAGS, [EOS])
+tag_format = rewards.tokens.strict_format(TAGS, [EOS])
 TRANSFORMS = pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
 
 RIGHT = "<think>1+2</think><answer>12</answer><eos>"
@@ -702,7 +702,7 @@ def test_every_completion_of_a_group_is_judged_by_the_answer_of_its_prompt():
 def test_any_of_several_end_tokens_ends_the_format():
     plus = TASK.convert_tokens_to_ids("+")
     rollout = completions_of(["<think></think><answer></answer>+", "<think></think><answer></answer>1"], ["", ""])
-    assert jax.jit(rewards.tokens.tag_format(TAGS, [EOS, plus]))(rollout).tolist() == [[1], [0]]
+    assert jax.jit(rewards.tokens.strict_format(TAGS, [EOS, plus]))(rollout).tolist() == [[1], [0]]
 
 
 def test_only_the_last_token_is_the_end():
@@ -714,7 +714,7 @@ def test_only_the_last_token_is_the_end():
 @pytest.mark.parametrize("tags", [[], [1, 2, 3], [1, 2, 3, 4, 5]])
 def test_a_format_of_other_than_four_tags_is_refused(tags):
     with pytest.raises(ValueError, match=f"the format has 4 tags, got {len(tags)}"):
-        rewards.tokens.tag_format(tags, [EOS])
+        rewards.tokens.strict_format(tags, [EOS])
 
 
 @TRANSFORMS

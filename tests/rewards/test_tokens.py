@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.rewards import text, tokens
+from grpo_jax import rewards
+from grpo_jax.rewards import tokens
 from grpo_jax.tasks import arithmetic
 from grpo_jax.types import Prompts, Rollout
 
@@ -88,25 +89,25 @@ DIGITS = st.lists(st.sampled_from(TASK("12")["input_ids"]), max_size=3)
 B, G = 4, 3  # always of one shape, which compiles once
 
 PAIRS = {  # traced, on text
-    "exact_answer": (tokens.exact_answer(START, END), text.exact_answer()),
-    "format": (tokens.tag_pairs(TAGS), text.format()),
-    "tag_count": (tokens.tag_count(TAGS), text.tag_count()),
-    "strict_format": (tokens.tag_format(TAGS, [EOS]), text.strict_format()),
-    "self_consistency": (tokens.self_consistency(START, END), text.self_consistency(group_size=3)),
-    "soft_overlong": (tokens.soft_overlong(12, 7), text.soft_overlong(12, 7)),
-    "repetition of 1": (tokens.repetition_penalty(ngram=1), text.repetition_penalty(ngram=1)),
-    "repetition of 3": (tokens.repetition_penalty(), text.repetition_penalty()),
+    "exact_answer": (tokens.exact_answer(START, END), rewards.exact_answer()),
+    "format": (tokens.soft_format(TAGS), rewards.soft_format()),
+    "tag_count": (tokens.tag_count(TAGS), rewards.tag_count()),
+    "strict_format": (tokens.strict_format(TAGS, [EOS]), rewards.strict_format()),
+    "self_consistency": (tokens.self_consistency(START, END), rewards.self_consistency(group_size=3)),
+    "soft_overlong": (tokens.soft_overlong(12, 7), rewards.soft_overlong(12, 7)),
+    "repetition of 1": (tokens.repetition_penalty(ngram=1), rewards.repetition_penalty(ngram=1)),
+    "repetition of 3": (tokens.repetition_penalty(), rewards.repetition_penalty()),
     "repetition of 2, half": (
         tokens.repetition_penalty(ngram=2, max_penalty=-0.5),
-        text.repetition_penalty(ngram=2, max_penalty=-0.5),
+        rewards.repetition_penalty(ngram=2, max_penalty=-0.5),
     ),
     "cosine_length": (
-        tokens.cosine_length(tokens.exact_answer(START, END), max_length=15),
-        text.cosine_length(text.exact_answer(), max_length=15),
+        tokens.cosine_length(tokens.exact_answer(START, END), rewards.cosine_scale(15)),
+        rewards.cosine_length(rewards.exact_answer(), rewards.cosine_scale(15)),
     ),
     "cosine_length of the format": (
-        tokens.cosine_length(tokens.tag_count(TAGS), max_length=9, threshold=0.6, min_wrong=-3.0),
-        text.cosine_length(text.tag_count(), max_length=9, threshold=0.6, min_wrong=-3.0),
+        tokens.cosine_length(tokens.tag_count(TAGS), rewards.cosine_scale(9, min_wrong=-3.0), threshold=0.6),
+        rewards.cosine_length(rewards.tag_count(), rewards.cosine_scale(9, min_wrong=-3.0), threshold=0.6),
     ),
 }
 EXACT = ["exact_answer", "format", "tag_count", "strict_format"]  # the others may differ by rounding
@@ -202,7 +203,7 @@ FORMATS = {  # completion, tag_pairs, tag_count
 @TRANSFORMS
 def test_the_format_of_a_completion(transform):
     rollout = written(*[case[0] for case in FORMATS.values()])
-    found = [transform(reward(TAGS))(rollout)[:, 0].tolist() for reward in (tokens.tag_pairs, tokens.tag_count)]
+    found = [transform(reward(TAGS))(rollout)[:, 0].tolist() for reward in (tokens.soft_format, tokens.tag_count)]
     assert dict(zip(FORMATS, zip(*found, strict=True), strict=True)) == {
         name: tuple(expected) for name, (_, *expected) in FORMATS.items()
     }
@@ -212,13 +213,33 @@ def test_any_number_of_pairs_has_a_share():
     plus, comma = TASK.convert_tokens_to_ids(["+", ","])
     rollout = written("+,<think></think>", "<think></think>+,", "+<think></think>,")
     three = [plus, comma, *TAGS]
-    np.testing.assert_allclose(tokens.tag_pairs(three)(rollout)[:, 0], [2 / 3, 1 / 3, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(tokens.soft_format(three)(rollout)[:, 0], [2 / 3, 1 / 3, 1 / 3], rtol=1e-6)
     np.testing.assert_allclose(tokens.tag_count(three)(rollout)[:, 0], [4 / 6] * 3, rtol=1e-6)
+
+
+@TRANSFORMS
+def test_a_completion_goes_on_from_the_tag_that_its_prompt_ends_with(transform):
+    think, answer = TAGS[0], TAGS[2]
+    rollout = written("11</think><answer>2</answer><eos>", "<think>11</think><answer>2</answer><eos>", "2</answer>")
+    opened = rollout._replace(prompts=rollout.prompts._replace(tokens=jnp.full((3, 1), think, jnp.int32)))
+    values = {
+        name: transform(reward)(opened)[:, 0].tolist()
+        for name, reward in {
+            "strict": tokens.strict_format(TAGS, [EOS]),
+            "soft": tokens.soft_format(TAGS),
+            "count": tokens.tag_count(TAGS),
+            "reasoning": tokens.reasoning_length(TAGS, [EOS], per=4),
+        }.items()
+    }
+    assert values == {"strict": [1, 0, 0], "soft": [1, 0.5, 0], "count": [1, 0.75, 0.5], "reasoning": [0.5, 0, 0]}
+    info = {"answer": jnp.full((3, 1), TASK.convert_tokens_to_ids("2")), "answer_length": jnp.ones(3, jnp.int32)}
+    asked = opened.prompts._replace(tokens=jnp.full((3, 1), answer, jnp.int32), info=info)
+    assert transform(tokens.exact_answer(START, END))(opened._replace(prompts=asked))[:, 0].tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("tags", [[], [1], [1, 2, 3], [1, 1], [1, 2, 3, 2]], ids=str)
 def test_tags_that_are_no_pairs_are_refused(tags):
-    for reward in (tokens.tag_pairs, tokens.tag_count):
+    for reward in (tokens.soft_format, tokens.tag_count):
         with pytest.raises(ValueError, match="tags are different tokens, opening and closing in turn, got"):
             reward(tags)
 
@@ -257,14 +278,11 @@ def test_cosine_length_gives_the_values_of_trl(transform):
     one = TASK("1")["input_ids"]
     rollout = a_rollout([[[], one * 5, one * 10, one * 20]] * 2)
     right = jnp.array([[1.0], [0.0]])
-    reward = tokens.cosine_length(lambda rollout: jnp.broadcast_to(right, rollout.lengths.shape), max_length=10)
+    reward = tokens.cosine_length(
+        lambda rollout: jnp.broadcast_to(right, rollout.lengths.shape), rewards.cosine_scale(10)
+    )
     expected = [[1, 0.75, 0.5, 0.5], [-1, -0.75, -0.5, -0.5]]
     np.testing.assert_allclose(transform(reward)(rollout), expected, atol=1e-6)
-
-
-def test_cosine_length_of_no_length_is_refused():
-    with pytest.raises(ValueError, match="max_length is a number of tokens above 0, got 0"):
-        tokens.cosine_length(tokens.exact_answer(START, END), max_length=0)
 
 
 # -------------------------------------------------------------------------- repetition
@@ -299,7 +317,7 @@ def test_long_completions_and_large_vocabularies_agree_too():
         rng.integers(0, high, n).tolist() for high, n in zip([2, 40, 3, 150_000], lengths, strict=True)
     ]  # fewer and fewer repeat
     found = jax.jit(tokens.repetition_penalty())(a_rollout([rows], width=4000))
-    expected = text.repetition_penalty()(prompts=[0] * 4, completions=[""] * 4, completion_ids=rows)
+    expected = rewards.repetition_penalty()(prompts=[0] * 4, completions=[""] * 4, completion_ids=rows)
     np.testing.assert_array_max_ulp(np.asarray(found[0]), np.array(expected, np.float32), maxulp=1)
     assert -1 < expected[0] < -0.99
     assert -0.1 < expected[1] < 0

@@ -187,28 +187,28 @@ def test_demonstrations_follow_from_the_seed():
 
 
 def judged(completions):
-    """Accuracy and layout of a completion of each problem."""
+    """Accuracy and format of a completion of each problem."""
     ids = TOKENIZER(completions)["input_ids"]
     rollout = data.make_demonstrations([[1]] * len(PROBLEMS), ids, max_tokens=arithmetic.MAX_TOKENS)
     rollout = rollout._replace(prompts=arithmetic.encode(TOKENIZER, PROBLEMS))
-    return [np.asarray(ACCURACY(rollout))[:, 0], np.asarray(LAYOUT(rollout))[:, 0]]
+    return [np.asarray(ACCURACY(rollout))[:, 0], np.asarray(FORMAT(rollout))[:, 0]]
 
 
-ACCURACY, LAYOUT = jax.jit(arithmetic.accuracy(TOKENIZER)), jax.jit(arithmetic.layout(TOKENIZER))
+ACCURACY, FORMAT = jax.jit(arithmetic.accuracy(TOKENIZER)), jax.jit(arithmetic.strict_format(TOKENIZER))
 
 
 def test_right_completions_have_both_rewards():
-    accuracy, layout = judged(worked())
+    accuracy, formed = judged(worked())
     assert accuracy.all()
-    assert layout.all()
+    assert formed.all()
 
 
-def test_wrong_completions_have_the_reward_of_the_layout_alone():
+def test_wrong_completions_have_the_reward_of_the_format_alone():
     completions = worked((False, False))
-    accuracy, layout = judged(completions)
+    accuracy, formed = judged(completions)
     np.testing.assert_array_equal(accuracy, answers(completions) == PROBLEMS.sum(axis=1))
     assert 0 < accuracy.mean() < 1
-    assert layout.all()
+    assert formed.all()
 
 
 def test_an_answer_is_wrong_by_any_digit():
@@ -218,10 +218,10 @@ def test_an_answer_is_wrong_by_any_digit():
         assert not accuracy.any()
 
 
-def test_a_right_answer_without_the_layout_has_the_reward_of_accuracy_alone():
-    accuracy, layout = judged([f"<answer>{total:03d}</answer><eos>" for total in PROBLEMS.sum(axis=1)])
+def test_a_right_answer_without_the_format_has_the_reward_of_accuracy_alone():
+    accuracy, formed = judged([f"<answer>{total:03d}</answer><eos>" for total in PROBLEMS.sum(axis=1)])
     assert accuracy.all()
-    assert not layout.any()
+    assert not formed.any()
 
 
 def test_an_answer_without_its_leading_zero_is_another():
@@ -233,5 +233,5 @@ def test_an_answer_without_its_leading_zero_is_another():
 def test_both_rewards_are_float32_a_completion():
     rollout = data.make_demonstrations([[1]], [[1]])
     rollout = rollout._replace(prompts=arithmetic.encode(TOKENIZER, PROBLEMS[:1]))
-    for reward in (ACCURACY, LAYOUT):
+    for reward in (ACCURACY, FORMAT):
         assert (reward(rollout).shape, reward(rollout).dtype) == ((1, 1), jnp.float32)

@@ -198,22 +198,22 @@ def test_the_teachers_numbers_are_traced_and_may_be_mapped_over():
 # -------------------------------------------------------------------------------- rewards
 
 
-compiled_rewards = jax.jit(lambda rollout: (modular_sums.accuracy()(rollout), modular_sums.layout()(rollout)))
+compiled_rewards = jax.jit(lambda rollout: (modular_sums.accuracy()(rollout), modular_sums.strict_format()(rollout)))
 
 
 @pytest.mark.parametrize("teacher", [{}, {"check": 1.0}, {"slip": 1.0}, {"guess": 1.0}, MIXED], ids=str)
-def test_accuracy_tells_right_demonstrations_from_wrong_and_all_have_the_layout(teacher):
+def test_accuracy_tells_right_demonstrations_from_wrong_and_all_have_the_format(teacher):
     rollout, digits, texts = drawn(**teacher)
-    accuracy, layout = compiled_rewards(rollout)
+    accuracy, formed = compiled_rewards(rollout)
     answers = [answer for _, answer in map(parsed, texts)]
     right = [float(sum(row) % 10 == answer) for row, answer in zip(digits, answers, strict=True)]
     assert accuracy[:, 0].tolist() == right
     assert sum(right) > 0
     assert (sum(right) == B) == (teacher in ({}, {"check": 1.0}))
-    np.testing.assert_array_equal(layout, 1.0)
+    np.testing.assert_array_equal(formed, 1.0)
 
 
-FLAWED = {  # of 3852=, with accuracy and layout
+FLAWED = {  # of 3852=, with accuracy and format
     "<think>3168</think><answer>8</answer><eos>": (1, 1),
     "<think>9999</think><answer>8</answer><eos>": (1, 1),  # nobody judges the working
     "<think></think><answer>8</answer><eos>": (1, 1),
@@ -239,8 +239,8 @@ def test_rewards_of_flawed_completions_are_those_written_beside_them():
         {"answer": np.array([[8]]), "answer_length": np.array([1])},
     )
     rollout = Rollout(prompts, tokens, lengths, mask, np.zeros(mask.shape, np.float32), ~mask[..., -1])
-    accuracy, layout = compiled_rewards(jax.tree.map(jnp.asarray, rollout))
-    found = zip(accuracy[0].tolist(), layout[0].tolist(), strict=True)
+    accuracy, formed = compiled_rewards(jax.tree.map(jnp.asarray, rollout))
+    found = zip(accuracy[0].tolist(), formed[0].tolist(), strict=True)
     assert dict(zip(FLAWED, found, strict=True)) == FLAWED
 
 

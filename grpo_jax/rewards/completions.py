@@ -1,0 +1,48 @@
+"""The text of a completion, and reward functions that score it."""
+
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from grpo_jax.rewards.host import RewardFunction
+
+
+def text_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text that the model wrote: the completion itself, or its assistant messages joined by newlines.
+
+    A message without a role is the assistant's. Messages of others (a tool, a user) are
+    left out. Content in parts is the text of its parts.
+
+    Raises:
+      TypeError: for anything else than text or a list of messages.
+    """
+    if isinstance(completion, str):
+        return completion
+    written = []
+    for message in completion if isinstance(completion, Sequence) else [completion]:
+        if not isinstance(message, Mapping):
+            raise TypeError(f"a completion is text or a list of chat messages, got {reprlib.repr(completion)}")
+        if message.get("role", "assistant") == "assistant":
+            written.append(_content(message.get("content")))
+    return "\n".join(written)
+
+
+def _content(content: Any) -> str:
+    if content is None:  # a message that only calls tools
+        return ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def named(name: str, reward: RewardFunction) -> RewardFunction:
+    """Gives a reward function the name by which metrics and messages call it."""
+    reward.__name__ = reward.__qualname__ = name
+    return reward
+
+
+def per_text(name: str, score: Callable[[str], float]) -> RewardFunction:
+    """Makes a reward function that scores the text of each completion by itself."""
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        return [score(text_of(completion)) for completion in completions]
+
+    return named(name, reward)

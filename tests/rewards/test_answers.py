@@ -1,0 +1,155 @@
+"""The answer in a text, and whether it is the reference."""
+
+import math
+import re
+
+import pytest
+from calls import score, scores
+
+from grpo_jax import rewards
+
+ANSWERS = {  # text, answer
+    "tags": ("so <answer>7</answer>.", "7"),
+    "white space": ("<answer>\n 7\t</answer>", "7"),
+    "first of two": ("<answer>7</answer><answer>8</answer>", "7"),
+    "first of two, wrong": ("<answer>8</answer><answer>7</answer>", "8"),
+    "nested": ("<answer><answer>7</answer></answer>", "<answer>7"),
+    "a stray close first": ("</answer><answer>7</answer>", "7"),
+    "empty": ("<answer></answer>", ""),
+    "not closed": ("<answer>7", None),
+    "not closed, with a mark": ("#### 7\n<answer>8", None),
+    "not opened": ("7</answer>", None),
+    "mark": ("72/2=36\n#### 36", "36"),
+    "mark and more lines": ("#### 36\nand more", "36"),
+    "mark twice": ("#### Step 1\n5\n#### 36", "36"),
+    "mark without a line": ("####", ""),
+    "tags before the mark": ("<answer>7</answer>\n#### 8", "7"),
+    "tags after the mark": ("#### 8\n<answer>7</answer>", "7"),
+    "neither": ("it is 7", None),
+    "nothing": ("", None),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_the_answer_of_a_text(case):
+    written, answer = ANSWERS[case]
+    assert rewards.answer_of(written) == answer
+    assert score(rewards.exact_answer(), written, answer="7") == float(answer == "7")
+    if answer is not None:
+        assert score(rewards.exact_answer(), written, answer=f" {answer}\n") == 1.0
+
+
+@pytest.mark.parametrize("pattern", [r"[Aa]nswer: (\w+)|so (\w+)", re.compile("answer: (\\w+)", re.IGNORECASE)])
+def test_a_pattern_of_the_users_says_where_the_answer_is(pattern):
+    completions = ["Answer: 7. Answer: 8", "answer: 8, answer: 7", "<answer>7</answer>", "so 7"]
+    assert scores(rewards.exact_answer(pattern=pattern), completions, answer=["7"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_pattern_without_a_group_is_the_answer_itself():
+    assert rewards.answer_of("it is 12 or 13", r"\d+") == "12"
+    assert rewards.answer_of("none", r"\d+") is None
+
+
+def test_a_missing_reference_is_masked_and_a_missing_answer_is_wrong():
+    assert scores(rewards.exact_answer(), ["<answer>7</answer>", "7"], answer=[None, "7"]) == [None, 0.0]
+
+
+def test_references_may_be_numbers_and_of_another_column():
+    assert scores(rewards.exact_answer(column="solution"), ["#### 7", "#### 7"], solution=[7, 8]) == [1.0, 0.0]
+
+
+def test_a_missing_column_is_an_error_with_its_name():
+    with pytest.raises(ValueError, match=r"exact_answer compares with the column 'answer'; .* \['solution'\]"):
+        score(rewards.exact_answer(), "#### 7", solution="7")
+
+
+def test_both_sides_are_normalised_alike():
+    completions = ["<answer> Paris </answer>", "<answer>PARIS</answer>", "<answer>London</answer>"]
+    assert scores(rewards.exact_answer(normalise=str.casefold), completions, answer=["pariS"] * 3) == [1.0, 1.0, 0.0]
+    assert scores(rewards.exact_answer(), completions, answer=["Paris"] * 3) == [1.0, 0.0, 0.0]
+
+
+NUMBERS = {  # text -> the number it is, None for none
+    "7": 7,
+    "007": 7,
+    "-7": -7,
+    "+7": 7,
+    "−7": -7,
+    "- 7": -7,
+    "7.0": 7,
+    "7.": 7,
+    ".5": 0.5,
+    "1,000": 1000,
+    "1,234,567.5": 1234567.5,
+    "$7": 7,
+    "-$7": -7,
+    "$-7": -7,
+    "$1,000.": 1000,
+    "50%": 50,
+    "50 %.": 50,
+    "1e3": 1000,
+    "2.5E-1": 0.25,
+    "12,34": None,
+    "1,0000": None,
+    ",000": None,
+    "1,000,": None,
+    "7..": None,
+    "--7": None,
+    "$": None,
+    ".": None,
+    "": None,
+    "seven": None,
+    "7 8": None,
+    "1/2": None,
+    "nan": None,
+    "inf": None,
+    "1e1000": None,
+    "٧": None,
+    "1_000": None,
+    "0" * 99 + "7": 7,
+    "0" * 100 + "7": None,
+}
+
+
+@pytest.mark.parametrize("written", NUMBERS, ids=lambda written: repr(written[:12]))
+def test_what_reads_as_a_number_is_compared_as_one(written):
+    value = NUMBERS[written]
+    reward = rewards.exact_answer(tolerance=0)
+    completion = f"<answer>{written}</answer>"
+    assert score(reward, completion, answer=written) == 1.0  # as text, if not as a number
+    if value is not None:
+        assert score(reward, completion, answer=value) == 1.0
+        assert score(reward, completion, answer=value + 1) == 0.0
+        assert score(reward, f"<answer>{value}</answer>", answer=written) == 1.0
+    for other, number in NUMBERS.items():
+        expected = other == written if None in (value, number) else number == value
+        assert score(reward, completion, answer=other) == float(expected), other
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [("1.01", "1", 1), ("0.99", "1", 1), ("1.011", "1", 0), ("0.98", "1", 0), ("1000.02", "1000", 0), ("x", "1", 0)],
+)
+def test_the_tolerance_is_absolute_and_exact(answer, reference, expected):
+    """In floats, 1.01 - 1 is above 0.01."""
+    assert score(rewards.exact_answer(tolerance=0.01), f"#### {answer}", answer=reference) == expected
+
+
+def test_a_tolerance_is_the_decimal_that_was_written():
+    """As a float, 0.3 is below it."""
+    assert scores(rewards.exact_answer(tolerance=0.3), ["#### 1.3", "#### 1.31"], answer=["1", "1"]) == [1.0, 0.0]
+
+
+def test_without_a_tolerance_numbers_are_text():
+    assert scores(rewards.exact_answer(), ["#### 7.0", "#### 1,000"], answer=["7", "1000"]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("tolerance", [-1, math.nan, math.inf])
+def test_a_tolerance_that_is_none_is_refused(tolerance):
+    with pytest.raises(ValueError, match=f"the tolerance is a number of at least 0, .* got {tolerance}"):
+        rewards.exact_answer(tolerance=tolerance)
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"the pattern '\(' is no regular expression"):
+        rewards.exact_answer(pattern="(")
