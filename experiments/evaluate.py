@@ -20,10 +20,8 @@ with its completions, each reward and the pass rate; `summary.json`, with the se
 """
 
 import dataclasses
-import importlib
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -36,6 +34,7 @@ from grpo_jax import data, rewards
 from grpo_jax.data import TooLong
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, compilation, metrics
+from grpo_jax.run.names import resolve
 from grpo_jax.study import evaluation
 
 
@@ -90,7 +89,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     # Everything that can be wrong with the input is looked at before the model is loaded.
     check(config)
     rows, functions = read(config)
-    extract = None if config.extract is None else load(config.extract)
+    extract = None if config.extract is None else resolve(config.extract)
     model, checkpoints, step = locate(config.model)
     tokenizer = hf.load_tokenizer(model, revision=config.revision)
     eos_ids = hf.eos_ids(model, tokenizer, revision=config.revision)
@@ -191,10 +190,10 @@ def locate(model: str) -> tuple[str, pathlib.Path | None, int | None]:
 
 def read(config: Config) -> tuple[list[data.Row], list[Callable[..., Any]]]:
     """The rows to evaluate on, and the reward functions, of which the first says what is right."""
-    functions = [load(name) for name in config.reward]
+    functions = [resolve(name) for name in config.reward]
     if config.task is not None:
         name = config.task if ":" in config.task else f"grpo_jax.tasks.{config.task}:task"
-        task = load(name)(config.task_seed)
+        task = resolve(name)(config.task_seed)
         split = config.split or "test"
         if split not in task.splits._fields:
             raise ValueError(f"{config.task} has the splits {', '.join(task.splits._fields)}, not {split!r}")
@@ -238,19 +237,6 @@ def report(summary: dict[str, float]) -> str:
         elif not name.endswith(("_low", "_high")):
             lines.append(f"  {name} {value:.4g}")
     return "\n".join(lines)
-
-
-def load(name: str) -> Callable[..., Any]:
-    """The function called `module:function`."""
-    module, _, function = name.rpartition(":")
-    if not module:
-        raise ValueError(f"a function is named module:function, got {name!r}")
-    if str(pathlib.Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(pathlib.Path.cwd()))
-    found = getattr(importlib.import_module(module), function, None)
-    if not callable(found):
-        raise ValueError(f"{module} has no function {function!r}")
-    return found
 
 
 if __name__ == "__main__":

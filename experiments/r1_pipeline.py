@@ -70,11 +70,9 @@ With a model, `--data` and `--verifier`, or a `--task`, give the problems, and f
 
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -94,6 +92,7 @@ from grpo_jax.baselines.rejection_sampling import best_of_n
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.run import checkpoint, compilation, display, metrics, preemption
+from grpo_jax.run.names import resolve
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Array, Experience, Metrics, Params, PRNGKey, Prompts, Rollout, TrainState
@@ -591,13 +590,13 @@ def pretrained(config: Config) -> Problem:
 
     # The test's rows first, then those to train on; nothing of the test is trained on.
     if config.task is not None:
-        task = load(config.task)(config.seed)
+        task = resolve(config.task)(config.seed)
         tested, trained, verifier = task.splits.test[: config.test_rows], task.splits.train, task.verifier
     else:
         rows = data.read_rows(config.data, ["prompt"])
         order = np.random.default_rng(config.seed).permutation(len(rows))
         tested, trained = ([rows[i] for i in part] for part in np.split(order, [config.test_rows]))
-        verifier = load(config.verifier)
+        verifier = resolve(config.verifier)
     tested = [with_prompt(row) for row in tested]
     held_out = {json.dumps(row["prompt"]) for row in tested}
 
@@ -630,22 +629,11 @@ def pretrained(config: Config) -> Problem:
         test=np.arange(len(tested)),
         prompts=lambda rows: data.make_prompts([encoded[row] for row in rows], rows, multiple=config.bucket),
         reasoning=grade(verifier, rewards.strict_format(), language),
-        preference=grade(brief if config.preference is None else load(config.preference)),
-        judge=None if config.judge is None else grade(load(config.judge)),
+        preference=grade(brief if config.preference is None else resolve(config.preference)),
+        judge=None if config.judge is None else grade(resolve(config.judge)),
         text=tokenizer.decode,
         tokenizer=tokenizer,
     )
-
-
-def load(name: str) -> Callable[..., Any]:
-    """The function called `module:function`, or what `module:maker()` makes."""
-    module, _, function = name.removesuffix("()").partition(":")
-    if str(pathlib.Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(pathlib.Path.cwd()))
-    found = getattr(importlib.import_module(module), function, None) if function else None
-    if not callable(found):
-        raise ValueError(f"a function is named module:function, and there is none named {name!r}")
-    return found() if name.endswith("()") else found
 
 
 def check(config: Config) -> None:

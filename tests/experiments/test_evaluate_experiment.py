@@ -166,7 +166,7 @@ def test_a_task_of_the_library_is_taken_by_its_name(files, tmp_path, name):
     config = settings(files, tmp_path, task=name, rows=2, model=str(files / "model"), **changes)
     rows, functions = evaluate.read(config)
     assert len(rows) == 2
-    assert functions == [evaluate.load(f"grpo_jax.tasks.{name}:correct")]
+    assert functions == [evaluate.resolve(f"grpo_jax.tasks.{name}:correct")]
 
 
 def test_the_command_line_evaluates_and_shows_the_samples(files, tmp_path):
@@ -193,7 +193,7 @@ def test_the_command_line_evaluates_and_shows_the_samples(files, tmp_path):
         ({"k": (1, 8)}, "--k is from 1 to --group-size 4, got 8"),
         ({"group_size": 1, "k": (1,), "filtered": pathlib.Path("x")}, "--group-size is at least 2"),
         ({"reward": ("verifiers:absent",)}, "verifiers has no function 'absent'"),
-        ({"reward": ("even",)}, "named module:function, got 'even'"),
+        ({"reward": ("even",)}, r"named module:function, or .*got 'even'"),
         ({"reward": ("verifiers:even", "verifiers:even")}, "one name each, got even, even"),
         ({"prompt_column": "text"}, r"rows.jsonl:1: no column text"),
         ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),

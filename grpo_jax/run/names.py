@@ -1,0 +1,84 @@
+"""Functions by their names on a command line: `module:function`, or `module:maker(arguments)`.
+
+resolve("my_rewards:correct")                          # the function
+resolve("grpo_jax.rewards:cosine_length(correct=2)")   # the function that a maker returns
+resolve("group_advantages", "grpo_jax.advantages")     # a name without a module is the package's
+"""
+
+import ast
+import importlib.util
+import pathlib
+import pkgutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def resolve(name: str, package: str | None = None) -> Callable[..., Any]:
+    """The function with a name.
+
+    Modules are those of the working directory, and those that are installed. What a module
+    raises while it is imported passes through, and so does what a maker raises.
+
+    Args:
+      name: `module:function`; or `module:maker(arguments)`, for the function that the maker
+        returns. The arguments are Python literals: numbers, strings, lists, None and so on.
+      package: the module of a name without one; None requires `module:`.
+
+    Raises:
+      ValueError: for another form, an argument that is no literal, a module or a function
+        that does not exist, or a result that cannot be called. The message is one line.
+    """
+    module, path, arguments = _parse(name, package)
+    if str(pathlib.Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(pathlib.Path.cwd()))
+    if not _exists(module):
+        raise ValueError(f"{name!r} names a module {module}, which is neither in {pathlib.Path.cwd()} nor installed")
+    try:
+        function = pkgutil.resolve_name(f"{module}:{path}")
+    except AttributeError:
+        function = None
+    if not callable(function):
+        raise ValueError(f"{module} has no function {path!r}")
+    if arguments is None:
+        return function
+    made = function(*arguments[0], **arguments[1])
+    if not callable(made):
+        raise ValueError(f"{name!r} returns a {type(made).__name__} and not a function")
+    return made
+
+
+def _parse(name: str, package: str | None) -> tuple[str, str, tuple[list[Any], dict[str, Any]] | None]:
+    """Module, dotted path in it, and the arguments of a maker."""
+    head, bracket, rest = name.partition("(")
+    module, _, path = head.rpartition(":")
+    module = module or package or ""
+    if not module or not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
+        raise ValueError(f"a function is named module:function, or module:maker(arguments), got {name!r}")
+    if not bracket:
+        return module, path, None
+    try:
+        call = ast.parse(f"maker({rest}", mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise ValueError
+        keywords = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
+        positional = [ast.literal_eval(argument) for argument in call.args]
+        if "" in keywords:  # a dict that is unpacked
+            raise ValueError
+    except (SyntaxError, ValueError, TypeError):
+        raise ValueError(
+            f"the arguments of a maker are literals, as in module:maker(2, mode='x'), got {name!r}"
+        ) from None
+    return module, path, (positional, keywords)
+
+
+def _exists(module: str) -> bool:
+    """Whether the module can be found; its packages are imported."""
+    if module in sys.modules:
+        return True
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # an import within one of its packages
+        return False
