@@ -85,8 +85,9 @@ def test_the_foundations_import_only_one_another(module):
         ("import grpo_jax", "flax optax orbax transformers matplotlib rich grpo_jax.losses grpo_jax.models"),
         ("import grpo_jax.losses", "flax optax orbax transformers matplotlib rich grpo_jax.models"),
         ("import grpo_jax.rewards", "transformers flax orbax grpo_jax.models"),
+        ("import grpo_jax.data, grpo_jax.tasks", "transformers flax orbax grpo_jax.models"),
     ],
-    ids=["grpo_jax", "losses", "rewards"],
+    ids=["grpo_jax", "losses", "rewards", "data"],
 )
 def test_an_import_loads_only_what_it_names(statement, not_loaded):
     """In a process of its own, since this one has loaded everything already."""

@@ -1,0 +1,47 @@
+"""From files to the prompts of a step, in the order of the functions' use.
+
+    read_problems       a file or a data set -> rows with a prompt and an answer         rows, prompt_sets
+    hold_out            rows -> rows to train on, held-out rows
+    encode_rows         rows -> PromptSet: the rows and the tokens of their prompts       prompts
+    PromptSet.batch     (seed, step, size) -> the prompts of a step                       batches
+
+Nothing here holds a position: the rows of a batch follow from the seed and the step, so that a resumed run goes on
+where it stopped.
+"""
+
+from grpo_jax.data.batches import (
+    batch_indices,
+    batch_rows_by_length,
+    bucket,
+    make_demonstrations,
+    make_prompts,
+    pad,
+)
+from grpo_jax.data.prompt_sets import PromptSet, encode_rows, hold_out, read_problems
+from grpo_jax.data.prompts import Text, TooLong, chat, encode_prompt, limit_prompts
+from grpo_jax.data.rows import Row, field, read_csv, read_hugging_face, read_jsonl, read_parquet, read_rows
+
+__all__ = [
+    "PromptSet",
+    "Row",
+    "Text",
+    "TooLong",
+    "batch_indices",
+    "batch_rows_by_length",
+    "bucket",
+    "chat",
+    "encode_prompt",
+    "encode_rows",
+    "field",
+    "hold_out",
+    "limit_prompts",
+    "make_demonstrations",
+    "make_prompts",
+    "pad",
+    "read_csv",
+    "read_hugging_face",
+    "read_jsonl",
+    "read_parquet",
+    "read_problems",
+    "read_rows",
+]

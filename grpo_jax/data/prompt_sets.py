@@ -1,0 +1,167 @@
+"""From a source of rows to prompts that a run can use: the rows that rewards see beside the tokens of their prompts."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from grpo_jax.data.batches import batch_indices, make_prompts
+from grpo_jax.data.prompts import Text, TooLong, encode_prompt, limit_prompts
+from grpo_jax.data.prompts import chat as to_messages
+from grpo_jax.data.rows import Row, field, read_rows
+from grpo_jax.types import Prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PromptSet(NamedTuple):
+    """Prompts in the order of their rows."""
+
+    rows: list[Row]  # as the reward functions see them
+    prompts: list[list[int]]  # token ids
+
+    def batch(self, seed: int, step: int, size: int, *, multiple: int = 1) -> Prompts:
+        """The prompts of a step, from endless shuffled epochs: a function of its arguments alone.
+
+        Args:
+          seed: of the run.
+          step: of the run, from 0.
+          size: prompts in a step.
+          multiple: the width is rounded up to a multiple of it, so that few programs compile.
+
+        Returns:
+          Prompts with `info["row"]`, by which `rewards.host` finds their rows.
+        """
+        indices = batch_indices(seed, step, len(self.prompts), size)
+        return make_prompts([self.prompts[i] for i in indices], indices, multiple=multiple)
+
+
+def read_problems(
+    source: str | os.PathLike[str],
+    *,
+    prompt_column: str = "prompt",
+    answer_column: str | None = None,
+    answer_after: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    split: str | None = None,
+    subset: str | None = None,
+) -> list[Row]:
+    """Reads rows with a prompt and, where asked for, the reference answer as the column `answer`.
+
+    Args:
+      source: a file or a data set, as in `read_rows`.
+      prompt_column: where the prompt is, text or chat messages. `outer.inner` names a nested field, here and below.
+      answer_column: where the answer is; by default `answer`, if `answer_after` is given.
+      answer_after: the answer is the text after the last of these marks, such as `####` in GSM8K.
+      rename: `{old: new}` names of columns, for reward functions that expect others; the old ones stay.
+      split: of a data set.
+      subset: of a data set.
+
+    Raises:
+      ValueError: with source and row, for a row without one of these columns, a prompt that is neither text nor
+        messages, prompts of both kinds, an answer that is no text or number, or one without the mark.
+    """
+    rename = rename or {}
+    answer_column = answer_column or ("answer" if answer_after else None)
+    originals = [name for name in rename if name != prompt_column]
+    columns = dict.fromkeys([prompt_column, *originals, *([answer_column] if answer_column else [])])
+    renamed = {new: old for old, new in rename.items()}
+    rows = read_rows(source, [renamed.get(name, name) for name in columns], split=split, subset=subset)
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}: row {number}"
+        for old, new in rename.items():
+            row[new] = field(row, old)
+        prompt = row[prompt_column] = field(row, prompt_column)
+        _check_prompt(prompt, prompt_column, where)
+        if isinstance(prompt, str) != isinstance(rows[0][prompt_column], str):
+            kinds = ["messages", "text"]
+            raise ValueError(
+                f"{where}: {prompt_column} is {kinds[isinstance(prompt, str)]}, and "
+                f"{kinds[not isinstance(prompt, str)]} in row 1; give all prompts in one form"
+            )
+        if answer_column is not None:
+            row["answer"] = _answer(field(row, answer_column), answer_column, answer_after, where)
+    return rows
+
+
+def hold_out(rows: Sequence[Row], count: int, *, seed: int) -> tuple[list[Row], list[Row]]:
+    """Splits rows into those to train on and `count` held-out ones, by a permutation of the seed.
+
+    Raises:
+      ValueError: if that leaves no row to train on.
+    """
+    if not 0 <= count < len(rows):
+        raise ValueError(f"to hold out {count} rows leaves none of the {len(rows)} rows to train on")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
+
+
+def encode_rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Row],
+    *,
+    prompt_column: str = "prompt",
+    chat: bool = False,
+    system: str | None = None,
+    template: Mapping[str, Any] | None = None,
+    max_prompt_tokens: int | None = None,
+    too_long: TooLong = "refuse",
+) -> PromptSet:
+    """The rows with their prompts as tokens, less those that are too long under `drop`.
+
+    Args:
+      tokenizer: of the model.
+      rows: with a prompt each; they stay as they are.
+      prompt_column: where the prompt is.
+      chat: put a prompt that is text through the chat template, as a user's message.
+      system: a system message before each prompt; implies `chat`.
+      template: arguments of the chat template, such as `{"enable_thinking": False, "date_string": "26 Jul 2024"}`.
+      max_prompt_tokens: the longest prompt that is taken; None for any.
+      too_long: what becomes of longer ones, see `limit_prompts`.
+
+    Raises:
+      ValueError: with the row's number, from 1, for a prompt that cannot be encoded or is too long.
+    """
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        prompt: Text = field(row, prompt_column)
+        if chat or system is not None:
+            prompt = to_messages(prompt, system)
+        try:
+            prompts.append(encode_prompt(tokenizer, prompt, **(template or {})))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+    limit = max(map(len, prompts), default=0) if max_prompt_tokens is None else max_prompt_tokens
+    kept = limit_prompts(prompts, limit, too_long=too_long)
+    return PromptSet([rows[i] for i in kept], [prompts[i] for i in kept])
+
+
+def _check_prompt(prompt: Any, column: str, where: str) -> None:
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(f"{where}: {column} is text or a list of chat messages, got {_short(prompt)}")
+    for message in prompt:
+        if not (isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))):
+            raise ValueError(f"{where}: a message of {column} has a role and a content, both text; got {_short(message)}")
+
+
+def _answer(answer: Any, column: str, after: str | None, where: str) -> str | int | float:
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise ValueError(f"{where}: {column} is text or a number, got {_short(answer)}")
+    if after is None:
+        return answer
+    if not isinstance(answer, str):
+        raise ValueError(f"{where}: {column} is {answer!r}, no text that could hold the mark {after!r}")
+    if after not in answer:
+        raise ValueError(f"{where}: {column} has no mark {after!r}: {_short(answer)}")
+    if not (kept := answer.rpartition(after)[2].strip()):
+        raise ValueError(f"{where}: {column} has nothing after the mark {after!r}: {_short(answer)}")
+    return kept
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"

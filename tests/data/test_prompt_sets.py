@@ -1,0 +1,123 @@
+"""From a file of rows to the prompts of a step."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from grpo_jax.data import encode_rows, field, hold_out, read_problems
+from grpo_jax.testing import tiny_tokenizer
+
+
+def write(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_column_may_be_a_field_of_an_object():
+    row = {"reward_model": {"ground_truth": "7", "a.b": 1}, "x.y": 2, "x": {"y": 3}}
+    assert field(row, "reward_model.ground_truth") == "7"
+    assert field(row, "reward_model.a.b") == 1
+    assert field(row, "x.y") == 2  # a column of this very name comes first
+    assert field(row, "reward_model.absent") is None
+    assert field(row, "x.y.z") is None
+
+
+def test_prompts_and_answers_of_nested_fields_are_read(tmp_path):
+    path = write(tmp_path, [{"extra": {"question": "1+1?"}, "reward_model": {"ground_truth": "so\n#### 2 "}}])
+    (row,) = read_problems(
+        path, prompt_column="extra.question", answer_column="reward_model.ground_truth", answer_after="####"
+    )
+    assert (row["extra.question"], row["answer"]) == ("1+1?", "2")
+
+
+def test_renamed_columns_are_there_under_both_names(tmp_path):
+    path = write(tmp_path, [{"prompt": "1+1?", "target": "2", "meta": {"level": 3}}])
+    assert read_problems(path, answer_column="answer", rename={"target": "answer", "meta.level": "level"}) == [
+        {"prompt": "1+1?", "target": "2", "answer": "2", "meta": {"level": 3}, "level": 3}
+    ]
+    assert read_problems(path, prompt_column="question", rename={"prompt": "question"})[0]["question"] == "1+1?"
+    with pytest.raises(ValueError, match=re.escape(f"{path}:1: no column gold")):
+        read_problems(path, rename={"gold": "answer"})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": 7}, "prompt is text or a list of chat messages, got 7"),
+        ({"prompt": {"role": "user", "content": "a"}}, "prompt is text or a list of chat messages, got {'role'"),
+        ({"prompt": []}, "prompt is text or a list of chat messages, got []"),
+        ({"prompt": ["a"]}, "a message of prompt has a role and a content, both text; got 'a'"),
+        ({"prompt": [{"role": "user"}]}, "a message of prompt has a role and a content, both text; got {'role'"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "prompt is messages, and text in row 1"),
+        ({"answer": ["2"]}, "answer is text or a number, got ['2']"),
+        ({"answer": True}, "answer is text or a number, got True"),
+        ({"answer": {"value": "2"}}, "answer is text or a number, got {'value'"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_file_and_number(tmp_path, row, message):
+    good = {"prompt": "1+1?", "answer": "2"}
+    path = write(tmp_path, [good, good | row, good])
+    with pytest.raises(ValueError, match=re.escape(f"{path}: row 2: {message}")):
+        read_problems(path, answer_column="answer")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("2", "answer has no mark '####': '2'"),
+        ("so 2 ####  ", "answer has nothing after the mark '####': 'so 2 ####  '"),
+        (2, "answer is 2, no text that could hold the mark '####'"),
+        ("x" * 10_000, "answer has no mark '####': 'xxx"),
+    ],
+)
+def test_an_answer_without_its_mark_is_refused_with_file_and_row(tmp_path, answer, message):
+    path = write(tmp_path, [{"prompt": "a", "answer": "#### 1"}, {"prompt": "b", "answer": answer}])
+    with pytest.raises(ValueError, match=re.escape(f"{path}: row 2: {message}")) as error:
+        read_problems(path, answer_after="####")
+    assert len(str(error.value)) < 500
+
+
+def test_numbers_are_answers_as_they_are(tmp_path):
+    path = write(tmp_path, [{"prompt": "a", "answer": 2}, {"prompt": "b", "answer": 2.5}])
+    assert [row["answer"] for row in read_problems(path, answer_column="answer")] == [2, 2.5]
+
+
+def test_held_out_rows_are_not_trained_on_and_follow_from_the_seed():
+    rows = [{"prompt": str(i)} for i in range(10)]
+    train, held_out = hold_out(rows, 3, seed=1)
+    assert (len(train), len(held_out)) == (7, 3)
+    assert sorted(int(row["prompt"]) for row in [*train, *held_out]) == list(range(10))
+    assert hold_out(rows, 3, seed=1) == (train, held_out)
+    assert hold_out(rows, 3, seed=2)[1] != held_out
+    assert len(hold_out(rows, 0, seed=1)[0]) == 10
+    with pytest.raises(ValueError, match="to hold out 10 rows leaves none of the 10 rows to train on"):
+        hold_out(rows, 10, seed=1)
+
+
+def test_a_prompt_set_has_the_rows_beside_their_tokens_without_those_that_are_too_long():
+    tokenizer = tiny_tokenizer()
+    rows = [{"prompt": "1+1?", "x": 1}, {"prompt": "what is 123456789+987654321?", "x": 2}, {"prompt": "3?", "x": 3}]
+    problems = encode_rows(tokenizer, rows, max_prompt_tokens=8, too_long="drop")
+    assert [row["x"] for row in problems.rows] == [1, 3]
+    assert problems.prompts == [tokenizer("1+1?")["input_ids"], tokenizer("3?")["input_ids"]]
+    with pytest.raises(ValueError, match="prompt 1 has 25 tokens and the limit is 8"):
+        encode_rows(tokenizer, rows, max_prompt_tokens=8)
+
+
+def test_a_prompt_that_cannot_be_encoded_is_refused_with_its_row():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="row 2: the prompt is chat messages, but the tokenizer has no chat template"):
+        encode_rows(tokenizer, [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}])
+
+
+def test_the_batch_of_a_step_has_the_rows_that_rewards_look_up():
+    problems = encode_rows(tiny_tokenizer(), [{"prompt": f"{i}?"} for i in range(5)])
+    batch = problems.batch(3, 1, 7, multiple=16)
+    assert batch.info["row"].tolist() == [0, 2, 3, 4, 0, 1, 2]  # those of `batch_indices`
+    assert batch.tokens.shape == (7, 16)
+    for ids, length, row in zip(np.asarray(batch.tokens), batch.lengths, batch.info["row"], strict=True):
+        assert ids[:length].tolist() == problems.prompts[row]
