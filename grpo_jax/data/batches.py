@@ -1,4 +1,4 @@
-"""The rows of a step and their arrays: a pure function of (seed, step), so that a resumed run goes on where it stopped."""
+"""The rows of a step and their arrays: functions of (seed, step) alone, so that a resumed run repeats them."""
 
 import functools
 from collections.abc import Sequence

@@ -145,7 +145,9 @@ def _check_prompt(prompt: Any, column: str, where: str) -> None:
         raise ValueError(f"{where}: {column} is text or a list of chat messages, got {_short(prompt)}")
     for message in prompt:
         if not (isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))):
-            raise ValueError(f"{where}: a message of {column} has a role and a content, both text; got {_short(message)}")
+            raise ValueError(
+                f"{where}: a message of {column} has a role and a content, both text; got {_short(message)}"
+            )
 
 
 def _answer(answer: Any, column: str, after: str | None, where: str) -> str | int | float:

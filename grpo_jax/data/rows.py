@@ -195,7 +195,7 @@ def _check_columns(row: Row, columns: Sequence[str], where: str) -> None:
 
 
 def field(row: Row, name: str) -> Any:
-    """The value of a column, None if there is none; `outer.inner` also names a field of the object in column `outer`."""
+    """The value of a column, or None; `outer.inner` also names a field of the object in column `outer`."""
     value: Any = row
     while isinstance(value, dict) and name not in value and "." in name:
         outer, _, name = name.partition(".")
