@@ -65,7 +65,9 @@ def pad(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
     return padded
 
 
-def make_prompts(prompts: Sequence[Sequence[int]], rows: Sequence[int] | None = None, *, multiple: int = 1) -> Prompts:
+def make_prompts(
+    prompts: Sequence[Sequence[int]], rows: Sequence[int] | np.ndarray | None = None, *, multiple: int = 1
+) -> Prompts:
     """A batch of tokenised prompts.
 
     Args:
