@@ -2,14 +2,13 @@
 
 Orbax writes the files and makes each checkpoint appear whole or not at all. It has no integrity check, though: one
 flipped bit in a data file restores as other weights, and a changed dtype is cast without a word. So a digest of every
-leaf is kept beside the state, and names, shapes and dtypes are compared here. A loop that resumes reads
+leaf is kept beside the state, and names, shapes and dtypes are compared here. `run.loop` calls these; without it:
 
     with preemption.lock(run_dir), checkpoint.manager(run_dir / "checkpoints") as checkpoints:
         state = initial_state(config)
-        if (found := checkpoint.restore(checkpoints, state)) is not None:
-            state, meta = found
+        if (restored := checkpoint.restore(checkpoints, state)) is not None:
+            state, meta = restored
             checkpoint.check_config(meta["config"], config)
-        metrics.truncate(run_dir, int(state.step))
         ...
         checkpoint.save(checkpoints, state, {"config": config})
 
@@ -57,6 +56,9 @@ def manager(
     if not read_only:
         for leftover in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
             shutil.rmtree(leftover)  # not by Orbax, which does it in the background, also of a save begun meanwhile
+        for step in folder.glob("[0-9]*"):
+            if step.is_dir() and not any(step.iterdir()):
+                step.rmdir()  # its deletion was killed; it would count as a checkpoint
     options = ocp.CheckpointManagerOptions(
         max_to_keep=max_to_keep,
         create=not read_only,

@@ -9,6 +9,7 @@ completions to `completions.jsonl`. `run.loop` writes them in this order:
     metrics.sync(run_dir)                                      # before the checkpoint that counts on these lines
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -128,6 +129,12 @@ def read(run_dir: RunDir, name: str = METRICS_FILE) -> list[dict[str, Any]]:
 def plain(metrics: Mapping[str, Any]) -> dict[str, Number]:
     """Arrays as Python numbers, in one transfer; NaN and the infinities, which JSON has no words for, as None."""
     return {name: _plain_value(name, value) for name, value in jax.device_get(dict(metrics)).items()}
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """A configuration, a dataclass or a mapping, as JSON values."""
+    fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
+    return json.loads(json.dumps(fields, default=str))
 
 
 def _plain_value(name: str, value: Any) -> Number:

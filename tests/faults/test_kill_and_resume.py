@@ -66,7 +66,10 @@ def assert_ended_as_if_undisturbed(folder: pathlib.Path, name: str) -> None:
     lines = [(folder / run / metrics.METRICS_FILE).read_bytes() for run in ("undisturbed", name)]
     assert lines[0].count(b"\n") == train_loop.STEPS
     assert lines[0] == lines[1]
-    assert sorted(os.listdir(folder / name / "checkpoints")) == ["6", "8"]  # and no leftovers
+    completions = [(folder / run / metrics.COMPLETIONS_FILE).read_bytes() for run in ("undisturbed", name)]
+    assert completions[0] == completions[1] != b""
+    assert {"6", "8"} <= set(os.listdir(folder / name / "checkpoints")) <= {"4", "5", "6", "8"}  # and no leftovers
+    assert sorted(os.listdir(folder / name)) == sorted(os.listdir(folder / "undisturbed"))
 
 
 def test_killed_between_any_two_files_and_resumed_a_run_ends_as_if_undisturbed(outcome):
@@ -86,7 +89,7 @@ def test_killed_while_it_writes_arrays_and_resumed_a_run_ends_as_if_undisturbed(
 
 def test_asked_to_stop_a_run_saves_the_step_it_is_in_and_ends_well(outcome):
     asked, resumed = outcome.processes["asked"]
-    assert asked == Process("stop:4", 0, newest=5)
+    assert asked == Process("stop:4", preemption.STOPPED, newest=5)
     assert resumed.status == 0
     assert_ended_as_if_undisturbed(outcome.folder, "asked")
 

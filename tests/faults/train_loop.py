@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from grpo_jax.run import checkpoint, metrics, preemption
+from grpo_jax.run.training_loop import loop as run_loop
 from grpo_jax.types import TrainState
 
 STEPS = 8
@@ -54,27 +54,16 @@ def train_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1, extra=extra), {"loss": value}
 
 
-def run(run_dir: pathlib.Path, stop_in: int | None = None) -> None:
-    with (
-        preemption.lock(run_dir),
-        preemption.graceful_stop() as stop_requested,
-        checkpoint.manager(run_dir / "checkpoints", max_to_keep=2) as checkpoints,
-    ):
-        state = initial_state()
-        if (found := checkpoint.restore(checkpoints, state)) is not None:
-            state, meta = found
-            checkpoint.check_config(meta["config"], {"steps": STEPS})
-        metrics.truncate(run_dir, int(state.step))
-        for step in range(int(state.step), STEPS):
-            state, measured = train_step(state)
+def train(run_dir: pathlib.Path, stop_in: int | None = None) -> None:
+    with run_loop({"steps": STEPS}, initial_state(), steps=STEPS, save_every=2, run_dir=run_dir) as loop:
+        for step in loop:
+            if step % 3 == 0:
+                loop.log({"eval/w": loop.state.params["w"][0]})
+                loop.show([{"completion": step}])
+            loop.state, measured = train_step(loop.state)
             if step == stop_in:
                 os.kill(os.getpid(), signal.SIGTERM)
-            metrics.append(run_dir, step, measured)
-            stop = stop_requested()
-            if stop or (step + 1) % 2 == 0:
-                checkpoint.save(checkpoints, state, {"config": {"steps": STEPS}})
-            if stop:
-                break
+            loop.log(measured)
 
 
 def die_at_file_event(run_dir: pathlib.Path, kill_at: int) -> None:
@@ -91,11 +80,14 @@ def die_at_file_event(run_dir: pathlib.Path, kill_at: int) -> None:
 def start(run_dir: pathlib.Path, plan: str) -> int:
     if (process := os.fork()) != 0:
         return process
+    os.dup2(2, 1)  # the output of this program is the report
     try:
         kind, _, number = plan.partition(":")
         if kind == "file":
             die_at_file_event(run_dir, int(number))
-        run(run_dir, stop_in=int(number) if kind == "stop" else None)
+        train(run_dir, stop_in=int(number) if kind == "stop" else None)
+    except SystemExit as stopped:
+        os._exit(stopped.code)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -1,0 +1,51 @@
+"""Sampled completions, to be read while a run goes: a table in the terminal, and lines of `completions.jsonl`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import rich
+import rich.table
+import rich.text
+
+from grpo_jax.types import Experience
+
+Line = dict[str, Any]
+
+
+def lines(
+    experience: Experience, tokenizer: Any, prompts: Sequence[Any], names: Sequence[str], *, count: int = 4
+) -> list[Line]:
+    """Some completions of an experience, one dict each, with their rewards by name (None where there is none).
+
+    Args:
+      experience: with rewards, as `step.learn` takes it.
+      tokenizer: turns tokens into text.
+      prompts: of each of the `B` prompts, to be shown.
+      names: one per reward function.
+      count: how many completions, in the order of the groups.
+    """
+    rollout, rewards, mask = experience.rollout, np.asarray(experience.rewards), np.asarray(experience.reward_mask)
+    places = [(b, g) for b in range(rollout.tokens.shape[0]) for g in range(rollout.tokens.shape[1])][:count]
+    tokens, lengths = np.asarray(rollout.tokens), np.asarray(rollout.lengths)
+    return [
+        {"prompt": prompts[b], "completion": tokenizer.decode(tokens[b, g, : lengths[b, g]])}
+        | {name: float(rewards[b, g, k]) if mask[b, g, k] else None for k, name in enumerate(names)}
+        for b, g in places
+    ]
+
+
+def print_table(step: int, shown: Sequence[Mapping[str, Any]], *, longest: int = 400) -> None:
+    """Prints completions as a table; of longer texts the end."""
+    columns = list(dict.fromkeys(name for line in shown for name in line))
+    table = rich.table.Table(title=f"completions of step {step}", show_lines=True)
+    for name in columns:
+        table.add_column(rich.text.Text(name))
+    for line in shown:
+        table.add_row(*(rich.text.Text(_short(line.get(name), longest)) for name in columns))
+    rich.print(table)
+
+
+def _short(value: Any, longest: int) -> str:
+    text = f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+    return text if len(text) <= longest else f"... {text[-longest:]}"

@@ -1,0 +1,50 @@
+"""Where a run goes on: its newest checkpoint, of the same run, with the metrics of the steps before it."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from grpo_jax.run import checkpoint, digests, metrics
+from grpo_jax.types import TrainState
+
+
+def newest(
+    checkpoints: ocp.CheckpointManager,
+    state: TrainState,
+    folder: pathlib.Path,
+    meta: Mapping[str, Any],
+    allow: Sequence[str],
+    steps: int,
+    save_every: int,
+) -> TrainState:
+    """The state of the newest checkpoint, or the given one, with the metrics cut to the steps before it.
+
+    Raises:
+      ValueError: if the checkpoint is another run's, or if there are metrics of steps whose checkpoint is gone.
+    """
+    restored = checkpoint.restore(checkpoints, state)
+    if restored is None:
+        lines = metrics.read(folder)
+        if lines and lines[-1]["step"] >= save_every:
+            raise ValueError(
+                f"{folder} has the metrics of {len(lines)} steps, but no checkpoint: put {checkpoints.directory} back, "
+                f"or delete {folder / metrics.METRICS_FILE} to begin anew"
+            )
+        if lines:
+            print(f"begins anew: the run was killed in step {lines[-1]['step'] + 1}, before its first checkpoint")
+        metrics.truncate(folder, 0)
+        return state
+    state, saved = restored
+    checkpoint.check_config(saved["config"], meta["config"], allow=allow)
+    digests.check(saved.get("digests", {}), meta["digests"])
+    first = int(state.step)
+    print(f"resumed at step {first} of {steps}" + (": nothing to do" if first >= steps else ""))
+    metrics.truncate(folder, first)
+    if gaps := metrics.missing(folder, first):
+        told = f"{gaps[0]} to {gaps[-1]}" if len(gaps) > 1 else f"{gaps[0]}"
+        print(
+            f"{folder / metrics.METRICS_FILE} lacks {len(gaps)} of the steps before (within {told}): curves have a hole"
+        )
+    return state
