@@ -4,6 +4,7 @@
     hold_out            rows -> rows to train on, held-out rows
     encode_rows         rows -> PromptSet: the rows and the tokens of their prompts       prompts
     PromptSet.batch     (seed, step, size) -> the prompts of a step                       batches
+    encode_demonstrations, make_demonstrations: the same for completions that are given, for supervised learning
 
 Nothing here holds a position: the rows of a batch follow from the seed and the step, so that a resumed run goes on
 where it stopped.
@@ -17,8 +18,17 @@ from grpo_jax.data.batches import (
     make_prompts,
     pad,
 )
-from grpo_jax.data.prompt_sets import PromptSet, encode_rows, hold_out, read_problems
-from grpo_jax.data.prompts import Text, TooLong, chat, encode_prompt, limit_prompts
+from grpo_jax.data.prompt_sets import PromptSet, encode_demonstrations, encode_rows, hold_out, read_problems
+from grpo_jax.data.prompts import (
+    Text,
+    TooLong,
+    chat,
+    encode_demonstration,
+    encode_prompt,
+    limit_prompts,
+    prompt_tail,
+    turn_end,
+)
 from grpo_jax.data.rows import Row, field, read_csv, read_hugging_face, read_jsonl, read_parquet, read_rows
 
 __all__ = [
@@ -30,6 +40,8 @@ __all__ = [
     "batch_rows_by_length",
     "bucket",
     "chat",
+    "encode_demonstration",
+    "encode_demonstrations",
     "encode_prompt",
     "encode_rows",
     "field",
@@ -38,10 +50,12 @@ __all__ = [
     "make_demonstrations",
     "make_prompts",
     "pad",
+    "prompt_tail",
     "read_csv",
     "read_hugging_face",
     "read_jsonl",
     "read_parquet",
     "read_problems",
     "read_rows",
+    "turn_end",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from grpo_jax.data.batches import batch_indices, make_prompts
-from grpo_jax.data.prompts import Text, TooLong, encode_prompt, limit_prompts
+from grpo_jax.data.prompts import Text, TooLong, encode_demonstration, encode_prompt, limit_prompts
 from grpo_jax.data.prompts import chat as to_messages
 from grpo_jax.data.rows import Row, field, read_rows
 from grpo_jax.types import Prompts
@@ -44,6 +44,7 @@ def read_problems(
     prompt_column: str = "prompt",
     answer_column: str | None = None,
     answer_after: str | None = None,
+    columns: Sequence[str] = (),
     rename: Mapping[str, str] | None = None,
     split: str | None = None,
     subset: str | None = None,
@@ -55,6 +56,7 @@ def read_problems(
       prompt_column: where the prompt is, text or chat messages. `outer.inner` names a nested field, here and below.
       answer_column: where the answer is; by default `answer`, if `answer_after` is given.
       answer_after: the answer is the text after the last of these marks, such as `####` in GSM8K.
+      columns: what else every row must have.
       rename: `{old: new}` names of columns, for reward functions that expect others; the old ones stay.
       split: of a data set.
       subset: of a data set.
@@ -65,10 +67,10 @@ def read_problems(
     """
     rename = rename or {}
     answer_column = answer_column or ("answer" if answer_after else None)
-    originals = [name for name in rename if name != prompt_column]
-    columns = dict.fromkeys([prompt_column, *originals, *([answer_column] if answer_column else [])])
     renamed = {new: old for old, new in rename.items()}
-    rows = read_rows(source, [renamed.get(name, name) for name in columns], split=split, subset=subset)
+    wanted = [prompt_column, *rename, *columns, *([answer_column] if answer_column else [])]
+    wanted = [*dict.fromkeys(renamed.get(name, name) for name in wanted)]
+    rows = read_rows(source, wanted, split=split, subset=subset)
     for number, row in enumerate(rows, start=1):
         where = f"{source}: row {number}"
         for old, new in rename.items():
@@ -136,6 +138,53 @@ def encode_rows(
     limit = max(map(len, prompts), default=0) if max_prompt_tokens is None else max_prompt_tokens
     kept = limit_prompts(prompts, limit, too_long=too_long)
     return PromptSet([rows[i] for i in kept], [prompts[i] for i in kept])
+
+
+def encode_demonstrations(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Row],
+    *,
+    end: int,
+    prompt_column: str = "prompt",
+    completion_column: str = "completion",
+    chat: bool = False,
+    system: str | None = None,
+    template: Mapping[str, Any] | None = None,
+    max_prompt_tokens: int | None = None,
+    max_tokens: int | None = None,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens of prompts and of their completions, for supervised learning; see `encode_demonstration`.
+
+    Args:
+      tokenizer: of the model.
+      rows: with a prompt and a completion each: text, or for the completion a list of one message.
+      end: the token that ends a completion.
+      prompt_column: where the prompt is.
+      completion_column: where the completion is.
+      chat: put a prompt that is text through the chat template, as a user's message.
+      system: a system message before each prompt; implies `chat`.
+      template: arguments of the chat template.
+      max_prompt_tokens: the longest prompt that is taken; None for any.
+      max_tokens: the longest completion that is taken, its end included; None for any.
+
+    Raises:
+      ValueError: with the row's number, from 1, for one that cannot be encoded or is too long.
+    """
+    pairs = []
+    for number, row in enumerate(rows, start=1):
+        prompt, completion = field(row, prompt_column), field(row, completion_column)
+        if chat or system is not None:
+            prompt = to_messages(prompt, system)
+        try:
+            if not isinstance(completion, str | list):
+                raise ValueError(f"{completion_column} is text or a list of one message, got {_short(completion)}")
+            pairs.append(encode_demonstration(tokenizer, prompt, completion, end=end, **(template or {})))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+        for name, ids, limit in zip(("prompt", "completion"), pairs[-1], (max_prompt_tokens, max_tokens), strict=True):
+            if limit is not None and len(ids) > limit:
+                raise ValueError(f"row {number}: the {name} has {len(ids)} tokens and the limit is {limit}: raise it")
+    return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
 
 
 def _check_prompt(prompt: Any, column: str, where: str) -> None:

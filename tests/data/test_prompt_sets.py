@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from grpo_jax.data import encode_rows, field, hold_out, read_problems
+from grpo_jax.data import encode_demonstrations, encode_rows, field, hold_out, read_problems
 from grpo_jax.testing import tiny_tokenizer
 
 
@@ -121,3 +121,33 @@ def test_the_batch_of_a_step_has_the_rows_that_rewards_look_up():
     assert batch.tokens.shape == (7, 16)
     for ids, length, row in zip(np.asarray(batch.tokens), batch.lengths, batch.info["row"], strict=True):
         assert ids[:length].tolist() == problems.prompts[row]
+
+
+def test_demonstrations_are_prompts_and_completions_with_their_end(make_tokenizer):
+    tokenizer = make_tokenizer("qwen")
+    rows = [{"q": "2+2?", "a": "4"}, {"q": "hello", "a": [{"role": "assistant", "content": "world"}]}]
+    columns = {"prompt_column": "q", "completion_column": "a"}
+    prompts, completions = encode_demonstrations(tokenizer, rows, end=2, chat=True, **columns)
+    assert prompts == encode_rows(tokenizer, rows, prompt_column="q", chat=True).prompts
+    assert [tokenizer.decode(ids) for ids in completions] == ["4<|im_end|>", "world<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"completion": 4}, {}, "row 2: completion is text or a list of one message, got 4"),
+        ({"completion": []}, {}, "row 2: a completion is text or one message of the assistant"),
+        ({}, {"max_tokens": 3}, "row 1: the completion has 4 tokens and the limit is 3"),
+        ({}, {"max_prompt_tokens": 3}, "row 1: the prompt has 34 tokens and the limit is 3"),
+    ],
+)
+def test_a_demonstration_that_is_none_or_too_long_is_refused_with_its_row(make_tokenizer, row, settings, message):
+    rows = [{"prompt": "2+2?", "completion": "the answer"}, {"prompt": "2+2?", "completion": "4"} | row]
+    with pytest.raises(ValueError, match=message):
+        encode_demonstrations(make_tokenizer("qwen"), rows, end=2, chat=True, **settings)
+
+
+def test_columns_that_are_wanted_must_be_there(tmp_path):
+    path = write(tmp_path, [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: no column completion; the row has prompt")):
+        read_problems(path, columns=["completion"])

@@ -1,0 +1,134 @@
+"""Chat messages as the text of a template, in which special tokens that users write stay text."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Rendered(NamedTuple):
+    """A chat as its template renders it."""
+
+    text: str
+    masked: str  # the same, with a private-use character for each character of a special token that a message contains
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """The ids of the special tokens by their text.
+
+    Not `all_special_tokens`, which has only those with a name, as eos_token is; often not the one that starts a turn.
+    """
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def special_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Matches a special token; where one is the beginning of another, the longer."""
+    return _special_pattern(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=4)
+def _special_pattern(tokenizer: "PreTrainedTokenizerBase", size: int) -> re.Pattern[str]:
+    texts = sorted(filter(None, special_tokens(tokenizer)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template: Any) -> Rendered:
+    """Renders messages: an assistant's last message is left open, anything else opens the assistant's turn.
+
+    So does TRL. A template may trim a message, strip its reasoning, move it or drop it; it does so with the
+    messages as they are. Where their special tokens have come to stand is seen in a second rendering, which has
+    private-use characters in their place.
+
+    Args:
+      tokenizer: with a chat template.
+      messages: of `role` and `content`.
+      template: arguments of the chat template, such as `enable_thinking=False`.
+
+    Raises:
+      ValueError: without a chat template; for a message whose content is not text; where the template refuses the
+        messages, or does to a special token in them what it would not do to other text.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the prompt is chat messages, but the tokenizer has no chat template: give prompts as text, "
+            f"or put a chat_template.jinja beside the tokenizer; the prompt is {_short(messages)}"
+        )
+    for message in messages:
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"the content of a message is text, got {_short(message)}")
+    continued = bool(messages) and messages[-1].get("role") == "assistant"
+    template = {"add_generation_prompt": not continued, "continue_final_message": continued} | template
+
+    def apply(messages: Messages) -> str:
+        try:
+            return str(
+                tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **template)
+            )
+        except Exception as error:  # jinja2's, and whatever a template raises
+            raise ValueError(f"the chat template refuses {_short(messages)}: {error}") from error
+
+    text = apply(messages)
+    pattern = special_pattern(tokenizer)
+    written = dict.fromkeys(
+        (i, match) for i, message in enumerate(messages) for part in _texts(message) for match in pattern.findall(part)
+    )
+    if not written:
+        return Rendered(text, text)
+    taken = {*text, *(character for message in messages for part in _texts(message) for character in part)}
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in taken)
+
+    def masked(tokens: Sequence[tuple[int, str]]) -> str | None:
+        """The text with these special tokens masked, or None if the template treats a mask otherwise than them."""
+
+        def replace(i: int, part: str) -> str:
+            return pattern.sub(lambda m: mark * len(m[0]) if (i, m[0]) in tokens else m[0], part)
+
+        try:
+            rendered = apply([_mapped(message, functools.partial(replace, i)) for i, message in enumerate(messages)])
+        except ValueError:
+            return None
+        same = len(rendered) == len(text) and all(a in (b, mark) for a, b in zip(rendered, text, strict=True))
+        return rendered if same else None
+
+    if (result := masked([*written])) is None:
+        # A template that looks for a token, as for </think>, strips or writes it itself: it is the template's.
+        result = masked([token for token in written if masked([token]) is not None])
+    if result is None:
+        raise ValueError(f"the chat template does not keep apart the special tokens in {_short(messages)}")
+    return Rendered(text, result)
+
+
+def _texts(message: Mapping[str, Any]) -> Iterator[str]:
+    """All text of a message but its role."""
+    waiting = [value for name, value in message.items() if name != "role"]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+
+
+def _mapped(message: Mapping[str, Any], function: Callable[[str], str]) -> dict[str, Any]:
+    """The message with the function's result for each text but its role."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, str):
+            return function(value)
+        if isinstance(value, Mapping):
+            return {name: mapped(inner) for name, inner in value.items()}
+        return [mapped(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return {name: value if name == "role" else mapped(value) for name, value in message.items()}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-60:]}"

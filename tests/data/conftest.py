@@ -1,0 +1,156 @@
+"""Small tokenizers of the kinds that models have, with chat templates of the shapes that models have."""
+
+import functools
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+CORPUS = [
+    "What is the sum of these numbers? The answer is a number, and the assistant thinks before it answers.",
+    "user assistant system model hello world please answer the question with one number 0 1 2 3 4 5 6 7 8 9",
+    "Okay, so first I add the tens and then the ones. Wait, let me check that again.\n\nYes.",
+]
+
+LLAMA = """\
+{{- bos_token }}
+{%- set date_string = date_string if date_string is defined else strftime_now("%d %b %Y") %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: " + date_string + "\\n\\n" }}
+{%- if messages[0].role == "system" %}{{- messages[0].content | trim }}{% set messages = messages[1:] %}{%- endif %}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+{{- "<|start_header_id|>" + message.role + "<|end_header_id|>\\n\\n" + (message.content | trim) + "<|eot_id|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}{%- endif %}"""
+
+QWEN = """\
+{%- if messages[0].role != "system" %}{{- "<|im_start|>system\\nYou are helpful.<|im_end|>\\n" }}{%- endif %}
+{%- for message in messages %}
+{{- "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n" }}
+{%- if enable_thinking is defined and not enable_thinking %}{{- "<think>\\n\\n</think>\\n\\n" }}{%- endif %}
+{%- endif %}"""
+
+THINKING = """\
+{%- for message in messages %}
+{%- set content = message.content %}
+{%- if message.role == "assistant" and "</think>" in content and not loop.last %}
+{%- set content = content.split("</think>")[-1].lstrip("\\n") %}
+{%- endif %}
+{{- "<|im_start|>" + message.role + "\\n" + content + "<|im_end|>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n<think>\\n" }}{%- endif %}"""
+
+R1 = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- if message.role == "user" %}{{- "<|User|>" + message.content }}{%- endif %}
+{%- if message.role == "assistant" %}
+{{- "<|Assistant|>" + message.content.split("</think>")[-1] + eos_token }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|Assistant|><think>\\n" }}{%- endif %}"""
+
+MISTRAL = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- if message.role == "user" %}{{- "[INST] " + message.content + " [/INST]" }}
+{%- elif message.role == "assistant" %}{{- " " + message.content.strip() + eos_token }}
+{%- else %}{{- raise_exception("Only user and assistant roles are supported!") }}{%- endif %}
+{%- endfor %}"""
+
+GEMMA = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- set role = "model" if message.role == "assistant" else message.role %}
+{{- "<start_of_turn>" + role + "\\n" + (message.content | trim) + "<end_of_turn>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<start_of_turn>model\\n" }}{%- endif %}"""
+
+TOKENIZERS = {
+    # kind, special tokens, beginning of sequence, end of sequence, template
+    "llama": ("bytes", "<|begin_of_text|> <|eot_id|> <|start_header_id|> <|end_header_id|>", 0, 1, LLAMA),
+    "qwen": ("bytes", "<|endoftext|> <|im_start|> <|im_end|>", None, 0, QWEN),
+    "thinking": ("bytes", "<|endoftext|> <|im_start|> <|im_end|>", None, 2, THINKING),
+    "r1": ("bytes", "<|begin|> <|end|> <|User|> <|Assistant|>", 0, 1, R1),
+    "mistral": ("sentencepiece", "<s> </s>", 0, 1, MISTRAL),
+    "gemma": ("gemma", "<bos> <eos> <start_of_turn> <end_of_turn>", 0, 1, GEMMA),
+}
+
+
+def template_processor(bos, eos):
+    """What a tokenizer adds to a text: `bos` and `eos` are tokens and ids, or None."""
+    single = " ".join([*([bos[0]] if bos else []), "$A", *([eos[0]] if eos else [])])
+    return processors.TemplateProcessing(single=single, special_tokens=[token for token in (bos, eos) if token])
+
+
+@functools.cache
+def make_tokenizer(name, *, prepend_scheme="first", ends=False, special_tags=False):
+    """A tokenizer of `TOKENIZERS`, trained on a few sentences.
+
+    Args:
+      name: in `TOKENIZERS`.
+      prepend_scheme: of SentencePiece's spaces, `first` or `always` (Llama 2's way).
+      ends: also puts the end-of-sequence token after every text.
+      special_tags: whether `<think>` and `</think>` are special tokens.
+    """
+    kind, special, bos, eos, template = TOKENIZERS[name]
+    special = special.split()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    if kind == "bytes":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator(CORPUS, trainer)
+    else:
+        pieces = sorted(
+            {character for text in CORPUS for character in text if character != " "} | set("+=<>/|[]_-\\ue")
+        )
+        words = [f"▁{word}" for word in ("hello", "world", "the", "answer", "is", "user", "number")]
+        scores = [(token, 0.0) for token in [*special, "<unk>", *byte_tokens]]
+        scores += [("▁", -3.0), *((word, -2.0) for word in words), *((word[1:], -2.5) for word in words)]
+        scores += [(piece, -4.0) for piece in pieces]
+        backend = Tokenizer(models.Unigram(scores, unk_id=len(special), byte_fallback=True))
+        if kind == "gemma":  # no space before a text
+            backend.normalizer = normalizers.Replace(" ", "▁")
+        else:
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(steps if kind == "gemma" else [*steps, decoders.Strip(" ", 1, 0)])
+    tags = [AddedToken(tag, special=special_tags, normalized=False) for tag in ("<think>", "</think>")]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    (backend.add_special_tokens if special_tags else backend.add_tokens)(tags)
+    named = {
+        "bos_token": None if bos is None else special[bos],
+        "eos_token": None if eos is None else special[eos],
+    }
+    if bos is not None or ends:
+        backend.post_processor = template_processor(
+            None if bos is None else (special[bos], bos), (special[eos], eos) if ends else None
+        )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: token for name, token in named.items() if token}
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="session", name="make_tokenizer")
+def make_tokenizer_fixture():
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session", params=TOKENIZERS)
+def tokenizer(request):
+    return make_tokenizer(request.param)

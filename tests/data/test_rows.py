@@ -1,0 +1,293 @@
+"""Rows as they are read, and errors that name the file and the row."""
+
+import csv
+import io
+import json
+import re
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_jax.data import read_csv, read_hugging_face, read_jsonl, read_parquet, read_rows
+
+# ---------------------------------------------------------------------------- rows
+
+
+def write(tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_rows_are_read_in_order_and_empty_lines_skipped(tmp_path):
+    path = write(tmp_path, '{"prompt": "a", "answer": 1}\n\n  \t\n{"prompt": "b", "answer": [2]}\r\n\n')
+    assert read_jsonl(path, ["prompt", "answer"]) == [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": [2]}]
+
+
+def test_the_last_line_needs_no_end(tmp_path):
+    assert read_jsonl(write(tmp_path, '{"a": 1}\n{"a": 2}')) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    assert read_jsonl(write(tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\n'), ["prompt"]) == [{"prompt": "a"}]
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.fixed_dictionaries({"text": st.text(st.characters(exclude_categories=["Cs"]))}), min_size=1))
+def test_any_text_is_read_as_it_was_written(tmp_path_factory, rows):
+    """U+2028 and U+0085 among it, which end lines for `str.splitlines`, and all that is not ASCII."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    assert read_jsonl(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', "not JSON: Expecting ',' delimiter"),
+        ("prompt: a", "not JSON: Expecting value"),
+        ('{"prompt": "a"} {"prompt": "b"}', "not JSON: Extra data"),
+        ('{"prompt": NaN}', "not JSON: NaN"),
+        ('{"prompt": -Infinity}', "not JSON: -Infinity"),
+        (b'{"prompt": "\xff"}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
+        ('["a", "b"]', "a row is an object, got"),
+        ('"a"', "a row is an object, got"),
+        ("null", "a row is an object, got"),
+        ('{"answer": 1, "id": 7}', "no column prompt; the row has answer, id"),
+        ('{"answer": 1, "prompt": null}', "no column prompt; the row has answer, prompt"),
+        ('{"id": 7}', "no column prompt, answer; the row has id"),
+        ("{}", "no column prompt, answer"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_file_and_line(tmp_path, line, message):
+    line = line if isinstance(line, bytes) else line.encode()
+    path = write(tmp_path, b'{"prompt": "a", "answer": 1}\n\n' + line + b'\n{"prompt": "b", "answer": 2}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{path}:3: {message}")):
+        read_jsonl(path, ["prompt", "answer"])
+
+
+def test_a_column_that_is_false_or_empty_is_there(tmp_path):
+    assert read_jsonl(write(tmp_path, '{"a": 0, "b": "", "c": false}'), ["a", "b", "c"])
+
+
+def test_a_long_bad_line_is_shown_in_part(tmp_path):
+    with pytest.raises(ValueError, match="not JSON") as error:
+        read_jsonl(write(tmp_path, "x" * 1_000_000))
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_a_file_without_rows_is_refused(tmp_path, content):
+    path = write(tmp_path, content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: the file has no rows")):
+        read_jsonl(path)
+
+
+# ----------------------------------------------------------------------------- CSV
+
+
+def write_csv(tmp_path, content):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_rows_of_csv_are_text_under_the_names_of_the_first_line(tmp_path):
+    path = write_csv(tmp_path, 'prompt,answer\na,1\r\n\n"b, ""c""\nd",\n')
+    assert read_csv(path, ["prompt"]) == [{"prompt": "a", "answer": "1"}, {"prompt": 'b, "c"\nd', "answer": ""}]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+    assert read_csv(write_csv(tmp_path, b"\xef\xbb\xbfprompt\na\n"), ["prompt"]) == [{"prompt": "a"}]
+
+
+FIELDS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('\r\n,"\ufeff'), min_size=1)
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.fixed_dictionaries({"a": FIELDS, "b": FIELDS}), min_size=1))
+def test_any_text_is_read_as_the_csv_module_wrote_it(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["a", "b"])
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_bytes(text.getvalue().encode())
+    assert read_csv(path, ["a", "b"]) == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("b", "1 fields for the 2 columns prompt, answer"),
+        ("b,2,3", "3 fields for the 2 columns prompt, answer"),
+        ("b,", "no column answer; the row has prompt"),
+        (",", "no column prompt, answer; the row has "),
+        ('"b"c,2', "not CSV: ',' expected after '\"'"),
+        ('"b,2', "not CSV: unexpected end of data"),
+        (b"b\xff,2", "not CSV: 'utf-8' codec can't decode byte 0xff"),
+        (f"{'b' * 200_000},2", "not CSV: field larger than field limit"),
+    ],
+    ids=["too few", "too many", "empty", "all empty", "after a quote", "no end", "not UTF-8", "huge"],
+)
+def test_a_bad_row_of_csv_is_refused_with_its_file_and_the_line_it_begins_at(tmp_path, line, message):
+    line = line if isinstance(line, bytes) else line.encode()
+    path = write_csv(tmp_path, b'prompt,answer\n\n"a\na",1\n' + line + b"\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}:5: {message}")) as error:
+        read_csv(path, ["prompt", "answer"])
+    assert len(str(error.value)) < 1000
+
+
+def test_a_column_that_a_csv_file_does_not_have_is_refused_at_its_first_row(tmp_path):
+    path = write_csv(tmp_path, "question,answer\na,1\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: no column prompt; the row has question, answer")):
+        read_csv(path, ["prompt"])
+
+
+@pytest.mark.parametrize("names", ["prompt,prompt", "prompt,"], ids=["twice", "empty"])
+def test_names_that_do_not_name_are_refused(tmp_path, names):
+    path = write_csv(tmp_path, f"{names}\na,b\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}:1: the first line names every column, each differently")):
+        read_csv(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "prompt,answer\n"], ids=["empty", "empty lines", "names alone"])
+def test_a_csv_file_without_rows_is_refused(tmp_path, content):
+    path = write_csv(tmp_path, content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: the file has no rows")):
+        read_csv(path)
+
+
+# ------------------------------------------------------------- Parquet and Hugging Face
+
+
+def write_parquet(path, columns, **types):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+    return path
+
+
+def test_rows_of_parquet_have_the_values_that_were_written(tmp_path):
+    columns = {
+        "prompt": ["a", "é\n", "c"],
+        "answer": [1, 2, 3],
+        "tests": [["x"], [], ["y", "z"]],
+        "note": ["", None, "n"],
+    }
+    path = write_parquet(tmp_path / "rows.parquet", columns)
+    expected = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    assert read_parquet(path, ["prompt", "answer", "tests"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": ["a", "b", None]}, "row 3: no column prompt; the row has prompt"),
+        ({"answer": ["a", "b", "c"]}, "row 1: no column prompt; the row has answer"),
+        ({"prompt": ["a", "b", "c"], "x": [1.0, 2.0, float("nan")]}, "row 3: x is nan, which is no value"),
+        ({"prompt": ["a", "b", "c"], "x": [1.0, float("inf"), 2.0]}, "row 2: x is inf, which is no value"),
+    ],
+    ids=["null", "missing", "nan", "infinity"],
+)
+def test_a_bad_row_of_parquet_is_refused_with_its_file_and_number(tmp_path, columns, message):
+    path = write_parquet(tmp_path / "rows.parquet", columns)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        read_parquet(path, ["prompt"])
+
+
+def test_a_parquet_file_that_is_none_or_empty_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "rows.parquet"
+    for content in (b"", b"PAR1 or so", b"prompt\na\n" * 100):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{path}: not Parquet: ")):
+            read_parquet(path)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: there are no rows")):
+        read_parquet(write_parquet(path, {"prompt": []}))
+    with pytest.raises(FileNotFoundError):
+        read_parquet(tmp_path / "absent.parquet")
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """`datasets` with a cache of its own and no network."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    yield tmp_path / "dataset"
+    datasets.enable_progress_bars()
+
+
+def write_dataset(folder, **splits):
+    folder.mkdir()
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_split_of_a_hugging_face_data_set_is_read(offline):
+    write_dataset(offline, train=[{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}], test=[{"prompt": "c"}])
+    assert read_rows(offline, ["prompt"], split="train") == [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
+    assert read_rows(str(offline), ["prompt"], split="test")[0]["prompt"] == "c"
+
+
+def test_a_split_need_not_be_named_where_there_is_only_one(offline):
+    write_dataset(offline, train=[{"prompt": "a"}])
+    assert read_rows(offline) == [{"prompt": "a"}]
+
+
+@pytest.mark.parametrize("split", [None, "dev"])
+def test_a_split_that_is_not_there_or_not_named_is_refused(offline, split):
+    write_dataset(offline, train=[{"prompt": "a"}], test=[{"prompt": "b"}])
+    with pytest.raises(ValueError, match=re.escape(f"has the splits train, test; name one of them, got {split!r}")):
+        read_hugging_face(offline, split=split)
+
+
+def test_a_field_that_a_row_lacks_does_not_become_none(offline):
+    """`datasets` fills it in without a word."""
+    write_dataset(offline, train=[{"prompt": "a", "answer": "1"}, {"prompt": "b"}])
+    with pytest.raises(
+        ValueError, match=re.escape(f"{offline}[train]: row 2: no column answer; the row has prompt, answer")
+    ):
+        read_rows(offline, ["prompt", "answer"])
+
+
+def test_a_subset_is_read(offline):
+    for name in ("one", "two"):
+        (offline / name).mkdir(parents=True)
+        (offline / name / "train.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("one", "two"))
+    (offline / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert read_rows(offline, subset="two") == [{"prompt": "two"}]
+
+
+def test_the_suffix_chooses_the_reader(tmp_path):
+    assert read_rows(write(tmp_path, '{"a": "1"}\n'), ["a"]) == [{"a": "1"}]
+    assert read_rows(str(write_csv(tmp_path, "a\n1\n")), ["a"]) == [{"a": "1"}]
+    assert read_rows(write_parquet(tmp_path / "rows.parquet", {"a": ["1"]}), ["a"]) == [{"a": "1"}]
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            read_rows(tmp_path / name, ["b"])
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"rows.json: a file of rows ends in .jsonl, .csv, .parquet, got '.json'"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("settings", [{"split": "train"}, {"subset": "main"}], ids=["split", "subset"])
+def test_a_split_of_a_file_is_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match="is one file and has no split"):
+        read_rows(write(tmp_path, '{"a": 1}\n'), **settings)
+
+
+@pytest.mark.parametrize(("module", "source"), [("pyarrow", "rows.parquet"), ("datasets", "openai/gsm8k")], ids=str)
+def test_without_the_extra_the_error_says_how_to_get_it(monkeypatch, module, source):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'grpo-jax[data]'")):
+        read_rows(source)
