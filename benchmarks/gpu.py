@@ -35,12 +35,12 @@ import tyro
 from benchmarks import cells, floor, report, worker
 from benchmarks.cells import Cell, Model
 from benchmarks.ours import prompts_of
-from grpo_jax import advantages, losses, models
+from grpo_jax import losses, models, sampling
 from grpo_jax.models import attention
 from grpo_jax.run import memory
-from grpo_jax.train_step import make_collect, make_learn
+from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Rollout
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 
 class GpuCell(NamedTuple):
@@ -120,48 +120,44 @@ def measure(
     optimizer = optax.adamw(cells.LEARNING_RATE, weight_decay=0.0) if found.adam else optax.sgd(cells.LEARNING_RATE)
     state = init_state(params, optimizer, jax.random.key(0))
     del params
-    collect = jax.jit(make_collect(policy, group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=()))
+    sampler = sampling.sampler(group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=())
+    loss, updates = losses.grpo(), Updates(micro_batches=found.micro_batches, max_grad_norm=1.0)
+    step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates).jit()
     prompts = prompts_of(cell, 0)
-    sampling, experience = repeated(lambda: collect(state, prompts), repeats)
+    sample_seconds, experience = repeated(lambda: step.collect(state, prompts), repeats)
     sample_peak = peak_gib()
 
     rewards = np.random.default_rng(0).random((cell.prompts, cell.group, 1), np.float32)
     experience = experience._replace(rewards=rewards, reward_mask=np.ones(rewards.shape, bool))
-    loss = losses.grpo()
-    learn = jax.jit(
-        make_learn(
-            policy,
-            optimizer,
-            loss=loss,
-            advantage=advantages.from_rewards(),
-            micro_batches=found.micro_batches,
-            max_grad_norm=1.0,
-        ),
-        donate_argnums=0,
-    )
 
     def update() -> Any:
         nonlocal state
-        state, metrics = learn(state, experience)
+        state, metrics = step.learn(state, experience)
         return state, metrics
 
-    learning, _ = repeated(update, repeats)
+    learn_seconds, _ = repeated(update, repeats)
     learn_peak = peak_gib()
     planned = memory.plan(
-        policy, optimizer, loss=loss, prompts=cell.prompts, group_size=cell.group, prompt_tokens=cell.prompt_tokens,
-        max_tokens=cell.completion_tokens, reference=False, micro_batches=found.micro_batches,
-    )  # fmt: skip
+        policy,
+        optimizer,
+        sampler,
+        loss=loss,
+        prompts=cell.prompts,
+        prompt_tokens=cell.prompt_tokens,
+        reference=False,
+        updates=updates,
+    )
     tokens = tokens_of(experience.rollout)
     return {
         "cell": cell.name,
-        "sample_seconds": sampling,
-        "learn_seconds": learning,
-        "decode_tokens_per_second": tokens / sampling,
+        "sample_seconds": sample_seconds,
+        "learn_seconds": learn_seconds,
+        "decode_tokens_per_second": tokens / sample_seconds,
         "copy_bytes_per_second": bandwidth,
-        "bandwidth_share": decode_bytes(cell) / sampling / bandwidth,
-        "learn_tokens_per_second": tokens / learning,
+        "bandwidth_share": decode_bytes(cell) / sample_seconds / bandwidth,
+        "learn_tokens_per_second": tokens / learn_seconds,
         "matrix_flops_per_second": rate,
-        "flops_utilisation": learn_flops(cell) / learning / rate,
+        "flops_utilisation": learn_flops(cell) / learn_seconds / rate,
         "sample_peak_gib": sample_peak,
         "learn_peak_gib": learn_peak,
         "planned_peak_gib": planned.peak / 2**30,

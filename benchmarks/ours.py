@@ -28,7 +28,7 @@ from grpo_jax.policies import Policy
 from grpo_jax.run import compilation
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Array, Experience, Packing, Params, Prompts, Rollout
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 MICRO_BATCHES = 4  # one or two prompts at a time: less memory, and what is computed stays in the processor's cache
 
@@ -52,17 +52,17 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
     """Builds the model and returns `request -> seconds`; each call trains on the next prompts."""
     policy, params = hf.load_pretrained(checkpoint)
     optimizer = optax.adamw(cells.LEARNING_RATE, weight_decay=0.0)
-    sampler = policy if cell.mean_length is None else ends_at_random(policy, cell.mean_length)
+    sampling_policy = policy if cell.mean_length is None else ends_at_random(policy, cell.mean_length)
     eos_ids = () if cell.mean_length is None else (cells.END,)
-    collect = jax.jit(make_collect(sampler, group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=eos_ids))
+    sampler = sampling.sampler(group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=eos_ids)
+    collect = jax.jit(make_collect(sampling_policy, sampler))
     learn = jax.jit(
         make_learn(
             policy,
             optimizer,
             loss=losses.grpo(penalty=losses.k3(cells.BETA)),
             advantage=advantages.from_rewards(),
-            max_grad_norm=1.0,
-            micro_batches=min(MICRO_BATCHES, cell.prompts),
+            updates=Updates(max_grad_norm=1.0, micro_batches=min(MICRO_BATCHES, cell.prompts)),
         ),
         donate_argnums=0,
         compiler_options=compilation.cpu_memory_options(),
@@ -145,10 +145,8 @@ def agreement(cell: Cell, checkpoint: Path) -> worker.Line:
 
     def largest(dtype: str) -> float:
         policy, params = hf.load_pretrained(checkpoint, compute_dtype=jnp.dtype(dtype))
-        rollout: Rollout = sampling.sample(
-            policy, params, prompts_of(cell, 0), jax.random.key(1), group_size=cell.group,
-            max_tokens=cell.completion_tokens, eos_ids=(),
-        )  # fmt: skip
+        sampler = sampling.sampler(group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=())
+        rollout = sampler(policy, params, prompts_of(cell, 0), jax.random.key(1))
         scores = scoring.score(policy, params, rollout, entropy=False)
         return float(jnp.max(jnp.abs(scores.log_probs - rollout.log_probs) * rollout.mask))
 

@@ -18,9 +18,9 @@ import optax
 from benchmarks import cells, worker
 from benchmarks.cells import Cell, Model
 from benchmarks.ours import prompts_of
-from grpo_jax import advantages, losses, models
-from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.updates import init_state
+from grpo_jax import losses, models, sampling
+from grpo_jax.train_step import make_train_step
+from grpo_jax.updates import Updates, init_state
 
 BASE = Cell("base", cells.TINY, prompts=4, group=8, prompt_tokens=64, completion_tokens=64)
 REPEATS = 3
@@ -60,28 +60,24 @@ def measure(cell: Cell, repeats: int = REPEATS) -> dict[str, Any]:
     state = init_state(params, optimizer, jax.random.key(0), reference=True)
     del params
     prompts = prompts_of(cell, 0)
-    collect = make_collect(policy, group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=())
-    sampling = jax.jit(collect).lower(state, prompts).compile()
+    sampler = sampling.sampler(group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=())
+    loss, updates = losses.grpo(penalty=losses.k3(cells.BETA)), Updates(max_grad_norm=1.0)
+    step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates)
+    collecting = jax.jit(step.collect).lower(state, prompts).compile()
     rewards = np.random.default_rng(0).random((cell.prompts, cell.group, 1), np.float32)
     given = {"rewards": rewards, "reward_mask": np.ones(rewards.shape, bool)}
-    learn = make_learn(
-        policy,
-        optimizer,
-        loss=losses.grpo(penalty=losses.k3(cells.BETA)),
-        advantage=advantages.from_rewards(),
-        max_grad_norm=1.0,
-    )
-    learning = jax.jit(learn, donate_argnums=0).lower(state, sampling(state, prompts)._replace(**given)).compile()
+    experience = collecting(state, prompts)._replace(**given)
+    learning = jax.jit(step.learn, donate_argnums=0).lower(state, experience).compile()
     generate, train = [], []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        experience = jax.block_until_ready(sampling(state, prompts))
+        experience = jax.block_until_ready(collecting(state, prompts))
         sampled = time.perf_counter()
         state, metrics = learning(state, experience._replace(**given))
         jax.block_until_ready((state, metrics))
         generate.append(sampled - started)
         train.append(time.perf_counter() - sampled)
-    mib = [_temporaries(program) for program in (sampling, learning)]
+    mib = [_temporaries(program) for program in (collecting, learning)]
     return {
         "seconds": statistics.median(g + t for g, t in list(zip(generate, train, strict=True))[1:]),
         "generate": statistics.median(generate[1:]),

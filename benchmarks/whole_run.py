@@ -17,12 +17,12 @@ import optax
 import transformers
 
 from benchmarks import worker
-from grpo_jax import data, losses, models, rewards, types
+from grpo_jax import data, losses, models, rewards, sampling, statistics
 from grpo_jax.advantages import from_rewards
 from grpo_jax.tasks import arithmetic
 from grpo_jax.train_step import make_learn, make_train_step
 from grpo_jax.types import Array, Experience, PRNGKey, Prompts, TrainState
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 SEEDS = 8
 Tree = TypeVar("Tree")
@@ -56,17 +56,15 @@ def make_run(
     problems = arithmetic.encode(tokenizer, splits.train)
     warm_up = optax.adamw(2e-3, weight_decay=0.01)
     adam = optax.adam(1e-4, b2=0.99)
-    imitate = make_learn(policy, warm_up, loss=losses.sft(), max_grad_norm=1.0)
+    imitate = make_learn(policy, warm_up, loss=losses.sft(), updates=Updates(max_grad_norm=1.0))
     grpo = make_train_step(
         policy,
         adam,
+        sampling.sampler(group_size=group, max_tokens=arithmetic.MAX_TOKENS, eos_ids=(tokenizer.eos_token_id,)),
         reward=rewards.traced(arithmetic.accuracy(tokenizer), arithmetic.strict_format(tokenizer)),
         advantage=from_rewards(weights=(1.0, 0.1), names=("accuracy", "format")),
         loss=losses.grpo(),
-        group_size=group,
-        max_tokens=arithmetic.MAX_TOKENS,
-        eos_ids=(tokenizer.eos_token_id,),
-        max_grad_norm=1.0,
+        updates=Updates(max_grad_norm=1.0),
     )
 
     def pick(key: PRNGKey, n: Array, rows: int, tree: Tree) -> Tree:
@@ -82,7 +80,7 @@ def make_run(
 
         def grpo_step(state: TrainState, n: Array) -> tuple[TrainState, Array]:
             state, metrics = grpo(state, pick(of_grpo, n, prompts, problems))
-            return state, types.summary(metrics)["reward"]
+            return state, statistics.summary(metrics)["reward"]
 
         state = init_state(policy.init(of_weights), warm_up, of_warm_up)
         state, _ = jax.lax.scan(warm_up_step, state, jnp.arange(warmup_steps))

@@ -32,14 +32,14 @@ import numpy as np
 import optax
 import tyro
 
-from grpo_jax import advantages, data, losses, rewards, testing, types
+from grpo_jax import advantages, data, losses, rewards, statistics, testing, types
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, compilation, display, metrics, monitoring, plots, preemption
 from grpo_jax.run import measured as measured_metrics
 from grpo_jax.study import evaluation
 from grpo_jax.tasks import countdown, dialogue, with_prompts
 from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,9 @@ def run(config: Config) -> dict[str, float]:
         several = config.minibatches > 1
         parts = config.minibatches * config.micro_batches
         collect = jax.jit(
-            make_collect(policy, group_size=config.group_size, score_old=several, score_parts=parts, **sampling)
+            make_collect(
+                policy, sampling.sampler(group_size=config.group_size), score_old=several, score_parts=parts, **sampling
+            )
         )
         learn = jax.jit(
             make_learn(
@@ -107,9 +109,7 @@ def run(config: Config) -> dict[str, float]:
                 loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta)),
                 advantage=advantages.from_rewards(weights=(1.0, config.format_weight), names=names),
                 transforms=(measured_metrics.repetition(), measured_metrics.unscored(names)),
-                minibatches=config.minibatches,
-                micro_batches=config.micro_batches,
-                max_grad_norm=1.0,
+                updates=Updates(minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=1.0),
             ),
             donate_argnums=0,
         )
@@ -142,7 +142,7 @@ def run(config: Config) -> dict[str, float]:
                     experience = collect(state, batch)
                     given, mask = reward(experience.rollout)
                     state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
-                    measured = jax.device_get(types.summary(measured))
+                    measured = jax.device_get(statistics.summary(measured))
                     measured = {name: float(np.mean(values)) for name, values in logged.items()} | measured
                     logged.clear()
                     seconds = time.monotonic() - started

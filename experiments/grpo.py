@@ -45,7 +45,7 @@ import numpy as np
 import optax
 import tyro
 
-from grpo_jax import advantages, data, losses, packing, protocols, rewards, types
+from grpo_jax import advantages, data, losses, packing, protocols, rewards, sampling, statistics, types
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, compilation, display, memory, metrics, monitoring, plots, preemption
 from grpo_jax.run import measured as measured_metrics
@@ -53,7 +53,7 @@ from grpo_jax.run import writers as writers_of
 from grpo_jax.study import evaluation
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Params
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,13 +165,15 @@ def run(config: Config) -> Params:
         collect = jax.jit(
             make_collect(
                 policy,
-                group_size=config.group_size,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
+                sampling.sampler(
+                    **sampling_settings,
+                    group_size=config.group_size,
+                    temperature=config.temperature,
+                    top_k=config.top_k,
+                    top_p=config.top_p,
+                ),
                 score_old=score_old,
                 score_parts=config.minibatches * micro_batches,
-                **sampling_settings,
             )
         )
         learn = jax.jit(
@@ -182,10 +184,12 @@ def run(config: Config) -> Params:
                 advantage=advantage,
                 transforms=(measured_metrics.repetition(), measured_metrics.unscored(names)),
                 temperature=config.temperature,
-                passes=config.passes,
-                minibatches=config.minibatches,
-                micro_batches=micro_batches,
-                max_grad_norm=config.max_grad_norm,
+                updates=Updates(
+                    iterations=config.passes,
+                    minibatches=config.minibatches,
+                    micro_batches=micro_batches,
+                    max_grad_norm=config.max_grad_norm,
+                ),
             ),
             donate_argnums=0,
             compiler_options=compilation.cpu_memory_options(),
@@ -272,7 +276,7 @@ def run(config: Config) -> Params:
                         laid = packing.pack(experience.rollout, multiple=config.completion_bucket)
                         experience = experience._replace(packing=laid)
                     state, measured = learn(state, experience)
-                    measured = jax.device_get(types.summary(measured))
+                    measured = jax.device_get(statistics.summary(measured))
                     measured = {name: float(np.mean(values)) for name, values in logged.items()} | measured
                     logged.clear()
                     learned = time.monotonic()

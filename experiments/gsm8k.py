@@ -32,13 +32,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from grpo_jax import data, recipes, rewards, testing, types
+from grpo_jax import data, recipes, rewards, sampling, statistics, testing, types
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, compilation, display, metrics, monitoring, plots, preemption
 from grpo_jax.study import evaluation
 from grpo_jax.tasks import gsm8k, with_prompts
 from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +112,11 @@ def run(config: Config) -> dict[str, float]:
 
     with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
         policy, params = hf.load_pretrained(config.model, compute_dtype=jnp.dtype(config.compute_dtype))
-        collect = jax.jit(make_collect(policy, eos_ids=eos_ids, **recipe.collecting))
+        collect = jax.jit(make_collect(policy, sampling.sampler(eos_ids=eos_ids), **recipe.collecting))
         learn = jax.jit(
-            make_learn(policy, recipe.optimizer, micro_batches=config.micro_batches, **recipe.learning),
+            make_learn(
+                policy, recipe.optimizer, updates=Updates(micro_batches=config.micro_batches), **recipe.learning
+            ),
             donate_argnums=0,
         )
         after = jax.jit(recipe.after)  # renews the reference or moves an entropy bonus, where the recipe does
@@ -151,7 +153,7 @@ def run(config: Config) -> dict[str, float]:
                     given, mask = reward(experience.rollout)
                     state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
                     state = after(state, measured)
-                    measured = jax.device_get(types.summary(measured))
+                    measured = jax.device_get(statistics.summary(measured))
                     measured = {name: float(np.mean(values)) for name, values in logged.items()} | measured
                     logged.clear()
                     seconds = time.monotonic() - started

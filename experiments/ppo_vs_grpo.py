@@ -57,7 +57,7 @@ from grpo_jax.study.ablation import Condition
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import Collect, Learn
 from grpo_jax.types import Experience, Params, PRNGKey, Prompts, TrainState
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 NAME = "ppo_vs_grpo"
 # The run folder, with its starts, is the ablations'.
@@ -343,7 +343,7 @@ def programs(size: Size, method: Method) -> Programs:
         return state._replace(ref_params={"policy": params["policy"]} if method.reference else None)
 
     weight = 0.05 if method.reference else None
-    learn = ppo.make_learn(policy, critic, optimizer, passes=1, kl_weight=weight, **of_learn)
+    learn = ppo.make_learn(policy, critic, optimizer, kl_weight=weight, updates=Updates(iterations=1), **of_learn)
     return Programs(init, ppo.make_collect(policy, **of_collect), learn)
 
 

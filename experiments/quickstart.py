@@ -35,7 +35,7 @@ import optax
 import transformers
 import tyro
 
-from grpo_jax import data, losses, models, rewards, sampling, types
+from grpo_jax import data, losses, models, rewards, sampling, statistics
 from grpo_jax.advantages import from_rewards
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
@@ -43,7 +43,7 @@ from grpo_jax.run import checkpoint, compilation, display, metrics, plots, preem
 from grpo_jax.tasks import arithmetic
 from grpo_jax.train_step import make_learn, make_train_step
 from grpo_jax.types import Experience, Metrics, Params, Prompts, TrainState
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,10 @@ def run(config: Config) -> dict[str, float]:
     @jax.jit
     def evaluate(params: Params, prompts: Prompts) -> dict[str, jax.Array]:
         settings = {"group_size": 1, "max_tokens": arithmetic.MAX_TOKENS, "eos_ids": eos_ids}
-        greedy = sampling.sample(policy, params, prompts, jax.random.key(0), greedy=True, **settings)
-        sampled = sampling.sample(policy, params, prompts, jax.random.key(0), **settings)
+        greedy = dataclasses.replace(sampling.sampler(**settings), greedy=True)(
+            policy, params, prompts, jax.random.key(0)
+        )
+        sampled = sampling.sampler(**settings)(policy, params, prompts, jax.random.key(0))
         return {"greedy": accuracy(greedy).mean(), "sampled": accuracy(sampled).mean(), "tokens": greedy.tokens[:, 0]}
 
     with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
@@ -114,7 +116,7 @@ def run(config: Config) -> dict[str, float]:
             0.05 * config.warmup_learning_rate,
         )
         optimizer = optax.adamw(schedule, weight_decay=0.01)
-        learn = make_learn(policy, optimizer, loss=losses.sft(), max_grad_norm=1.0)
+        learn = make_learn(policy, optimizer, loss=losses.sft(), updates=Updates(max_grad_norm=1.0))
 
         @jax.jit
         def imitate(state: TrainState, rows: np.ndarray) -> tuple[TrainState, Metrics]:
@@ -142,14 +144,11 @@ def run(config: Config) -> dict[str, float]:
             make_train_step(
                 policy,
                 optimizer,
+                sampling.sampler(group_size=config.group_size, max_tokens=arithmetic.MAX_TOKENS, eos_ids=eos_ids),
                 reward=rewards.traced(accuracy, formed),
                 advantage=from_rewards(weights=(1.0, 0.1), names=("accuracy", "format")),
                 loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta) if config.beta else None),
-                group_size=config.group_size,
-                max_tokens=arithmetic.MAX_TOKENS,
-                eos_ids=eos_ids,
-                passes=config.passes,
-                max_grad_norm=1.0,
+                updates=Updates(iterations=config.passes, max_grad_norm=1.0),
             )
         )
 
@@ -216,7 +215,7 @@ def train(
             for n in range(int(state.step), steps):
                 started = time.monotonic()
                 state, measured = step(state, n)
-                measured = jax.device_get(types.summary(measured))
+                measured = jax.device_get(statistics.summary(measured))
                 seconds = time.monotonic() - started
                 if evaluate is not None and ((n + 1) % config.evaluate_every == 0 or n + 1 == steps):
                     measured |= jax.device_get(evaluate(state.params))

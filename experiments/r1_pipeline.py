@@ -86,7 +86,7 @@ import rich.table
 import transformers
 import tyro
 
-from grpo_jax import data, losses, models, packing, rewards, sampling, types
+from grpo_jax import data, losses, models, packing, rewards, sampling, statistics
 from grpo_jax.advantages import from_rewards
 from grpo_jax.baselines.rejection_sampling import best_of_n
 from grpo_jax.models import hf
@@ -96,7 +96,7 @@ from grpo_jax.run.names import resolve
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Array, Experience, Metrics, Params, PRNGKey, Prompts, Rollout, TrainState
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 STAGES = ("base", "cold_start", "reasoning_rl", "rejection_sampling", "final_rl")
 REWARDS = ("accuracy", "format", "language", "preference")  # the last one in the last stage only
@@ -330,10 +330,12 @@ def reinforce(
     collect = jax.jit(
         make_collect(
             problem.policy,
-            group_size=config.group_size,
-            max_tokens=problem.max_tokens,
-            eos_ids=problem.eos_ids,
-            temperature=temperature,
+            sampling.sampler(
+                group_size=config.group_size,
+                max_tokens=problem.max_tokens,
+                eos_ids=problem.eos_ids,
+                temperature=temperature,
+            ),
             score_old=config.minibatches > 1,
             score_parts=config.minibatches * config.micro_batches,
         )
@@ -345,9 +347,7 @@ def reinforce(
             loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta) if config.beta else None),
             advantage=from_rewards(weights=config.weights[: len(names)], names=names),
             temperature=temperature,
-            minibatches=config.minibatches,
-            micro_batches=config.micro_batches,
-            max_grad_norm=1.0,
+            updates=Updates(minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=1.0),
         ),
         donate_argnums=0,
     )
@@ -439,7 +439,7 @@ def train(
             for n in range(int(state.step), steps):
                 began = time.monotonic()
                 state, measured = step(state, n)
-                measured = jax.device_get(types.summary(measured))
+                measured = jax.device_get(statistics.summary(measured))
                 metrics.append(folder, n, measured, {"seconds": time.monotonic() - began})
                 show(n, measured)
                 stopping = stop_requested()
@@ -453,7 +453,7 @@ def train(
 def make_sampler(problem: Problem, **settings: Any) -> Callable[..., Rollout]:
     """`(params, prompts, key) -> rollout`."""
     settings |= {"max_tokens": problem.max_tokens, "eos_ids": problem.eos_ids}
-    return lambda params, prompts, key: sampling.sample(problem.policy, params, prompts, key, **settings)
+    return lambda params, prompts, key: sampling.sampler(**settings)(problem.policy, params, prompts, key)
 
 
 def make_examine(problem: Problem, config: Config) -> Callable[[Params], dict[str, float]]:

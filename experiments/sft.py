@@ -19,11 +19,12 @@ import numpy as np
 import optax
 import tyro
 
-from grpo_jax import data, losses, scoring, types
+from grpo_jax import data, losses, scoring, statistics
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, compilation, display, metrics, preemption
+from grpo_jax.statistics import Mean
 from grpo_jax.train_step import make_learn
-from grpo_jax.types import Experience, Mean, Params, Rollout
+from grpo_jax.types import Experience, Params, Rollout
 from grpo_jax.updates import init_state
 
 
@@ -102,7 +103,7 @@ def run(config: Config) -> Params:
                 for n in range(first, steps):
                     rows = data.batch_indices(config.seed, n, len(pairs), config.batch_size)
                     state, measured = learn(state, Experience(batch(pairs, rows)))
-                    measured = jax.device_get(types.summary(measured))
+                    measured = jax.device_get(statistics.summary(measured))
                     due = (n + 1) % config.save_every == 0 or n + 1 == steps
                     if due and held_out:
                         measured |= evaluate(state.params)

@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_jax.policies import Policy as Policy
     from grpo_jax.policies import from_logits_fn as from_logits_fn
-    from grpo_jax.sampling import sample as sample
+    from grpo_jax.sampling import PolicySampler as PolicySampler
     from grpo_jax.schedules import Scheduled as Scheduled
     from grpo_jax.scoring import score as score
+    from grpo_jax.statistics import Max as Max
+    from grpo_jax.statistics import Mean as Mean
     from grpo_jax.study.runs import make_run as make_run
     from grpo_jax.train_step import make_collect as make_collect
     from grpo_jax.train_step import make_learn as make_learn
     from grpo_jax.train_step import make_train_step as make_train_step
     from grpo_jax.types import Experience as Experience
-    from grpo_jax.types import Max as Max
-    from grpo_jax.types import Mean as Mean
     from grpo_jax.types import Prompts as Prompts
     from grpo_jax.types import Rollout as Rollout
     from grpo_jax.types import Scores as Scores
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Experience": "types",
-    "Max": "types",
-    "Mean": "types",
+    "Max": "statistics",
+    "Mean": "statistics",
     "Policy": "policies",
     "Prompts": "types",
     "Rollout": "types",
@@ -77,6 +77,7 @@ _MODULES = (
     "sampling",
     "schedules",
     "scoring",
+    "statistics",
     "study",
     "tasks",
     "testing",

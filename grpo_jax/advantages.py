@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from grpo_jax.losses import kl_k1
 from grpo_jax.protocols import Advantage, Cost, Estimator, KLEstimate
-from grpo_jax.types import Array, Experience, Mean, Metrics
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Array, Experience, Metrics
 
 Weights = Sequence[float | Array]  # one a reward function
 

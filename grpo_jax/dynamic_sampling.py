@@ -1,13 +1,14 @@
-"""Dynamic sampling: groups without spread are dropped, and sampling goes on until the batch is full.
+"""Dynamic sampling: zero-variance groups are dropped, and sampling goes on until the batch is full.
 
 DAPO (Yu et al. 2025, arXiv:2503.14476, section 3.2): a group whose rewards are all equal
-has advantages of 0 and teaches nothing, so that the batch that does teach shrinks as the
+has advantages of 0 and no gradient, so that the effective batch shrinks as the
 policy gets better. Both functions here take `rounds` batches of prompts and return one
 batch of groups that were worth keeping, in the order in which they were sampled:
 
-    collect = dynamic_sampling(make_collect(..., reward=...), rounds=3)
+    step = make_train_step(policy, optimizer, sampler, reward=..., loss=...)
+    collect = dynamic_sampling(step.collect, rounds=3)
     experience, wasted = collect(state, prompts)                 # prompts of 3 batches
-    state, metrics = learn(state, experience)
+    state, metrics = step.learn(state, experience)
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.advantages import has_variance, total_reward
+from grpo_jax.statistics import Mean
 from grpo_jax.train_step import Collect, Reward
-from grpo_jax.types import Array, Experience, Mean, Metrics, Prompts, TrainState
+from grpo_jax.types import Array, Experience, Metrics, Prompts, TrainState
 
 Keep = Callable[[Experience], Array]  # [B] bool
 CollectKept = Callable[[TrainState, Prompts], tuple[Experience, Metrics]]
@@ -102,8 +104,8 @@ def host_dynamic_sampling(
 
         def sample(number: int) -> tuple[Experience, Array]:
             experience = collect(_for_round(state, number), jax.tree.map(lambda x: x[number], batches))
-            rewards, given = reward(experience.rollout)
-            experience = experience._replace(rewards=rewards, reward_mask=given)
+            rewards, reward_mask = map(jnp.asarray, reward(experience.rollout))
+            experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
             return experience, keep(experience)
 
         experience, wanted = sample(0)
@@ -137,7 +139,7 @@ def _for_round(state: TrainState, number: Array | int) -> TrainState:
 def _nothing(form: Experience, batches: Prompts) -> Experience:
     """An experience of this form without a completion: prompts of the first batch, zeros for the rest."""
     if form.reward_mask is None:
-        raise ValueError("dynamic sampling looks at rewards: make_collect(..., reward=) gives them")
+        raise ValueError("dynamic sampling reads rewards: pass make_train_step(..., reward=)")
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
     prompts = jax.tree.map(lambda x: x[0], batches)
     return empty._replace(rollout=empty.rollout._replace(prompts=prompts))

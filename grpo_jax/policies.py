@@ -43,9 +43,9 @@ class Policy(NamedTuple):
         is in use, so that they need not be looked at. `segments [B, G, S]`, without a
         cache, also keeps apart several completions packed in one row.
       unembed: `(params, hidden [..., D]) -> logits [..., V]`.
-      take: `(prompt_cache, rows [N]) -> prompt_cache` of those rows.
-      forget: `(cache, rows [B, G] bool) -> cache` that is empty in those rows.
-      keep: `(cache, rows [N]) -> cache` of those of its `B` rows, in that order.
+      gather_prompts: `(prompt_cache, rows [N]) -> prompt_cache` of those rows.
+      reset_rows: `(cache, rows [B, G] bool) -> cache` that is empty in those rows.
+      gather_rows: `(cache, rows [N]) -> cache` of those of its `B` rows, in that order.
     """
 
     config: Any
@@ -55,9 +55,9 @@ class Policy(NamedTuple):
     init_cache: Callable[[int, int, int], Cache]
     extend: Callable[..., tuple[Array, Cache]]
     unembed: Callable[[Params, Array], Array]
-    take: Callable[[PromptCache, Array], PromptCache]
-    forget: Callable[[Cache, Array], Cache]
-    keep: Callable[[Cache, Array], Cache]
+    gather_prompts: Callable[[PromptCache, Array], PromptCache]
+    reset_rows: Callable[[Cache, Array], Cache]
+    gather_rows: Callable[[Cache, Array], Cache]
 
 
 class TokenCache(NamedTuple):
@@ -135,13 +135,29 @@ def from_logits_fn(
         init_cache=init_cache,
         extend=extend,
         unembed=lambda params, hidden: hidden.astype(jnp.float32),
-        take=lambda prompt_cache, rows: Prompts(prompt_cache.tokens[rows], prompt_cache.lengths[rows]),
-        forget=forget,
-        keep=lambda cache, rows: cache._replace(tokens=cache.tokens[rows], positions=cache.positions[rows]),
+        gather_prompts=lambda prompt_cache, rows: Prompts(prompt_cache.tokens[rows], prompt_cache.lengths[rows]),
+        reset_rows=reset_rows,
+        gather_rows=lambda cache, rows: cache._replace(tokens=cache.tokens[rows], positions=cache.positions[rows]),
     )
 
 
-def forget(cache: Any, rows: Array) -> Any:
+@functools.cache
+def within(policy: Policy, name: str) -> Policy:
+    """The same policy with its parameters at `params[name]`, beside those of other networks."""
+
+    def at_name(f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, *arguments, **options: f(params[name], *arguments, **options)
+
+    return policy._replace(
+        init=lambda key: {name: policy.init(key)},
+        cast=lambda params: {name: policy.cast(params[name])},
+        prefill=at_name(policy.prefill),
+        extend=at_name(policy.extend),
+        unembed=at_name(policy.unembed),
+    )
+
+
+def reset_rows(cache: Any, rows: Array) -> Any:
     """Empties rows of a cache that tells by its `positions [B, G, C]` which columns hold a token."""
     return cache._replace(positions=jnp.where(rows[..., None], -1, cache.positions))
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from grpo_jax.types import Array, Experience, Mean, Metrics, Params, PRNGKey, Prompts, Rollout, Scores
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Array, Experience, Metrics, Params, PRNGKey, Prompts, Rollout, Scores
 
 if TYPE_CHECKING:
     from grpo_jax.policies import Policy

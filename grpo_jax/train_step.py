@@ -1,162 +1,143 @@
 """Sample, reward, score, advantage, loss and update, composed into one pure step.
 
-    step = make_train_step(policy, optimizer, reward=..., loss=grpo(), group_size=8, ...)
+    sampler = sampling.sampler(group_size=8, max_tokens=256, eos_ids=(2,))
+    step = make_train_step(policy, optimizer, sampler, reward=reward, loss=losses.grpo())
     state, metrics = jax.jit(step)(state, prompts)
 
-A step is `collect`, which samples, and `learn`, which trains. With rewards computed
-on the host, a loop calls the two and puts the rewards into the experience between.
+A step has two halves: `collect` samples, and `learn` trains. With rewards computed on the host, a loop calls the two
+and puts the rewards into the experience between them:
+
+    step = make_train_step(policy, optimizer, sampler, loss=losses.grpo()).jit()
+    experience = step.collect(state, prompts)
+    rewards, reward_mask = reward(experience.rollout)
+    state, metrics = step.learn(state, experience._replace(rewards=rewards, reward_mask=reward_mask))
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from grpo_jax.advantages import from_rewards
-from grpo_jax.descent import in_parts, make_descent
 from grpo_jax.policies import Policy
-from grpo_jax.protocols import Advantage, ExperienceTransform, Loss, Terms
-from grpo_jax.sampling import sample
+from grpo_jax.protocols import Advantage, ExperienceTransform, Loss, Reward, Sampler, Terms
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import score
-from grpo_jax.types import Array, Experience, Max, Mean, Metrics, Packing, Params, Prompts, Rollout, TrainState
-from grpo_jax.updates import step_keys
+from grpo_jax.statistics import Max, Mean
+from grpo_jax.types import Array, Experience, Metrics, Number, Packing, Params, Prompts, Rollout, TrainState
+from grpo_jax.updates import Learn, Updates, in_parts, make_updates, step_keys
 
-Reward = Callable[[Rollout], tuple[Array, Array]]  # rewards [B, G, R] float32, mask [B, G, R] bool
 Collect = Callable[[TrainState, Prompts], Experience]
-Learn = Callable[[TrainState, Experience], tuple[TrainState, Metrics]]
-Step = Callable[[TrainState, Prompts], tuple[TrainState, Metrics]]
-Sampler = Callable[..., Rollout]  # called as `sampling.sample` is
-Number = float | Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of training as a pure function `(state, prompts) -> (state, metrics)`, and its two halves.
+
+    Attributes:
+      collect: `(state, prompts) -> experience`.
+      learn: `(state, experience) -> (state, metrics)`. Metrics are `Mean` and `Max` statistics and scalars;
+        `statistics.summary` turns them into numbers.
+    """
+
+    collect: Collect
+    learn: Learn
+
+    def __call__(self, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
+        """The whole step, for a reward that is traced."""
+        return self.learn(state, self.collect(state, prompts))
+
+    def jit(self, *, compiler_options: Mapping[str, str | bool] | None = None) -> "Step":
+        """The same step with each half jitted; `learn` donates the state that it is given.
+
+        Args:
+          compiler_options: of XLA, for `learn`; `run.compilation.cpu_memory_options()` saves memory on CPUs.
+        """
+        options = None if compiler_options is None else dict(compiler_options)
+        return Step(jax.jit(self.collect), jax.jit(self.learn, donate_argnums=0, compiler_options=options))
 
 
 def make_train_step(
     policy: Policy,
     optimizer: optax.GradientTransformation,
+    sampler: Sampler | Scheduled,
     *,
-    reward: Reward,
     loss: Loss | Scheduled,
-    group_size: int,
-    max_tokens: int,
-    eos_ids: Sequence[int],
+    reward: Reward | None = None,
     advantage: Advantage | Scheduled | None = None,
     transforms: Sequence[ExperienceTransform] = (),
-    temperature: Number | Scheduled = 1.0,
-    top_k: int | None = None,
-    top_p: Number | None = None,
-    min_p: Number | None = None,
-    sampler: Sampler = sample,
+    updates: Updates = Updates(),
     score_old: bool = False,
-    passes: int = 1,
-    minibatches: int = 1,
-    micro_batches: int = 1,
-    max_grad_norm: Number | None = None,
 ) -> Step:
-    """One step of GRPO as a pure function `(state, prompts) -> (state, metrics)`.
+    """One step of GRPO.
 
-    It can be jitted whole, scanned, and vmapped over states and over any setting that
-    is a number. Settings are those of `make_collect` and `make_learn`; `reward` is
-    traced (`rewards.callback` makes a traced reward of a host one); `advantage` is
-    `from_rewards()` unless given, and the old policy is scored wherever several updates
-    need it.
+    It can be jitted whole, scanned, and vmapped over states and over any setting that is a number. The sampler, the
+    loss and the advantage may each be `Scheduled`. Completions are scored at the sampler's temperature. The policy
+    that sampled is scored wherever several updates need it, in as many parts as the updates have.
+
+    Args:
+      policy: the network.
+      optimizer: any optax optimiser.
+      sampler: `(policy, params, prompts, key) -> rollout`; see `sampling`.
+      loss: `(scores, experience) -> (terms, metrics)`; see `losses`.
+      reward: `rollout -> (rewards [B, G, R], reward_mask [B, G, R])`, traced (`rewards.callback` makes one of a host
+        reward); None leaves the rewards to the caller, between `collect` and `learn`.
+      advantage: `experience -> (advantages, metrics)`; `advantages.from_rewards()` unless given.
+      transforms: as in `make_learn`.
+      updates: iterations, minibatches, micro-batches and the clipping of gradients.
+      score_old: True scores the policy that sampled also for a single update: where the params change between
+        `collect` and `learn`, or for a transform that reads `old_log_probs` or `old_entropy`.
     """
-    collect = make_collect(
-        policy,
-        group_size=group_size,
-        max_tokens=max_tokens,
-        eos_ids=eos_ids,
-        reward=reward,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        sampler=sampler,
-        score_old=score_old or passes * minibatches > 1,
-        score_parts=minibatches * micro_batches,
+    return Step(
+        make_collect(
+            policy, sampler, reward=reward, score_old=score_old or updates.count > 1, score_parts=updates.parts
+        ),
+        make_learn(
+            policy,
+            optimizer,
+            loss=loss,
+            advantage=from_rewards() if advantage is None else advantage,
+            transforms=transforms,
+            temperature=temperature_of(sampler),
+            updates=updates,
+        ),
     )
-    learn = make_learn(
-        policy,
-        optimizer,
-        loss=loss,
-        advantage=from_rewards() if advantage is None else advantage,
-        transforms=transforms,
-        temperature=temperature,
-        passes=passes,
-        minibatches=minibatches,
-        micro_batches=micro_batches,
-        max_grad_norm=max_grad_norm,
-    )
-
-    def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
-        return learn(state, collect(state, prompts))
-
-    return step
 
 
 def make_collect(
     policy: Policy,
+    sampler: Sampler | Scheduled,
     *,
-    group_size: int,
-    max_tokens: int,
-    eos_ids: Sequence[int],
     reward: Reward | None = None,
-    temperature: Number | Scheduled = 1.0,
-    top_k: int | None = None,
-    top_p: Number | None = None,
-    min_p: Number | None = None,
-    sampler: Sampler = sample,
     score_old: bool = False,
     score_parts: int = 1,
 ) -> Collect:
-    """The first half of a step, `(state, prompts) -> experience`.
+    """The first half of a step alone, `(state, prompts) -> experience`; `make_train_step` derives its settings.
 
     Args:
-      policy: the network.
-      group_size: `G`, completions of each prompt; estimators that compare them want 2 or more.
-      max_tokens: `T`, the longest completion.
-      eos_ids: tokens that end a completion.
-      reward: `rollout -> (rewards [B, G, R], mask [B, G, R])`, traced; None leaves the
-        rewards to the caller.
-      temperature: of sampling, and of the scores; may be `Scheduled`.
-      top_k: as in `sampling.sample`.
-      top_p: as in `sampling.sample`.
-      min_p: as in `sampling.sample`.
-      sampler: `sampling.sample`, or one that takes the same arguments, such as
-        `functools.partial(refill.sample_in_slots, slots=64)`.
-      score_old: True fills `old_log_probs` and `old_entropy`, which `learn` needs if it
-        makes several updates of one experience, if the params change before it, or if a
-        hook asks for them.
-      score_parts: parts of the batch for which that is done, one after the other to save memory; a
-        divisor of `B`. `learn` scores the reference in `minibatches * micro_batches`.
+      policy: as in `make_train_step`.
+      sampler: as in `make_train_step`.
+      reward: as in `make_train_step`.
+      score_old: True fills `old_log_probs` and `old_entropy`.
+      score_parts: parts of the batch for which that is done, one after the other to save memory; a divisor of `B`.
     """
 
     def collect(state: TrainState, prompts: Prompts) -> Experience:
         sample_key, _ = step_keys(state)
-        temperature_now = at(temperature, state)
+        draw = at(sampler, state)
         with jax.named_scope("sample"):
-            rollout = sampler(
-                policy,
-                state.params,
-                prompts,
-                sample_key,
-                group_size=group_size,
-                max_tokens=max_tokens,
-                eos_ids=eos_ids,
-                temperature=temperature_now,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-            )
+            rollout = draw(policy, state.params, prompts, sample_key)
         experience = Experience(rollout)
         if reward is not None:
             with jax.named_scope("reward"):
-                rewards, given = reward(rollout)
-            experience = experience._replace(rewards=rewards, reward_mask=given)
+                rewards, reward_mask = map(jnp.asarray, reward(rollout))
+            experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
         if score_old:
             with jax.named_scope("score_old"):
                 old = in_parts(
-                    lambda rollout: score(policy, state.params, rollout, temperature=temperature_now),
+                    lambda rollout: score(policy, state.params, rollout, temperature=draw.temperature),
                     rollout,
                     score_parts,
                 )
@@ -174,35 +155,27 @@ def make_learn(
     advantage: Advantage | Scheduled | None = None,
     transforms: Sequence[ExperienceTransform] = (),
     temperature: Number | Scheduled = 1.0,
-    passes: int = 1,
-    minibatches: int = 1,
-    micro_batches: int = 1,
-    max_grad_norm: Number | None = None,
+    updates: Updates = Updates(),
 ) -> Learn:
-    """The second half of a step, `(state, experience) -> (state, metrics)`.
+    """The second half of a step alone, for demonstrations, preferences and rollouts from elsewhere.
 
     Adds the reference's log-probs, if the state has a reference, and the advantages,
-    calls the hooks, then makes `passes * minibatches` updates.
+    calls the transforms, then makes `updates.count` updates.
 
     Args:
       policy: the network.
       optimizer: any optax optimiser.
       loss: `(scores, experience) -> (terms, metrics)`; may be `Scheduled`.
       advantage: `experience -> (advantages, metrics)`, may be `Scheduled`; None for a
-        loss that asks for none, such as `losses.sft()`, and for an experience that comes
-        with its own.
+        loss that needs none, such as `losses.sft()`, and for an experience that brings
+        its own.
       transforms: functions `experience -> (experience, metrics)`, called in this order once
-        before the split; see `preparation`.
-      temperature: of the scores; the one that the rollout was sampled at, and so may be
-        `Scheduled`.
-      passes: as in `descent.make_descent`.
-      minibatches: as in `descent.make_descent`.
-      micro_batches: as in `descent.make_descent`.
-      max_grad_norm: as in `updates.update`.
+        before the batch is split; see `grpo_jax.transforms`.
+      temperature: of the scores; the one that the rollout was sampled at. May be `Scheduled`.
+      updates: iterations, minibatches, micro-batches and the clipping of gradients.
 
     Returns:
-      A pure function. Its metrics are `Mean` and `Max` statistics and scalars;
-      `types.summary` turns them into numbers.
+      `(state, experience) -> (state, metrics)`, pure.
 
     Raises:
       ValueError: when traced, if the batch does not divide, or if a loss needs
@@ -211,55 +184,68 @@ def make_learn(
 
     def learn(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
         experience = jax.tree.map(jnp.asarray, experience)  # rewards of the host are NumPy's
-        experience, metrics = prepared(state, experience)
-        state, of_updates = descend(state, experience)
-        return state, metrics | of_updates
+        experience, metrics = prepare(state, experience)
+        state, update_metrics = learn_from(state, experience)
+        return state, metrics | update_metrics
 
-    def prepared(state: TrainState, experience: Experience) -> tuple[Experience, Metrics]:
-        """Adds what is computed once, before the batch is split."""
-        rollout = experience.rollout
-        metrics = rollout_metrics(rollout)
-        if experience.reward_mask is not None:  # what nothing could score teaches nothing, and counts nowhere
-            scored = jnp.any(experience.reward_mask, axis=-1, keepdims=True)
-            experience = experience._replace(rollout=rollout._replace(mask=rollout.mask & scored))
-        if state.ref_params is not None and experience.ref_log_probs is None:
-            with jax.named_scope("score_reference"):
-                parts = minibatches * micro_batches
-                ref_log_probs = in_parts(reference_scores(state), (rollout, experience.packing), parts)
-            experience = experience._replace(ref_log_probs=ref_log_probs)
+    def prepare(state: TrainState, experience: Experience) -> tuple[Experience, Metrics]:
+        """Adds everything that is computed once, before the batch is split."""
+        metrics = rollout_metrics(experience.rollout)
+        experience = mask_unscored(experience)
+        if state.ref_params is not None:
+            experience = add_reference(policy, state.ref_params, experience, at(temperature, state), updates.parts)
         if advantage is not None:
-            advantages, of_rewards = at(advantage, state)(experience)
-            experience, metrics = experience._replace(advantages=advantages), metrics | of_rewards
+            advantages, reward_metrics = at(advantage, state)(experience)
+            experience, metrics = experience._replace(advantages=advantages), metrics | reward_metrics
         for transform in transforms:
-            experience, of_transform = transform(experience)
-            metrics = metrics | of_transform
+            experience, transform_metrics = transform(experience)
+            metrics = metrics | transform_metrics
         return experience, metrics
 
-    def reference_scores(state: TrainState) -> Callable[[tuple[Rollout, Packing | None]], Array]:
-        def log_probs(part: tuple[Rollout, Packing | None]) -> Array:
-            rollout, packing = part
-            now = at(temperature, state)
-            return score(policy, state.ref_params, rollout, packing=packing, temperature=now, entropy=False).log_probs
-
-        return log_probs
-
     def evaluate(params: Params, state: TrainState, experience: Experience) -> tuple[Terms, Metrics]:
-        now = at(temperature, state)
-        scores = score(policy, params, experience.rollout, packing=experience.packing, temperature=now)
-        if experience.old_log_probs is None and passes * minibatches == 1:  # else it is for the loss to refuse
+        scores = score(
+            policy, params, experience.rollout, packing=experience.packing, temperature=at(temperature, state)
+        )
+        if experience.old_log_probs is None and updates.count == 1:  # else the loss refuses
             experience = experience._replace(old_log_probs=jax.lax.stop_gradient(scores.log_probs))
         return at(loss, state)(scores, experience)
 
-    descend = make_descent(
-        evaluate,
-        optimizer,
-        passes=passes,
-        minibatches=minibatches,
-        micro_batches=micro_batches,
-        max_grad_norm=max_grad_norm,
-        anything=lambda experience: jnp.any(experience.rollout.mask),
+    learn_from = make_updates(
+        evaluate, optimizer, updates, has_data=lambda experience: jnp.any(experience.rollout.mask)
     )
     return learn
+
+
+def temperature_of(sampler: Sampler | Scheduled) -> Number | Scheduled:
+    """The temperature at which a sampler's completions are scored: its own."""
+    if isinstance(sampler, Scheduled):
+        make = sampler.make
+        return Scheduled(lambda step, extra: make(step, extra).temperature)
+    return sampler.temperature
+
+
+def mask_unscored(experience: Experience) -> Experience:
+    """Takes completions without any reward out of the mask, so that they count nowhere."""
+    if experience.reward_mask is None:
+        return experience
+    scored = jnp.any(experience.reward_mask, axis=-1, keepdims=True)
+    rollout = experience.rollout
+    return experience._replace(rollout=rollout._replace(mask=rollout.mask & scored))
+
+
+def add_reference(
+    policy: Policy, ref_params: Params, experience: Experience, temperature: Number, parts: int
+) -> Experience:
+    """Adds the reference's log-probs, unless they are there, computed in `parts` to save memory."""
+    if experience.ref_log_probs is not None:
+        return experience
+
+    def log_probs(part: tuple[Rollout, Packing | None]) -> Array:
+        rollout, packing = part
+        return score(policy, ref_params, rollout, packing=packing, temperature=temperature, entropy=False).log_probs
+
+    with jax.named_scope("score_reference"):
+        return experience._replace(ref_log_probs=in_parts(log_probs, (experience.rollout, experience.packing), parts))
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:

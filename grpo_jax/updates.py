@@ -1,12 +1,74 @@
-"""Gradients to a new state, unless they are not finite."""
+"""Gradients to a new state: iterations, minibatches and micro-batches, and the guard against what is not finite."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.types import Array, Mean, Metrics, Params, PRNGKey, TrainState
+from grpo_jax import losses, statistics
+from grpo_jax.protocols import Terms
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Array, Metrics, Number, Params, PRNGKey, TrainState
+
+Batch = Any  # a pytree of arrays with leading axis B
+Evaluate = Callable[[Params, TrainState, Batch], tuple[Terms, Metrics]]
+Learn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Tree = TypeVar("Tree")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Updates:
+    """How often and in how many parts a batch is learned from: `iterations * minibatches` updates.
+
+    Attributes:
+      iterations: times that the batch is gone through, each in an order of its own (the paper's mu).
+      minibatches: updates per iteration, each of `B / minibatches` prompts.
+      micro_batches: parts of an update that are computed one after the other to save memory; the gradient is the
+        whole minibatch's, whatever their number.
+      max_grad_norm: gradients of a larger global norm are scaled down to it (Pascanu et al. 2013, arXiv:1211.5063,
+        algorithm 1); None does not clip.
+
+    Raises:
+      ValueError: for a setting out of range.
+    """
+
+    iterations: int = 1
+    minibatches: int = 1
+    micro_batches: int = 1
+    max_grad_norm: Number | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.iterations, self.minibatches, self.micro_batches) < 1:
+            raise ValueError(
+                "iterations, minibatches and micro_batches are at least 1, got "
+                f"{self.iterations}, {self.minibatches} and {self.micro_batches}"
+            )
+        _check_max_grad_norm(self.max_grad_norm)
+
+    @property
+    def count(self) -> int:
+        """Updates made of a batch."""
+        return self.iterations * self.minibatches
+
+    @property
+    def parts(self) -> int:
+        """Parts of a batch that go through the network at a time."""
+        return self.minibatches * self.micro_batches
+
+    def check(self, prompts: int) -> None:
+        """Refuses a batch of so many prompts that it does not divide.
+
+        Raises:
+          ValueError: with the numbers.
+        """
+        if prompts % self.parts:
+            raise ValueError(
+                f"{prompts} prompts do not divide into {self.minibatches} minibatches of {self.micro_batches} "
+                f"micro-batches; use a batch of a multiple of {self.parts} prompts"
+            )
 
 
 def init_state(
@@ -17,7 +79,7 @@ def init_state(
     reference: bool = False,
     extra: Any = (),
 ) -> TrainState:
-    """The state of a run that has not begun.
+    """The state of a run before its first step.
 
     Args:
       params: what is trained.
@@ -51,7 +113,7 @@ def update(
     *,
     loss: Array | float = 0.0,
     counted: Array | bool = True,
-    max_grad_norm: float | Array | None = None,
+    max_grad_norm: Number | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Applies one update, or none at all if the loss or the gradient is not finite.
 
@@ -64,10 +126,9 @@ def update(
       grads: like `state.params`.
       optimizer: the one that made `state.opt_state`.
       loss: `[]`, of these gradients.
-      counted: `[]` bool; False, where no token of the batch counted, leaves everything as
-        it was too, momentum and weight decay included, and is no refusal.
-      max_grad_norm: gradients of a larger global norm are scaled down to it (Pascanu
-        et al. 2013, arXiv:1211.5063, algorithm 1).
+      counted: `[]` bool; False, for a batch without a token that counts, leaves everything as
+        it was too, momentum and weight decay included, and is not counted as skipped.
+      max_grad_norm: as in `Updates`.
 
     Returns:
       The new state, and the metrics `grad_norm` (before clipping) and `skipped`.
@@ -75,8 +136,7 @@ def update(
     Raises:
       ValueError: for a `max_grad_norm` that is not above 0.
     """
-    if isinstance(max_grad_norm, int | float) and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm is above 0, got {max_grad_norm}; None does not clip")
+    _check_max_grad_norm(max_grad_norm)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
 
@@ -98,3 +158,121 @@ def update(
         "skipped": Mean((~finite).astype(jnp.int32), jnp.ones((), jnp.int32)),
     }
     return state._replace(params=params, opt_state=opt_state, skipped=state.skipped + ~finite), metrics
+
+
+# --------------------------------------------------------------- the updates of a batch
+
+
+def make_updates(
+    evaluate: Evaluate,
+    optimizer: optax.GradientTransformation,
+    updates: Updates,
+    *,
+    has_data: Callable[[Batch], Array] = lambda batch: jnp.array(True),
+) -> Learn:
+    """Makes the function that learns from one batch by `updates.count` updates, and counts one step.
+
+    Args:
+      evaluate: `(params, state, batch) -> (terms, metrics)` of a batch or a part of one,
+        as a loss returns them; the counts of the terms may not depend on `params`.
+      optimizer: any optax optimiser.
+      updates: iterations, minibatches, micro-batches and the clipping of gradients.
+      has_data: `batch -> [] bool`; False skips the update of a batch that has nothing to learn from, where the
+        counts of the terms do not say so.
+
+    Returns:
+      `(state, batch) -> (state, metrics)`, for batches whose arrays have a leading axis `B`.
+
+    Raises:
+      ValueError: when traced, if the batch does not divide.
+    """
+
+    def learn(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        B = _size(batch)
+        updates.check(B)
+        if updates.count == 1:
+            state, metrics = update_once(state, batch)
+        else:
+            _, learn_key = step_keys(state)
+            keys = jax.vmap(lambda number: jax.random.fold_in(learn_key, number))(jnp.arange(updates.iterations))
+            rows = jax.vmap(lambda key: jax.random.permutation(key, B))(keys)
+
+            def update_rows(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
+                return update_once(state, jax.tree.map(lambda x: x[rows], batch))
+
+            state, metrics = jax.lax.scan(update_rows, state, rows.reshape(updates.count, -1))
+            metrics = statistics.merge(metrics)
+        return state._replace(step=state.step + 1), metrics
+
+    def update_once(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.named_scope("gradient"):
+            grads, (terms, metrics) = gradient(state, batch)
+        total = losses.value(terms)
+        counted = jnp.any(jnp.stack([term.count > 0 for term in terms])) & has_data(batch)
+        with jax.named_scope("update"):
+            state, update_metrics = update(
+                state, grads, optimizer, loss=total, counted=counted, max_grad_norm=updates.max_grad_norm
+            )
+        return state, {"loss": Mean(total, jnp.ones((), jnp.int32))} | metrics | update_metrics
+
+    def gradient(state: TrainState, batch: Batch) -> tuple[Params, tuple[Terms, Metrics]]:
+        if updates.micro_batches == 1:
+            return jax.grad(part_loss, has_aux=True)(state.params, state, batch, None)
+        parts = _split(batch, updates.micro_batches)
+        # The divisors of the whole come first. They hang on masks alone, so XLA drops the network from this sweep.
+        counts = jax.lax.map(lambda part: tuple(t.count for t in evaluate(state.params, state, part)[0]), parts)
+        counts = tuple(jax.lax.stop_gradient(jnp.sum(count)) for count in counts)
+
+        def add(total: Params, part: Batch) -> tuple[Params, tuple[Terms, Metrics]]:
+            grads, aux = jax.grad(part_loss, has_aux=True)(state.params, state, part, counts)
+            return jax.tree.map(lambda sum, g: sum + g.astype(sum.dtype), total, grads), aux
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), state.params)
+        grads, aux = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params), statistics.merge(aux)
+
+    def part_loss(
+        params: Params, state: TrainState, part: Batch, counts: tuple[Array, ...] | None
+    ) -> tuple[Array, tuple[Terms, Metrics]]:
+        terms, metrics = evaluate(params, state, part)
+        return losses.value(terms, counts), (terms, metrics)
+
+    return learn
+
+
+def in_parts(f: Callable[[Batch], Tree], batch: Batch, parts: int) -> Tree:
+    """`f(batch)`, computed one part after the other to save memory.
+
+    Args:
+      f: of a batch, with a result of the same leading axis `B`, row by row.
+      batch: of leading axis `B`.
+      parts: a divisor of `B`.
+
+    Raises:
+      ValueError: if the batch does not divide.
+    """
+    if _size(batch) % parts:
+        raise ValueError(
+            f"{_size(batch)} prompts do not divide into {parts} parts, minibatches times micro_batches; use a batch "
+            f"of a multiple of {parts} prompts"
+        )
+    return f(batch) if parts == 1 else _join(jax.lax.map(f, _split(batch, parts)))
+
+
+def _size(batch: Batch) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _split(tree: Tree, parts: int) -> Tree:
+    """`[B, ...]` to `[parts, B / parts, ...]`; each part takes rows from everywhere, and so from every device."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def _join(tree: Tree) -> Tree:
+    """The inverse of `_split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def _check_max_grad_norm(max_grad_norm: Number | None) -> None:
+    if isinstance(max_grad_norm, int | float) and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is above 0, got {max_grad_norm}; None does not clip")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from grpo_jax import types
+from grpo_jax import sampling
 from grpo_jax.advantages import (
     batch_normalised_advantages,
     batch_scaled_advantages,
@@ -25,7 +25,8 @@ from grpo_jax.advantages import (
     rewards_to_go,
 )
 from grpo_jax.losses import kl_k1, kl_k2, kl_k3
-from grpo_jax.types import Experience, Mean, Prompts, Rollout
+from grpo_jax.statistics import Mean, summary
+from grpo_jax.types import Experience, Prompts, Rollout
 
 mean, population, sample = statistics.fmean, statistics.pstdev, statistics.stdev
 
@@ -41,7 +42,7 @@ ESTIMATORS = {
     "group": (group_advantages, lambda r, group, batch: (r - mean(group)) / (population(group) + 1e-4)),
     "group_ddof1": (
         functools.partial(group_advantages, ddof=1),
-        lambda r, group, batch: (r - mean(group)) / (sample(group) + 1e-4),
+        lambda r, group, batch: (r - mean(group)) / (sampling.sampler()(group) + 1e-4),
     ),
     "group_eps": (
         functools.partial(group_advantages, eps=0.5),
@@ -51,7 +52,7 @@ ESTIMATORS = {
     "batch": (batch_scaled_advantages, lambda r, group, batch: (r - mean(group)) / (population(batch) + 1e-4)),
     "batch_ddof1_eps": (
         functools.partial(batch_scaled_advantages, ddof=1, eps=0.25),
-        lambda r, group, batch: (r - mean(group)) / (sample(batch) + 0.25),
+        lambda r, group, batch: (r - mean(group)) / (sampling.sampler()(batch) + 0.25),
     ),
     "leave_one_out": (leave_one_out_advantages, lambda r, group, batch: r - mean(of_others(r, group))),
 }
@@ -241,7 +242,7 @@ def test_a_reward_that_was_not_given_is_left_out_of_the_sum_and_an_unscored_comp
     np.testing.assert_array_equal(advantages[0, 2], 0.0)  # nobody scored it
     np.testing.assert_allclose(advantages[1], expected[1], rtol=1e-5)
 
-    numbers = types.summary(metrics)
+    numbers = summary(metrics)
     everything = [r for row in group for r in row]
     np.testing.assert_allclose(numbers["reward"], mean(everything), rtol=1e-6)
     np.testing.assert_allclose(numbers["reward_std"], population(everything), rtol=1e-6)
@@ -262,7 +263,7 @@ def test_metrics_carry_the_names_of_the_rewards_and_the_share_of_groups_that_tea
     assert set(metrics) == {"reward", "reward_std", "zero_variance_groups"} | {
         f"reward/{name}{suffix}" for name in ("right", "brief") for suffix in ("", "_std")
     }
-    assert types.summary(metrics)["zero_variance_groups"] == pytest.approx(2 / 3)  # of those that were judged
+    assert summary(metrics)["zero_variance_groups"] == pytest.approx(2 / 3)  # of those that were judged
     assert metrics["reward/right"] == Mean(9.5, 7)
 
 
@@ -274,7 +275,7 @@ def test_equal_rewards_get_exactly_0_after_weighting_too(G, R, transform):
     rewards = np.broadcast_to(rng.normal(size=(3, 1, R)), (3, G, R))
     advantages, metrics = transform(from_rewards(weights=rng.normal(size=R).tolist()))(experience_of(rewards))
     np.testing.assert_array_equal(advantages, 0.0)
-    assert types.summary(metrics)["zero_variance_groups"] == 1
+    assert summary(metrics)["zero_variance_groups"] == 1
 
 
 def test_weights_can_be_traced():
@@ -446,8 +447,8 @@ def test_the_cost_is_the_divergence_summed_over_the_completion_and_taken_off_the
     actual, metrics = from_rewards(leave_one_out_advantages, cost=kl_cost(0.3, estimate=estimate))(experience)
     net = np.asarray(experience.rewards[..., 0]) - expected
     np.testing.assert_allclose(actual, net - (net.sum(1, keepdims=True) - net) / 2, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(types.summary(metrics)["cost"], expected.mean(), rtol=1e-5)
-    np.testing.assert_allclose(types.summary(metrics)["reward"], net.mean(), rtol=1e-4)
+    np.testing.assert_allclose(summary(metrics)["cost"], expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(summary(metrics)["reward"], net.mean(), rtol=1e-4)
 
 
 def test_a_cost_of_the_reward_gives_on_average_the_gradient_of_the_divergence():

@@ -60,10 +60,8 @@ def test_a_worker_that_fails_says_why(tmp_path):
 def test_lengths_that_our_sampler_draws_have_the_mean_asked_for():
     policy = models.decoder(models.from_hf_config(cells.hf_config(MODEL)))
     params = jax.jit(policy.init)(jax.random.key(0))
-    rollout = sampling.sample(
-        ours.ends_at_random(policy, 4), params, ours.prompts_of(CELL, 0), jax.random.key(0), group_size=512,
-        max_tokens=64, eos_ids=(cells.END,),
-    )  # fmt: skip
+    rollout = sampling.sampler(group_size=512, max_tokens=64, eos_ids=(cells.END,))(
+        ours.ends_at_random(policy, 4), params, ours.prompts_of(CELL, 0), jax.random.key(0))  # fmt: skip
     drawn = np.asarray(rollout.lengths)
     assert abs(drawn.mean() - 4) < 4 * math.sqrt(12 / drawn.size)  # a geometric variance is (1 - p) / p^2
     assert abs((drawn == 1).mean() - 1 / 4) < 4 * math.sqrt(3 / 16 / drawn.size)

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses
+from grpo_jax import losses, sampling
 from grpo_jax.advantages import from_rewards
 from grpo_jax.dynamic_sampling import dynamic_sampling, host_dynamic_sampling, nonzero_variance, nonzero_variance_of
 from grpo_jax.policies import from_logits_fn
+from grpo_jax.statistics import summary
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.types import summary
 from grpo_jax.updates import init_state
 
 V, B = 9, 4
@@ -53,8 +53,10 @@ def prompts_of(rounds):
 def programs(limit):
     """Of the rewards in the program, and of those on the host."""
     rounds = CASES[limit]
-    traced = dynamic_sampling(make_collect(POLICY, reward=starts_with(limit), **SIZES), rounds=rounds)
-    host = host_dynamic_sampling(jax.jit(make_collect(POLICY, **SIZES)), starts_with(limit), rounds=rounds)
+    traced = dynamic_sampling(make_collect(POLICY, sampling.sampler(**SIZES), reward=starts_with(limit)), rounds=rounds)
+    host = host_dynamic_sampling(
+        jax.jit(make_collect(POLICY, sampling.sampler(**SIZES))), starts_with(limit), rounds=rounds
+    )
     return jax.jit(traced), host
 
 
@@ -101,7 +103,7 @@ def test_where_every_group_has_spread_the_first_round_is_the_plain_batch():
         shape = rollout.lengths.shape
         return jnp.broadcast_to(jnp.arange(3.0), shape)[..., None], jnp.ones((*shape, 1), bool)
 
-    collect = make_collect(POLICY, reward=different, score_old=True, **SIZES)
+    collect = make_collect(POLICY, sampling.sampler(**SIZES), reward=different, score_old=True)
     prompts = prompts_of(5)
     experience, metrics = jax.jit(dynamic_sampling(collect, rounds=5))(state_of(), prompts)
     plain = jax.jit(collect)(state_of(), jax.tree.map(lambda x: x[:B], prompts))
@@ -119,7 +121,9 @@ def test_rounds_draw_other_noise():
 
     prompts = random_prompts(0, B, 3, V)
     prompts = jax.tree.map(lambda x: jnp.concatenate([x] * 5), prompts)
-    host_dynamic_sampling(jax.jit(make_collect(POLICY, **SIZES)), reward, rounds=5)(state_of(), prompts)
+    host_dynamic_sampling(jax.jit(make_collect(POLICY, sampling.sampler(**SIZES))), reward, rounds=5)(
+        state_of(), prompts
+    )
     assert len({tokens.tobytes() for tokens in seen}) == len(seen) == 5
 
 
@@ -146,7 +150,7 @@ def test_only_the_rewards_that_are_to_be_looked_at_decide():
 
 
 def test_a_rule_of_ones_own_decides():
-    collect = make_collect(POLICY, reward=starts_with(4), **SIZES)
+    collect = make_collect(POLICY, sampling.sampler(**SIZES), reward=starts_with(4))
     odd = dynamic_sampling(collect, rounds=5, keep=lambda experience: experience.rollout.prompts.info["row"] % 2 == 1)
     experience, metrics = odd(state_of(), prompts_of(5))
     np.testing.assert_array_equal(kept_rows(experience), [1, 3, 5, 7])
@@ -155,7 +159,7 @@ def test_a_rule_of_ones_own_decides():
 
 def test_vmapped_over_seeds_it_is_each_run_by_itself():
     states = jax.vmap(lambda key: state_of()._replace(key=key))(jax.random.split(jax.random.key(3), 3))
-    program = dynamic_sampling(make_collect(POLICY, reward=starts_with(4), **SIZES), rounds=5)
+    program = dynamic_sampling(make_collect(POLICY, sampling.sampler(**SIZES), reward=starts_with(4)), rounds=5)
     together = jax.jit(jax.vmap(program, in_axes=(0, None)))(states, prompts_of(5))
     for n in range(3):
         alone = programs(4)[0](jax.tree.map(lambda x, n=n: x[n], states), prompts_of(5))
@@ -163,10 +167,10 @@ def test_vmapped_over_seeds_it_is_each_run_by_itself():
 
 
 def test_refuses_what_cannot_be():
-    collect = make_collect(POLICY, reward=starts_with(4), **SIZES)
+    collect = make_collect(POLICY, sampling.sampler(**SIZES), reward=starts_with(4))
     with pytest.raises(ValueError, match=r"^rounds is at least 1, got 0$"):
         dynamic_sampling(collect, rounds=0)
     with pytest.raises(ValueError, match=r"^20 prompts do not divide into 3 rounds$"):
         dynamic_sampling(collect, rounds=3)(state_of(), prompts_of(5))
     with pytest.raises(ValueError, match="no rewards"):
-        dynamic_sampling(make_collect(POLICY, **SIZES), rounds=5)(state_of(), prompts_of(5))
+        dynamic_sampling(make_collect(POLICY, sampling.sampler(**SIZES)), rounds=5)(state_of(), prompts_of(5))

@@ -15,9 +15,10 @@ from hypothesis.extra import numpy as arrays
 from grpo_jax import losses, models, packing, testing
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.scoring import score
+from grpo_jax.statistics import summary
 from grpo_jax.train_step import make_learn
-from grpo_jax.types import Experience, Rollout, summary
-from grpo_jax.updates import init_state
+from grpo_jax.types import Experience, Rollout
+from grpo_jax.updates import Updates, init_state
 
 LENGTHS = np.array([[3, 12, 1, 4], [2, 2, 7, 5], [0, 6, 1, 1], [9, 1, 1, 1]])
 B, G, T = 4, 4, 12
@@ -119,7 +120,9 @@ def test_a_step_learns_the_same_from_less_padding(layout):
     if "packed" in layout:
         given = given._replace(packing=packing.pack(given.rollout, multiple=4))
     assert jax.tree.structure(given._replace(packing=None)) == jax.tree.structure(whole)
-    learn = jit(make_learn(policy, optimizer, loss=losses.grpo(penalty=losses.k3(0.04)), micro_batches=2))
+    learn = jit(
+        make_learn(policy, optimizer, loss=losses.grpo(penalty=losses.k3(0.04)), updates=Updates(micro_batches=2))
+    )
     params = policy.init(jax.random.key(0))
     state = init_state(params, optimizer, jax.random.key(3), reference=True)
     (expected, metrics), (actual, of_given) = (

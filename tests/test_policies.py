@@ -10,14 +10,14 @@ import optax
 import pytest
 from flax import nnx
 
+from grpo_jax import sampling
 from grpo_jax.losses import grpo
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.rewards import traced
-from grpo_jax.sampling import sample
 from grpo_jax.scoring import score
+from grpo_jax.statistics import summary
 from grpo_jax.testing import random_prompts, tiny_policy
 from grpo_jax.train_step import make_train_step
-from grpo_jax.types import summary
 from grpo_jax.updates import init_state
 
 V = 13
@@ -85,8 +85,8 @@ def rolled_out(name):
     policy = POLICIES[name]
     params = jax.jit(policy.init)(jax.random.key(0))
     prompts = random_prompts(0, 3, 5, V)
-    return params, sample(
-        policy, params, prompts, jax.random.key(1), group_size=4, max_tokens=6, eos_ids=(1, 2), temperature=0.8
+    return params, sampling.sampler(group_size=4, max_tokens=6, eos_ids=(1, 2), temperature=0.8)(
+        policy, params, prompts, jax.random.key(1)
     )
 
 
@@ -151,9 +151,9 @@ def test_the_network_trains_by_the_train_step(name):
     def even(rollout):
         return jnp.sum((rollout.tokens % 2 == 0) & rollout.mask, axis=-1) / rollout.lengths
 
-    settings = {"group_size": 8, "max_tokens": 4, "eos_ids": ()}
+    sampler = sampling.sampler(group_size=8, max_tokens=4, eos_ids=())
     optimizer = optax.adam(0.05)
-    step = jax.jit(make_train_step(POLICIES[name], optimizer, reward=traced(even), loss=grpo(), **settings))
+    step = jax.jit(make_train_step(POLICIES[name], optimizer, sampler, reward=traced(even), loss=grpo()))
     state = init_state(jax.jit(POLICIES[name].init)(jax.random.key(0)), optimizer, jax.random.key(1))
     rewards = []
     for _ in range(25):
@@ -167,8 +167,8 @@ def test_a_decoder_wrapped_whole_scores_as_with_its_caches():
     wrapped = from_logits_fn(whole_decoder)
     params = jax.jit(DECODER.init)(jax.random.key(0))
     prompts = random_prompts(1, 3, 5, V)
-    rollout = sample(
-        wrapped, params, prompts, jax.random.key(2), group_size=4, max_tokens=6, eos_ids=(1, 2), temperature=0.8
+    rollout = sampling.sampler(group_size=4, max_tokens=6, eos_ids=(1, 2), temperature=0.8)(
+        wrapped, params, prompts, jax.random.key(2)
     )
     scores = score(DECODER, params, rollout, temperature=0.8)
     np.testing.assert_allclose(rollout.log_probs, scores.log_probs, atol=1e-4)
@@ -209,7 +209,7 @@ def test_taken_rows_of_a_prompt_cache_are_read_as_those_prompts(policy):
 
     @jax.jit
     def read(params):
-        taken = policy.take(policy.prefill(params, prompts.tokens, prompts.lengths), rows)
+        taken = policy.gather_prompts(policy.prefill(params, prompts.tokens, prompts.lengths), rows)
         there = policy.prefill(params, prompts.tokens[rows], prompts.lengths[rows])
         return [policy.extend(params, tokens, positions, prompt_cache)[0] for prompt_cache in (taken, there)]
 
@@ -233,8 +233,8 @@ def test_kept_rows_of_a_cache_go_on_as_those_completions(policy):
             params,
             tokens[rows, :, 2:],
             positions[rows, :, 2:],
-            policy.take(prompt_cache, rows),
-            policy.keep(cache, rows),
+            policy.gather_prompts(prompt_cache, rows),
+            policy.gather_rows(cache, rows),
         )
         return kept, whole[rows]
 
@@ -264,7 +264,9 @@ def test_the_same_function_gives_the_same_policy_and_is_compiled_once():
     prompts = random_prompts(5, 2, 3, V)
     for seed in range(3):
         table = jax.random.normal(jax.random.key(seed), (V, V))
-        sample(from_logits_fn(f), table, prompts, jax.random.key(seed), group_size=2, max_tokens=2, eos_ids=())
+        sampling.sampler(group_size=2, max_tokens=2, eos_ids=())(
+            from_logits_fn(f), table, prompts, jax.random.key(seed)
+        )
     assert from_logits_fn(f) is from_logits_fn(f)
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax import sampling
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.sampling import sample
 from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts, tiny_policy
 from grpo_jax.types import Prompts
@@ -40,15 +40,8 @@ def policy_and_params(family="qwen3"):
 def rolled_out(family="qwen3", temperature=1.0):
     policy, params = policy_and_params(family)
     prompts = random_prompts(0, B, P)
-    return sample(
-        policy,
-        params,
-        prompts,
-        jax.random.key(1),
-        group_size=G,
-        max_tokens=T,
-        eos_ids=(1, 5, 9, 14, 23, 37),
-        temperature=temperature,
+    return sampling.sampler(group_size=G, max_tokens=T, eos_ids=(1, 5, 9, 14, 23, 37), temperature=temperature)(
+        policy, params, prompts, jax.random.key(1)
     )
 
 
@@ -221,7 +214,9 @@ def test_neither_the_width_nor_the_content_of_padding_changes_anything(garbage):
 def test_a_token_ruled_out_by_a_logit_of_minus_infinity_leaves_entropy_and_gradients_finite():
     policy = from_logits_fn(lambda table, tokens, mask: jnp.where(jnp.arange(V) < 3, table[tokens], -jnp.inf))
     table = jax.random.normal(jax.random.key(0), (V, V))
-    rollout = sample(policy, table, random_prompts(0, 2, 3), jax.random.key(0), group_size=2, max_tokens=4, eos_ids=())
+    rollout = sampling.sampler(group_size=2, max_tokens=4, eos_ids=())(
+        policy, table, random_prompts(0, 2, 3), jax.random.key(0)
+    )
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def total(table):

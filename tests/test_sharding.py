@@ -39,7 +39,7 @@ def learn(state, experience, micro_batches):
     for loss in OBJECTIVES:
         step = make_learn(POLICY, optax.sgd(1.0), loss=loss, advantage=from_rewards(), micro_batches=micro_batches)
         after, metrics = step(state, experience)
-        found.append((after.params["table"], types.summary(metrics)))
+        found.append((after.params["table"], statistics.summary(metrics)))
     return found
 
 whole = jax.jit(learn, static_argnums=2)(state, experience, 1)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses, types
+from grpo_jax import losses, sampling, statistics
 from grpo_jax.advantages import batch_normalised_advantages, from_rewards, group_advantages
 from grpo_jax.losses import (
     completion_mean,
@@ -24,12 +24,12 @@ from grpo_jax.losses import (
     token_mean,
 )
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.sampling import sample
 from grpo_jax.scoring import score
+from grpo_jax.statistics import Max, Mean
 from grpo_jax.testing import random_prompts, tiny_policy
 from grpo_jax.train_step import make_collect, make_learn, make_train_step, step_keys
-from grpo_jax.types import Experience, Max, Mean, Prompts, Rollout
-from grpo_jax.updates import init_state, update
+from grpo_jax.types import Experience, Prompts, Rollout
+from grpo_jax.updates import Updates, init_state, update
 
 V, EOS = 9, 1
 SIZES = {"group_size": 4, "max_tokens": 5, "eos_ids": (EOS,)}
@@ -97,7 +97,14 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
 @functools.cache
 def compiled_step():
     return jax.jit(
-        make_train_step(POLICY, MOMENTUM, reward=even_tokens, loss=grpo(penalty=k3(0.1)), minibatches=2, **SIZES)
+        make_train_step(
+            POLICY,
+            MOMENTUM,
+            sampling.sampler(**SIZES),
+            reward=even_tokens,
+            loss=grpo(penalty=k3(0.1)),
+            updates=Updates(minibatches=2),
+        )
     )
 
 
@@ -142,9 +149,13 @@ def test_an_on_policy_step_matches_the_formula_in_numpy_and_leaves_out_what_was_
     state, optimizer = state_of(optax.sgd(0.5)), optax.sgd(0.5)
 
     def learn(temperature):
-        settings = {"temperature": temperature, "micro_batches": micro_batches, "advantage": from_rewards()}
+        settings = {
+            "temperature": temperature,
+            "updates": Updates(micro_batches=micro_batches),
+            "advantage": from_rewards(),
+        }
         after, metrics = make_learn(POLICY, optimizer, loss=grpo(), **settings)(state, experience)
-        return after.params["table"], types.summary(metrics)
+        return after.params["table"], statistics.summary(metrics)
 
     temperatures = [1.0, 0.7]
     tables, numbers = jax.jit(jax.vmap(learn))(jnp.array(temperatures))
@@ -166,12 +177,17 @@ def test_a_step_is_its_stages_put_together_by_hand():
     loss = grpo(epsilon=0.1, penalty=k3(0.5))
     sizes = {"group_size": 3, "max_tokens": 4, "eos_ids": (1,)}
     step = make_train_step(
-        policy, optimizer, reward=even_tokens, loss=loss, temperature=0.7, max_grad_norm=0.5, **sizes
+        policy,
+        optimizer,
+        sampling.sampler(**sizes, temperature=0.7),
+        reward=even_tokens,
+        loss=loss,
+        updates=Updates(max_grad_norm=0.5),
     )
     after, metrics = jax.jit(step)(state, prompts)
 
     sample_key, _ = jax.random.split(jax.random.fold_in(key, 7))
-    rollout = sample(policy, params, prompts, sample_key, temperature=0.7, **sizes)
+    rollout = sampling.sampler(temperature=0.7, **sizes)(policy, params, prompts, sample_key)
     rewards, given = even_tokens(rollout)
     experience = Experience(
         rollout,
@@ -190,10 +206,10 @@ def test_a_step_is_its_stages_put_together_by_hand():
     expected, of_update = update(state, grads, optimizer, max_grad_norm=0.5)
     assert_close((after.params, after.opt_state), (expected.params, expected.opt_state))
     assert after.step == 8
-    numbers = types.summary(metrics)
+    numbers = statistics.summary(metrics)
     assert numbers["grad_norm"] > 0.5  # so that the clipping was at work
     assert numbers["kl"] > 0.01
-    expected_numbers = types.summary(of_loss | of_update) | {
+    expected_numbers = statistics.summary(of_loss | of_update) | {
         "loss": total,
         "reward": jnp.mean(rewards),
         "length": jnp.mean(rollout.lengths),
@@ -212,9 +228,9 @@ def test_a_step_is_traced_once_whatever_the_batches_hold():
         traces.append(rollout)
         return even_tokens(rollout)
 
-    step = make_train_step(POLICY, optimizer, reward=reward, loss=grpo(), **SIZES)
+    step = make_train_step(POLICY, optimizer, sampling.sampler(**SIZES), reward=reward, loss=grpo())
     chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(step, n=1))
+    step = jax.jit(chex.assert_max_traces(lambda *x: step(*x), n=1))
     state = state_of(optimizer)
     for seed in range(3):
         state, _ = step(state, prompts_of(seed))
@@ -238,14 +254,13 @@ def step_with(setting, state, prompts):
     step = make_train_step(
         POLICY,
         optax.sgd(setting["learning_rate"]),
+        sampling.sampler(**SIZES, temperature=setting["temperature"]),
         reward=even_tokens,
         loss=grpo(epsilon=setting["epsilon"], penalty=k3(setting["beta"])),
-        temperature=setting["temperature"],
-        passes=2,
-        **SIZES,
+        updates=Updates(iterations=2),
     )
     state, metrics = step(state, prompts)
-    return state, types.summary(metrics)
+    return state, statistics.summary(metrics)
 
 
 @functools.cache
@@ -284,7 +299,7 @@ def test_the_same_key_and_step_give_the_same_bits_and_another_step_other_noise()
     state, prompts = state_of(MOMENTUM, reference=True), prompts_of(0)
     again = [compiled_step()(state, prompts) for _ in range(2)]
     assert raw((again[0][0].params, again[0][1])) == raw((again[1][0].params, again[1][1]))
-    collect = make_collect(POLICY, **SIZES)
+    collect = make_collect(POLICY, sampling.sampler(**SIZES))
     tokens = [collect(state._replace(step=jnp.int32(n)), prompts).rollout.tokens for n in (0, 0, 1)]
     np.testing.assert_array_equal(tokens[0], tokens[1])
     assert np.any(tokens[0] != tokens[2])
@@ -325,9 +340,12 @@ def test_any_number_of_micro_batches_gives_the_same_gradient_and_metrics_for_eve
             terms = [Mean(on * t.sum, t.count) for on, (pair, _) in zip(chosen, of_each, strict=True) for t in pair]
             return tuple(terms), of_each[0][1]
 
-        settings = {"advantage": from_rewards(), "minibatches": minibatches, "micro_batches": micro_batches}
+        settings = {
+            "advantage": from_rewards(),
+            "updates": Updates(minibatches=minibatches, micro_batches=micro_batches),
+        }
         after, metrics = make_learn(POLICY, PLAIN, loss=loss, **settings)(state, experience)
-        return after.params["table"], types.summary(metrics)
+        return after.params["table"], statistics.summary(metrics)
 
     whole, *others = (jax.jit(jax.vmap(functools.partial(learn, micro_batches=n)))(jnp.eye(4)) for n in (1, *several))
     for parts in others:
@@ -349,14 +367,16 @@ def test_the_sweep_that_counts_does_not_run_the_network():
     state, experience = init_state(params, optimizer, jax.random.key(0)), experience_of()
 
     def products(micro_batches):
-        learn = make_learn(policy, optimizer, loss=grpo(), advantage=from_rewards(), micro_batches=micro_batches)
+        learn = make_learn(
+            policy, optimizer, loss=grpo(), advantage=from_rewards(), updates=Updates(micro_batches=micro_batches)
+        )
         return jax.jit(learn).lower(state, experience).compile().as_text().count(" dot(")
 
     assert products(1) > 0
     assert products(4) == products(1)
 
 
-# ---------------------------------------------------------------- minibatches and passes
+# ---------------------------------------------------------------- minibatches and iterations
 
 
 def recorder(updates):
@@ -369,21 +389,23 @@ def recorder(updates):
     return optax.GradientTransformation(lambda params: (jnp.int32(0), jnp.zeros((updates, V, V))), record)
 
 
-@pytest.mark.parametrize(("passes", "minibatches"), [(3, 8), (4, 2)])
-def test_every_pass_sees_every_prompt_once_in_an_order_of_its_own(passes, minibatches):
+@pytest.mark.parametrize(("iterations", "minibatches"), [(3, 8), (4, 2)])
+def test_every_pass_sees_every_prompt_once_in_an_order_of_its_own(iterations, minibatches):
     """Of one-token completions, the gradient by the table is in the rows of the prompts' last tokens."""
-    B, updates = 8, passes * minibatches
+    B, updates = 8, iterations * minibatches
     experience = experience_of(B=B, T=1)
     prompts = Prompts(jnp.arange(B, dtype=jnp.int32)[:, None], jnp.ones(B, jnp.int32), {"row": jnp.arange(B)})
     experience = experience._replace(rollout=experience.rollout._replace(prompts=prompts))
     optimizer = recorder(updates)
-    learn = jax.jit(make_learn(POLICY, optimizer, loss=sft(), passes=passes, minibatches=minibatches))
+    learn = jax.jit(
+        make_learn(POLICY, optimizer, loss=sft(), updates=Updates(iterations=iterations, minibatches=minibatches))
+    )
 
     def orders(state):
         after, _ = learn(state, experience)
         count, log = after.opt_state
         assert count == updates
-        return np.any(np.asarray(log) != 0, axis=-1).reshape(passes, minibatches, V)
+        return np.any(np.asarray(log) != 0, axis=-1).reshape(iterations, minibatches, V)
 
     state = state_of(optimizer)
     seen = orders(state)
@@ -400,7 +422,7 @@ def test_the_fields_of_an_experience_stay_together_when_it_is_shuffled():
     experience = experience_of(B=B)
     settings = {"loss": grpo(penalty=k2(0.5)), "advantage": from_rewards()}
     state = with_other_reference(state_of(optimizer))
-    after, _ = jax.jit(make_learn(POLICY, optimizer, minibatches=B, **settings))(state, experience)
+    after, _ = jax.jit(make_learn(POLICY, optimizer, updates=Updates(minibatches=B), **settings))(state, experience)
     of_minibatches = np.asarray(after.opt_state[1])
 
     alone = jax.jit(make_learn(POLICY, recorder(1), **settings))
@@ -430,10 +452,12 @@ def test_later_updates_have_ratios_to_the_policy_that_sampled():
     for _ in range(3):
         params = jax.tree.map(lambda p, g: p - 0.7 * g, params, gradient(params))
 
-    after, metrics = jax.jit(make_learn(POLICY, optimizer, passes=3, **settings))(state, experience)
+    after, metrics = jax.jit(make_learn(POLICY, optimizer, updates=Updates(iterations=3), **settings))(
+        state, experience
+    )
     assert_close(after.params, params)
-    assert types.summary(metrics)["ratio_max"] > 1.05
-    assert types.summary(metrics)["clip_high"] > 0
+    assert statistics.summary(metrics)["ratio_max"] > 1.05
+    assert statistics.summary(metrics)["clip_high"] > 0
     assert after.step == 1
 
 
@@ -441,16 +465,16 @@ def test_the_first_update_has_ratio_1_at_the_temperature_of_sampling():
     """The temperature is in the sampling, in the old log-probs and in the scores."""
     optimizer = optax.sgd(0.0)
     state = state_of(optimizer)
-    collect = make_collect(POLICY, reward=even_tokens, temperature=0.7, score_old=True, **SIZES)
+    collect = make_collect(POLICY, sampling.sampler(**SIZES, temperature=0.7), reward=even_tokens, score_old=True)
     experience = collect(state, prompts_of(0))
     np.testing.assert_allclose(experience.old_log_probs, experience.rollout.log_probs, atol=1e-5)
     at_one = score(POLICY, state.params, experience.rollout).log_probs
     assert np.abs(at_one - experience.old_log_probs).max() > 0.1
 
     def ratio_max(temperature):
-        settings = {"advantage": from_rewards(), "minibatches": 2, "temperature": temperature}
+        settings = {"advantage": from_rewards(), "updates": Updates(minibatches=2), "temperature": temperature}
         _, metrics = make_learn(POLICY, optimizer, loss=grpo(), **settings)(state, experience)
-        return types.summary(metrics)["ratio_max"]
+        return statistics.summary(metrics)["ratio_max"]
 
     same, other = jax.jit(jax.vmap(ratio_max))(jnp.array([0.7, 0.3]))
     np.testing.assert_allclose(same, 1.0, atol=1e-5)
@@ -460,11 +484,11 @@ def test_the_first_update_has_ratio_1_at_the_temperature_of_sampling():
 def test_several_updates_without_the_old_log_probs_say_what_to_do():
     optimizer = optax.sgd(1.0)
     experience = experience_of(old=False)
-    for settings in ({"passes": 2}, {"minibatches": 2}):
-        learn = make_learn(POLICY, optimizer, loss=grpo(), advantage=from_rewards(), **settings)
+    for updates in (Updates(iterations=2), Updates(minibatches=2)):
+        learn = make_learn(POLICY, optimizer, loss=grpo(), advantage=from_rewards(), updates=updates)
         with pytest.raises(ValueError, match="score_old=True"):
             learn(state_of(optimizer), experience)
-        imitate = make_learn(POLICY, optimizer, loss=losses.sft(), **settings)
+        imitate = make_learn(POLICY, optimizer, loss=losses.sft(), updates=updates)
         jax.eval_shape(imitate, state_of(optimizer), experience)  # which asks for none
 
 
@@ -488,7 +512,7 @@ def test_a_completion_that_nobody_scored_changes_nothing_whatever_it_holds():
     spoilt_after, spoilt_metrics = learn(state, spoilt)
     assert np.any(after.params["table"] != state.params["table"])
     assert_close(spoilt_after.params, after.params)
-    assert_close(types.summary(spoilt_metrics), types.summary(metrics))
+    assert_close(statistics.summary(spoilt_metrics), statistics.summary(metrics))
 
 
 def test_a_batch_that_nobody_scored_changes_nothing_and_is_counted_as_a_step():
@@ -497,12 +521,12 @@ def test_a_batch_that_nobody_scored_changes_nothing_and_is_counted_as_a_step():
     experience = experience._replace(
         rewards=jnp.full_like(experience.rewards, jnp.nan), reward_mask=jnp.zeros_like(experience.reward_mask)
     )
-    settings = {"minibatches": 2, "micro_batches": 2, "loss": grpo(penalty=k3(0.5))}
+    settings = {"updates": Updates(minibatches=2, micro_batches=2), "loss": grpo(penalty=k3(0.5))}
     learn = make_learn(POLICY, optimizer, advantage=from_rewards(), **settings)
     state = with_other_reference(state_of(optimizer))
     state = state._replace(opt_state=jax.tree.map(jnp.ones_like, state.opt_state))
     after, metrics = jax.jit(learn)(state, experience)
-    numbers = types.summary(metrics)
+    numbers = statistics.summary(metrics)
     assert raw((after.params, after.opt_state)) == raw((state.params, state.opt_state))
     assert (after.step, after.skipped) == (1, 0)
     assert all(np.all(np.isfinite(x)) for x in numbers.values())
@@ -515,7 +539,7 @@ def test_groups_of_equal_rewards_teach_nothing():
     experience = experience._replace(rewards=jnp.full_like(experience.rewards, 1.1))
     after, metrics = compiled_learn()(state, experience)
     assert raw(after.params) == raw(state.params)
-    assert types.summary(metrics)["zero_variance_groups"] == 1
+    assert statistics.summary(metrics)["zero_variance_groups"] == 1
 
 
 def test_a_reward_of_nan_that_is_not_masked_is_refused():
@@ -536,12 +560,12 @@ def test_a_loss_that_is_not_finite_is_refused_and_training_goes_on(minibatches):
         bad = jnp.any(experience.rollout.prompts.info["row"] == 3)
         return (term._replace(sum=jnp.where(bad, jnp.nan, term.sum)),), metrics
 
-    learn = jax.jit(make_learn(POLICY, optimizer, loss=loss, minibatches=minibatches))
+    learn = jax.jit(make_learn(POLICY, optimizer, loss=loss, updates=Updates(minibatches=minibatches)))
     state = state_of(optimizer)
     after, metrics = learn(state, experience)
     assert (after.skipped, after.step) == (1, 1)
-    assert types.summary(metrics)["skipped"] == 1 / minibatches
-    assert np.isfinite(types.summary(metrics)["grad_norm"])
+    assert statistics.summary(metrics)["skipped"] == 1 / minibatches
+    assert np.isfinite(statistics.summary(metrics)["grad_norm"])
     assert np.all(np.isfinite(after.params["table"]))
     assert (raw(after.params) == raw(state.params)) == (minibatches == 1)
     prompts = experience.rollout.prompts
@@ -556,12 +580,12 @@ def test_a_loss_that_is_not_finite_is_refused_and_training_goes_on(minibatches):
 # ------------------------------------------------------------------- reference, SFT, metrics
 
 
-@pytest.mark.parametrize("parts", [{}, {"minibatches": 2, "micro_batches": 2}])
+@pytest.mark.parametrize("parts", [Updates(), Updates(minibatches=2, micro_batches=2)])
 def test_the_reference_is_scored_at_the_temperature_and_never_changes(parts):
     optimizer, experience = optax.sgd(0.0), experience_of()
     state = with_other_reference(state_of(optimizer))
     learn = make_learn(
-        POLICY, optimizer, loss=grpo(penalty=k2(0.5)), advantage=from_rewards(), temperature=0.7, **parts
+        POLICY, optimizer, loss=grpo(penalty=k2(0.5)), advantage=from_rewards(), temperature=0.7, updates=parts
     )
     after, metrics = jax.jit(learn)(state, experience)
     own, ref = (
@@ -569,7 +593,7 @@ def test_the_reference_is_scored_at_the_temperature_and_never_changes(parts):
     )
     mask = np.asarray(experience.rollout.mask)
     kl = np.mean(np.asarray(own - ref, np.float64)[mask] ** 2 / 2)
-    np.testing.assert_allclose(types.summary(metrics)["kl"], kl, rtol=1e-5)
+    np.testing.assert_allclose(statistics.summary(metrics)["kl"], kl, rtol=1e-5)
     assert raw(after.ref_params) == raw(state.ref_params)
 
 
@@ -579,7 +603,7 @@ def test_reference_log_probs_that_came_with_the_experience_are_kept():
     own = score(POLICY, state.params, experience.rollout).log_probs
     learn = make_learn(POLICY, optimizer, loss=grpo(penalty=k2(1.0)), advantage=from_rewards())
     _, metrics = jax.jit(learn)(state, experience._replace(ref_log_probs=own - 2.0))
-    np.testing.assert_allclose(types.summary(metrics)["kl"], 2.0, rtol=1e-5)
+    np.testing.assert_allclose(statistics.summary(metrics)["kl"], 2.0, rtol=1e-5)
 
 
 def test_a_kl_penalty_without_a_reference_says_what_to_do():
@@ -592,21 +616,21 @@ def test_a_kl_penalty_without_a_reference_says_what_to_do():
 def test_supervised_learning_of_single_completions_makes_them_likelier():
     optimizer, experience = optax.adam(0.1), experience_of(G=1, B=6)
     experience = Experience(experience.rollout)  # neither rewards nor anything else
-    learn = jax.jit(make_learn(POLICY, optimizer, loss=sft(), micro_batches=2))
+    learn = jax.jit(make_learn(POLICY, optimizer, loss=sft(), updates=Updates(micro_batches=2)))
     state, values = state_of(optimizer), []
     for _ in range(20):
         log_probs = np.asarray(score(POLICY, state.params, experience.rollout).log_probs, np.float64)
         state, metrics = learn(state, experience)
-        values.append(types.summary(metrics)["loss"])
+        values.append(statistics.summary(metrics)["loss"])
         np.testing.assert_allclose(values[-1], -np.mean(log_probs[np.asarray(experience.rollout.mask)]), rtol=1e-5)
     assert values[-1] < 0.7 * values[0]
 
 
 def test_metrics_tell_lengths_and_how_many_completions_were_cut():
     state, prompts = state_of(MOMENTUM, reference=True), prompts_of(0)
-    rollout = make_collect(POLICY, **SIZES)(state, prompts).rollout
+    rollout = make_collect(POLICY, sampling.sampler(**SIZES))(state, prompts).rollout
     _, metrics = compiled_step()(state, prompts)
-    numbers = types.summary(metrics)
+    numbers = statistics.summary(metrics)
     tokens = np.asarray(rollout.tokens).reshape(-1, SIZES["max_tokens"]).tolist()
     lengths = [row.index(EOS) + 1 if EOS in row else len(row) for row in tokens]
     np.testing.assert_allclose(numbers["length"], np.mean(lengths), rtol=1e-6)
@@ -632,20 +656,20 @@ def test_the_old_policy_is_scored_in_as_many_parts_as_asked_for_to_the_same_numb
     policy = watched(widths)
 
     def collect(parts):
-        return make_collect(policy, score_old=True, score_parts=parts, **SIZES)(state, prompts)
+        return make_collect(policy, sampling.sampler(**SIZES), score_old=True, score_parts=parts)(state, prompts)
 
     whole, parted = collect(1), collect(B // 2)
     assert widths == [B, B, 2]  # the sampler, traced once, and the two scorings
     np.testing.assert_allclose(parted.old_log_probs, whole.old_log_probs, rtol=0, atol=1e-6)
     np.testing.assert_allclose(parted.old_entropy, whole.old_entropy, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=rf"{B} prompts do not divide into 3 parts, which is score_parts"):
+    with pytest.raises(ValueError, match=rf"{B} prompts do not divide into 3 parts, minibatches times micro_batches"):
         collect(3)
 
 
 def test_a_step_scores_the_old_policy_in_parts_of_its_micro_batches():
     state, prompts, widths = state_of(MOMENTUM), prompts_of(1), []
-    settings = {"reward": even_tokens, "loss": grpo(), "score_old": True, "micro_batches": 2}
-    jax.eval_shape(make_train_step(watched(widths), MOMENTUM, **settings, **SIZES), state, prompts)
+    settings = {"reward": even_tokens, "loss": grpo(), "score_old": True, "updates": Updates(micro_batches=2)}
+    jax.eval_shape(make_train_step(watched(widths), MOMENTUM, sampling.sampler(**SIZES), **settings), state, prompts)
     B = len(prompts.lengths)
     assert set(widths) == {B, B // 2}
     assert widths.count(B) == 1  # by the sampler alone
@@ -654,11 +678,13 @@ def test_a_step_scores_the_old_policy_in_parts_of_its_micro_batches():
 def test_host_rewards_go_between_the_two_halves():
     state, prompts = state_of(MOMENTUM, reference=True), prompts_of(1)
     whole, _ = compiled_step()(state, prompts)
-    experience = make_collect(POLICY, score_old=True, **SIZES)(state, prompts)
+    experience = make_collect(POLICY, sampling.sampler(**SIZES), score_old=True)(state, prompts)
     assert experience.rewards is None
     rewards, given = even_tokens(experience.rollout)
     experience = experience._replace(rewards=rewards, reward_mask=given)
-    learn = make_learn(POLICY, MOMENTUM, loss=grpo(penalty=k3(0.1)), advantage=from_rewards(), minibatches=2)
+    learn = make_learn(
+        POLICY, MOMENTUM, loss=grpo(penalty=k3(0.1)), advantage=from_rewards(), updates=Updates(minibatches=2)
+    )
     halves, _ = jax.jit(learn)(state, experience)
     assert_close(halves.params, whole.params)
 
@@ -668,23 +694,25 @@ def test_host_rewards_go_between_the_two_halves():
 
 def test_a_group_of_one_is_refused_by_what_compares_and_by_nothing_else():
     sizes = SIZES | {"group_size": 1}
-    step = make_train_step(POLICY, PLAIN, reward=even_tokens, loss=grpo(), **sizes)
+    step = make_train_step(POLICY, PLAIN, sampling.sampler(**sizes), reward=even_tokens, loss=grpo())
     with pytest.raises(ValueError, match=r"at least 2 completions, got rewards of shape \(\d+, 1\)"):
         step(state_of(PLAIN), experience_of().rollout.prompts)
     batch = from_rewards(batch_normalised_advantages)
-    step = make_train_step(POLICY, PLAIN, reward=even_tokens, loss=grpo(), advantage=batch, **sizes)
+    step = make_train_step(POLICY, PLAIN, sampling.sampler(**sizes), reward=even_tokens, loss=grpo(), advantage=batch)
     jax.eval_shape(step, state_of(PLAIN), experience_of().rollout.prompts)
 
 
-@pytest.mark.parametrize("setting", ["passes", "minibatches", "micro_batches"])
+@pytest.mark.parametrize("setting", ["iterations", "minibatches", "micro_batches"])
 def test_refuses_fewer_than_one_update_or_part(setting):
     with pytest.raises(ValueError, match=r"at least 1, got (0, 1 and 1|1, 0 and 1|1, 1 and 0)"):
-        make_learn(POLICY, optax.sgd(1.0), loss=grpo(), **{setting: 0})
+        Updates(**{setting: 0})
 
 
 def test_refuses_a_batch_that_does_not_divide_and_tells_the_numbers():
     optimizer = optax.sgd(1.0)
-    learn = make_learn(POLICY, optimizer, loss=grpo(), advantage=from_rewards(), minibatches=2, micro_batches=3)
+    learn = make_learn(
+        POLICY, optimizer, loss=grpo(), advantage=from_rewards(), updates=Updates(minibatches=2, micro_batches=3)
+    )
     with pytest.raises(ValueError, match=r"8 prompts do not divide into 2 minibatches of 3 .* multiple of 6"):
         learn(state_of(optimizer), experience_of())
 
@@ -697,21 +725,21 @@ def test_what_is_missing_from_an_experience_is_said():
         make_learn(POLICY, PLAIN, loss=grpo())(state, experience)
 
 
-@pytest.mark.parametrize("settings", [{"micro_batches": 2}, {"minibatches": 2}])
-def test_refuses_a_metric_that_parts_cannot_be_merged_into_and_names_it(settings):
+@pytest.mark.parametrize("updates", [Updates(micro_batches=2), Updates(minibatches=2)])
+def test_refuses_a_metric_that_parts_cannot_be_merged_into_and_names_it(updates):
     def loss(scores, experience):
         terms, metrics = sft()(scores, experience)
         return terms, metrics | {"typical": jnp.median(scores.log_probs)}
 
     optimizer = optax.sgd(1.0)
     with pytest.raises(TypeError, match=r"typical.* is neither a Mean nor a Max"):
-        make_learn(POLICY, optimizer, loss=loss, **settings)(state_of(optimizer), experience_of())
+        make_learn(POLICY, optimizer, loss=loss, updates=updates)(state_of(optimizer), experience_of())
 
 
 def test_means_and_maxima_merge_as_if_they_had_never_been_parts():
     parts = {"a": Mean(jnp.array([1.0, 5.0]), jnp.array([1, 3])), "b": Max(jnp.array([2.0, -7.0]))}
-    assert types.summary(types.merge(parts)) == {"a": 1.5, "b": 2.0}
-    assert types.summary({"nothing": Mean(jnp.float32(0), jnp.int32(0)), "number": jnp.float32(3)}) == {
+    assert statistics.summary(statistics.merge(parts)) == {"a": 1.5, "b": 2.0}
+    assert statistics.summary({"nothing": Mean(jnp.float32(0), jnp.int32(0)), "number": jnp.float32(3)}) == {
         "nothing": 0.0,
         "number": 3.0,
     }

@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses
+from grpo_jax import losses, sampling
 from grpo_jax.losses import k3, token_mean
 from grpo_jax.policies import from_logits_fn
+from grpo_jax.statistics import summary
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_collect, make_learn, make_train_step
 from grpo_jax.transforms import (
@@ -19,8 +20,8 @@ from grpo_jax.transforms import (
     share_tokens,
     top_entropy,
 )
-from grpo_jax.types import Experience, Rollout, Scores, summary
-from grpo_jax.updates import init_state
+from grpo_jax.types import Experience, Rollout, Scores
+from grpo_jax.updates import Updates, init_state
 
 V, B, G, T = 9, 4, 3, 5
 
@@ -179,13 +180,11 @@ def test_hooks_run_once_in_their_order_before_the_split_and_their_metrics_are_re
     step = make_train_step(
         POLICY,
         optax.sgd(1.0),
+        sampling.sampler(group_size=G, max_tokens=T, eos_ids=(1,)),
         reward=reward,
         loss=losses.grpo(),
-        group_size=G,
-        max_tokens=T,
-        eos_ids=(1,),
         transforms=(note("a"), top_entropy(0.5), note("b")),
-        minibatches=2,
+        updates=Updates(minibatches=2),
     )
     state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
     _, metrics = jax.jit(step)(state, random_prompts(0, B, 3, V))
@@ -197,7 +196,7 @@ def test_hooks_run_once_in_their_order_before_the_split_and_their_metrics_are_re
 @pytest.mark.parametrize("score_old", [False, True])
 def test_one_update_a_rollout_asks_for_the_old_entropy_and_gets_it_by_score_old(score_old):
     state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
-    collect = make_collect(POLICY, group_size=G, max_tokens=T, eos_ids=(1,), score_old=score_old)
+    collect = make_collect(POLICY, sampling.sampler(group_size=G, max_tokens=T, eos_ids=(1,)), score_old=score_old)
     experience = collect(state, random_prompts(0, B, 3, V))
     if score_old:
         expected = -jnp.sum(jax.nn.softmax(state.params["table"]) * jax.nn.log_softmax(state.params["table"]), axis=-1)
@@ -213,10 +212,10 @@ def test_a_whole_step_with_one_update_scores_the_old_policy_where_it_is_told_to(
         return rollout.lengths[..., None].astype(jnp.float32), jnp.ones((*rollout.lengths.shape, 1), bool)
 
     def step(**settings):
+        sampler, filters = sampling.sampler(group_size=G, max_tokens=T, eos_ids=(1,)), (top_entropy(0.5),)
         make = make_train_step(
-            POLICY, optax.sgd(1.0), reward=reward, loss=losses.grpo(), group_size=G, max_tokens=T, eos_ids=(1,),
-            transforms=(top_entropy(0.5),), **settings,
-        )  # fmt: skip
+            POLICY, optax.sgd(1.0), sampler, reward=reward, loss=losses.grpo(), transforms=filters, **settings
+        )
         state = init_state(POLICY.init(jax.random.key(0)), optax.sgd(1.0), jax.random.key(0))
         return jax.jit(make)(state, random_prompts(0, B, 3, V))[1]
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.dtypes import issubdtype, prng_key
 
-from grpo_jax import types
+from grpo_jax import statistics
 from grpo_jax.run import memory
 from grpo_jax.updates import init_state, update
 
@@ -53,8 +53,8 @@ def test_an_update_is_that_of_the_optimizer(name):
         params = optax.apply_updates(params, changes)
         chex.assert_trees_all_close(state.params, params, rtol=1e-6, atol=1e-7)
         norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
-        np.testing.assert_allclose(types.summary(metrics)["grad_norm"], norm, rtol=1e-6)
-        assert types.summary(metrics)["skipped"] == 0
+        np.testing.assert_allclose(statistics.summary(metrics)["grad_norm"], norm, rtol=1e-6)
+        assert statistics.summary(metrics)["skipped"] == 0
     assert state.skipped == 0
     assert state.step == 0  # the step's to count, for it may make several updates
 
@@ -73,7 +73,7 @@ def test_a_longer_gradient_is_scaled_down_to_the_bound_and_a_shorter_one_left_al
         params,
         grads,
     )
-    np.testing.assert_allclose(types.summary(metrics)["grad_norm"], norm, rtol=1e-6)  # as it was before
+    np.testing.assert_allclose(statistics.summary(metrics)["grad_norm"], norm, rtol=1e-6)  # as it was before
 
 
 @pytest.mark.parametrize("bound", [0, -1.0, float("nan")])
@@ -89,7 +89,7 @@ def test_a_gradient_of_0_is_not_scaled_to_nan():
     state = init_state(params, optimizer, jax.random.key(0))
     state, metrics = update(state, jax.tree.map(jnp.zeros_like, params), optimizer, max_grad_norm=1.0)
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
-    assert types.summary(metrics)["grad_norm"] == 0
+    assert statistics.summary(metrics)["grad_norm"] == 0
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
@@ -113,7 +113,7 @@ def test_an_update_that_is_not_finite_changes_no_bit_and_the_next_is_as_if_it_ha
         state, metrics = step(state, bad_grads, loss)
         assert raw((state.params, state.opt_state)) == raw((before.params, before.opt_state))
         assert state.skipped == refused
-        numbers = types.summary(metrics)
+        numbers = statistics.summary(metrics)
         assert numbers["skipped"] == 1
         assert metrics["grad_norm"] == (0, 0)  # a mean of nothing; a NaN would spoil that of the other updates
 
@@ -122,7 +122,7 @@ def test_an_update_that_is_not_finite_changes_no_bit_and_the_next_is_as_if_it_ha
     assert raw((recovered.params, recovered.opt_state)) == raw((expected.params, expected.opt_state))
     assert raw(recovered.params) != raw(before.params)
     assert recovered.skipped == state.skipped
-    assert types.summary(metrics)["skipped"] == 0
+    assert statistics.summary(metrics)["skipped"] == 0
 
 
 def test_a_refused_update_keeps_the_sign_of_a_zero():

@@ -26,17 +26,18 @@ import rich
 import transformers
 import tyro
 
-from grpo_jax import losses, models, rewards, sampling, types
+from grpo_jax import losses, models, rewards, sampling, statistics
 from grpo_jax.advantages import from_rewards, group_advantages
 from grpo_jax.protocols import Advantage, Estimator
 from grpo_jax.run import checkpoint, compilation
+from grpo_jax.statistics import Mean
 from grpo_jax.study import ablation, runs
 from grpo_jax.study.ablation import Condition
 from grpo_jax.study.runs import Run, make_run
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import Step, make_learn, make_train_step
-from grpo_jax.types import Array, Experience, Mean, Metrics, Params, PRNGKey, Prompts, TrainState
-from grpo_jax.updates import init_state
+from grpo_jax.types import Array, Experience, Metrics, Params, PRNGKey, Prompts, TrainState
+from grpo_jax.updates import Updates, init_state
 
 EASY, STANDARD, HARD = 4, 5, 6  # terms
 LEARNING_RATE = 3e-4
@@ -159,8 +160,8 @@ def evaluate(params: Params, terms: int) -> dict[str, Array]:
     """Accuracy on 512 problems that are the same for all runs, greedy and sampled at temperature 1."""
     problems = modular_sums.problems(jax.random.key(2**31 - 1), 512, terms=terms)
     settings = {"group_size": 1, "max_tokens": modular_sums.max_tokens(terms), "eos_ids": (modular_sums.EOS,)}
-    greedy = sampling.sample(policy, params, problems, jax.random.key(0), greedy=True, **settings)
-    sampled = sampling.sample(policy, params, problems, jax.random.key(0), **settings)
+    greedy = dataclasses.replace(sampling.sampler(**settings), greedy=True)(policy, params, problems, jax.random.key(0))
+    sampled = sampling.sampler(**settings)(policy, params, problems, jax.random.key(0))
     accuracy = modular_sums.accuracy()
     return {"greedy": accuracy(greedy).mean(), "sampled": accuracy(sampled).mean(), "length": sampled.lengths.mean()}
 
@@ -172,13 +173,13 @@ def warm_up(key: PRNGKey, terms: int, steps: int) -> Params:
     """A model from nothing, after `steps` of supervised learning from the teacher, 128 demonstrations each."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(20, steps // 2), steps, 1.5e-4)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
-    learn = make_learn(policy, optimizer, loss=losses.sft(), max_grad_norm=1.0)
+    learn = make_learn(policy, optimizer, loss=losses.sft(), updates=Updates(max_grad_norm=1.0))
 
     def imitate(state: TrainState, n: Array) -> tuple[TrainState, Array]:
         of_problems, of_teacher = jax.random.split(jax.random.fold_in(runs.prompt_key(key), n))
         problems = modular_sums.problems(of_problems, 128, terms=terms)
         state, measured = learn(state, Experience(modular_sums.demonstrations(of_teacher, problems, TEACHER)))
-        return state, types.summary(measured)["loss"]
+        return state, statistics.summary(measured)["loss"]
 
     state = init_state(policy.init(key), optimizer, key)
     return jax.lax.scan(imitate, state, jnp.arange(steps))[0].params

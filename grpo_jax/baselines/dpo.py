@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from grpo_jax.baselines.preferences import bradley_terry, check_label_smoothing, whole_pairs
 from grpo_jax.losses.contract import check_positive, difference
 from grpo_jax.protocols import Loss, Terms
-from grpo_jax.types import Experience, Mean, Metrics, Number, Scores
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Experience, Metrics, Number, Scores
 
 
 def dpo(*, beta: Number = 0.1, label_smoothing: Number = 0.0) -> Loss:

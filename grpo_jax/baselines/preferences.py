@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from grpo_jax.advantages import Weights
 from grpo_jax.baselines.selection import candidates, select
 from grpo_jax.losses.contract import masked_sum
-from grpo_jax.types import Array, Experience, Mean, Metrics, Number, Rollout
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Array, Experience, Metrics, Number, Rollout
 
 
 def pairs(experience: Experience, *, weights: Weights | None = None) -> Experience:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from grpo_jax.advantages import Weights
 from grpo_jax.baselines.selection import candidates, select
 from grpo_jax.protocols import ExperienceTransform
-from grpo_jax.types import Experience, Mean, Metrics, Number
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Experience, Metrics, Number
 
 
 def best_of_n(experience: Experience, *, keep: int = 1, weights: Weights | None = None) -> Experience:

@@ -22,11 +22,10 @@ import optax
 
 from grpo_jax.baselines.heads import hidden_states, scalar
 from grpo_jax.baselines.preferences import bradley_terry, check_label_smoothing, whole_pairs
-from grpo_jax.descent import make_descent
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Terms
-from grpo_jax.train_step import Learn
 from grpo_jax.types import Array, Experience, Metrics, Number, Params, Rollout, TrainState
+from grpo_jax.updates import Learn, Updates, make_updates
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -48,10 +47,7 @@ def make_learn(
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: Number = 0.0,
-    passes: int = 1,
-    minibatches: int = 1,
-    micro_batches: int = 1,
-    max_grad_norm: float | Array | None = None,
+    updates: Updates = Updates(),
 ) -> Learn:
     """A step of a reward model, `(state, experience) -> (state, metrics)` on groups of `[chosen, rejected]`.
 
@@ -64,10 +60,7 @@ def make_learn(
       network: with `state.params` as `heads.init` makes them.
       optimizer: any optax optimiser.
       label_smoothing: as in `preferences.bradley_terry`.
-      passes: as in `train_step.make_learn`.
-      minibatches: as in `train_step.make_learn`.
-      micro_batches: as in `train_step.make_learn`.
-      max_grad_norm: as in `updates.update`.
+      updates: as in `train_step.make_learn`.
 
     Returns:
       A pure function with the metrics `loss`, `accuracy` and `margin`. A pair of which a
@@ -85,11 +78,4 @@ def make_learn(
         term, metrics = bradley_terry(scores[:, 0] - scores[:, 1], counted, label_smoothing=label_smoothing)
         return (term,), metrics
 
-    return make_descent(
-        evaluate,
-        optimizer,
-        passes=passes,
-        minibatches=minibatches,
-        micro_batches=micro_batches,
-        max_grad_norm=max_grad_norm,
-    )
+    return make_updates(evaluate, optimizer, updates)

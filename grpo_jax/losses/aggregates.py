@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from grpo_jax.losses.contract import check_positive, masked_sum
 from grpo_jax.protocols import Aggregate
-from grpo_jax.types import Array, Mean, Number
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Array, Number
 
 
 def completion_mean(per_token: Array, mask: Array) -> Mean:

@@ -35,3 +35,10 @@ def check_not_negative(**settings: Number | None) -> None:
     for name, setting in settings.items():
         if isinstance(setting, int | float) and not setting >= 0:
             raise ValueError(f"{name} is at least 0, got {setting}")
+
+
+def check_shares(**settings: Number) -> None:
+    """Refuses Python numbers outside 0 to 1; traced ones pass."""
+    for name, setting in settings.items():
+        if isinstance(setting, int | float) and not 0 <= setting <= 1:
+            raise ValueError(f"{name} is from 0 to 1, got {setting}")

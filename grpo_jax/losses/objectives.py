@@ -28,7 +28,8 @@ from grpo_jax.losses.surrogates import (
     soft_gate,
 )
 from grpo_jax.protocols import Aggregate, Loss, Penalty, PerToken, Ratio, Surrogate, Terms, Weight
-from grpo_jax.types import Array, Experience, Max, Mean, Metrics, Number, Scores
+from grpo_jax.statistics import Max, Mean
+from grpo_jax.types import Array, Experience, Metrics, Number, Scores
 
 Level = Callable[[Array, Array, Array], PerToken]  # (log_ratio, mask, advantages) -> log_ratio, [B, G, T] each
 

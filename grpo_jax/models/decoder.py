@@ -18,7 +18,7 @@ import numpy as np
 from grpo_jax.models import rope
 from grpo_jax.models.attention import KeyValues, MaskInputs
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.policies import Policy, forget
+from grpo_jax.policies import Policy, reset_rows
 from grpo_jax.types import Array, Params, PRNGKey
 
 
@@ -267,12 +267,12 @@ def decoder(config: DecoderConfig) -> Policy:
     def unembed(params: Params, hidden: Array) -> Array:
         return apply({"params": params}, hidden, method="unembed")
 
-    def take(prompt_cache: PromptCache, rows: Array) -> PromptCache:
+    def gather_prompts(prompt_cache: PromptCache, rows: Array) -> PromptCache:
         layers = jax.tree.map(lambda layers: layers[:, rows], prompt_cache.layers)
         return PromptCache(layers, prompt_cache.lengths[rows])
 
-    def keep(cache: Cache, rows: Array) -> Cache:
+    def gather_rows(cache: Cache, rows: Array) -> Cache:
         layers = jax.tree.map(lambda layers: layers[:, rows], cache.layers)
         return cache._replace(layers=layers, positions=cache.positions[rows])
 
-    return Policy(config, init, cast, prefill, init_cache, extend, unembed, take, forget, keep)
+    return Policy(config, init, cast, prefill, init_cache, extend, unembed, gather_prompts, reset_rows, gather_rows)

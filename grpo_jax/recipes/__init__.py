@@ -2,7 +2,8 @@
 
     recipe = dataclasses.replace(recipes.dapo(), max_tokens=1024, minibatches=4)
     state = init_state(params, recipe.optimizer, key, **recipe.initial)
-    step = make_train_step(policy, recipe.optimizer, reward=reward, eos_ids=eos_ids, **recipe.settings)
+    sampler = sampling.sampler(eos_ids=eos_ids, **recipe.sampling)
+    step = make_train_step(policy, recipe.optimizer, sampler, reward=reward, **recipe.settings)
     ...
     state, metrics = step(state, prompts)
     state = recipe.after(state, metrics)
@@ -11,10 +12,6 @@ A recipe is a value. None is what its source does not state, and then the defaul
 library holds. None is also what the source switches off: a KL coefficient of 0 is no term
 at all, and a top-p of 1 no cut. What no field holds, and a run still needs, stands in
 `leaves`.
-
-Where rewards are computed on the host, between the halves of a step, these are
-`make_collect(policy, eos_ids=eos_ids, **recipe.collecting)` and
-`make_learn(policy, recipe.optimizer, **recipe.learning)`.
 
     recipe.py     Recipe, with the properties that a step takes; citation
     published.py  the recipes

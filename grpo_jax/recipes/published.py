@@ -40,9 +40,7 @@ _CLIP = "The clip range, which the source does not state: without an epsilon it 
 _RATE = "The learning rate and the rest of the optimizer, which the source here does not state."
 _SIZES = "The sizes of rollout and updates, which the source here does not state."
 _SOFT_OVERLONG = "The soft overlong penalty, a reward: `rewards.tokens.soft_overlong(max_tokens=20480, cache=4096)`."
-_DYNAMIC = (
-    "Dynamic sampling: `dynamic_sampling.dynamic_sampling(make_collect(...), rounds=...)` in place of the collect."
-)
+_DYNAMIC = "Dynamic sampling: `dynamic_sampling.dynamic_sampling(step.collect, rounds=...)` in place of `step.collect`."
 _FP32_HEAD = "A head in float32, in the sampler and in the trainer: the default `logits_dtype` of the models here."
 
 
@@ -77,7 +75,7 @@ def deepseekmath() -> Recipe:
         group_size=64,
         max_tokens=1024,
         minibatches=1,
-        passes=1,
+        iterations=1,
         learning_rate=1e-6,
     )
 
@@ -121,7 +119,7 @@ def r1_zero() -> Recipe:
         max_tokens=32768,
         temperature=1.0,
         minibatches=16,
-        passes=1,
+        iterations=1,
         learning_rate=3e-6,
     )
 
@@ -169,7 +167,7 @@ def dr_grpo() -> Recipe:
         max_tokens=3000,
         temperature=1.0,
         minibatches=8,
-        passes=1,
+        iterations=1,
         learning_rate=1e-6,
         b1=0.9,
         b2=0.95,
@@ -363,7 +361,7 @@ def lite_ppo() -> Recipe:
         temperature=0.99,
         top_p=0.99,
         top_k=100,
-        passes=1,
+        iterations=1,
     )
 
 

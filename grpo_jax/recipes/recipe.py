@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax import losses, types
+from grpo_jax import losses, statistics
 from grpo_jax.advantages import from_rewards, group_advantages
 from grpo_jax.protocols import Advantage, Aggregate, Cost, Estimator, ExperienceTransform, Loss, Penalty, Weight
 from grpo_jax.schedules import Scheduled, entropy_control, learning_rates
 from grpo_jax.schedules.reference import sync_reference
 from grpo_jax.transforms import top_entropy
 from grpo_jax.types import Array, Metrics, Number, TrainState
+from grpo_jax.updates import Updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Recipe:
     entropy_target: Number | None = None  # nats a token
     entropy_delta: Number | None = None
 
-    # The advantages, and the hooks of `make_learn`.
+    # The advantages, and the transforms of the experience.
     to_advantages: Callable[..., Advantage] = from_rewards
     estimator: Estimator | None = group_advantages  # None where `to_advantages` takes none
     transforms: tuple[ExperienceTransform, ...] = ()
-    entropy_share: Number | None = None  # of the tokens, those of highest entropy, that teach
+    entropy_share: Number | None = None  # fraction of tokens, those of highest entropy, to train on
 
     # The rollout.
     prompts: int | None = None  # the batch that a step is called with
@@ -76,8 +77,8 @@ class Recipe:
     top_k: int | None = None
 
     # The updates, by AdamW.
-    minibatches: int | None = None  # updates in a pass
-    passes: int | None = None
+    minibatches: int | None = None  # updates per iteration
+    iterations: int | None = None
     learning_rate: Number | None = None  # constant after the warm-up
     warmup_rollouts: int | None = None  # linear; see `learning_rates.learning_rate`
     b1: Number | None = None
@@ -96,16 +97,18 @@ class Recipe:
         for name, needed in (("reference_updates", "beta"), ("entropy_delta", "entropy_target")):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{name} = {getattr(self, name)} has no effect in {self.name} without {needed}")
-        if self.reference_updates is not None and self.reference_updates % self.updates:
+        if self.reference_updates is not None and self.reference_updates % self.updates.count:
             raise ValueError(
-                f"reference_updates = {self.reference_updates} is no whole number of rollouts of {self.updates} updates"
+                f"reference_updates = {self.reference_updates} is no whole number of rollouts of {self.updates.count} "
+                "updates"
             )
         _ = self.settings  # a number out of range is refused here rather than at the first step
 
     @property
-    def updates(self) -> int:
-        """Updates that are made of a rollout."""
-        return (self.minibatches or 1) * (self.passes or 1)
+    def updates(self) -> Updates:
+        """Iterations, minibatches and the clipping of gradients."""
+        names = ("iterations", "minibatches", "max_grad_norm")
+        return Updates(**_stated({name: getattr(self, name) for name in names}))
 
     @property
     def loss(self) -> Loss | Scheduled:
@@ -145,7 +148,9 @@ class Recipe:
             raise ValueError(f"{self.source} states no learning rate: dataclasses.replace(recipe, learning_rate=...)")
         rate: Any = self.learning_rate
         if self.warmup_rollouts is not None:
-            rate = learning_rates.learning_rate(rate, warmup_steps=self.warmup_rollouts, updates_per_step=self.updates)
+            rate = learning_rates.learning_rate(
+                rate, warmup_steps=self.warmup_rollouts, updates_per_step=self.updates.count
+            )
         return optax.adamw(
             rate, **_stated({"b1": self.b1, "b2": self.b2, "eps": self.adam_eps, "weight_decay": self.weight_decay})
         )
@@ -157,24 +162,22 @@ class Recipe:
         return {"reference": self.beta is not None} | extra
 
     @property
-    def collecting(self) -> dict[str, Any]:
-        """Keyword arguments of `make_collect`; none for what the source does not state."""
+    def sampling(self) -> dict[str, Any]:
+        """Keyword arguments of `sampling.sampler`, but for `eos_ids`; none for what the source does not state."""
         names = ("group_size", "max_tokens", "temperature", "top_p", "top_k")
-        score_old = self.updates > 1 or self.entropy_share is not None
-        return _stated({name: getattr(self, name) for name in names}) | {"score_old": score_old}
-
-    @property
-    def learning(self) -> dict[str, Any]:
-        """Keyword arguments of `make_learn`; none for what the source does not state."""
-        names = ("temperature", "minibatches", "passes", "max_grad_norm")
-        hooks = () if self.entropy_share is None else (top_entropy(self.entropy_share),)
-        made = {"loss": self.loss, "advantage": self.advantage, "transforms": (*self.transforms, *hooks)}
-        return _stated({name: getattr(self, name) for name in names}) | made
+        return _stated({name: getattr(self, name) for name in names})
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of `make_train_step`: `collecting` and `learning`."""
-        return self.collecting | self.learning
+        """Keyword arguments of `make_train_step`."""
+        filters = () if self.entropy_share is None else (top_entropy(self.entropy_share),)
+        return {
+            "loss": self.loss,
+            "advantage": self.advantage,
+            "transforms": (*self.transforms, *filters),
+            "updates": self.updates,
+            "score_old": self.entropy_share is not None,
+        }
 
     def after(self, state: TrainState, metrics: Metrics) -> TrainState:
         """What the recipe changes between steps: renews the reference, and moves the bonus for entropy.
@@ -187,9 +190,9 @@ class Recipe:
           The state to go on with; the same for most recipes.
         """
         if self.reference_updates is not None:
-            state = sync_reference(state, every=self.reference_updates // self.updates)
+            state = sync_reference(state, every=self.reference_updates // self.updates.count)
         if self.entropy_target is not None:
-            entropy, measured = types.summary(metrics)["entropy"], metrics["entropy"].count > 0
+            entropy, measured = statistics.summary(metrics)["entropy"], metrics["entropy"].count > 0
             settings = _stated({"target": self.entropy_target, "delta": self.entropy_delta})
             moved = entropy_control.follow(state.extra, entropy, **settings)
             # Where no token counted there is no entropy, not one of 0.

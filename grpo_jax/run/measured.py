@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.protocols import ExperienceTransform
-from grpo_jax.types import Array, Experience, Mean, Metrics
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Array, Experience, Metrics
 
 
 def repetition(n: int = 4) -> ExperienceTransform:

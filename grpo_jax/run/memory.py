@@ -19,15 +19,15 @@ import optax
 import transformers
 import tyro
 
-from grpo_jax import losses, models
-from grpo_jax.advantages import from_rewards
+from grpo_jax import losses, models, sampling
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Loss
 from grpo_jax.run import compilation
+from grpo_jax.sampling import PolicySampler
 from grpo_jax.scoring import CHUNK_TOKENS
-from grpo_jax.train_step import make_collect, make_learn
+from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Experience, Prompts
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 
 class Plan(NamedTuple):
@@ -58,18 +58,16 @@ class Plan(NamedTuple):
 def plan(
     policy: Policy,
     optimizer: optax.GradientTransformation,
+    sampler: PolicySampler,
     *,
     loss: Loss,
     prompts: int,
-    group_size: int,
     prompt_tokens: int,
-    max_tokens: int,
     reference: bool,
-    minibatches: int = 1,
-    micro_batches: int = 1,
+    updates: Updates = Updates(),
     score_old: bool = False,
 ) -> Plan:
-    """The memory of one step of `prompts * group_size` completions, on the default backend.
+    """The memory of one step of `prompts * sampler.group_size` completions, on the default backend.
 
     `learn` is taken to donate its state and to be compiled with `compilation.cpu_memory_options()`, as in
     `experiments/grpo.py`.
@@ -77,43 +75,33 @@ def plan(
     Args:
       policy: the network; its compute dtype, attention and rematerialisation count.
       optimizer: any optax optimiser.
+      sampler: of the step.
       loss: any loss.
       prompts: `B`.
-      group_size: `G`.
       prompt_tokens: `P`, what prompts are padded to.
-      max_tokens: `T`.
       reference: whether a reference policy is kept.
-      minibatches: updates in a pass.
-      micro_batches: parts in which an update is computed.
-      score_old: as of `make_collect`; several updates need it.
+      updates: of the step.
+      score_old: as of `make_train_step`.
     """
-    score_old = score_old or minibatches > 1
+    group_size, max_tokens = sampler.group_size, sampler.max_tokens
     array: Callable[..., Any] = jax.ShapeDtypeStruct
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(policy.init, key)
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer, reference=reference), params, key=key)
     tokens, lengths = array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32)
     batch = Prompts(tokens, lengths)
-    collect = make_collect(policy, group_size=group_size, max_tokens=max_tokens, eos_ids=(0,), score_old=score_old)
-    learn = make_learn(
-        policy,
-        optimizer,
-        loss=loss,
-        advantage=from_rewards(),
-        minibatches=minibatches,
-        micro_batches=micro_batches,
-    )
-    experience: Experience = jax.eval_shape(collect, state, batch)
+    step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates, score_old=score_old)
+    experience: Experience = jax.eval_shape(step.collect, state, batch)
     rewards = array((prompts, group_size, 1), jnp.float32)
-    given = array((prompts, group_size, 1), jnp.bool_)
-    experience = experience._replace(rewards=rewards, reward_mask=given)
+    reward_mask = array((prompts, group_size, 1), jnp.bool_)
+    experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
 
     of_params = size(params)
-    rows = prompts // (minibatches * micro_batches) * group_size
+    rows = prompts // updates.parts * group_size
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
     logits = 2 * rows * width * jax.eval_shape(policy.unembed, params, _hidden(policy, params, batch)).shape[-1] * 4
-    learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
-    learning = beside(learn, state, experience) + size(experience)
+    step = step.jit(compiler_options=compilation.cpu_memory_options())
+    learning = beside(step.learn, state, experience) + size(experience)
     cast = jax.eval_shape(policy.cast, params)
     same = [leaf.dtype for leaf in jax.tree.leaves(cast)] == [leaf.dtype for leaf in jax.tree.leaves(params)]
     return Plan(
@@ -121,7 +109,7 @@ def plan(
         optimizer=size(state.opt_state),
         reference=size(state.ref_params),
         cast=0 if same else size(cast),
-        sampling=beside(jax.jit(collect), state, batch),
+        sampling=beside(step.collect, state, batch),
         learning=learning,
         prompt_cache=size(jax.eval_shape(policy.prefill, params, tokens, lengths)),
         completion_cache=size(jax.eval_shape(functools.partial(policy.init_cache, prompts, group_size, max_tokens))),
@@ -215,13 +203,12 @@ def main(config: Config) -> Plan:
         return plan(
             policy,
             optax.adamw(1e-6),
+            sampling.sampler(group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=()),
             loss=loss,
             prompts=prompts,
-            group_size=config.group_size,
             prompt_tokens=config.prompt_tokens,
-            max_tokens=config.max_tokens,
             reference=config.beta > 0,
-            micro_batches=micro_batches,
+            updates=Updates(micro_batches=micro_batches),
         )
 
     found = planned(config.prompts, config.micro_batches)

@@ -1,5 +1,13 @@
-"""Prompts to rollouts."""
+"""Prompts to rollouts.
 
-from grpo_jax.sampling.batch import check_settings, completion_keys, draw, is_any, live_columns, sample, truncate
+samplers.py  sampler, continuous, greedy: made values, called `(policy, params, prompts, key) -> rollout`
+batch.py     all completions of a batch decoded together
+slots.py     continuous batching: slots that are refilled
+drawing.py   logits to tokens
+engines.py   rollouts of an inference engine
+"""
 
-__all__ = ["check_settings", "completion_keys", "draw", "is_any", "live_columns", "sample", "truncate"]
+from grpo_jax.sampling.engines import from_engine
+from grpo_jax.sampling.samplers import PolicySampler, continuous, greedy, sampler
+
+__all__ = ["PolicySampler", "continuous", "from_engine", "greedy", "sampler"]

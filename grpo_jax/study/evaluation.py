@@ -8,6 +8,7 @@ An item is a dict of plain values, a line of JSON, and has all that a summary is
 `write_items` keeps them, `data.read_jsonl` reads them again and `summarise` sums them up anew.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -249,18 +250,21 @@ def evaluate(
         indices = np.arange(start, min(start + batch_size, len(rows)))
         # The last batch repeats rows, for the same program.
         filled = np.resize(indices, min(batch_size, len(rows))).tolist()
-        rollout = sampling.sample(
+        rollout = dataclasses.replace(
+            sampling.sampler(
+                group_size=group_size,
+                max_tokens=max_tokens,
+                eos_ids=eos_ids,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            ),
+            greedy=greedy,
+        )(
             policy,
             params,
             data.make_prompts([prompts[i] for i in filled], filled, multiple=bucket),
             jax.random.fold_in(jax.random.key(seed), start),
-            group_size=group_size,
-            max_tokens=max_tokens,
-            eos_ids=eos_ids,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            greedy=greedy,
         )
         rollout = _first(rollout, len(indices))
         given, mask = reward(rollout)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax import types
+from grpo_jax import statistics
 from grpo_jax.train_step import Step
 from grpo_jax.types import Array, Params, PRNGKey, Prompts, TrainState
 
@@ -110,7 +110,7 @@ def make_run(
 
         def one(state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:
             state, metrics = train_step(state, prompts(prompt_key(state.key), state.step, hyper))
-            return state, types.summary(metrics)
+            return state, statistics.summary(metrics)
 
         state, steps = jax.lax.scan(one, state, length=chunk_steps)
         return state, steps, measure(state.params, hyper)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import data, losses, packing, types
+from grpo_jax import data, losses, packing, sampling, statistics
 from grpo_jax.baselines import preferences
 from grpo_jax.baselines.dpo import dpo
 from grpo_jax.policies import from_logits_fn
@@ -15,7 +15,7 @@ from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_collect, make_learn
 from grpo_jax.types import Experience, Rollout, Scores
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 V, EOS = 9, 1
 SIZES = {"group_size": 6, "max_tokens": 5, "eos_ids": (EOS,)}
@@ -82,7 +82,7 @@ def test_matches_equation_7_in_numpy(transform, label_smoothing):
         "chosen_reward": np.mean(chosen),
     }
     expected["rejected_reward"] = expected["chosen_reward"] - expected["margin"]
-    assert_close({name: float(x) for name, x in types.summary(metrics).items()}, expected)
+    assert_close({name: float(x) for name, x in statistics.summary(metrics).items()}, expected)
     assert 0 < expected["accuracy"] < 1
 
 
@@ -90,7 +90,7 @@ def test_equal_policies_have_a_loss_of_log_2():
     experience = experience_of()
     terms, metrics = dpo(beta=0.3)(Scores(experience.ref_log_probs), experience)
     np.testing.assert_allclose(losses.value(terms), np.log(2), rtol=1e-6)
-    assert types.summary(metrics)["margin"] == 0
+    assert statistics.summary(metrics)["margin"] == 0
 
 
 def test_the_gradient_is_that_of_finite_differences():
@@ -128,7 +128,7 @@ def test_no_pair_that_counts_is_a_loss_of_0_and_no_update():
     after, metrics = make_learn(POLICY, optimizer, loss=dpo())(state, experience)
     assert_close(after.params, state.params, rtol=0, atol=0)
     assert after.skipped == 0
-    assert types.summary(metrics)["loss"] == 0
+    assert statistics.summary(metrics)["loss"] == 0
 
 
 @pytest.mark.parametrize("micro_batches", [2, 3])
@@ -136,11 +136,11 @@ def test_any_number_of_micro_batches_gives_the_same_update_and_metrics(micro_bat
     """The pairs without a token that counts are not spread evenly over the parts."""
     optimizer, experience = optax.sgd(1.0), experience_of()
     state = init_state(POLICY.init(jax.random.key(0)), optimizer, jax.random.key(0))
-    settings = [{}, {"micro_batches": micro_batches}]
-    whole, parts = (jax.jit(make_learn(POLICY, optimizer, loss=dpo(), **s))(state, experience) for s in settings)
+    settings = [Updates(), Updates(micro_batches=micro_batches)]
+    whole, parts = (jax.jit(make_learn(POLICY, optimizer, loss=dpo(), updates=s))(state, experience) for s in settings)
     assert np.abs(np.asarray(whole[0].params["table"] - state.params["table"])).max() > 1e-3
     assert_close(parts[0].params, whole[0].params)
-    assert_close(types.summary(parts[1]), types.summary(whole[1]))
+    assert_close(statistics.summary(parts[1]), statistics.summary(whole[1]))
 
 
 def test_beta_and_label_smoothing_may_be_traced():
@@ -238,7 +238,7 @@ def test_refuses_groups_of_one():
 
 def test_online_dpo_raises_the_reward_in_one_program():
     optimizer = optax.adam(0.1)
-    collect = make_collect(POLICY, reward=even_tokens, **SIZES)
+    collect = make_collect(POLICY, sampling.sampler(**SIZES), reward=even_tokens)
     learn = make_learn(POLICY, optimizer, loss=dpo(beta=0.5))
 
     def step(state, prompts):
@@ -269,7 +269,7 @@ def test_offline_dpo_learns_the_pairs_that_were_given():
     learn, seen = jax.jit(make_learn(POLICY, optimizer, loss=dpo())), []
     for _ in range(20):
         state, metrics = learn(state, experience)
-        seen.append(types.summary(metrics))
+        seen.append(statistics.summary(metrics))
     np.testing.assert_allclose(seen[0]["loss"], np.log(2), rtol=1e-5)
     assert seen[-1]["loss"] < 0.5
     assert seen[-1]["accuracy"] == 1

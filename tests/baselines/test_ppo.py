@@ -9,18 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import types
+from grpo_jax import sampling, statistics
+from grpo_jax.baselines import critic as critics
 from grpo_jax.baselines import heads, ppo
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.sampling import sample
 from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts, tiny_policy
 from grpo_jax.train_step import step_keys
 from grpo_jax.types import Experience, Prompts, Rollout
-from grpo_jax.updates import init_state, update
+from grpo_jax.updates import Updates, init_state, update
 
 V, EOS = 9, 1
-SIZES = {"max_tokens": 5, "eos_ids": (EOS,)}
+SIZES = {"group_size": 2, "max_tokens": 5, "eos_ids": (EOS,)}
 PLAIN = optax.sgd(0.5)
 
 
@@ -68,6 +68,21 @@ def experience_of(seed=0, B=4, G=2, T=5):
     return Experience(rollout, rewards, jnp.ones(rewards.shape, bool), old)
 
 
+def step_of(optimizer=PLAIN, *, temperature=1.0, **settings):
+    """A step whose settings are given by name, whichever part they are of."""
+
+    def of(names):
+        return {name: settings.pop(name) for name in names if name in settings}
+
+    advantage = ppo.gae_advantages(**of(["gamma", "gae_lambda", "kl_weight", "whiten", "weights"]))
+    loss = ppo.ppo_loss(**of(["epsilon", "value_epsilon", "value_weight", "entropy_weight"]))
+    updates = Updates(**{"iterations": 4} | of(["iterations", "minibatches", "micro_batches", "max_grad_norm"]))
+    sampler = sampling.sampler(**SIZES | of(["group_size"]), temperature=temperature)
+    return ppo.make_train_step(
+        POLICY, POLICY, optimizer, sampler, advantage=advantage, loss=loss, updates=updates, **settings
+    )
+
+
 def raw(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
@@ -76,15 +91,15 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
     chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
 
 
-def gae_by_hand(rewards, values, mask, discount, decay):
+def gae_by_hand(rewards, values, mask, gamma, gae_lambda):
     """Equation 11 of the paper as the double sum it is, over the tokens that count."""
     advantages = np.zeros(mask.shape)
     for b, g in np.ndindex(mask.shape[:2]):
         tokens = np.flatnonzero(mask[b, g])
         r, v = rewards[b, g, tokens].astype(np.float64), [*values[b, g, tokens].astype(np.float64), 0.0]
-        deltas = [r[i] + discount * v[i + 1] - v[i] for i in range(len(tokens))]
+        deltas = [r[i] + gamma * v[i + 1] - v[i] for i in range(len(tokens))]
         for i, t in enumerate(tokens):
-            advantages[b, g, t] = sum((discount * decay) ** (j - i) * deltas[j] for j in range(i, len(tokens)))
+            advantages[b, g, t] = sum((gamma * gae_lambda) ** (j - i) * deltas[j] for j in range(i, len(tokens)))
     return advantages, np.where(mask, advantages + values, 0.0)
 
 
@@ -92,43 +107,43 @@ def gae_by_hand(rewards, values, mask, discount, decay):
 
 
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
-@pytest.mark.parametrize(("discount", "decay"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
-def test_gae_is_the_sum_over_later_errors(transform, discount, decay):
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
+def test_gae_is_the_sum_over_later_errors(transform, gamma, gae_lambda):
     rng = np.random.default_rng(0)
     rewards, values = rng.normal(size=(2, 3, 4, 7)).astype(np.float32)
     mask = np.arange(7) < rng.integers(1, 8, (3, 4, 1))
     mask[0, 1] = False  # nothing counts
     mask[1, 2] = [True, False, False, True, True, False, True]  # tokens between that the policy did not write
     spoilt = [np.where(mask, x, np.nan) for x in (rewards, values)]
-    actual = transform(functools.partial(ppo.gae, discount=discount, decay=decay))(*spoilt, mask)
-    expected = gae_by_hand(rewards, values, mask, discount, decay)
+    actual = transform(functools.partial(critics.gae, gamma=gamma, gae_lambda=gae_lambda))(*spoilt, mask)
+    expected = gae_by_hand(rewards, values, mask, gamma, gae_lambda)
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_critic_and_at_discount_and_decay_1_every_token_earns_the_whole_reward():
+def test_without_a_critic_and_at_gamma_and_lambda_1_every_token_earns_the_whole_reward():
     mask = np.arange(4) < np.array([[[2], [4]]])
-    rewards = ppo.token_rewards(jnp.array([[3.0, -1.0]]), mask)
+    rewards = critics.token_rewards(jnp.array([[3.0, -1.0]]), mask)
     np.testing.assert_array_equal(rewards, [[[0, 3, 0, 0], [0, 0, 0, -1]]])
-    advantages, _ = ppo.gae(rewards, jnp.zeros(mask.shape), mask, discount=1.0, decay=1.0)
+    advantages, _ = critics.gae(rewards, jnp.zeros(mask.shape), mask, gamma=1.0, gae_lambda=1.0)
     np.testing.assert_array_equal(advantages, [[[3, 3, 0, 0], [-1, -1, -1, -1]]])
 
 
 def test_the_reward_goes_to_the_last_token_that_counts_and_each_pays_its_cost():
     mask = jnp.array([[[True, False, True, False], [False] * 4]])
     cost = jnp.array([[[0.1, jnp.nan, 0.3, jnp.nan], [jnp.nan] * 4]])
-    rewards = ppo.token_rewards(jnp.array([[2.0, 5.0]]), mask, cost)
+    rewards = critics.token_rewards(jnp.array([[2.0, 5.0]]), mask, cost)
     np.testing.assert_allclose(rewards, [[[-0.1, 0, 1.7, 0], [0, 0, 0, 0]]], rtol=1e-6)
 
 
 def test_whitened_advantages_have_mean_0_and_deviation_1_over_what_counts():
     rng = np.random.default_rng(1)
     advantages, mask = 3 * rng.normal(size=(4, 2, 5)) + 7, rng.random((4, 2, 5)) < 0.6
-    white = np.asarray(ppo.whitened(jnp.where(mask, advantages, jnp.nan), mask))
+    white = np.asarray(critics.whitened(jnp.where(mask, advantages, jnp.nan), mask))
     counted = advantages[mask]
     np.testing.assert_allclose(white[mask], (counted - counted.mean()) / counted.std(), rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(white[~mask], 0.0)
-    np.testing.assert_array_equal(ppo.whitened(jnp.full((2, 2, 2), 1.1), jnp.ones((2, 2, 2), bool)), 0.0)
+    np.testing.assert_array_equal(critics.whitened(jnp.full((2, 2, 2), 1.1), jnp.ones((2, 2, 2), bool)), 0.0)
 
 
 def test_the_value_loss_is_the_larger_of_the_errors_with_and_without_the_clip():
@@ -138,9 +153,9 @@ def test_the_value_loss_is_the_larger_of_the_errors_with_and_without_the_clip():
     for i in np.ndindex(values.shape):
         moved = min(max(values[i] - old[i], -0.3), 0.3)
         expected[i] = max((values[i] - returns[i]) ** 2, (old[i] + moved - returns[i]) ** 2) / 2
-    np.testing.assert_allclose(ppo.value_loss(values, old, returns, epsilon=0.3), expected, rtol=1e-5)
+    np.testing.assert_allclose(critics.value_loss(values, old, returns, epsilon=0.3), expected, rtol=1e-5)
     np.testing.assert_allclose(
-        ppo.value_loss(values, old, returns, epsilon=None), (values - returns) ** 2 / 2, rtol=1e-5
+        critics.value_loss(values, old, returns, epsilon=None), (values - returns) ** 2 / 2, rtol=1e-5
     )
     assert np.any(expected > (values - returns) ** 2 / 2 + 1e-3)  # so that the clip was at work
 
@@ -148,7 +163,7 @@ def test_the_value_loss_is_the_larger_of_the_errors_with_and_without_the_clip():
 def test_a_value_that_has_gone_far_enough_towards_its_return_gets_no_gradient():
     old, returns = jnp.zeros(4), jnp.array([1.0, 1.0, -1.0, 1.0])
     values = jnp.array([0.5, 0.1, -0.5, -0.5])  # past the clip; before it; past it; past it on the wrong side
-    gradient = jax.grad(lambda v: jnp.sum(ppo.value_loss(v, old, returns, epsilon=0.2)))(values)
+    gradient = jax.grad(lambda v: jnp.sum(critics.value_loss(v, old, returns, epsilon=0.2)))(values)
     np.testing.assert_allclose(gradient, [0.0, -0.9, 0.0, -1.5], atol=1e-6)
 
 
@@ -157,7 +172,7 @@ def test_a_value_is_the_heads_of_the_prompt_and_the_tokens_before():
     network = tiny_policy(num_hidden_layers=1)
     params, rollout = random_critic(network, 3), experience_of(B=3, T=4).rollout
     prompts = rollout.prompts
-    values = ppo.values(network, params, rollout)
+    values = critics.values(network, params, rollout)
     joined = [
         [*np.asarray(prompts.tokens[b, : prompts.lengths[b]]), *np.asarray(rollout.tokens[b, g, :t])]
         for b, g, t in np.argwhere(rollout.mask)
@@ -176,14 +191,14 @@ def test_a_value_is_the_heads_of_the_prompt_and_the_tokens_before():
     np.testing.assert_allclose(values[rollout.mask], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(values[~rollout.mask], 0.0)
     spoilt = rollout._replace(tokens=jnp.where(rollout.mask, rollout.tokens, 10**6))
-    np.testing.assert_array_equal(ppo.values(network, params, spoilt), values)
+    np.testing.assert_array_equal(critics.values(network, params, spoilt), values)
 
 
 def test_a_new_critic_says_0_and_a_copied_one_reads_as_the_policy_does():
     params, rollout = POLICY.init(jax.random.key(0)), experience_of().rollout
     for critic in (heads.init(POLICY, jax.random.key(0)), heads.init_from(POLICY, params)):
         assert_close(critic["network"], params)
-        np.testing.assert_array_equal(ppo.values(POLICY, critic, rollout), 0.0)
+        np.testing.assert_array_equal(critics.values(POLICY, critic, rollout), 0.0)
 
 
 # --------------------------------------------------------------------------- the whole step
@@ -214,32 +229,21 @@ def formula(params, experience, old_values, advantages, returns, settings):
 def test_a_step_is_its_stages_put_together_by_hand():
     """Three passes, so that both clips are at work, with a cost against a reference and weighed rewards."""
     settings = {"epsilon": 0.05, "value_epsilon": 0.1, "value_weight": 0.7, "entropy_weight": 0.03, "temperature": 0.8}
-    discount, decay, kl_weight, optimizer = 0.9, 0.8, 0.2, optax.sgd(2.0)
+    gamma, gae_lambda, kl_weight, optimizer = 0.9, 0.8, 0.2, optax.sgd(2.0)
     state, prompts = state_of(optimizer)._replace(step=jnp.int32(7)), random_prompts(1, 4, 3, V)
 
     def rewards(rollout):
         (even, given), (long, _) = even_tokens(rollout), (rollout.lengths[..., None].astype(jnp.float32), None)
         return jnp.concatenate([even, long], axis=-1), jnp.concatenate([given, given], axis=-1)
 
-    step = ppo.make_train_step(
-        POLICY,
-        POLICY,
-        optimizer,
-        reward=rewards,
-        group_size=2,
-        discount=discount,
-        decay=decay,
-        kl_weight=kl_weight,
-        reward_weights=(2.0, -0.1),
-        passes=3,
-        max_grad_norm=0.8,
-        **settings,
-        **SIZES,
-    )
+    shares = {"gamma": gamma, "gae_lambda": gae_lambda, "kl_weight": kl_weight, "weights": (2.0, -0.1)}
+    step = step_of(optimizer, reward=rewards, iterations=3, max_grad_norm=0.8, **shares, **settings)
     after, metrics = jax.jit(step)(state, prompts)
 
     key, temperature = step_keys(state)[0], settings["temperature"]
-    rollout = sample(POLICY, state.params["policy"], prompts, key, group_size=2, temperature=temperature, **SIZES)
+    rollout = sampling.sampler(group_size=2, temperature=temperature, **SIZES)(
+        POLICY, state.params["policy"], prompts, key
+    )
     old, ref = (
         score(POLICY, params["policy"], rollout, temperature=temperature).log_probs
         for params in (state.params, state.ref_params)
@@ -250,8 +254,8 @@ def test_a_step_is_its_stages_put_together_by_hand():
         for t in range(int(rollout.lengths[b, g])):
             of_tokens[b, g, t] = -kl_weight * (old[b, g, t] - ref[b, g, t])
         of_tokens[b, g, int(rollout.lengths[b, g]) - 1] += total[b, g]
-    old_values = ppo.values(POLICY, state.params["critic"], rollout)
-    advantages, returns = gae_by_hand(of_tokens, np.asarray(old_values), mask, discount, decay)
+    old_values = critics.values(POLICY, state.params["critic"], rollout)
+    advantages, returns = gae_by_hand(of_tokens, np.asarray(old_values), mask, gamma, gae_lambda)
     white = (advantages - advantages[mask].mean()) / (advantages[mask].std() + 1e-4)
     experience = Experience(rollout, old_log_probs=old)
 
@@ -265,7 +269,7 @@ def test_a_step_is_its_stages_put_together_by_hand():
     assert_close(after.params, expected.params, rtol=1e-4, atol=1e-5)
     assert after.step == 8
 
-    numbers = types.summary(metrics)
+    numbers = statistics.summary(metrics)
     assert max(norms) > 0.8  # so that the gradients were clipped
     assert numbers["clip_high"] > 0
     left = (returns - old_values)[mask]
@@ -284,7 +288,7 @@ def test_a_step_is_its_stages_put_together_by_hand():
 @functools.cache
 def compiled_learn(minibatches=2, micro_batches=1, **settings):
     split = {"minibatches": minibatches, "micro_batches": micro_batches}
-    return jax.jit(ppo.make_learn(POLICY, POLICY, PLAIN, kl_weight=0.1, passes=2, **split, **settings))
+    return jax.jit(step_of(kl_weight=0.1, iterations=2, **split, **settings).learn)
 
 
 def test_micro_batches_change_neither_the_updates_nor_the_metrics():
@@ -293,7 +297,7 @@ def test_micro_batches_change_neither_the_updates_nor_the_metrics():
     whole, parts = (compiled_learn(micro_batches=n)(state_of(), experience) for n in (1, 2))
     assert np.any(np.asarray(whole[0].params["policy"]["table"]) != state_of().params["policy"]["table"])
     assert_close(parts[0].params, whole[0].params)
-    assert_close(types.summary(parts[1]), types.summary(whole[1]))
+    assert_close(statistics.summary(parts[1]), statistics.summary(whole[1]))
 
 
 def test_padding_and_completions_that_nobody_scored_change_nothing_whatever_they_hold():
@@ -315,7 +319,7 @@ def test_padding_and_completions_that_nobody_scored_change_nothing_whatever_they
     for other in (wider, spoilt):
         other_after, other_metrics = compiled_learn(micro_batches=1)(state, other)
         assert_close(other_after.params, after.params)
-        assert_close(types.summary(other_metrics), types.summary(metrics))
+        assert_close(statistics.summary(other_metrics), statistics.summary(metrics))
 
 
 def test_a_batch_that_nobody_scored_changes_nothing():
@@ -326,7 +330,7 @@ def test_a_batch_that_nobody_scored_changes_nothing():
     after, metrics = compiled_learn(micro_batches=1)(state, experience)
     assert raw(after.params) == raw(state.params)
     assert (after.step, after.skipped) == (1, 0)
-    assert all(np.all(np.isfinite(x)) for x in types.summary(metrics).values())
+    assert all(np.all(np.isfinite(x)) for x in statistics.summary(metrics).values())
 
 
 def test_a_reward_of_nan_that_is_not_masked_is_refused():
@@ -338,8 +342,8 @@ def test_a_reward_of_nan_that_is_not_masked_is_refused():
 
 
 DEFAULTS = {
-    "discount": 0.9,
-    "decay": 0.8,
+    "gamma": 0.9,
+    "gae_lambda": 0.8,
     "kl_weight": 0.1,
     "epsilon": 0.05,
     "value_epsilon": 0.05,
@@ -355,7 +359,7 @@ def test_every_setting_may_be_traced_and_has_an_effect():
     experience = experience_of()
 
     def learn(setting):
-        after, _ = ppo.make_learn(POLICY, POLICY, PLAIN, passes=2, **setting)(state_of(), experience)
+        after, _ = step_of(iterations=2, **setting).learn(state_of(), experience)
         return after.params
 
     grid = [DEFAULTS, *(DEFAULTS | {name: other} for name, other in OTHERS.items())]
@@ -370,7 +374,7 @@ def test_every_setting_may_be_traced_and_has_an_effect():
 def test_the_raw_advantages_are_learned_from_without_whitening():
     experience, state = experience_of(), state_of()
     ood = experience._replace(rewards=3 * experience.rewards + 5)
-    settings = {"value_weight": 0.0, "entropy_weight": 0.0, "decay": 1.0, "discount": 1.0}
+    settings = {"value_weight": 0.0, "entropy_weight": 0.0, "gae_lambda": 1.0, "gamma": 1.0}
     state = state._replace(params=state.params | {"critic": heads.init_from(POLICY, state.params["policy"])})
 
     def table(experience, whiten):
@@ -387,9 +391,9 @@ def test_the_raw_advantages_are_learned_from_without_whitening():
 def test_a_step_is_traced_once_and_learns():
     """Groups of one, with a critic that starts from the policy, and a donated state."""
     optimizer = optax.adam(0.1)
-    step = ppo.make_train_step(POLICY, POLICY, optimizer, reward=even_tokens, minibatches=2, **SIZES)
+    step = step_of(optimizer, group_size=1, reward=even_tokens, minibatches=2)
     chex.clear_trace_counter()
-    jitted = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+    jitted = jax.jit(chex.assert_max_traces(lambda *x: step(*x), n=1), donate_argnums=0)
     policy_params = POLICY.init(jax.random.key(0))
     params = {"policy": policy_params, "critic": heads.init_from(POLICY, policy_params)}
     first, prompts = (
@@ -399,7 +403,7 @@ def test_a_step_is_traced_once_and_learns():
     state, seen = first, []
     for batch in prompts:
         state, metrics = jitted(state, batch)
-        seen.append(types.summary(metrics))
+        seen.append(statistics.summary(metrics))
     assert first.params["critic"]["network"]["table"].is_deleted()
     rewards = [float(numbers["reward"]) for numbers in seen]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.25
@@ -414,17 +418,17 @@ def test_the_critic_learns_to_expect_the_rewards():
     rewards = jnp.broadcast_to(even[..., None], experience.rewards.shape).astype(jnp.float32)
     params = {"policy": POLICY.init(jax.random.key(0)), "critic": heads.init(POLICY, jax.random.key(1))}
     state, explained = init_state(params, optimizer, jax.random.key(0)), []
-    learn = jax.jit(ppo.make_learn(POLICY, POLICY, optimizer, passes=8, value_epsilon=None))
+    learn = jax.jit(step_of(optimizer, value_epsilon=None, iterations=8).learn)
     for _ in range(4):
         state, metrics = learn(state, experience._replace(rewards=rewards))
-        explained.append(float(types.summary(metrics)["explained_variance"]))
+        explained.append(float(statistics.summary(metrics)["explained_variance"]))
     assert explained[0] == 0  # of a critic that says 0 of everything
     assert explained[-1] > 0.9
 
 
 @functools.cache
 def compiled_step():
-    return jax.jit(ppo.make_train_step(POLICY, POLICY, PLAIN, reward=even_tokens, group_size=2, passes=2, **SIZES))
+    return jax.jit(step_of(reward=even_tokens, iterations=2))
 
 
 def test_a_scan_over_steps_is_the_loop():
@@ -439,11 +443,12 @@ def test_a_scan_over_steps_is_the_loop():
 def test_host_rewards_go_between_the_two_halves():
     prompts = random_prompts(1, 4, 3, V)
     whole, _ = compiled_step()(state_of(), prompts)
-    experience = ppo.make_collect(POLICY, group_size=2, **SIZES)(state_of(), prompts)
+    step = step_of(iterations=2)
+    experience = step.collect(state_of(), prompts)
     assert experience.rewards is None
     rewards, given = even_tokens(experience.rollout)
     experience = experience._replace(rewards=np.asarray(rewards), reward_mask=np.asarray(given))
-    halves, _ = jax.jit(ppo.make_learn(POLICY, POLICY, PLAIN, passes=2))(state_of(), experience)
+    halves, _ = jax.jit(step.learn)(state_of(), experience)
     assert_close(halves.params, whole.params)
 
 
@@ -453,25 +458,25 @@ def test_host_rewards_go_between_the_two_halves():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"discount": 1.1}, "discount is from 0 to 1, got 1.1"),
-        ({"decay": -0.1}, "decay is from 0 to 1, got -0.1"),
+        ({"gamma": 1.1}, "gamma is from 0 to 1, got 1.1"),
+        ({"gae_lambda": -0.1}, "gae_lambda is from 0 to 1, got -0.1"),
         ({"epsilon": 0.0}, "epsilon is above 0, got 0.0"),
         ({"value_epsilon": -1.0}, r"value_epsilon is above 0, got -1.0"),
         ({"value_weight": -0.5}, "value_weight is at least 0, got -0.5"),
         ({"kl_weight": -0.5}, "kl_weight is at least 0, got -0.5"),
-        ({"passes": 0}, "at least 1, got 0, 1 and 1"),
+        ({"iterations": 0}, "at least 1, got 0, 1 and 1"),
     ],
 )
 def test_refuses_settings_out_of_range_and_names_them(setting, message):
     with pytest.raises(ValueError, match=message):
-        ppo.make_learn(POLICY, POLICY, PLAIN, **setting)
+        step_of(**setting)
 
 
 def test_what_is_missing_is_said():
     experience, state = experience_of(), state_of()
-    with pytest.raises(ValueError, match=r"ppo\.make_collect"):
-        ppo.make_learn(POLICY, POLICY, PLAIN)(state, experience._replace(old_log_probs=None))
+    with pytest.raises(ValueError, match="its own `collect`"):
+        step_of().learn(state, experience._replace(old_log_probs=None))
     with pytest.raises(ValueError, match="reference=True"):
-        ppo.make_learn(POLICY, POLICY, PLAIN, kl_weight=0.1)(state._replace(ref_params=None), experience)
+        step_of(kl_weight=0.1).learn(state._replace(ref_params=None), experience)
     with pytest.raises(ValueError, match="4 prompts do not divide into 3 parts"):
-        ppo.make_learn(POLICY, POLICY, PLAIN, minibatches=3)(state, experience)
+        step_of(minibatches=3).learn(state, experience)

@@ -7,14 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses, types
+from grpo_jax import losses, sampling, statistics
 from grpo_jax.baselines.rejection_sampling import best_of_n, raft
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_learn, make_train_step
 from grpo_jax.types import Experience, Rollout
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 V, EOS, B, G, T = 9, 1, 6, 4, 4
 
@@ -90,7 +90,7 @@ def test_raft_imitates_the_best_above_the_threshold_and_nothing_else(threshold, 
     taken = [(b, g) for b in range(B) for g in order[b][:keep] if threshold is None or total[b, g] > threshold]
     log_probs = score(POLICY, state.params, experience.rollout).log_probs
     tokens = [float(log_probs[b, g, t]) for b, g in taken for t in range(int(experience.rollout.lengths[b, g]))]
-    numbers = types.summary(metrics)
+    numbers = statistics.summary(metrics)
     np.testing.assert_allclose(numbers["loss"], -np.mean(tokens), rtol=1e-5)
     np.testing.assert_allclose(numbers["kept"], len(taken) / (B * keep), rtol=1e-6)
     assert 0 < len(taken) < B * keep
@@ -99,8 +99,8 @@ def test_raft_imitates_the_best_above_the_threshold_and_nothing_else(threshold, 
 
 def test_a_threshold_may_be_traced():
     experience = scored_experience()
-    kept = jax.jit(jax.vmap(lambda threshold: types.summary(raft(threshold)(experience)[1])["kept"]))
-    by_hand = [types.summary(raft(threshold)(experience)[1])["kept"] for threshold in (-1.0, 1.0)]
+    kept = jax.jit(jax.vmap(lambda threshold: statistics.summary(raft(threshold)(experience)[1])["kept"]))
+    by_hand = [statistics.summary(raft(threshold)(experience)[1])["kept"] for threshold in (-1.0, 1.0)]
     np.testing.assert_allclose(kept(jnp.array([-1.0, 1.0])), by_hand, rtol=1e-6)
     assert by_hand[0] > by_hand[1]
 
@@ -124,22 +124,25 @@ def test_what_was_not_taken_has_no_gradient_whatever_it_holds():
 def test_a_threshold_that_nothing_reaches_leaves_everything_as_it_was():
     optimizer = optax.adamw(0.1)
     state = init_state(POLICY.init(jax.random.key(0)), optimizer, jax.random.key(0))
-    learn = make_learn(POLICY, optimizer, loss=losses.sft(), transforms=(raft(100.0),), micro_batches=2)
+    learn = make_learn(
+        POLICY, optimizer, loss=losses.sft(), transforms=(raft(100.0),), updates=Updates(micro_batches=2)
+    )
     after, metrics = jax.jit(learn)(state, scored_experience())
     chex.assert_trees_all_equal(after.params, state.params)
-    assert (after.step, after.skipped, types.summary(metrics)["kept"]) == (1, 0, 0)
+    assert (after.step, after.skipped, statistics.summary(metrics)["kept"]) == (1, 0, 0)
 
 
 def test_raft_raises_the_reward_as_one_step_that_is_traced_once():
     optimizer = optax.adam(0.1)
-    settings = {"loss": losses.sft(), "transforms": (raft(0.5),), "group_size": 6, "max_tokens": 5, "eos_ids": (EOS,)}
-    step = make_train_step(POLICY, optimizer, reward=even_tokens, minibatches=2, **settings)
+    settings = {"loss": losses.sft(), "transforms": (raft(0.5),)}
+    sampler = sampling.sampler(group_size=6, max_tokens=5, eos_ids=(EOS,))
+    step = make_train_step(POLICY, optimizer, sampler, reward=even_tokens, updates=Updates(minibatches=2), **settings)
     chex.clear_trace_counter()
     step = jax.jit(chex.assert_max_traces(step, n=1))
     state, rewards = init_state(POLICY.init(jax.random.key(0)), optimizer, jax.random.key(0)), []
     for seed in range(12):
         state, metrics = step(state, random_prompts(seed, 16, 3, V))
-        rewards.append(float(types.summary(metrics)["reward"]))
+        rewards.append(float(statistics.summary(metrics)["reward"]))
     assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.25
 
 

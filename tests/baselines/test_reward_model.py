@@ -10,14 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses, rewards, types
+from grpo_jax import losses, rewards, sampling, statistics
 from grpo_jax.advantages import from_rewards
 from grpo_jax.baselines import heads, preferences, reward_model
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.testing import random_prompts, tiny_policy
 from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Experience, Prompts, Rollout
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 V, EOS = 9, 1
 PLAIN = optax.sgd(0.5)
@@ -135,7 +135,7 @@ def test_bradley_terry_matches_the_formula_in_numpy(transform, label_smoothing):
     loss = transform(functools.partial(preferences.bradley_terry, label_smoothing=label_smoothing))
     term, metrics = loss(jnp.array(differences), jnp.array(counted))
     np.testing.assert_allclose(losses.value((term,)), expected, rtol=1e-6)
-    numbers = types.summary(metrics)
+    numbers = statistics.summary(metrics)
     np.testing.assert_allclose([numbers["accuracy"], numbers["margin"]], [0.5, differences[:4].mean()], rtol=1e-6)
 
 
@@ -151,7 +151,7 @@ def test_differences_beyond_every_exponential_have_a_finite_loss_and_gradient():
 def test_equal_scores_have_a_loss_of_log_2():
     params = heads.init(NETWORK, jax.random.key(0))
     _, metrics = compiled_learn()(state_of(params=params), pairs_of())
-    np.testing.assert_allclose(types.summary(metrics)["loss"], np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(statistics.summary(metrics)["loss"], np.log(2), rtol=1e-6)
 
 
 # --------------------------------------------------------------------------------- the step
@@ -172,7 +172,7 @@ def test_an_update_matches_the_gradient_worked_out_in_numpy():
         of_table[chosen] += slope * kernel
         of_table[rejected] -= slope * kernel
         of_kernel += slope * (table[chosen] - table[rejected])
-    np.testing.assert_allclose(types.summary(metrics)["loss"], np.mean(costs), rtol=1e-5)
+    np.testing.assert_allclose(statistics.summary(metrics)["loss"], np.mean(costs), rtol=1e-5)
     np.testing.assert_allclose(after.params["network"]["table"], table - 0.5 * of_table, atol=1e-6)
     np.testing.assert_allclose(after.params["head"]["kernel"][:, 0], kernel - 0.5 * of_kernel, atol=1e-6)
     assert after.step == 1
@@ -180,17 +180,19 @@ def test_an_update_matches_the_gradient_worked_out_in_numpy():
 
 def test_micro_batches_change_neither_the_update_nor_the_metrics():
     experience, state = pairs_of(), state_of()
-    parts = jax.jit(reward_model.make_learn(NETWORK, PLAIN, micro_batches=3))(state, experience)
+    parts = jax.jit(reward_model.make_learn(NETWORK, PLAIN, updates=Updates(micro_batches=3)))(state, experience)
     whole = compiled_learn()(state, experience)
     assert_close(parts[0].params, whole[0].params)
-    assert_close(types.summary(parts[1]), types.summary(whole[1]))
+    assert_close(statistics.summary(parts[1]), statistics.summary(whole[1]))
 
 
 def test_each_pass_goes_through_every_pair_once_in_an_order_of_its_own():
     """One pair an update, recorded by an optimiser that does not move: the gradient of each tells which it was."""
     B, passes = 4, 3
     rollout = rollout_of(B=B, T=1)._replace(tokens=jnp.array([[[0], [1]], [[2], [3]], [[4], [5]], [[6], [7]]]))
-    learn = jax.jit(reward_model.make_learn(NETWORK, recorder(passes * B), passes=passes, minibatches=B))
+    learn = jax.jit(
+        reward_model.make_learn(NETWORK, recorder(passes * B), updates=Updates(iterations=passes, minibatches=B))
+    )
     state = state_of(recorder(passes * B))
     after, _ = learn(state, Experience(rollout))
     updates = np.asarray(after.opt_state[1]).reshape(passes, B, -1)
@@ -223,7 +225,7 @@ def test_padding_and_pairs_that_do_not_count_change_nothing_whatever_they_hold()
     for other in (spoilt, wider):
         other_after, other_metrics = compiled_learn()(state, other)
         assert_close(other_after.params, after.params)
-        assert_close(types.summary(other_metrics), types.summary(metrics))
+        assert_close(statistics.summary(other_metrics), statistics.summary(metrics))
 
 
 def test_no_pair_that_counts_leaves_everything_as_it_was():
@@ -232,13 +234,13 @@ def test_no_pair_that_counts_leaves_everything_as_it_was():
     state = state_of(optimizer)
     after, metrics = jax.jit(reward_model.make_learn(NETWORK, optimizer))(state, experience)
     chex.assert_trees_all_equal(after.params, state.params)
-    assert (after.step, after.skipped, types.summary(metrics)["loss"]) == (1, 0, 0)
+    assert (after.step, after.skipped, statistics.summary(metrics)["loss"]) == (1, 0, 0)
 
 
 def test_it_learns_what_is_preferred_and_then_teaches_it_to_a_policy():
     """Pairs of random groups, by whether they end in an even token; a new critic's params, one trace, then GRPO."""
     optimizer = optax.adam(0.1)
-    learn = reward_model.make_learn(NETWORK, optimizer, minibatches=2)
+    learn = reward_model.make_learn(NETWORK, optimizer, updates=Updates(minibatches=2))
     chex.clear_trace_counter()
     learn = jax.jit(chex.assert_max_traces(learn, n=1))
     state, seen = state_of(optimizer, heads.init(NETWORK, jax.random.key(5))), []
@@ -250,19 +252,20 @@ def test_it_learns_what_is_preferred_and_then_teaches_it_to_a_policy():
 
     for seed in range(12):
         state, metrics = learn(state, pairs(seed))
-        seen.append(types.summary(metrics))
+        seen.append(statistics.summary(metrics))
     assert seen[-1]["accuracy"] > 0.95
     assert seen[-1]["loss"] < 0.5 * seen[0]["loss"]
 
     policy_optimizer = optax.adam(0.3)
     reward = rewards.traced(lambda rollout: reward_model.score(NETWORK, state.params, rollout), last_even)
-    settings = {"loss": losses.grpo(), "group_size": 8, "max_tokens": 1, "eos_ids": ()}
-    step = jax.jit(make_train_step(NETWORK, policy_optimizer, reward=reward, advantage=of_the_first, **settings))
+    settings = {"loss": losses.grpo(), "advantage": of_the_first}
+    sampler = sampling.sampler(group_size=8, max_tokens=1, eos_ids=())
+    step = jax.jit(make_train_step(NETWORK, policy_optimizer, sampler, reward=reward, **settings))
     policy_state = init_state(NETWORK.init(jax.random.key(2)), policy_optimizer, jax.random.key(2))
     truth = []
     for seed in range(12):
         policy_state, metrics = step(policy_state, random_prompts(seed, 16, 3, V))
-        truth.append(float(types.summary(metrics)["reward/1"]))
+        truth.append(float(statistics.summary(metrics)["reward/1"]))
     assert np.mean(truth[-3:]) > np.mean(truth[:2]) + 0.25
 
 
@@ -270,8 +273,8 @@ def test_refuses_settings_out_of_range_and_groups_that_are_no_pairs():
     with pytest.raises(ValueError, match=r"label_smoothing is at least 0 and below 0.5, got 0.7"):
         reward_model.make_learn(NETWORK, PLAIN, label_smoothing=0.7)
     with pytest.raises(ValueError, match="at least 1, got 1, 0 and 1"):
-        reward_model.make_learn(NETWORK, PLAIN, minibatches=0)
+        reward_model.make_learn(NETWORK, PLAIN, updates=Updates(minibatches=0))
     with pytest.raises(ValueError, match="6 prompts do not divide into"):
-        reward_model.make_learn(NETWORK, PLAIN, minibatches=2, micro_batches=2)(state_of(), pairs_of())
+        reward_model.make_learn(NETWORK, PLAIN, updates=Updates(minibatches=2, micro_batches=2))(state_of(), pairs_of())
     with pytest.raises(ValueError, match=r"2 completions, got a mask of shape \(6, 3, 4\)"):
         reward_model.make_learn(NETWORK, PLAIN)(state_of(), Experience(rollout_of(G=3)))

@@ -118,10 +118,8 @@ def test_the_greedy_completions_are_those_of_the_checkpoint_after_its_chat_templ
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": item["prompt"]}], add_generation_prompt=True, return_dict=False
         )
-        rollout = sampling.sample(
-            policy, params, data.make_prompts([ids]), jax.random.key(0), group_size=1, greedy=True, max_tokens=6,
-            eos_ids=hf.eos_ids(config.model, tokenizer),
-        )  # fmt: skip
+        sampler = sampling.greedy(max_tokens=6, eos_ids=hf.eos_ids(config.model, tokenizer))
+        rollout = sampler(policy, params, data.make_prompts([ids]), jax.random.key(0))
         tokens = np.asarray(rollout.tokens)[0, 0, : int(rollout.lengths[0, 0])]
         assert item["completions"] == [tokenizer.decode(tokens, skip_special_tokens=True)]
 

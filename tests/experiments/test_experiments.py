@@ -20,6 +20,7 @@ import safetensors.numpy
 from grpo_jax import testing
 from grpo_jax.models import hf
 from grpo_jax.run import metrics
+from grpo_jax.updates import Updates
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -249,7 +250,7 @@ def test_micro_batches_are_chosen_from_the_memory_of_the_device(files, tmp_path,
     plan, learn, peaks, used = grpo.memory.plan, grpo.make_learn, {}, []
 
     def noted_plan(*arguments, micro_batches, **settings):
-        found = plan(*arguments, micro_batches=micro_batches, **settings)
+        found = plan(*arguments, updates=Updates(micro_batches=micro_batches), **settings)
         peaks[micro_batches] = found.peak
         return found
 

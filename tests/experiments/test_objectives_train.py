@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from grpo_jax import data, losses, rewards
+from grpo_jax import data, losses, rewards, sampling
 from grpo_jax.advantages import (
     batch_normalised_advantages,
     centered_advantages,
@@ -19,10 +19,11 @@ from grpo_jax.advantages import (
     leave_one_out_advantages,
 )
 from grpo_jax.schedules import Scheduled
+from grpo_jax.statistics import Mean, summary
 from grpo_jax.tasks import arithmetic
 from grpo_jax.train_step import make_learn, make_train_step
-from grpo_jax.types import Experience, Mean, summary
-from grpo_jax.updates import init_state
+from grpo_jax.types import Experience
+from grpo_jax.updates import Updates, init_state
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments"))
 import quickstart
@@ -72,7 +73,7 @@ def warmed_up():
     prompts, completions = arithmetic.flawed_demonstrations(splits.demonstrations, 0)
     demonstrations = data.make_demonstrations(tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"])
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, WARMUP_STEPS))
-    learn = make_learn(policy, optimizer, loss=losses.sft(), max_grad_norm=1.0)
+    learn = make_learn(policy, optimizer, loss=losses.sft(), updates=Updates(max_grad_norm=1.0))
     rows = jnp.stack([data.batch_indices(0, n, len(prompts), 64) for n in range(WARMUP_STEPS)])
 
     @jax.jit
@@ -110,14 +111,11 @@ def run():
     step = make_train_step(
         policy,
         optimizer,
+        sampling.sampler(group_size=8, max_tokens=T, eos_ids=(tokenizer.eos_token_id,)),
         reward=rewards.traced(arithmetic.accuracy(tokenizer), arithmetic.strict_format(tokenizer)),
         advantage=Scheduled(advantage),
         loss=Scheduled(chosen),
-        group_size=8,
-        max_tokens=T,
-        eos_ids=(tokenizer.eos_token_id,),
-        minibatches=2,
-        max_grad_norm=1.0,
+        updates=Updates(minibatches=2, max_grad_norm=1.0),
     )
     rows = jnp.stack([data.batch_indices(0, n, len(splits.train), PROMPTS) for n in range(STEPS)])
     prompts = jax.tree.map(lambda x: jnp.asarray(x)[rows], arithmetic.encode(tokenizer, splits.train))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import losses, types
+from grpo_jax import losses, statistics
 from grpo_jax.types import Experience, Prompts, Rollout, Scores
 
 MAX_TOKENS = 11  # the limit of sampling; the batches here are narrower
@@ -395,7 +395,7 @@ def run(loss, case):
 def evaluate(loss, case):
     """Value, gradient `[B, G, T, 2]` and metrics of a case."""
     value, gradient, metrics, _ = run(loss, case)
-    return value, gradient, {name: np.asarray(x) for name, x in types.summary(metrics).items()}
+    return value, gradient, {name: np.asarray(x) for name, x in statistics.summary(metrics).items()}
 
 
 def assert_close(actual, expected, tolerance, size=0.0):

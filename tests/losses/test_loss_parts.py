@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses_reference import KLS, MAX_TOKENS, Case, case_of, evaluate, experience_of, importance, row_of, token_weights
 
-from grpo_jax import losses, types
+from grpo_jax import losses, statistics
 from grpo_jax.losses import (
     cispo,
     clipped_importance,
@@ -54,7 +54,8 @@ from grpo_jax.losses import (
     truncated_importance,
     vespo,
 )
-from grpo_jax.types import Mean, Scores
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Scores
 
 # -------------------------------------------------------------------------- surrogates
 
@@ -162,7 +163,7 @@ def test_an_aggregate_weighs_tokens_as_its_formula(kind):
     expected = np.sum(token_weights(count, case) * case.entropy)
     term = aggregate(jnp.asarray(case.entropy), jnp.asarray(case.mask))
     np.testing.assert_allclose(losses.value((term,)), expected, rtol=1e-6)
-    np.testing.assert_allclose(types.summary({"x": term})["x"], expected, rtol=1e-6)
+    np.testing.assert_allclose(statistics.summary({"x": term})["x"], expected, rtol=1e-6)
     # the reference is checked, too: in words, by the numbers of the docstrings
     B, G, T = case.mask.shape
     rows = list(zip(case.entropy.reshape(B * G, T), case.mask.reshape(B * G, T), strict=True))

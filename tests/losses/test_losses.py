@@ -41,7 +41,7 @@ from losses_reference import (
     truncated,
 )
 
-from grpo_jax import losses, types
+from grpo_jax import losses, statistics
 from grpo_jax.losses import (
     bnpo,
     cispo,
@@ -81,7 +81,8 @@ from grpo_jax.losses import (
     truncated_importance,
     vespo,
 )
-from grpo_jax.types import Mean, Scores
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Scores
 
 # ---------------------------------------------------------------------- the objectives
 
@@ -676,12 +677,12 @@ def test_parts_of_a_batch_add_up_to_the_whole_batch(name):
             strict=True,
         )
         of_parts = jax.tree.map(lambda *x: np.stack(x), *(aux for _, aux in values))
-        terms, merged = types.merge(of_parts)
+        terms, merged = statistics.merge(of_parts)
         gradients = np.concatenate([np.stack(g, -1) for g in gradients])
         assert_close((sum(float(v) for v, _ in values), gradients), (value, gradient), 1e-12)
         assert_close((losses.value(terms), gradient), (value, gradient), 1e-12)
         chex.assert_trees_all_close(tuple(term.count for term in terms), counts, rtol=1e-14)
-        chex.assert_trees_all_close(types.summary(merged), types.summary(whole_metrics), rtol=1e-12)
+        chex.assert_trees_all_close(statistics.summary(merged), statistics.summary(whole_metrics), rtol=1e-12)
 
 
 @every_objective

@@ -1,5 +1,6 @@
 """The decoder beside transformers itself, in torch: fresh random models of every family and option."""
 
+import dataclasses
 import functools
 import json
 import runpy
@@ -137,15 +138,8 @@ def test_greedy_completions_are_those_of_generate(case, tmp_path):
     model = random_model(case, 3000, tmp_path)
     prompts, _ = random_batch(3000)
     policy, params = hf.load_pretrained(tmp_path)
-    rollout = sampling.sample(
-        policy,
-        params,
-        Prompts(jnp.asarray(prompts), jnp.asarray(LENGTHS)),
-        jax.random.key(0),
-        group_size=1,
-        max_tokens=T,
-        eos_ids=(1,),
-        greedy=True,
+    rollout = dataclasses.replace(sampling.sampler(group_size=1, max_tokens=T, eos_ids=(1,)), greedy=True)(
+        policy, params, Prompts(jnp.asarray(prompts), jnp.asarray(LENGTHS)), jax.random.key(0)
     )
     for b, length in enumerate(LENGTHS):
         prompt = torch.tensor(prompts[b, :length]).long()[None]

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses, recipes, transforms
+from grpo_jax import losses, recipes, sampling, transforms
 from grpo_jax.advantages import (
     batch_normalised_advantages,
     batch_scaled_advantages,
@@ -527,7 +527,9 @@ def run_of(recipe, policy=BIGRAMS):
     """The state before and after a step, and its metrics."""
     key = jax.random.key(0)
     state = init_state(policy.init(key), recipe.optimizer, key, **recipe.initial)
-    step = make_train_step(policy, recipe.optimizer, reward=even_tokens, eos_ids=(1,), **recipe.settings)
+    step = make_train_step(
+        policy, recipe.optimizer, sampling.sampler(eos_ids=(1,)), reward=even_tokens, **recipe.settings
+    )
     after, metrics = jax.jit(step)(state, random_prompts(0, recipe.prompts, 3, VOCABULARY))
     return state, after, metrics
 

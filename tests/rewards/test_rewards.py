@@ -16,13 +16,14 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax import losses, rewards
+from grpo_jax import losses, rewards, sampling
 from grpo_jax.advantages import from_rewards
 from grpo_jax.data import make_prompts, pad
 from grpo_jax.policies import from_logits_fn
+from grpo_jax.statistics import summary
 from grpo_jax.tasks import arithmetic
 from grpo_jax.train_step import make_train_step
-from grpo_jax.types import Experience, Prompts, Rollout, summary
+from grpo_jax.types import Experience, Prompts, Rollout
 from grpo_jax.updates import init_state
 
 # ---------------------------------------------------------------------------- text
@@ -375,7 +376,11 @@ B, G, T = 2, 4, 3
 
 def make_step(reward):
     return make_train_step(
-        POLICY, optax.sgd(1.0), reward=reward, loss=losses.grpo(), group_size=G, max_tokens=T, eos_ids=(V - 1,)
+        POLICY,
+        optax.sgd(1.0),
+        sampling.sampler(group_size=G, max_tokens=T, eos_ids=(V - 1,)),
+        reward=reward,
+        loss=losses.grpo(),
     )
 
 

@@ -12,9 +12,10 @@ from grpo_jax import losses
 from grpo_jax.advantages import from_rewards
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.run import measured, metrics, monitoring
+from grpo_jax.statistics import summary
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.types import Experience, Rollout, summary
+from grpo_jax.types import Experience, Rollout
 from grpo_jax.updates import init_state
 
 

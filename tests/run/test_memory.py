@@ -12,7 +12,7 @@ import pytest
 
 from grpo_jax import losses, models, testing
 from grpo_jax.run import memory
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 POLICY = testing.tiny_policy("qwen2", dtype=jnp.bfloat16)
 OPTIMIZER = optax.adamw(1e-3)
@@ -51,7 +51,7 @@ def test_what_is_kept_has_the_size_of_the_arrays(planned):
 
 
 def test_micro_batches_and_no_reference_take_less(planned):
-    less = plan(micro_batches=4, reference=False, loss=losses.grpo())
+    less = plan(reference=False, loss=losses.grpo(), updates=Updates(micro_batches=4))
     assert less.learning < planned.learning
     assert less.reference == 0
 

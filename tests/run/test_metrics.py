@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import types
+from grpo_jax import statistics
 from grpo_jax.run import metrics
 
 
@@ -48,8 +48,11 @@ def test_a_float32_comes_back_to_the_bit(tmp_path):
 
 
 def test_statistics_are_written_through_their_summary(tmp_path):
-    statistics = {"reward": types.Mean(jnp.float32(3.0), jnp.float32(4.0)), "norm": types.Max(jnp.float32(2.0))}
-    metrics.append(tmp_path, 0, types.summary(statistics))
+    measured = {
+        "reward": statistics.Mean(jnp.float32(3.0), jnp.float32(4.0)),
+        "norm": statistics.Max(jnp.float32(2.0)),
+    }
+    metrics.append(tmp_path, 0, statistics.summary(measured))
     assert metrics.read(tmp_path) == [{"step": 0, "norm": 2.0, "reward": 0.75}]
 
 
@@ -75,7 +78,7 @@ def test_timing_has_a_file_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(
     "value",
-    [jnp.ones(2), types.Mean(jnp.float32(1), jnp.float32(1)), {"a": 1.0}, [1.0], 1j, object()],
+    [jnp.ones(2), statistics.Mean(jnp.float32(1), jnp.float32(1)), {"a": 1.0}, [1.0], 1j, object()],
     ids=lambda v: type(v).__name__,
 )
 def test_what_is_no_single_number_is_refused_by_name_and_nothing_is_written(tmp_path, value):

@@ -1,4 +1,4 @@
-"""What `sample` draws, what it reports of it, and what it leaves undone."""
+"""What a sampler draws, what it reports of it, and what it leaves undone."""
 
 import dataclasses
 import functools
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import models
+from grpo_jax import models, sampling
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.sampling import completion_keys, sample, truncate
+from grpo_jax.sampling.drawing import completion_keys, truncate
 from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts, tiny_policy
 from grpo_jax.types import Prompts
@@ -91,15 +91,8 @@ every_distribution = pytest.mark.parametrize("settings", DISTRIBUTIONS, ids=str)
 @functools.cache
 def _drawn(settings):
     prompts = Prompts(jnp.array([[4, 3], [5, 0]]), jnp.array([2, 1]))
-    rollout = sample(
-        TABLE_POLICY,
-        TABLE,
-        prompts,
-        jax.random.key(1),
-        group_size=20_000,
-        max_tokens=2,
-        eos_ids=(),
-        **dict(settings),
+    rollout = sampling.sampler(group_size=20_000, max_tokens=2, eos_ids=(), **dict(settings))(
+        TABLE_POLICY, TABLE, prompts, jax.random.key(1)
     )
     return jax.device_get(rollout)
 
@@ -171,8 +164,8 @@ def test_top_p_of_one_keeps_every_token_of_a_large_vocabulary():
 
 
 def test_the_same_key_gives_the_same_completions_and_another_key_others():
-    draw = lambda key: sample(  # noqa: E731
-        TABLE_POLICY, TABLE, random_prompts(0, 3, 4, V), key, group_size=4, max_tokens=5, eos_ids=(1,)
+    draw = lambda key: sampling.sampler(group_size=4, max_tokens=5, eos_ids=(1,))(  # noqa: E731
+        TABLE_POLICY, TABLE, random_prompts(0, 3, 4, V), key
     )
     chex.assert_trees_all_equal(draw(jax.random.key(0)), draw(jax.random.key(0)))
     assert np.mean(draw(jax.random.key(0)).tokens == draw(jax.random.key(1)).tokens) < 0.5
@@ -191,9 +184,12 @@ def a_batch(B=2, P=5):
 
 
 def test_a_completion_stays_the_same_in_a_larger_group_and_a_larger_batch_of_wider_prompts():
-    draw = functools.partial(sample, DECODER, decoder_params(), key=jax.random.key(6), eos_ids=(1,))
-    narrow = draw(prompts=a_batch(), group_size=3, max_tokens=6)
-    wide = draw(prompts=a_batch(B=4, P=9), group_size=5, max_tokens=8)
+
+    def draw(prompts, **sizes):
+        return sampling.sampler(eos_ids=(1,), **sizes)(DECODER, decoder_params(), prompts, jax.random.key(6))
+
+    narrow = draw(a_batch(), group_size=3, max_tokens=6)
+    wide = draw(a_batch(B=4, P=9), group_size=5, max_tokens=8)
     np.testing.assert_array_equal(wide.tokens[:2, :3, :6], narrow.tokens)
     np.testing.assert_allclose(wide.log_probs[:2, :3, :6], narrow.log_probs, atol=1e-4)
     np.testing.assert_array_equal(np.minimum(wide.lengths[:2, :3], 6), narrow.lengths)
@@ -203,7 +199,9 @@ def test_greedy_takes_the_chain_of_likeliest_tokens():
     params, T = decoder_params(), 6
     prompts = random_prompts(1, 3, 4)
     settings = {"group_size": 2, "max_tokens": T, "eos_ids": (), "temperature": 0.7, "top_k": 5}
-    rollout = sample(DECODER, params, prompts, jax.random.key(0), greedy=True, **settings)
+    rollout = dataclasses.replace(sampling.sampler(**settings), greedy=True)(
+        DECODER, params, prompts, jax.random.key(0)
+    )
 
     @jax.jit
     def whole(tokens):  # the network over a whole row, without a cache
@@ -224,7 +222,9 @@ def test_greedy_takes_the_chain_of_likeliest_tokens():
 @pytest.mark.parametrize("eos_ids", [(1, 4, 6), ()], ids=str)
 def test_a_completion_ends_with_the_first_of_several_end_tokens(eos_ids):
     T = 6
-    rollout = sample(TABLE_POLICY, TABLE, a_batch(4), jax.random.key(7), group_size=16, max_tokens=T, eos_ids=eos_ids)
+    rollout = sampling.sampler(group_size=16, max_tokens=T, eos_ids=eos_ids)(
+        TABLE_POLICY, TABLE, a_batch(4), jax.random.key(7)
+    )
     rollout = jax.device_get(rollout)
     seen = set()
     for b, g in np.ndindex(4, 16):
@@ -243,15 +243,8 @@ def test_a_completion_ends_with_the_first_of_several_end_tokens(eos_ids):
 
 @pytest.mark.parametrize(("max_tokens", "truncated"), [(3, False), (2, True)])
 def test_an_end_token_in_the_last_place_is_an_end(max_tokens, truncated):
-    rollout = sample(
-        TABLE_POLICY,
-        a_chain(2, 3, 4, 1),
-        Prompts(jnp.array([[2]]), jnp.array([1])),
-        jax.random.key(0),
-        group_size=2,
-        max_tokens=max_tokens,
-        eos_ids=(1,),
-        greedy=True,
+    rollout = dataclasses.replace(sampling.sampler(group_size=2, max_tokens=max_tokens, eos_ids=(1,)), greedy=True)(
+        TABLE_POLICY, a_chain(2, 3, 4, 1), Prompts(jnp.array([[2]]), jnp.array([1])), jax.random.key(0)
     )
     np.testing.assert_array_equal(rollout.tokens, [[[3, 4, 1][:max_tokens]] * 2])
     np.testing.assert_array_equal(rollout.truncated, [[truncated] * 2])
@@ -265,15 +258,8 @@ def test_decoding_stops_when_every_completion_has_ended():
         return TABLE_POLICY.extend(*arguments, **columns)
 
     prompts = Prompts(jnp.array([[2], [4]]), jnp.array([1, 1]))
-    rollout = sample(
-        TABLE_POLICY._replace(extend=extend),
-        a_chain(2, 3, 4, 1),
-        prompts,
-        jax.random.key(0),
-        group_size=3,
-        max_tokens=50,
-        eos_ids=(1,),
-        greedy=True,
+    rollout = dataclasses.replace(sampling.sampler(group_size=3, max_tokens=50, eos_ids=(1,)), greedy=True)(
+        TABLE_POLICY._replace(extend=extend), a_chain(2, 3, 4, 1), prompts, jax.random.key(0)
     )
     jax.effects_barrier()
     np.testing.assert_array_equal(rollout.lengths, [[3] * 3, [1] * 3])
@@ -292,7 +278,7 @@ def test_each_prompt_is_read_once_and_one_cache_serves_its_group():
         return DECODER.extend(params, tokens, positions, prompt_cache, cache, **columns)
 
     policy = DECODER._replace(prefill=prefill, extend=extend)
-    draw = functools.partial(sample, policy, group_size=3, max_tokens=4, eos_ids=())
+    draw = functools.partial(sampling.sampler(group_size=3, max_tokens=4, eos_ids=()), policy)
     jax.eval_shape(draw, decoder_params(), random_prompts(2, 2, 6), jax.random.key(0))
     assert prefills == [(2, 6)]
     assert set(caches) == {(2, 2, 5)}  # layers, prompts, all prompt tokens but the last
@@ -310,7 +296,8 @@ def test_params_are_cast_once_before_decoding():
         read.append(params)
         return policy.extend(params, *arguments, **columns)
 
-    draw = functools.partial(sample, policy._replace(cast=cast, extend=extend), group_size=3, max_tokens=4, eos_ids=())
+    sampler = sampling.sampler(group_size=3, max_tokens=4, eos_ids=())
+    draw = functools.partial(sampler, policy._replace(cast=cast, extend=extend))
     jax.eval_shape(draw, decoder_params(), random_prompts(2, 2, 6), jax.random.key(0))
     assert len(casts) == 1
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, read[-1])
@@ -321,8 +308,8 @@ def test_params_are_cast_once_before_decoding():
 def test_in_bfloat16_scored_log_probs_stay_near_the_sampled_ones():
     policy = tiny_policy("qwen3", dtype=jnp.bfloat16)
     params = decoder_params()
-    rollout = sample(
-        policy, params, random_prompts(3, 4, 6), jax.random.key(1), group_size=4, max_tokens=8, eos_ids=(1,)
+    rollout = sampling.sampler(group_size=4, max_tokens=8, eos_ids=(1,))(
+        policy, params, random_prompts(3, 4, 6), jax.random.key(1)
     )
     np.testing.assert_allclose(score(policy, params, rollout).log_probs, rollout.log_probs, atol=3e-2)
 
@@ -335,7 +322,7 @@ def test_the_cache_of_completions_may_be_narrower_than_the_arithmetic():
     params, prompts = decoder_params(), random_prompts(3, 4, 6)
 
     def differs(policy):
-        rollout = sample(policy, params, prompts, jax.random.key(1), group_size=4, max_tokens=8, eos_ids=(1,))
+        rollout = sampling.sampler(group_size=4, max_tokens=8, eos_ids=(1,))(policy, params, prompts, jax.random.key(1))
         return float(jnp.max(jnp.abs(score(policy, params, rollout).log_probs - rollout.log_probs)))
 
     assert differs(wide) < 1e-5 < 1e-4 < differs(narrow) < 3e-2
@@ -345,18 +332,9 @@ def test_traced_settings_and_keys_give_what_numbers_give_and_can_be_mapped_over(
     prompts = random_prompts(4, 2, 3, V)
 
     def draw(key, temperature, top_p, min_p):
-        return sample(
-            TABLE_POLICY,
-            TABLE,
-            prompts,
-            key,
-            group_size=4,
-            max_tokens=6,
-            eos_ids=(1, 2),
-            temperature=temperature,
-            top_p=top_p,
-            min_p=min_p,
-        )
+        return sampling.sampler(
+            group_size=4, max_tokens=6, eos_ids=(1, 2), temperature=temperature, top_p=top_p, min_p=min_p
+        )(TABLE_POLICY, TABLE, prompts, key)
 
     keys = jax.random.split(jax.random.key(8), 3)
     settings = np.float32([[0.5, 1.0, 2.0], [0.6, 0.9, 1.0], [0.3, 0.1, 0.6]])
@@ -372,16 +350,8 @@ def test_other_batches_keys_and_temperatures_do_not_compile_again():
     prefill = chex.assert_max_traces(lambda params, tokens, lengths: Prompts(tokens, lengths), n=1)
     policy = TABLE_POLICY._replace(prefill=prefill)
     for seed in range(3):
-        sample(
-            policy,
-            TABLE + seed,
-            random_prompts(seed, 2, 4, V),
-            jax.random.key(seed),
-            group_size=2,
-            max_tokens=3,
-            eos_ids=(1,),
-            temperature=1.0 + seed,
-            min_p=0.1 * (seed + 1),
+        sampling.sampler(group_size=2, max_tokens=3, eos_ids=(1,), temperature=1.0 + seed, min_p=0.1 * (seed + 1))(
+            policy, TABLE + seed, random_prompts(seed, 2, 4, V), jax.random.key(seed)
         )
 
 
@@ -391,8 +361,8 @@ def test_other_batches_keys_and_temperatures_do_not_compile_again():
     ids=str,
 )
 def test_the_vocabulary_is_sorted_only_for_top_k_and_top_p(settings, sorts):
-    draw = lambda params, key: sample(  # noqa: E731
-        TABLE_POLICY, params, random_prompts(0, 2, 3, V), key, group_size=2, max_tokens=3, eos_ids=(1, 5), **settings
+    draw = lambda params, key: sampling.PolicySampler(group_size=2, max_tokens=3, eos_ids=(1, 5), **settings)(  # noqa: E731
+        TABLE_POLICY, params, random_prompts(0, 2, 3, V), key
     )
     program = jax.jit(draw).lower(TABLE, jax.random.key(0)).as_text()
     assert bool(re.search(r"stablehlo\.sort|top_k", program)) == sorts
@@ -416,4 +386,4 @@ def test_the_vocabulary_is_sorted_only_for_top_k_and_top_p(settings, sorts):
 def test_settings_out_of_range_are_refused_with_their_value(settings, message):
     settings = {"group_size": 2, "max_tokens": 3, "eos_ids": ()} | settings
     with pytest.raises(ValueError, match=message):
-        sample(TABLE_POLICY, TABLE, random_prompts(0, 1, 2, V), jax.random.key(0), **settings)
+        sampling.sampler(**settings)(TABLE_POLICY, TABLE, random_prompts(0, 1, 2, V), jax.random.key(0))

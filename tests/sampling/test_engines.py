@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import losses, testing
-from grpo_jax.sampling import engines as rollouts
-from grpo_jax.sampling import sample
+from grpo_jax import losses, sampling, testing
+from grpo_jax.sampling import from_engine
 from grpo_jax.scoring import score
 from grpo_jax.types import Experience
 
@@ -18,7 +17,11 @@ def sampled():
     policy = testing.tiny_policy("qwen2", vocab_size=9)
     params = policy.init(jax.random.key(0))
     prompts = testing.random_prompts(0, B, 5, vocab_size=9)
-    return policy, params, sample(policy, params, prompts, jax.random.key(1), group_size=G, max_tokens=T, eos_ids=EOS)
+    return (
+        policy,
+        params,
+        sampling.sampler(group_size=G, max_tokens=T, eos_ids=EOS)(policy, params, prompts, jax.random.key(1)),
+    )
 
 
 def lists(rollout):
@@ -33,7 +36,7 @@ def test_a_rollout_in_pieces_is_put_together_again(sampled):
     rollout = sampled[2]
     assert rollout.truncated.any()
     assert not rollout.truncated.all()
-    built = rollouts.from_engine(rollout.prompts, *lists(rollout), eos_ids=EOS, max_tokens=T)
+    built = from_engine(rollout.prompts, *lists(rollout), eos_ids=EOS, max_tokens=T)
     assert jax.tree.structure(built) == jax.tree.structure(rollout)
     for a, e in zip(jax.tree.leaves(built), jax.tree.leaves(rollout), strict=True):
         assert a.dtype == e.dtype
@@ -43,7 +46,7 @@ def test_a_rollout_in_pieces_is_put_together_again(sampled):
 def test_an_engine_may_say_what_was_cut(sampled):
     rollout = sampled[2]
     truncated = ~np.asarray(rollout.truncated)
-    built = rollouts.from_engine(rollout.prompts, *lists(rollout), eos_ids=EOS, max_tokens=T, truncated=truncated)
+    built = from_engine(rollout.prompts, *lists(rollout), eos_ids=EOS, max_tokens=T, truncated=truncated)
     np.testing.assert_array_equal(built.truncated, truncated)
 
 
@@ -52,7 +55,7 @@ def test_the_gap_between_engine_and_trainer_is_corrected(sampled):
     policy, params, rollout = sampled
     tokens, log_probs = lists(rollout)
     log_probs[1][2][0] -= np.log(2)
-    built = rollouts.from_engine(rollout.prompts, tokens, log_probs, eos_ids=EOS, max_tokens=T)
+    built = from_engine(rollout.prompts, tokens, log_probs, eos_ids=EOS, max_tokens=T)
     old = score(policy, params, built)
     experience = Experience(built, old_log_probs=old.log_probs)
     for limit, expected in ((3.0, 2.0), (1.5, 1.5)):
@@ -87,4 +90,4 @@ def put(tokens, log_probs, new_tokens, new_log_probs):
 def test_what_does_not_fit_is_refused(sampled, wrong):
     change, message = WRONG[wrong]
     with pytest.raises(ValueError, match=message):
-        rollouts.from_engine(sampled[2].prompts, *change(*lists(sampled[2])), eos_ids=EOS, max_tokens=T)
+        from_engine(sampled[2].prompts, *change(*lists(sampled[2])), eos_ids=EOS, max_tokens=T)

@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses
+from grpo_jax import losses, sampling
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.run import checkpoint
 from grpo_jax.schedules import Scheduled, entropy_control
+from grpo_jax.statistics import summary
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_train_step
-from grpo_jax.types import summary
 from grpo_jax.updates import init_state
 
 V = 9
@@ -56,7 +56,11 @@ def make_run(target):
 
     optimizer = optax.adam(0.1)
     step = make_train_step(
-        POLICY, optimizer, reward=reward, loss=Scheduled(loss), group_size=8, max_tokens=6, eos_ids=(1,)
+        POLICY,
+        optimizer,
+        sampling.sampler(group_size=8, max_tokens=6, eos_ids=(1,)),
+        reward=reward,
+        loss=Scheduled(loss),
     )
 
     @jax.jit

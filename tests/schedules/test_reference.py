@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses
+from grpo_jax import losses, sampling
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.run import checkpoint
 from grpo_jax.schedules.reference import sync_reference
@@ -66,11 +66,9 @@ def test_a_run_with_renewal_resumes_to_the_same_bits(tmp_path):
     step = make_train_step(
         POLICY,
         OPTIMIZER,
+        sampling.sampler(group_size=4, max_tokens=5, eos_ids=(1,)),
         reward=reward,
         loss=losses.grpo(penalty=losses.k3(0.1)),
-        group_size=4,
-        max_tokens=5,
-        eos_ids=(1,),
     )
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -6,14 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses
+from grpo_jax import losses, sampling
 from grpo_jax.advantages import from_rewards
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.sampling import sample
 from grpo_jax.schedules import Scheduled, at, cosine_with_hold
+from grpo_jax.statistics import summary
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_collect, make_train_step, step_keys
-from grpo_jax.types import summary
 from grpo_jax.updates import init_state
 
 V, STEPS = 9, 10
@@ -39,7 +38,7 @@ def state_of(step=0, extra=()):
 
 
 def after_a_step(state, **settings):
-    step = make_train_step(POLICY, optax.sgd(0.1), reward=two_rewards, **SIZES, **settings)
+    step = make_train_step(POLICY, optax.sgd(0.1), sampling.sampler(**SIZES), reward=two_rewards, **settings)
     return jax.jit(step)(state, random_prompts(0, 4, 3, V))
 
 
@@ -125,8 +124,10 @@ def test_a_scheduled_temperature_is_that_of_sampling_and_of_the_scores():
     temperature = Scheduled(lambda step, extra: jnp.where(step < 5, 1.0, 0.5))
     for step, expected in ((4, 1.0), (5, 0.5)):
         state, prompts = state_of(step), random_prompts(0, 4, 3, V)
-        experience = make_collect(POLICY, temperature=temperature, score_old=True, **SIZES)(state, prompts)
-        rollout = sample(POLICY, state.params, prompts, step_keys(state)[0], temperature=expected, **SIZES)
+        experience = make_collect(POLICY, sampling.sampler(**SIZES, temperature=temperature), score_old=True)(
+            state, prompts
+        )
+        rollout = sampling.sampler(temperature=expected, **SIZES)(POLICY, state.params, prompts, step_keys(state)[0])
         np.testing.assert_array_equal(experience.rollout.tokens, rollout.tokens)
         np.testing.assert_allclose(experience.old_log_probs, rollout.log_probs, atol=1e-5)
         moved, metrics = after_a_step(state, loss=losses.grpo(), temperature=temperature)

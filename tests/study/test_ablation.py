@@ -22,10 +22,11 @@ import pytest
 import rich.console
 
 from grpo_jax.run import checkpoint
+from grpo_jax.statistics import Mean
 from grpo_jax.study import ablation
 from grpo_jax.study.ablation import Condition, Interval, run_grid
 from grpo_jax.study.runs import make_run, prompt_key
-from grpo_jax.types import Mean, TrainState
+from grpo_jax.types import TrainState
 
 SEEDS = [3, 0, 7]
 STARTS = np.array([0.5, 1.0, -2.0], np.float32)

@@ -10,14 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import types
+from grpo_jax import sampling, statistics
 from grpo_jax.losses import grpo, k3
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.study.runs import make_run, prompt_key, shuffled_rows
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import make_train_step, step_keys
 from grpo_jax.types import TrainState
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 V, STEPS, EVERY = modular_sums.VOCABULARY, 6, 2
 POLICY = from_logits_fn(
@@ -39,13 +39,10 @@ def step(hyper):
     return make_train_step(
         POLICY,
         optax.sgd(hyper["learning_rate"]),
+        sampling.sampler(temperature=hyper["temperature"], group_size=4, max_tokens=5, eos_ids=(modular_sums.EOS,)),
         reward=even_tokens,
         loss=grpo(epsilon=hyper["epsilon"], penalty=k3(hyper["beta"])),
-        temperature=hyper["temperature"],
-        minibatches=2,  # so that ratios leave 1, and the clip range has an effect
-        group_size=4,
-        max_tokens=5,
-        eos_ids=(modular_sums.EOS,),
+        updates=Updates(minibatches=2),
     )
 
 
@@ -93,7 +90,7 @@ def looped_run():
         assert state.step == n
         state, metrics = train_step(state, prompts(prompt_key(key), n, hyper))
         params.append(state.params)
-        numbers.append(types.summary(metrics))
+        numbers.append(statistics.summary(metrics))
     return data((state, params, jax.tree.map(lambda *x: jnp.stack(x), *numbers)))
 
 

@@ -1,74 +1,18 @@
-"""Sampling in slots: as soon as a completion ends, another takes its place."""
+"""Continuous batching: as soon as some completions have ended, others take their slots."""
 
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Cache, Policy, PromptCache
-from grpo_jax.sampling import check_settings, completion_keys, draw, is_any, truncate
+from grpo_jax.sampling.drawing import completion_keys, is_any, next_token
 from grpo_jax.types import Array, Params, PRNGKey, Prompts, Rollout
 
-
-def sample_in_slots(
-    policy: Policy,
-    params: Params,
-    prompts: Prompts,
-    key: PRNGKey,
-    *,
-    slots: int,
-    group_size: int,
-    max_tokens: int,
-    eos_ids: Sequence[int],
-    temperature: float | Array = 1.0,
-    top_k: int | None = None,
-    top_p: float | Array | None = None,
-    min_p: float | Array | None = None,
-    greedy: bool = False,
-) -> Rollout:
-    """What `sampling.sample` draws, by a few slots that are refilled from the queue of all completions.
-
-    `sample` decodes until the longest of its `B G` completions ends, and computes the others
-    along. Here no slot idles for long while completions wait: whenever an eighth of the slots are
-    idle, they take the next completions; when none waits, the slots are halved as work runs out.
-    The noise of a token belongs to its completion, so that the number of slots changes neither
-    tokens nor, but for rounding, log-probs.
-
-    It pays where lengths differ much and the batch is larger than what the device
-    decodes at once. Each slot holds a copy of its prompt's keys and values, which `sample` stores once for a
-    group. As a step's sampler:
-
-        make_collect(policy, sampler=functools.partial(sample_in_slots, slots=64), ...)
-
-    Args:
-      policy: as in `sample`.
-      params: as in `sample`.
-      prompts: as in `sample`.
-      key: as in `sample`.
-      slots: completions that are decoded at a time, as long as others wait.
-      group_size: as in `sample`, and so are the others.
-      max_tokens: `T`, the longest completion.
-      eos_ids: tokens that end a completion.
-      temperature: divides the logits; above 0.
-      top_k: see `sample`.
-      top_p: see `sample`.
-      min_p: see `sample`.
-      greedy: take the likeliest token instead of drawing.
-
-    Raises:
-      ValueError: for a setting out of range.
-    """
-    check_settings(group_size, max_tokens, temperature, top_k, top_p, min_p)
-    if slots < 1:
-        raise ValueError(f"slots is at least 1, got {slots}")
-    slots = min(slots, prompts.tokens.shape[0] * group_size)
-    return _sample(
-        policy, slots, group_size, max_tokens, tuple(eos_ids), top_k, greedy, params, prompts, key, temperature,
-        top_p, min_p,
-    )  # fmt: skip
+if TYPE_CHECKING:
+    from grpo_jax.sampling.samplers import PolicySampler
 
 
 class _Slots(NamedTuple):
@@ -85,22 +29,14 @@ class _Slots(NamedTuple):
     cache: Cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-def _sample(
-    policy: Policy,
-    N: int,
-    G: int,
-    T: int,
-    eos_ids: tuple[int, ...],
-    top_k: int | None,
-    greedy: bool,
-    params: Params,
-    prompts: Prompts,
-    key: PRNGKey,
-    temperature: float | Array,
-    top_p: float | Array | None,
-    min_p: float | Array | None,
+@functools.partial(jax.jit, static_argnums=0)
+def decode_in_slots(
+    policy: Policy, sampler: "PolicySampler", params: Params, prompts: Prompts, key: PRNGKey
 ) -> Rollout:
+    """The rollout of a sampler: `sampler.slots` completions are decoded at a time, as long as others wait."""
+    assert sampler.slots is not None
+    G, T = sampler.group_size, sampler.max_tokens
+    N = min(sampler.slots, prompts.tokens.shape[0] * G)
     B = prompts.tokens.shape[0]
     count = B * G
     params = policy.cast(params)
@@ -120,19 +56,18 @@ def _sample(
             t=jnp.where(idle, 0, state.t),
             last=jnp.where(idle, last_of_prompt[prompt_of(completion)], state.last),
             waiting=jnp.minimum(state.waiting + jnp.sum(idle), count),
-            cache=policy.forget(state.cache, idle[:, None]),
+            cache=policy.reset_rows(state.cache, idle[:, None]),
         )
 
-    def decode(of_slots: PromptCache, state: _Slots) -> _Slots:
+    def decode(slot_prompts: PromptCache, state: _Slots) -> _Slots:
         busy = state.completion < count
         positions = prompts.lengths[prompt_of(state.completion)] - 1 + state.t
         hidden, cache = policy.extend(
-            params, state.last[:, None, None], positions[:, None, None], of_slots, state.cache
+            params, state.last[:, None, None], positions[:, None, None], slot_prompts, state.cache
         )
-        logits = policy.unembed(params, hidden[:, 0, 0]).astype(jnp.float32) / temperature
-        of_completion = keys[jnp.minimum(state.completion, count - 1)]
-        token, log_prob = draw(of_completion, state.t, truncate(logits, top_k, top_p, min_p), greedy)
-        ended = is_any(token, eos_ids)
+        slot_keys = keys[jnp.minimum(state.completion, count - 1)]
+        token, log_prob = next_token(policy, sampler, params, hidden[:, 0, 0], slot_keys, state.t)
+        ended = is_any(token, sampler.eos_ids)
         # What an idle slot computes has no place and is dropped.
         return state._replace(
             completion=jnp.where(busy & ~ended & (state.t + 1 < T), state.completion, count),
@@ -157,8 +92,8 @@ def _sample(
 
         def decode_until_some_are_idle(state: _Slots) -> _Slots:
             state = refill(state)
-            of_slots = policy.take(prompt_cache, prompt_of(state.completion))
-            return jax.lax.while_loop(keep_on, functools.partial(decode, of_slots), state)
+            slot_prompts = policy.gather_prompts(prompt_cache, prompt_of(state.completion))
+            return jax.lax.while_loop(keep_on, functools.partial(decode, slot_prompts), state)
 
         return jax.lax.while_loop(too_many, decode_until_some_are_idle, state)
 
@@ -168,7 +103,7 @@ def _sample(
             completion=state.completion[rows],
             t=state.t[rows],
             last=state.last[rows],
-            cache=policy.keep(state.cache, rows),
+            cache=policy.gather_rows(state.cache, rows),
         )
 
     state = _Slots(
@@ -191,5 +126,5 @@ def _sample(
 
 
 def halvings(slots: int) -> list[int]:
-    """How many slots are decoded, one loop after the other as work runs out; down to an eighth, as each is compiled."""
+    """The numbers of slots, one loop after the other as completions end; down to an eighth, as each is compiled."""
     return [slots // parts for parts in (1, 2, 4, 8) if slots // parts]

@@ -1,5 +1,6 @@
 """Sampling in slots draws what sampling a group at a time draws."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import testing
+from grpo_jax import sampling, testing
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.sampling import live_columns, sample
-from grpo_jax.sampling.continuous_batching import halvings, sample_in_slots
+from grpo_jax.sampling.batch import live_columns
+from grpo_jax.sampling.slots import halvings
 from grpo_jax.scoring import score
 from grpo_jax.train_step import make_collect
 from grpo_jax.updates import init_state
@@ -44,8 +45,8 @@ prompts = testing.random_prompts(0, B, 6, vocab_size=9)
 @pytest.mark.parametrize("slots", [1, 5, 100])
 def test_slots_change_nothing_of_what_is_drawn(kind, slots):
     policy, params = model(kind)
-    expected = sample(policy, params, prompts, jax.random.key(1), temperature=1.5, **SETTINGS)
-    actual = sample_in_slots(policy, params, prompts, jax.random.key(1), temperature=1.5, slots=slots, **SETTINGS)
+    expected = sampling.sampler(temperature=1.5, **SETTINGS)(policy, params, prompts, jax.random.key(1))
+    actual = sampling.continuous(temperature=1.5, slots=slots, **SETTINGS)(policy, params, prompts, jax.random.key(1))
     assert len(set(np.ravel(expected.lengths).tolist())) > 3  # else there is nothing to refill
     assert expected.truncated.any() or kind == "a function of logits"
     for name in ("tokens", "lengths", "mask", "truncated"):
@@ -55,7 +56,7 @@ def test_slots_change_nothing_of_what_is_drawn(kind, slots):
 
 def test_log_probs_are_those_that_the_scorer_gives():
     policy, params = model("qwen2")
-    rollout = sample_in_slots(policy, params, prompts, jax.random.key(2), slots=3, **SETTINGS)
+    rollout = sampling.continuous(slots=3, **SETTINGS)(policy, params, prompts, jax.random.key(2))
     scores = score(policy, params, rollout)
     np.testing.assert_allclose(rollout.log_probs, scores.log_probs, rtol=0, atol=5e-6)
 
@@ -63,13 +64,14 @@ def test_log_probs_are_those_that_the_scorer_gives():
 def test_it_takes_the_settings_of_sample():
     policy, params = model("a function of logits")
     for setting in ({"greedy": True}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.3}):
-        expected = sample(policy, params, prompts, jax.random.key(1), **SETTINGS, **setting)
-        actual = sample_in_slots(policy, params, prompts, jax.random.key(1), slots=2, **SETTINGS, **setting)
+        sampler = dataclasses.replace(sampling.sampler(**SETTINGS), **setting)
+        expected = sampler(policy, params, prompts, jax.random.key(1))
+        actual = dataclasses.replace(sampler, slots=2)(policy, params, prompts, jax.random.key(1))
         np.testing.assert_array_equal(actual.tokens, expected.tokens, err_msg=str(setting))
     with pytest.raises(ValueError, match="slots is at least 1, got 0"):
-        sample_in_slots(policy, params, prompts, jax.random.key(1), slots=0, **SETTINGS)
+        sampling.continuous(slots=0, **SETTINGS)(policy, params, prompts, jax.random.key(1))
     with pytest.raises(ValueError, match="temperature is above 0"):
-        sample_in_slots(policy, params, prompts, jax.random.key(1), slots=2, temperature=0.0, **SETTINGS)
+        sampling.continuous(slots=2, temperature=0.0, **SETTINGS)(policy, params, prompts, jax.random.key(1))
 
 
 def test_a_slot_takes_another_completion_when_one_ends():
@@ -81,8 +83,8 @@ def test_a_slot_takes_another_completion_when_one_ends():
         jax.debug.callback(lambda: calls.append(1))
         return policy.extend(*args, **kwargs)
 
-    rollout = sample_in_slots(
-        policy._replace(extend=extend), params, prompts, jax.random.key(1), slots=2, temperature=1.5, **SETTINGS
+    rollout = sampling.continuous(slots=2, temperature=1.5, **SETTINGS)(
+        policy._replace(extend=extend), params, prompts, jax.random.key(1)
     )
     jax.effects_barrier()
     work = int(rollout.lengths.sum())
@@ -101,8 +103,8 @@ def test_the_slots_are_halved_as_work_runs_out():
         jax.debug.callback(lambda: widths.append(len(tokens)), ordered=True)
         return policy.extend(params, tokens, *args, **kwargs)
 
-    rollout = sample_in_slots(
-        policy._replace(extend=extend), params, prompts, jax.random.key(1), slots=B * G, temperature=1.5, **SETTINGS
+    rollout = sampling.continuous(slots=B * G, temperature=1.5, **SETTINGS)(
+        policy._replace(extend=extend), params, prompts, jax.random.key(1)
     )
     jax.effects_barrier()
     at_work = [int(np.sum(rollout.lengths > t)) for t in range(int(rollout.lengths.max()))]
@@ -116,8 +118,8 @@ def test_a_step_takes_it_as_its_sampler():
     optimizer = optax.sgd(1.0)
     state = init_state(params, optimizer, jax.random.key(3))
     expected, actual = (
-        make_collect(policy, sampler=sampler, **SETTINGS)(state, prompts).rollout
-        for sampler in (sample, functools.partial(sample_in_slots, slots=3))
+        make_collect(policy, sampler)(state, prompts).rollout
+        for sampler in (sampling.sampler(**SETTINGS), sampling.continuous(slots=3, **SETTINGS))
     )
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
 
@@ -134,8 +136,8 @@ def test_the_cache_is_looked_at_as_far_as_it_is_filled():
         return policy.extend(*args, columns=columns, **kwargs)
 
     T = 140
-    rollout = sample(
-        policy._replace(extend=extend), params, prompts, jax.random.key(4), group_size=2, max_tokens=T, eos_ids=()
+    rollout = sampling.sampler(group_size=2, max_tokens=T, eos_ids=())(
+        policy._replace(extend=extend), params, prompts, jax.random.key(4)
     )
     assert set(seen) == {128, 140}
     np.testing.assert_allclose(rollout.log_probs, score(policy, params, rollout).log_probs, rtol=0, atol=5e-6)
