@@ -36,7 +36,8 @@ from grpo_jax.run import (
     resuming,
     writers,
 )
-from grpo_jax.types import Mean, Metrics, TrainState, summary
+from grpo_jax.statistics import Mean, summary
+from grpo_jax.types import Metrics, TrainState
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ import pytest
 
 from grpo_jax import run
 from grpo_jax.run import checkpoint, completions, digests, metrics, preemption, writers
-from grpo_jax.types import Experience, Mean, Prompts, Rollout, TrainState
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Experience, Prompts, Rollout, TrainState
 
 OPTIMIZER = optax.sgd(0.1)
 
