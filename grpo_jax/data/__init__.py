@@ -29,7 +29,7 @@ from grpo_jax.data.prompts import (
     prompt_tail,
     turn_end,
 )
-from grpo_jax.data.rows import Row, field, read_csv, read_hugging_face, read_jsonl, read_parquet, read_rows
+from grpo_jax.data.rows import Row, field, read_csv, read_hugging_face, read_json, read_jsonl, read_parquet, read_rows
 
 __all__ = [
     "PromptSet",
@@ -53,6 +53,7 @@ __all__ = [
     "prompt_tail",
     "read_csv",
     "read_hugging_face",
+    "read_json",
     "read_jsonl",
     "read_parquet",
     "read_problems",

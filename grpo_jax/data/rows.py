@@ -1,11 +1,14 @@
 """Rows of files and data sets, checked as they are read: an error names the file and the row."""
 
+import codecs
 import csv
+import gzip
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -18,11 +21,14 @@ def read_rows(
     split: str | None = None,
     subset: str | None = None,
 ) -> list[Row]:
-    """Reads a file by its suffix (`.jsonl`, `.csv`, `.parquet`), and anything else as a data set of Hugging Face.
+    """Reads a file by its suffix, and anything else as a data set of Hugging Face.
+
+    JSON lines (`.jsonl`, `.ndjson`, `.json`), a JSON list (`.json`), `.csv`, `.parquet`, in capitals or small letters;
+    all but Parquet also compressed, as `.jsonl.gz`.
 
     Args:
       source: a file; or the id of a data set on the Hub, or a folder that `datasets.load_dataset` reads.
-      columns: what every row must have, and not as null.
+      columns: what every row must have, and not as null; `outer.inner` names a field of an object.
       split: of a data set, such as `train`; may be left out where there is only one.
       subset: of a data set, such as `main`; `datasets` calls it a configuration.
 
@@ -32,19 +38,23 @@ def read_rows(
         `subset` of a file.
       ImportError: without the extra `data`, for Parquet and Hugging Face.
     """
-    readers = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
-    suffix = pathlib.Path(source).suffix
-    if suffix not in readers and not pathlib.Path(source).is_file():
+    suffixes = [suffix.lower() for suffix in pathlib.Path(source).suffixes]
+    compressed = suffixes[-1:] == [".gz"]
+    suffix = "".join(suffixes[-2:-1] if compressed else suffixes[-1:])
+    if (reader := _READERS.get(suffix)) is None and not pathlib.Path(source).is_file():
         return read_hugging_face(source, columns, split=split, subset=subset)
-    if suffix not in readers:
-        raise ValueError(f"{source}: a file of rows ends in {', '.join(readers)}, got {suffix or 'no suffix'!r}")
+    if reader is None or (compressed and reader is read_parquet):
+        raise ValueError(
+            f"{source}: a file of rows ends in {', '.join(_READERS)}, all but Parquet also with .gz after it; "
+            f"got {''.join(suffixes[-2:]) or 'no suffix'!r}"
+        )
     if split is not None or subset is not None:
         raise ValueError(f"{source} is one file and has no split {split!r} or subset {subset!r}; leave them out")
-    return readers[suffix](source, columns)
+    return reader(source, columns)
 
 
 def read_jsonl(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[Row]:
-    """Reads one JSON object a line; empty lines are skipped. NaN, which is not JSON, is refused.
+    """Reads one JSON object per line; empty lines are skipped. NaN and infinity, which JSON does not have, are refused.
 
     Args:
       path: of the file, UTF-8 with or without a byte-order mark.
@@ -55,21 +65,37 @@ def read_jsonl(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> lis
         without a row.
     """
     rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}: {line[:80]!r}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a row is an object, got {line[:80]!r}")
-            _check_columns(row, columns, f"{path}:{number}")
-            rows.append(row)
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        row = _parsed(line, f"{path}:{number}")
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: a row is an object, got {line[:80]!r}")
+        _check_columns(row, columns, f"{path}:{number}")
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
     return rows
+
+
+def read_json(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[Row]:
+    """Reads a list of JSON objects; a file that does not begin with `[` is read as JSON lines.
+
+    Args:
+      path: as in `read_jsonl`.
+      columns: what every row must have, and not as null.
+
+    Raises:
+      ValueError: at the first bad row, with file and row number, from 1.
+    """
+    content = b"".join(_lines(path))
+    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return read_jsonl(path, columns)
+    rows = _parsed(content, f"{path}")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: row {number}: a row is an object, got {_short(row)}")
+    return list(_checked(rows, columns, f"{path}"))
 
 
 def read_csv(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[Row]:
@@ -90,30 +116,29 @@ def read_csv(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[
     """
     rows: list[Row] = []
     names: list[str] = []
-    with open(path, "rb") as file:
-        # Lines are decoded one at a time, so that an error knows its line.
-        lines = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(file))
-        reader = csv.reader(lines, strict=True)
-        while True:
-            where = f"{path}:{reader.line_num + 1}"
-            try:
-                fields = next(reader, None)
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(f"{where}: not CSV: {error}") from None
-            if fields is None:
-                break
-            if not fields:
-                continue
-            if not names:
-                if "" in fields or len(set(fields)) < len(fields):
-                    raise ValueError(f"{where}: the first line names every column, each differently; got {fields}")
-                names = fields
-                continue
-            if len(fields) != len(names):
-                raise ValueError(f"{where}: {len(fields)} fields for the {len(names)} columns {', '.join(names)}")
-            row = dict(zip(names, fields, strict=True))
-            _check_columns({name: field for name, field in row.items() if field}, columns, where)
-            rows.append(row)
+    # Lines are decoded one at a time, so that an error knows its line.
+    lines = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(_lines(path)))
+    reader = csv.reader(lines, strict=True)
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            fields = next(reader, None)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}: not CSV: {error}") from None
+        if fields is None:
+            break
+        if not fields:
+            continue
+        if not names:
+            if "" in fields or len(set(fields)) < len(fields):
+                raise ValueError(f"{where}: the first line names every column, each differently; got {_short(fields)}")
+            names = fields
+            continue
+        if len(fields) != len(names):
+            raise ValueError(f"{where}: {len(fields)} fields for the {len(names)} columns {', '.join(names)}")
+        row = dict(zip(names, fields, strict=True))
+        _check_columns({name: text for name, text in row.items() if text}, columns, where)
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
     return rows
@@ -183,8 +208,9 @@ def _checked(rows: Sequence[Row], columns: Sequence[str], source: str) -> Iterat
         raise ValueError(f"{source}: there are no rows")
     for number, row in enumerate(rows, start=1):
         where = f"{source}: row {number}"
-        if bad := [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]:
-            raise ValueError(f"{where}: {bad[0]} is {row[bad[0]]}, which is no value")
+        for name, column in row.items():
+            if bad := [value for value in _values(column) if isinstance(value, float) and not math.isfinite(value)]:
+                raise ValueError(f"{where}: {name} is {bad[0]}, which is no value")
         _check_columns(row, columns, where)
         yield row
 
@@ -203,5 +229,58 @@ def field(row: Row, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def _refuse_constant(name: str) -> None:
+def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    compressed = pathlib.Path(path).suffix.lower() == ".gz"
+    with gzip.open(path, "rb") if compressed else open(path, "rb") as file:
+        try:
+            yield from file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: no whole gzip file: {error}") from None
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        value = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite)
+        if b"\\u" in content:  # half of a pair, which no UTF-8 and so no tokenizer can say
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON that can be read: nested too deep: {content[:80]!r}") from None
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{where}: not JSON of whole characters: {code} is half of a surrogate pair") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}: {content[:80]!r}") from None
+    return value
+
+
+def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no value")
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:40]} is more than a float can hold")
+    return value
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """The column's value, or those inside of it."""
+    if isinstance(column, dict | list):
+        for inner in column.values() if isinstance(column, dict) else column:
+            yield from _values(inner)
+    else:
+        yield column
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"
+
+
+_READERS: dict[str, Callable[..., list[Row]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+}

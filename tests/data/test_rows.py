@@ -1,6 +1,7 @@
 """Rows as they are read, and errors that name the file and the row."""
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -51,6 +52,12 @@ def test_any_text_is_read_as_it_was_written(tmp_path_factory, rows):
         ('{"prompt": "a"} {"prompt": "b"}', "not JSON: Extra data"),
         ('{"prompt": NaN}', "not JSON: NaN"),
         ('{"prompt": -Infinity}', "not JSON: -Infinity"),
+        ('{"prompt": 1e999}', "not JSON: 1e999 is more than a float can hold"),
+        ('{"prompt": "a", "x": [-1e400]}', "not JSON: -1e400 is more than a float can hold"),
+        ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
+        (r'{"prompt": "a\ud83db"}', r"not JSON of whole characters: \ud83d is half of a surrogate pair"),
+        (r'{"prompt": "a", "x": {"y": ["\udc00"]}}', r"not JSON of whole characters: \udc00 is half of a surrogate"),
+        ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON that can be read: nested too deep"),
         (b'{"prompt": "\xff"}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
         ('["a", "b"]', "a row is an object, got"),
         ('"a"', "a row is an object, got"),
@@ -273,11 +280,67 @@ def test_the_suffix_chooses_the_reader(tmp_path):
             read_rows(tmp_path / name, ["b"])
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.JSONL", "rows.ndjson", "rows.v2.jsonl.gz", "rows.Json.GZ"])
+def test_json_lines_have_several_suffixes_and_may_be_compressed(tmp_path, name):
+    content = b'{"a": "1"}\n{"a": "\\ud83d\\ude42"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    assert read_rows(tmp_path / name, ["a"]) == [{"a": "1"}, {"a": "🙂"}]
+    with pytest.raises(ValueError, match=re.escape(f"{name}:1: no column b; the row has a")):
+        read_rows(tmp_path / name, ["b"])
+
+
+def test_csv_may_be_compressed(tmp_path):
+    (tmp_path / "rows.CSV.gz").write_bytes(gzip.compress(b"a,b\n1,2\n"))
+    assert read_rows(tmp_path / "rows.CSV.gz") == [{"a": "1", "b": "2"}]
+
+
+def test_a_json_file_holds_a_list_or_lines(tmp_path):
     path = tmp_path / "rows.json"
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"rows.json: a file of rows ends in .jsonl, .csv, .parquet, got '.json'"):
-        read_rows(path)
+    for content in ('[{"a": 1},\n {"a": 2}]', '\ufeff [{"a": 1}, {"a": 2}]\n', '{"a": 1}\n{"a": 2}'):
+        path.write_text(content)
+        assert read_rows(path, ["a"]) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "rows.json: there are no rows"),
+        ('[{"a": 1}, 2]', "rows.json: row 2: a row is an object, got 2"),
+        ('[{"a": 1}, {"b": 2}]', "rows.json: row 2: no column a; the row has b"),
+        ('[{"a": 1}, {"a": NaN}]', "rows.json: not JSON: NaN is no value"),
+        ('[{"a": 1}', "rows.json: not JSON: Expecting ',' delimiter"),
+        ("[" * 100_000, "rows.json: not JSON that can be read: nested too deep"),
+        ("", "rows.json: the file has no rows"),
+    ],
+)
+def test_a_bad_list_of_json_is_refused_with_its_file_and_row(tmp_path, content, message):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_rows(tmp_path / "rows.json", ["a"])
+    assert len(str(error.value)) < 1000
+
+
+def test_a_compressed_file_that_is_cut_or_none_is_refused(tmp_path):
+    whole = gzip.compress(b'{"a": 1}\n' * 1000)
+    for content in (whole[:-20], b'{"a": 1}\n', whole[:30] + b"x" * 20):
+        (tmp_path / "rows.jsonl.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'rows.jsonl.gz'}: no whole gzip file: ")):
+            read_rows(tmp_path / "rows.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.parquet.gz", "rows.gz"])
+def test_a_file_of_another_kind_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(
+        ValueError, match=rf"{name}: a file of rows ends in .jsonl, .ndjson, .json, .csv, .parq"
+    ):
+        read_rows(tmp_path / name)
+
+
+def test_a_nested_value_that_is_none_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "rows.parquet", {"a": [{"b": [1.0, float("nan")]}]})
+    with pytest.raises(ValueError, match="row 1: a is nan, which is no value"):
+        read_parquet(path)
 
 
 @pytest.mark.parametrize("settings", [{"split": "train"}, {"subset": "main"}], ids=["split", "subset"])
