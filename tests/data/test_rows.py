@@ -331,9 +331,7 @@ def test_a_compressed_file_that_is_cut_or_none_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.parquet.gz", "rows.gz"])
 def test_a_file_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("[]")
-    with pytest.raises(
-        ValueError, match=rf"{name}: a file of rows ends in .jsonl, .ndjson, .json, .csv, .parq"
-    ):
+    with pytest.raises(ValueError, match=rf"{name}: a file of rows ends in .jsonl, .ndjson, .json, .csv, .parq"):
         read_rows(tmp_path / name)
 
 
