@@ -39,8 +39,9 @@ from grpo_jax.baselines import dpo, preferences, rejection_sampling
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import ExperienceTransform
 from grpo_jax.run import compilation
-from grpo_jax.study import ablation
-from grpo_jax.study.ablation import Condition
+from grpo_jax.study import figures, results, tables
+from grpo_jax.study.grid import Condition
+from grpo_jax.study.results import Row
 from grpo_jax.study.runs import Run
 from grpo_jax.train_step import Step, make_collect, make_learn, make_train_step
 from grpo_jax.types import Experience, Metrics, Prompts, TrainState
@@ -62,14 +63,15 @@ def experiment(config: Config) -> None:
         metrics=("greedy", "sampled", "length"),
         against=condition_name("GRPO", 3e-4),
     )
-    rows = ablation.read(config.results / f"{NAME}.csv")
+    rows = results.read(config.results / f"{NAME}.csv")
     chosen = {method: condition_name(method, rate) for method, rate in best_rates(rows).items()}
     rows = [row for row in rows if row["condition"] in chosen.values()]
     summary = setting.summarise(rows, ("greedy", "sampled"), against=chosen["GRPO"])
-    rich.print(ablation.table(summary))
+    header, lines = tables.cells(summary)
+    rich.print(tables.terminal(header, lines))
     path = config.results / f"{NAME}.md"
-    path.write_text(f"{path.read_text()}\nWith the best learning rate of each:\n\n{ablation.markdown(summary)}\n")
-    print(ablation.plot(rows, ("greedy", "sampled"), config.results / f"{NAME}.png"))
+    path.write_text(f"{path.read_text()}\nWith the best learning rate of each:\n\n{tables.markdown(header, lines)}")
+    print(figures.curves(rows, ("greedy", "sampled"), config.results / f"{NAME}.png", against=chosen["GRPO"]))
 
 
 # ------------------------------------------------------------------------- who samples
@@ -144,10 +146,10 @@ def condition_name(method: str, rate: float) -> str:
     return f"{method}, rate {rate:g}"
 
 
-def best_rates(rows: Sequence[ablation.Row]) -> dict[str, float]:
+def best_rates(rows: Sequence[Row]) -> dict[str, float]:
     """Method -> the learning rate with the highest greedy accuracy over the run, the smaller one of equals."""
     best: dict[str, tuple[float, float]] = {}
-    for condition, values in ablation.by_seed(rows, "greedy", ablation.average).items():
+    for condition, values in results.per_seed(rows, "greedy", results.average).items():
         method, _, rate = condition.rpartition(", rate ")
         best[method] = max(best.get(method, (-1.0, 0.0)), (float(values.mean()), -float(rate)))
     return {method: -rate for method, (_, rate) in best.items()}

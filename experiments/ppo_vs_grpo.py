@@ -36,15 +36,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import transformers
 import tyro
 from ablations import setting
 from ablations.setting import Config
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from grpo_jax import losses, models, rewards, train_step
 from grpo_jax.advantages import from_rewards
@@ -52,8 +49,10 @@ from grpo_jax.baselines import heads, ppo
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy
 from grpo_jax.run import compilation, memory
-from grpo_jax.study import ablation, runs
-from grpo_jax.study.ablation import Condition
+from grpo_jax.study import figures, grid, results, runs, tables
+from grpo_jax.study.grid import Condition
+from grpo_jax.study.intervals import bootstrap
+from grpo_jax.study.results import Row
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import Collect, Learn
 from grpo_jax.types import Experience, Params, PRNGKey, Prompts, TrainState
@@ -63,6 +62,7 @@ NAME = "ppo_vs_grpo"
 # The run folder, with its starts, is the ablations'.
 DEFAULT = Config(results=pathlib.Path(__file__).parent / "results")
 GRPO = "GRPO, 8 x 8, 1 pass"
+SECONDS = "seconds of steps, all seeds in one program"
 
 
 def experiment(config: Config) -> None:
@@ -76,15 +76,16 @@ def experiment(config: Config) -> None:
         curves=("greedy", "sampled", "length", "explained_variance"),
         against=GRPO,
     )
-    rows = ablation.read(config.results / f"{NAME}.csv")
-    seconds = seconds_a_step(config, ablation.read(config.run_dir / NAME / ablation.TIMING))
-    by_second(rows, seconds, config.results / f"{NAME}_by_second.png")
-    of_memory = [footprint(size, method) for size in sizes(config) for method in methods(config)]
-    ablation.write(config.results / f"{NAME}_memory.csv", of_memory)
-    tables = [seconds_table(rows, seconds), memory_table(of_memory)]
+    rows = results.read(config.results / f"{NAME}.csv")
+    seconds = seconds_per_step(config, results.read(config.run_dir / NAME / grid.TIMING))
+    timed_rows, path = by_second(rows, seconds), config.results / f"{NAME}_by_second.png"
+    figures.curves(timed_rows, ("greedy", "sampled"), path, x=SECONDS)
+    footprints = [footprint(size, method) for size in sizes(config) for method in methods(config)]
+    results.write(config.results / f"{NAME}_memory.csv", footprints)
+    written = [seconds_table(rows, seconds), memory_table(footprints)]
     path = config.results / f"{NAME}.md"
-    path.write_text("\n".join([path.read_text(), *tables]))
-    print("\n".join(tables))
+    path.write_text("\n".join([path.read_text(), *written]))
+    print("\n".join(written))
 
 
 # ----------------------------------------------------------------------------- learning
@@ -173,7 +174,7 @@ def from_nothing(critic: Policy, key: PRNGKey, params: Params) -> Params:
     return heads.init(critic, key)
 
 
-def seconds_a_step(config: Config, timing: Sequence[ablation.Row]) -> dict[str, float]:
+def seconds_per_step(config: Config, timing: Sequence[Row]) -> dict[str, float]:
     """By condition. The first chunk, which compiles, is left out."""
     evaluate = jax.jit(jax.vmap(functools.partial(setting.evaluate, terms=setting.STANDARD)))
     params = jax.block_until_ready(setting.starts(config))
@@ -192,28 +193,12 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def by_second(rows: Sequence[ablation.Row], seconds: Mapping[str, float], path: pathlib.Path) -> None:
-    """Draws the accuracies over the time that the steps took."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(seconds)))
-    for place, name in enumerate(("greedy", "sampled")):
-        axes = figure.add_subplot(1, 2, place + 1, title=name, xlabel="seconds of steps, all seeds in one program")
-        for (condition, of_step), colour in zip(seconds.items(), colours, strict=True):
-            steps = sorted({row["step"] for row in rows if row["condition"] == condition})
-            bands = [
-                ablation.bootstrap([r[name] for r in rows if r["condition"] == condition and r["step"] == n])
-                for n in steps
-            ]
-            at, (means, low, high) = np.array(steps) * of_step, np.array(bands).T
-            axes.plot(at, means, color=colour, linewidth=1.4, label=condition)
-            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=110)
+def by_second(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Row]:
+    """The rows, with the time that their steps took."""
+    return [row | {SECONDS: row["step"] * seconds[row["condition"]]} for row in rows]
 
 
-def seconds_table(rows: Sequence[ablation.Row], seconds: Mapping[str, float]) -> str:
+def seconds_table(rows: Sequence[Row], seconds: Mapping[str, float]) -> str:
     """Seconds a step, and the greedy accuracy when the fastest method has ended."""
     budget = min(seconds.values()) * max(row["step"] for row in rows)
     lines = []
@@ -222,10 +207,11 @@ def seconds_table(rows: Sequence[ablation.Row], seconds: Mapping[str, float]) ->
         for row in rows:
             if row["condition"] == condition:
                 curves.setdefault(row["seed"], []).append((row["step"], row["greedy"]))
-        reached = ablation.bootstrap([np.interp(budget / of_step, *zip(*c, strict=True)) for c in curves.values()])
-        accuracy = f"{reached.mean:.3g} [{reached.low:.3g}, {reached.high:.3g}]"
-        lines.append([condition, f"{of_step:.4f}", f"{of_step / seconds[GRPO]:.2f}", accuracy])
-    return markdown(["condition", "seconds a step", f"times {GRPO}", f"greedy after {budget:.1f} seconds"], lines)
+        reached = bootstrap([np.interp(budget / of_step, *zip(*c, strict=True)) for c in curves.values()])
+        lines.append([condition, f"{of_step:.4f}", f"{of_step / seconds[GRPO]:.2f}", tables.text(reached)])
+    return tables.markdown(
+        ["condition", "seconds per step", f"times {GRPO}", f"greedy after {budget:.1f} seconds"], lines
+    )
 
 
 # ------------------------------------------------------------------------------- memory
@@ -447,17 +433,12 @@ def memory_table(lines: Sequence[Mapping[str, Any]]) -> str:
         other = [o for o in lines if o["size"] == line["size"] and o["method"] == method and total in o]
         return f"{line[total] / other[0][total]:.2f}" if other else ""
 
-    return markdown(header, [cells(line) for line in lines])
+    return tables.markdown(header, [cells(line) for line in lines])
 
 
 def gib(number: int | None) -> str:
     """Bytes in GiB."""
     return "" if number is None else f"{number / 2**30:.3g}"
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from grpo_jax.advantages import from_rewards, group_advantages
 from grpo_jax.protocols import Advantage, Estimator
 from grpo_jax.run import checkpoint, compilation
 from grpo_jax.statistics import Mean
-from grpo_jax.study import ablation, runs
-from grpo_jax.study.ablation import Condition
+from grpo_jax.study import figures, grid, intervals, results, runs, tables
+from grpo_jax.study.grid import Condition
+from grpo_jax.study.results import Row, Summary
 from grpo_jax.study.runs import Run, make_run
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import Step, make_learn, make_train_step
@@ -221,39 +222,40 @@ def run(
 ) -> None:
     """Runs a grid, writes `name.csv` (what is shown), `.md` and `.png` among the results, and shows the table.
 
-    The table has the metrics at the end of the run, and the mean over it of the greedy accuracy, which
-    is higher for what learns sooner, with its difference to one condition. With `seconds` it has the mean
-    time of a step, too, of all seeds together and with its share of the evaluation.
+    The table has the metrics at the end of the run, and the greedy accuracy averaged over the run, which is
+    higher for what learns sooner, with its difference to the condition `against`. `seconds` adds the mean time
+    of a step, of all seeds together and with its share of the evaluation.
     """
-    of_seed = {"params": starts(config, terms)}
-    if config.smoke:  # all are traced, and the two that the table needs are run
+    per_seed = {"params": starts(config, terms)}
+    if config.smoke:  # traces all conditions and runs the two that the table needs
         for condition in {condition.run: condition for condition in conditions}.values():
-            hyper = {**condition.hyper, "params": jax.tree.map(lambda x: x[0], of_seed["params"])}
+            hyper = {**condition.hyper, "params": jax.tree.map(lambda x: x[0], per_seed["params"])}
             jax.eval_shape(condition.run, jax.random.key(0), hyper)
         conditions = [c for c in conditions if c.name == against] + [c for c in conditions if c.name != against][:1]
-    results = ablation.run_grid(
-        config.run_dir / name, conditions, seeds=range(config.seeds), of_seed=of_seed, show=("greedy",)
+    path = grid.run_grid(
+        config.run_dir / name, conditions, seeds=range(config.seeds), per_seed=per_seed, show=("greedy",)
     )
-    rows = ablation.read(results)
+    rows = results.read(path)
     config.results.mkdir(parents=True, exist_ok=True)
     columns = {"condition", "seed", "step", *metrics, *curves, "greedy"}
     kept = [{column: x for column, x in row.items() if column in columns} for row in rows]
-    ablation.write(config.results / f"{name}.csv", kept)
+    results.write(config.results / f"{name}.csv", kept)
     summary = summarise(rows, metrics, against=against)
     if seconds:
-        times = ablation.read(results.with_name(ablation.TIMING))
+        times = results.read(path.with_name(grid.TIMING))
         for condition, columns in summary.items():
             later = [row["seconds"] for row in times if row["condition"] == condition and row["chunk"] > 1]
-            columns["seconds a step"] = ablation.bootstrap(np.array(later) / (config.steps // 10))
-    (config.results / f"{name}.md").write_text(ablation.markdown(summary) + "\n")
-    rich.print(ablation.table(summary))
-    print(ablation.plot(rows, curves, config.results / f"{name}.png"))
+            columns["seconds per step"] = intervals.bootstrap(np.array(later) / (config.steps // 10))
+    header, lines = tables.cells(summary)
+    (config.results / f"{name}.md").write_text(tables.markdown(header, lines))
+    rich.print(tables.terminal(header, lines))
+    print(figures.curves(rows, curves, config.results / f"{name}.png", against=against))
 
 
-def summarise(rows: Sequence[ablation.Row], metrics: Sequence[str], *, against: str) -> ablation.Summary:
-    """The metrics at the end, and the mean over the run of the greedy accuracy with its difference to a condition."""
-    summary = ablation.summarise(rows, metrics)
-    sooner = ablation.summarise(rows, ["greedy"], reduce=ablation.average, against=against)
+def summarise(rows: Sequence[Row], metrics: Sequence[str], *, against: str) -> Summary:
+    """The metrics at the end, and the greedy accuracy averaged over the run with its difference to a condition."""
+    summary = results.summarise(rows, metrics)
+    sooner = results.summarise(rows, ["greedy"], reduce=results.average, against=against)
     for condition, columns in sooner.items():
         summary[condition] |= {name.replace("greedy", "greedy over the run", 1): x for name, x in columns.items()}
     return summary

@@ -45,7 +45,13 @@ def plot(run_dir: RunDir, path: RunDir | None = None, *, keys: Sequence[str] | N
         if index + columns >= len(keys):
             axes.set_xlabel("step", fontsize=8)
     path = pathlib.Path(run_dir) / "metrics.png" if path is None else pathlib.Path(path)
+    save(figure, path)
+    return path
+
+
+def save(figure: Figure, path: RunDir) -> None:
+    """Writes a figure as a PNG, which appears whole or not at all."""
+    path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=150, format="png")
     os.replace(partial, path)
-    return path

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from grpo_jax.study import ablation
+from grpo_jax.study import results
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "ablations"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "setting")
@@ -41,7 +41,7 @@ def test_a_smoke_run_leaves_a_table_a_figure_and_tidy_rows(name, load, tmp_path)
     written = sorted(path.stem for path in config.results.glob("*.csv"))
     assert written
     for stem in written:
-        rows = ablation.read(config.results / f"{stem}.csv")
+        rows = results.read(config.results / f"{stem}.csv")
         assert {row["seed"] for row in rows} == {0, 1}
         assert {row["step"] for row in rows} == set(range(11))
         assert len({row["condition"] for row in rows}) == 2

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from grpo_jax import train_step
-from grpo_jax.study import ablation
+from grpo_jax.study import results
 from grpo_jax.types import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2] / "experiments"
@@ -173,16 +173,16 @@ def test_by_the_second_a_method_of_half_the_speed_has_made_half_the_steps():
 @pytest.mark.parametrize("module", [ppo_vs_grpo, dpo_vs_grpo], ids=lambda module: module.NAME)
 def test_a_smoke_run_leaves_results_table_and_figures_in_the_run_folder(tmp_path, module):
     module.experiment(setting.configured(setting.Config(run_dir=tmp_path, smoke=True)))
-    results = tmp_path / "results"
+    folder = tmp_path / "results"
     written = {f"{module.NAME}{end}" for end in (".csv", ".md", ".png")}
     if module is ppo_vs_grpo:
         written |= {f"{module.NAME}_by_second.png", f"{module.NAME}_memory.csv"}
-    assert {path.name for path in results.iterdir()} == written
-    rows = ablation.read(results / f"{module.NAME}.csv")
+    assert {path.name for path in folder.iterdir()} == written
+    rows = results.read(folder / f"{module.NAME}.csv")
     assert {row["seed"] for row in rows} == {0, 1}
     assert max(row["step"] for row in rows) == 10
     if module is ppo_vs_grpo:
-        with (results / f"{module.NAME}_memory.csv").open() as file:
+        with (folder / f"{module.NAME}_memory.csv").open() as file:
             (line,) = csv.DictReader(file)
         assert int(line["compiled"]) > int(line["parameters"]) + int(line["Adam"])
         assert 0 < int(line["activations"]) < int(line["learning"])

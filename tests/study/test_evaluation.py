@@ -4,14 +4,11 @@ import io
 import itertools
 import json
 import math
-from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from grpo_jax import data, testing
 from grpo_jax.models import hf
@@ -19,10 +16,8 @@ from grpo_jax.policies import from_logits_fn
 from grpo_jax.study import evaluation
 from grpo_jax.study.evaluation import (
     between,
-    bootstrap_interval,
     evaluate,
     majority_at_k,
-    pass_at_k,
     pass_rates,
     sample_table,
 )
@@ -30,144 +25,6 @@ from grpo_jax.study.evaluation import (
 TOKENIZER = testing.tiny_tokenizer()
 END = TOKENIZER.eos_token_id
 TOKEN = {letter: TOKENIZER(letter)["input_ids"][0] for letter in "0123456789?"}
-
-
-# ------------------------------------------------------------------ of counts and answers
-
-
-@pytest.mark.parametrize("n", [1, 4, 7])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_completion(n):
-    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-        assert pass_at_k([c], n, k) == pytest.approx([sum(map(any, subsets)) / len(subsets)], abs=1e-15)
-
-
-def test_pass_at_k_takes_several_k_and_prompts_with_different_numbers_of_completions():
-    found = pass_at_k([0, 1, 3], [4, 5, 6], [1, 2, 4])
-    expected = [
-        [1 - Fraction(math.comb(n - c, k), math.comb(n, k)) for c, n in ((0, 4), (1, 5), (3, 6))] for k in (1, 2, 4)
-    ]
-    np.testing.assert_allclose(found, np.array(expected, float), rtol=1e-14)
-    assert pass_at_k([1, 2], 4, [3]).shape == (1, 2)
-    assert pass_at_k([1, 2], 4, 3).shape == (2,)
-    assert pass_at_k([], [], 4).shape == (0,)
-
-
-@pytest.mark.parametrize("c", [0, 1, 17, 9_000, 10_000])
-def test_pass_at_k_of_many_completions_is_exact_where_binomials_overflow(c):
-    exact = float(1 - Fraction(math.comb(10_000 - c, 500), math.comb(10_000, 500)))
-    assert pass_at_k([c], 10_000, 500)[0] == pytest.approx(exact, rel=1e-11, abs=1e-300)
-
-
-@pytest.mark.parametrize(
-    ("correct", "n", "k", "message"),
-    [
-        ([1], 4, 0, "k is from 1 to the number of completions, 4, got 0"),
-        ([1], 4, 5, "4, got 5"),
-        ([1, 1], [4, 2], [1, 3], r"2, got \[1, 3\]"),
-        ([5], 4, 1, "0 to n are right, got"),
-        ([-1], 4, 1, "0 to n are right, got"),
-    ],
-    ids=["k=0", "k>n", "k>least n", "c>n", "c<0"],
-)
-def test_pass_at_k_refuses_what_is_out_of_range(correct, n, k, message):
-    with pytest.raises(ValueError, match=message):
-        pass_at_k(correct, n, k)
-
-
-def majority_of(answers, right, subset):
-    """Whether the majority of the subset is right, written out."""
-    votes = {}
-    for i in subset:
-        if answers[i] is not None:
-            votes[answers[i]] = votes.get(answers[i], 0) + 1
-    if not votes:
-        return False
-    tied = [answer for answer in votes if votes[answer] == max(votes.values())]
-    return right[min(answers.index(answer) for answer in tied)]
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.sampled_from(["1", "2", "3", None]), min_size=1, max_size=6), st.data())
-def test_majority_at_k_is_the_mean_over_all_subsets(answers, drawn):
-    k = drawn.draw(st.integers(1, len(answers)))
-    right = [answer == "2" for answer in answers]
-    subsets = list(itertools.combinations(range(len(answers)), k))
-    expected = np.mean([majority_of(answers, right, subset) for subset in subsets])
-    assert majority_at_k([answers], [right], k) == pytest.approx([expected], abs=1e-12)
-
-
-def test_majority_at_1_is_the_pass_rate_and_an_answer_that_nobody_gave_is_wrong():
-    answers = [["a", "b", "a", None], [None] * 4]
-    right = [[True, False, True, False], [True] * 4]
-    np.testing.assert_allclose(majority_at_k(answers, right, 1), [0.5, 0.0])
-    np.testing.assert_allclose(majority_at_k(answers, right, 4), [1.0, 0.0])
-
-
-def test_of_equally_frequent_answers_the_first_wins():
-    assert majority_at_k([["x", "y", "y", "x"]], [[False, True, True, False]], 4) == [0.0]
-    assert majority_at_k([["y", "x", "y", "x"]], [[True, False, True, False]], 4) == [1.0]
-
-
-def test_drawn_subsets_repeat_by_their_seed_and_come_near_the_mean_over_all():
-    rng = np.random.default_rng(0)
-    answers = [[str(x) for x in row] for row in rng.integers(0, 3, (20, 14))]
-    right = [[x == "0" for x in row] for row in answers]
-    exact = majority_at_k(answers, right, 5, draws=math.comb(14, 5))
-    first, again, other = (majority_at_k(answers, right, 5, draws=1000, seed=seed) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)
-    np.testing.assert_allclose(first, exact, atol=0.08)  # a deviation is at most sqrt(0.25 / 1000) = 0.016
-    assert abs(np.mean(first - exact)) < 0.015
-
-
-@pytest.mark.parametrize(
-    ("answers", "right", "k", "message"),
-    [
-        ([["a"]], [[True]], 2, "1 of prompt 0, got 2"),
-        ([["a"]], [[True, False]], 1, "prompt 0 has 1 answers, of which 2"),
-        ([["a"]], [], 1, "answers of 1 prompts, but right or wrong of 0"),
-    ],
-    ids=["k>n", "lengths", "prompts"],
-)
-def test_majority_refuses_what_does_not_go_together(answers, right, k, message):
-    with pytest.raises(ValueError, match=message):
-        majority_at_k(answers, right, k)
-
-
-def test_the_interval_covers_the_mean_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits, above, below = 0, 0, 0
-    for seed in range(200):
-        low, high = bootstrap_interval(rng.random(60) < 0.3, level=0.9, seed=seed, resamples=300)
-        hits, above, below = hits + (low <= 0.3 <= high), above + (low > 0.3), below + (high < 0.3)
-    assert 0.82 <= hits / 200 <= 0.97  # 0.9 is expected, less a little for 60 prompts; a deviation is 0.02
-    assert above > 0
-    assert below > 0
-
-
-def test_the_interval_narrows_with_the_prompts_and_widens_with_the_level():
-    values = np.arange(40) % 2
-
-    def width(values, **settings):
-        low, high = bootstrap_interval(values, **settings)
-        assert low <= np.mean(values) <= high
-        return high - low
-
-    # The mean's deviation is 0.5 / sqrt(40), and 95% of a normal lies within 1.96 of it.
-    assert width(values) == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(40), rel=0.1)
-    assert width(np.tile(values, 16)) == pytest.approx(width(values) / 4, rel=0.15)
-    assert width(values, level=0.5) < width(values, level=0.8) < width(values, level=0.99)
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
-    assert bootstrap_interval([1.0, 1.0]) == (1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("values", "level"), [([], 0.95), ([1.0, math.nan], 0.95), ([1.0], 1.0)], ids=["none", "nan", "level"]
-)
-def test_the_interval_refuses_what_has_none(values, level):
-    with pytest.raises(ValueError, match=r"interval is of a list|level is between"):
-        bootstrap_interval(values, level=level)
 
 
 # ------------------------------------------------------------------- of policies that are known

@@ -1,10 +1,9 @@
-"""Grids of runs, and what is made of them. The runs are a random walk of one number, which NumPy walks as well.
+"""Grids of runs. The runs are a random walk of one number, which NumPy walks as well.
 
-As a program, `python test_ablation.py FOLDER STRIDE`, it is killed in the middle of its grid again and again.
+As a program, `python test_grid.py FOLDER STRIDE`, it is killed in the middle of its grid again and again.
 """
 
 import csv
-import io
 import itertools
 import os
 import pathlib
@@ -19,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 
 from grpo_jax.run import checkpoint
 from grpo_jax.statistics import Mean
-from grpo_jax.study import ablation
-from grpo_jax.study.ablation import Condition, Interval, run_grid
+from grpo_jax.study import grid as grids
+from grpo_jax.study import results
+from grpo_jax.study.grid import Condition, run_grid
 from grpo_jax.study.runs import make_run, prompt_key
 from grpo_jax.types import TrainState
 
@@ -69,7 +68,7 @@ CHUNKS = 3 + 1 + 3  # of blocks that are a condition each
 
 
 def grid(folder, **settings):
-    defaults = {"seeds": SEEDS, "of_seed": {"start": STARTS}, "show": ("score", "root")}
+    defaults = {"seeds": SEEDS, "per_seed": {"start": STARTS}, "show": ("score", "root")}
     return run_grid(folder, CONDITIONS, **(defaults | settings))
 
 
@@ -106,7 +105,7 @@ def expected_rows():
 
 
 def test_the_rows_are_the_runs_chunks_in_the_order_of_conditions_and_seeds(undisturbed):
-    found, expected = ablation.read(undisturbed[0]), list(expected_rows())
+    found, expected = results.read(undisturbed[0]), list(expected_rows())
     identity = ("condition", "seed", "step")
     assert [[row[name] for name in identity] for row in found] == [[row[name] for name in identity] for row in expected]
     for row, wanted in zip(found, expected, strict=True):
@@ -121,9 +120,9 @@ def test_what_is_no_number_is_told_from_what_was_not_measured(undisturbed):
     assert {root == "nan" for root, _, below, _ in cells if below} == {True}
     assert {root == "nan" for root, _, below, _ in cells if not below} == {False}
     assert {step for _, w, _, step in cells if w == ""} == {"0"}
-    rows = ablation.read(undisturbed[0])
+    rows = results.read(undisturbed[0])
     assert [np.isnan(row["root"]) for row in rows] == [below for _, _, below, _ in cells]
-    assert any(np.isnan(x).any() for x in ablation.by_seed(rows, "root").values())  # and no last good value
+    assert any(np.isnan(x).any() for x in results.per_seed(rows, "root").values())  # and no last good value
     kinds = {name: type(value) for row in rows for name, value in row.items()}
     assert kinds == {"condition": str, "seed": int, "step": int} | dict.fromkeys(["score", "root", "w", "noise"], float)
 
@@ -152,7 +151,7 @@ def test_however_many_runs_a_block_has_the_rows_are_the_same(undisturbed, tmp_pa
 
 
 def refused(match, conditions=CONDITIONS, **settings):
-    settings = {"seeds": SEEDS, "of_seed": {"start": STARTS}} | settings
+    settings = {"seeds": SEEDS, "per_seed": {"start": STARTS}} | settings
     with pytest.raises(ValueError, match=match):
         run_grid("nowhere", conditions, **settings)
     assert not pathlib.Path("nowhere").exists()
@@ -164,9 +163,11 @@ def test_a_grid_that_makes_no_sense_is_refused_before_it_begins(tmp_path, monkey
     refused(r"seeds that differ, got .* and \[1, 1, 2\]", seeds=[1, 1, 2])
     refused(r"got .* and \[\]", seeds=[])
     refused(r"got \[\]", [])
-    refused(r"of_seed\['start'\] has a leading axis of 3 seeds, got shape \(2,\)", of_seed={"start": STARTS[:2]})
-    refused(r"of_seed\['start'\] .* got shape \(\)", of_seed={"start": np.float32(1.0)})
-    refused(r"\['rate'\] are numbers of the condition 'slow' and in of_seed", of_seed={"start": STARTS, "rate": STARTS})
+    refused(r"per_seed\['start'\] has a leading axis of 3 seeds, got shape \(2,\)", per_seed={"start": STARTS[:2]})
+    refused(r"per_seed\['start'\] .* got shape \(\)", per_seed={"start": np.float32(1.0)})
+    refused(
+        r"\['rate'\] are numbers of the condition 'slow' and in per_seed", per_seed={"start": STARTS, "rate": STARTS}
+    )
     other = Condition("other", LONG, {"rate": 0.1, "more": 1.0})
     refused(
         r"'other' has the numbers \['more', 'rate'\], and of the same run 'slow' has \['rate'\]", [CONDITIONS[0], other]
@@ -229,8 +230,8 @@ def test_a_killed_grid_goes_on_from_the_chunk_where_it_was_and_ends_the_same(
     kill, killed_at, saves, undisturbed, tmp_path, monkeypatch
 ):
     name, n, after, done = KILLS[kill]
-    monkeypatch.setattr(ablation, "shutil", types.SimpleNamespace(rmtree=shutil.rmtree))  # Orbax calls the other
-    killed_at(tmp_path, checkpoint if name == "save" else ablation.shutil, name, n, after=after)
+    monkeypatch.setattr(grids, "shutil", types.SimpleNamespace(rmtree=shutil.rmtree))  # Orbax calls the other
+    killed_at(tmp_path, checkpoint if name == "save" else grids.shutil, name, n, after=after)
     assert not (tmp_path / "results.csv").exists()
     assert len(saves) == done
     TRACES.clear()
@@ -255,7 +256,7 @@ def test_a_folder_that_was_begun_with_other_settings_is_refused_with_both(begun,
     else:
         killed_at(folder := tmp_path, checkpoint, "save", 2, after=True)
     other = [CONDITIONS[0]._replace(hyper={"rate": 0.2}), *CONDITIONS[1:]]
-    start = {"of_seed": {"start": STARTS}}
+    start = {"per_seed": {"start": STARTS}}
     with pytest.raises(ValueError, match=r"numbers: .*'rate': 0\.1.* -> .*'rate': 0\.2"):
         run_grid(folder, other, seeds=SEEDS, **start)
     with pytest.raises(ValueError, match=r"labels: .*'seed': 0.* -> .*'seed': 1"):
@@ -304,154 +305,6 @@ def be_killed_again_and_again(folder, stride):
         if statuses[-1] != -signal.SIGKILL:
             break
     print(*statuses, sep=",")
-
-
-# ----------------------------------------------------------------------------------- read
-
-
-def rows_of(values, metric="score"):
-    """Rows of `{condition: {seed: curve}}`, a step each ten."""
-    return [
-        {"condition": condition, "seed": seed, "step": 10 * n, metric: value}
-        for condition, curves in values.items()
-        for seed, curve in curves.items()
-        for n, value in enumerate(curve)
-    ]
-
-
-CURVES = {"a": {0: [0.0, 1.0, 5.0], 4: [0.0, 3.0, 6.0]}, "b": {0: [0.0, 1.0, 2.0], 4: [0.0, 0.0, 3.0]}}
-
-
-def test_a_curve_becomes_one_number_a_seed():
-    rows = rows_of(CURVES)
-    chosen = {"last": [5.0, 6.0], "average": [2.0, 3.0], "highest": [5.0, 6.0]}
-    for name, reduce in {"last": ablation.last, "average": ablation.average, "highest": max}.items():
-        np.testing.assert_array_equal(ablation.by_seed(rows, "score", reduce)["a"], chosen[name])
-    assert list(ablation.by_seed(rows, "score")) == ["a", "b"]
-    np.testing.assert_array_equal(ablation.by_seed(rows, "score")["b"], [2.0, 3.0])  # the last, unless told otherwise
-
-
-def test_rows_without_a_metric_have_no_part_in_its_curve():
-    rows = [row for row in rows_of(CURVES) if row["step"] > 0] + rows_of({"c": {0: [1.0]}}, "other")
-    np.testing.assert_array_equal(ablation.by_seed(rows, "score", ablation.average)["a"], [3.0, 4.5])
-    assert list(ablation.by_seed(rows, "other")) == ["c"]
-    with pytest.raises(ValueError, match=r"no row has the metric 'loss'; there are .*'other', 'score'"):
-        ablation.by_seed(rows, "loss")
-
-
-def test_a_bootstrap_of_equal_values_has_no_width():
-    assert ablation.bootstrap([0.25] * 5) == Interval(0.25, 0.25, 0.25)
-    assert ablation.bootstrap([3.0]) == Interval(3.0, 3.0, 3.0)
-
-
-@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
-def test_a_bootstrap_is_the_middle_of_all_the_means_that_can_be_drawn(level):
-    """Of 5 values there are 5^5 draws, which are all made here."""
-    values = [0.1, 0.7, 0.75, 1.3, 2.9]
-    means = np.sort([np.mean(drawn) for drawn in itertools.product(values, repeat=5)])
-    low, high = (means[round(len(means) * p)] for p in ((1 - level) / 2, (1 + level) / 2))
-    found = ablation.bootstrap(values, level=level, samples=200_000)
-    np.testing.assert_allclose(found, [np.mean(values), low, high], atol=0.01)
-    assert found == ablation.bootstrap(np.array(values), level=level, samples=200_000)
-
-
-def test_intervals_of_eight_seeds_hold_the_truth_as_often_as_is_said_of_them():
-    """The percentile bootstrap is narrow for few seeds: near 0.9 where 0.95 is asked, a fifth below Student's."""
-    rng = np.random.default_rng(1)
-    samples = rng.normal(2.0, 3.0, (500, 8))
-    found = np.array([ablation.bootstrap(values, samples=400) for values in samples])
-    covered = np.mean((found[:, 1] <= 2.0) & (found[:, 2] >= 2.0))
-    assert 0.85 < covered < 0.95
-    student = 2 * 2.3646 * samples.std(axis=1, ddof=1) / 8**0.5  # the 0.975 quantile of 7 degrees of freedom
-    assert 0.75 < np.mean((found[:, 2] - found[:, 1]) / student) < 0.85
-
-
-@pytest.mark.parametrize(("values", "level"), [([], 0.95), ([[1.0, 2.0]], 0.95), ([1.0], 0.0), ([1.0], 1.0)])
-def test_a_bootstrap_of_nothing_or_at_no_level_is_refused(values, level):
-    with pytest.raises(ValueError, match=rf"got \({', '.join(map(str, np.shape(values)))},?\) and {level}$"):
-        ablation.bootstrap(values, level=level)
-
-
-def paired():
-    """Eight seeds with starts far apart; under `b` each ends by about 0.1 higher."""
-    rng = np.random.default_rng(0)
-    offsets, noise = rng.normal(0, 1, 8), rng.normal(0, 0.02, 8)
-    return rows_of(
-        {"a": {s: [0.0, offsets[s]] for s in range(8)}, "b": {s: [0.0, offsets[s] + 0.1 + noise[s]] for s in range(8)}}
-    )
-
-
-def test_differences_seed_by_seed_are_narrower_than_the_means_of_seeds_that_share_a_start():
-    rows = paired()
-    summary = ablation.summarise(rows, ["score"], against="a")
-    assert list(summary) == ["a", "b"]
-    assert list(summary["a"]) == ["score"]
-    difference = summary["b"]["score - a"]
-    a, b = (ablation.by_seed(rows, "score")[name] for name in "ab")
-    assert summary["b"]["score"] == ablation.bootstrap(b)
-    assert difference == ablation.bootstrap(b - a)
-    assert 0.05 < difference.low < difference.high < 0.12
-    width = summary["b"]["score"].high - summary["b"]["score"].low
-    assert difference.high - difference.low < 0.1 * width
-    halves = ablation.summarise(rows, ["score"], reduce=ablation.average)
-    assert list(halves["b"]) == ["score"]
-    np.testing.assert_allclose(halves["b"]["score"], np.array(summary["b"]["score"]) / 2)
-
-
-def test_seeds_that_are_not_the_same_are_not_compared():
-    for curves in ({0: [1.0]}, {0: [1.0], 5: [1.0]}):
-        with pytest.raises(ValueError, match=r"'b' has the seeds .*, 'a' \[0, 4\]"):
-            ablation.summarise(rows_of(CURVES | {"b": curves}), ["score"], against="a")
-    with pytest.raises(ValueError, match=r"no condition 'c'; there are \['a', 'b'\]"):
-        ablation.summarise(rows_of(CURVES), ["score"], against="c")
-
-
-def test_a_metric_that_only_one_condition_has_is_summarised_and_not_compared():
-    rows = rows_of(CURVES) + rows_of({"b": CURVES["b"]}, "more")
-    summary = ablation.summarise(rows, ["score", "more"], against="a")
-    assert {name: list(columns) for name, columns in summary.items()} == {
-        "a": ["score"],
-        "b": ["score", "score - a", "more"],
-    }
-
-
-SUMMARY = {
-    "a [1]": {"score": Interval(0.51234, 0.4, 0.6), "length": Interval(12345.0, 12000.0, 13000.0)},
-    "b[sum]": {"score": Interval(-0.5, -1.0, 0.0), "score - a": Interval(-1.0, -1.6, -0.4)},
-}
-
-
-def test_the_markdown_holds_every_interval_and_leaves_out_what_there_is_not():
-    assert ablation.markdown(SUMMARY).splitlines() == [
-        "| condition | score | length | score - a |",
-        "| --- | --- | --- | --- |",
-        "| a [1] | 0.512 [0.4, 0.6] | 1.23e+04 [1.2e+04, 1.3e+04] |  |",
-        "| b[sum] | -0.5 [-1, 0] |  | -1 [-1.6, -0.4] |",
-    ]
-
-
-def test_the_table_holds_the_same_cells():
-    """Names are no markup, though they may have brackets."""
-    console = rich.console.Console(file=io.StringIO(), width=200)
-    console.print(ablation.table(SUMMARY))
-    lines = [line for line in console.file.getvalue().splitlines() if any(map(str.isalpha, line))]
-    cells = [[cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")] for line in lines]
-    header, _, *body = ablation.markdown(SUMMARY).splitlines()
-    assert cells == [[cell.strip() for cell in line[1:-1].split("|")] for line in (header, *body)]
-
-
-def test_a_plot_is_a_png_and_knows_what_there_is(tmp_path):
-    rows = rows_of(CURVES)
-    path = ablation.plot(rows, ["score"], tmp_path / "all.png")
-    assert path == tmp_path / "all.png"
-    assert path.read_bytes().startswith(b"\x89PNG\r\n")
-    one = ablation.plot(rows, ["score"], tmp_path / "one.png", conditions=["b"])
-    assert one.read_bytes() != path.read_bytes()
-    with pytest.raises(ValueError, match="no row has the metric 'loss'"):
-        ablation.plot(rows, ["score", "loss"], tmp_path / "none.png")
-    with pytest.raises(ValueError, match=r"conditions \['a', 'c'\]; there are \['a', 'b'\]"):
-        ablation.plot(rows, ["score"], tmp_path / "none.png", conditions=["a", "c"])
-    assert not (tmp_path / "none.png").exists()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""Learning curves as figures: a mean over seeds with its 95% interval, in colours that colour-blind readers tell apart.
+
+Up to eight conditions share a panel per metric. More have a panel each, against one of them in
+grey, since thirteen bands over one another show nothing.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from grpo_jax.run.plots import save
+from grpo_jax.study.intervals import bootstrap
+from grpo_jax.study.results import Row, per_seed
+
+# Okabe and Ito 2008, "Color Universal Design"; the pale ones last.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+GREY = "#8C8C8C"
+
+
+def curves(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    conditions: Sequence[str] | None = None,
+    against: str | None = None,
+    x: str = "step",
+) -> pathlib.Path:
+    """Draws the mean curve of each condition with its 95% bootstrap interval, and returns the path.
+
+    The file appears whole or not at all.
+
+    Args:
+      rows: from `results.read`.
+      names: of metrics.
+      path: of the PNG.
+      conditions: which, in this order; all unless given.
+      against: the condition in grey, where there are too many for one panel; the first unless given.
+      x: the column of the horizontal axis. Rows of one condition and step share its value.
+
+    Raises:
+      ValueError: if a metric or a condition is in no row.
+    """
+    known = list(dict.fromkeys(row["condition"] for row in rows))
+    conditions = known if conditions is None else conditions
+    against = conditions[0] if against is None and conditions else against
+    if not conditions or not {*conditions, against} <= set(known):
+        raise ValueError(f"cannot draw the conditions {list(conditions)} against {against!r}; there are {known}")
+    for name in names:
+        per_seed(rows, name)  # raises if no row has this metric
+    one_panel = len(conditions) <= len(PALETTE)
+    draw = _one_panel_per_metric if one_panel else _one_panel_per_condition
+    figure = draw(rows, names, conditions, against, x)
+    save(figure, path)
+    return pathlib.Path(path)
+
+
+def _one_panel_per_metric(
+    rows: Sequence[Row], names: Sequence[str], conditions: Sequence[str], against: str | None, x: str
+) -> Figure:
+    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, name in enumerate(names):
+        axes = _panel(figure, (1, len(names), place + 1), name)
+        axes.set_xlabel(x, fontsize=9)
+        for condition, colour in zip(conditions, PALETTE, strict=False):
+            _curve(axes, [row for row in rows if row["condition"] == condition], name, x, colour, condition)
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def _one_panel_per_condition(
+    rows: Sequence[Row], names: Sequence[str], conditions: Sequence[str], against: str | None, x: str
+) -> Figure:
+    others = [condition for condition in conditions if condition != against]
+    columns = min(5, len(others))
+    height = math.ceil(len(others) / columns)  # of the panels of a metric, in panels
+    figure = Figure(figsize=(2.4 * columns, 1.7 * height * len(names) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for part, name in enumerate(names):
+        shared: Axes | None = None
+        for place, condition in enumerate(others):
+            position = (height * len(names), columns, part * height * columns + place + 1)
+            axes = _panel(figure, position, condition, shared)
+            shared = shared or axes
+            axes.set_ylabel(name if place % columns == 0 else "", fontsize=8)
+            axes.set_xlabel(x if part == len(names) - 1 and place + columns >= len(others) else "", fontsize=8)
+            for drawn, colour in ((against, GREY), (condition, PALETTE[0])):
+                label = f"in grey: {against}" if drawn == against else "the condition above the panel"
+                _curve(axes, [row for row in rows if row["condition"] == drawn], name, x, colour, label)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
+    return figure
+
+
+def _panel(figure: Figure, position: tuple[int, int, int], title: str, shared: Axes | None = None) -> Axes:
+    axes = figure.add_subplot(*position, sharey=shared)
+    axes.set_title(title, fontsize=10 if shared is None and position[0] == 1 else 8, parse_math=False)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def _curve(axes: Axes, rows: Sequence[Row], name: str, x: str, colour: str, label: str) -> None:
+    """The curve of one condition; a gap where a seed's value is not finite."""
+    points: dict[float, list[float]] = {}
+    for row in rows:
+        if name in row:
+            points.setdefault(row[x], []).append(row[name])
+    if not points:
+        return
+    bands = np.array([bootstrap(values) for values in points.values()])
+    axes.plot(list(points), bands[:, 0], color=colour, linewidth=1.4, label=label)
+    axes.fill_between(list(points), bands[:, 1], bands[:, 2], color=colour, alpha=0.15, linewidth=0)
