@@ -3,7 +3,7 @@
     host.py         functions with TRL's signature -> the reward of a rollout; combine; callback
     completions.py  the text of a completion
     answers.py      exact_answer: the answer in a text, by text or by number
-    mathematics.py  accuracy: whether two answers are equal as mathematics
+    mathematics.py  accuracy: whether two answers are equal as mathematics (latex.py and units.py read them)
     calculations.py worked_steps: whether the calculations in a text are right
     consistency.py  self_consistency: the majority of a group
     formats.py      strict_format, soft_format, tag_count: the tags

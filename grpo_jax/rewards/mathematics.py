@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grpo_jax.rewards.completions import text_of
+from grpo_jax.rewards.latex import Reading, final_answer, gold_answer
 from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 
 
@@ -19,21 +21,28 @@ def accuracy(
 ) -> Callable[..., list[float | None]]:
     r"""1 where the completion's answer equals the gold one as mathematics, else 0 (math-verify 0.9).
 
-    The rule is that of TRL's `accuracy_reward`, except that a gold answer that is bare
-    mathematics is taken whole (of `2\sqrt{2}` TRL takes the first 2), and of one with `####`
-    what follows. The gold answer is parsed as LaTeX or as a plain expression; where that
-    fails the item is masked. The completion's answer is
-    LaTeX: the last `\boxed{}`, or else what stands in a LaTeX environment after "the
-    final answer is" or "answer". Units, thousands separators, percent signs and the like are
-    normalised away. The two are compared as numbers, sets, intervals, matrices,
-    relations or formulas; `\frac{1}{2}`, `0.5` and `\frac{2}{4}` are one answer. An answer that is
-    missing or cannot be parsed scores 0, and so does one whose parsing takes longer than
-    `timeout` or more than `memory`. A fault of the verifier masks (see `in_worker_processes`).
+    The completion's answer is its last `\boxed{}`, or else the last LaTeX environment that the
+    word "answer" announces. Boxes that only `,`, `;`, `and` or `or` join are one answer: `\boxed{1} and
+    \boxed{2}` is the set {1, 2}, and `\boxed{4}. \boxed{5}` is 5. An answer that the text denies ("not $5$")
+    is none. The gold answer is what follows `####`, its last box, or all of it where it is bare
+    mathematics, a number with a unit or a word; of a sentence the only LaTeX or the only number.
+
+    Both are read as a person reads them (`rewards.latex`): `\frac12`, `2\sqrt2`, `1\,234`, `1\frac12`, `\$36`,
+    `5\text{ million}` (5000000), `50\%` (50 or 0.5), `2516_8` (equal to `2516`, not to `2516_7`),
+    and without units, of which known ones must agree: `5\text{ cm}` is 5, not `5\text{ m}`. A number beside text
+    that changes it (`5\text{ or more}`) is not that number. Then math-verify compares them as numbers, sets, intervals,
+    matrices, relations or formulas; `\frac{1}{2}`, `0.5` and `\frac{2}{4}` are one answer. Words are compared as
+    text, without case. Otherwise the rule is that of TRL's `accuracy_reward`.
+
+    An answer that is missing, unreadable or cannot be parsed scores 0, and so does one whose parsing takes longer than
+    `timeout` or more than `memory`. Where the gold answer cannot be read or parsed, the item is masked, unless the
+    completion's answer is the same text. A fault of the verifier masks (see `in_worker_processes`).
 
     Args:
       column: the data set's column of gold answers; by default `solution`, or else `answer`.
       tolerance: two real numbers are also equal up to this share of the gold one; 0 for no such rule.
-      decimals: places to which numbers are rounded before they are compared, where one of them is a decimal fraction.
+      decimals: places to which numbers are rounded before they are compared, where one of them is a decimal fraction;
+        counted from the first digit that is not 0 for numbers below 0.1, so that `4e-7` is not `1e-7`.
       characters: how much of the completion's end the parser is shown. It has the answer, and what
         a parser does to the rest costs time.
       pool: worker processes to share with other rewards.
@@ -59,16 +68,37 @@ def accuracy(
         workers=workers,
         timeout=timeout,
         memory=memory,
-        settings={"tolerance": tolerance, "decimals": decimals, "characters": characters},
+        settings={"tolerance": tolerance, "decimals": decimals},
         name="accuracy",
     )
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         names = ("solution", "answer") if column is None else (column,)
-        found = next((name for name in names if name in columns), None)
-        if found is None:
+        present = next((name for name in names if name in columns), None)
+        if present is None:
             raise ValueError(f"the accuracy reward needs a column {' or '.join(names)} with the gold answers")
-        return judge(prompts, completions, gold=columns[found], log_metric=columns.get("log_metric"))
+        answers = [final_answer(text_of(completion)[-characters:]) for completion in completions]
+        golds = [None if gold is None else gold_answer(str(gold)) for gold in columns[present]]
+        return judge(
+            prompts,
+            ["" if answer is None else answer.latex for answer in answers],
+            gold=[None if gold is None else gold.latex for gold in golds],
+            verdict=[verdict(answer, gold) for answer, gold in zip(answers, golds, strict=True)],
+            log_metric=columns.get("log_metric"),
+        )
 
     reward.__name__ = reward.__qualname__ = "accuracy"
     return reward
+
+
+def verdict(answer: Reading | None, gold: Reading | None) -> float | None:
+    """The reward where no parser is needed: equal text, text and bases and units that differ; else None."""
+    if answer is None or gold is None:
+        return None if gold is None else 0.0
+    if answer.text in (gold.text, gold.text.removesuffix(f"_{gold.base}")):
+        return 1.0
+    if gold.base and answer.base:
+        return 0.0
+    if (gold.words and answer.words) or (answer.unit and gold.unit and answer.unit != gold.unit):
+        return 0.0
+    return None

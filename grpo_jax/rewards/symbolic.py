@@ -1,51 +1,84 @@
 """Whether two pieces of mathematics are equal, by math-verify. Workers load this file, and with it SymPy."""
 
 import logging
+import math
 import re
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
-# As TRL's accuracy_reward: LaTeX alone, boxed before what "the answer is" announces, no loose formula.
-ANSWER = LatexExtractionConfig(
-    normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
+# Both answers come as LaTeX alone, without units (`grpo_jax.rewards.latex`): what their own rules for units would cut
+# off (t, s, m, d after a number) is a variable here.
+LATEX = LatexExtractionConfig(
+    normalization_config=NormalizationConfig(units=False, boxed="last"),
+    boxed_match_priority=0,
+    try_extract_without_anchor=False,
 )
 
 # Their warning that timeouts are off: the pool's clock is the limit here.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
-def accuracy(completion: str, gold: Any, tolerance: float, decimals: int, characters: int) -> float | None:
-    """1.0 or 0.0, or None where the gold answer cannot be parsed; the rule is `mathematics.accuracy`'s."""
-    # math-verify's own timeouts raise off the main thread and cancel the caller's alarm.
-    expected = parse(delimited(str(gold)), parsing_timeout=None)
+def accuracy(completion: str, gold: str | None, verdict: float | None, tolerance: float, decimals: int) -> float | None:
+    """Compares a completion's answer with the gold one, both in LaTeX.
+
+    Args:
+      completion: its answer, empty if it has none.
+      gold: the gold answer, None if it cannot be read.
+      verdict: the reward where it is already known, else None.
+      tolerance: as of `mathematics.accuracy`.
+      decimals: as of `mathematics.accuracy`.
+
+    Returns:
+      1.0 or 0.0, or None where the gold answer cannot be parsed.
+    """
+    if verdict is not None:
+        return verdict
+    if gold is None:
+        return None
+    expected = parsed(gold)
     if not expected:
         return None
-    answer = parse(
-        completion[-characters:], extraction_config=[ANSWER], extraction_mode="first_match", parsing_timeout=None
-    )
-    if verify(expected, answer, float_rounding=decimals, timeout_seconds=None):
-        return 1.0
+    answer = parsed(completion) if completion else []
+    places = decimals + max(_leading_zeros(gold), _leading_zeros(completion))
+    if verify(expected, answer, float_rounding=places, timeout_seconds=None):
+        return float(not any(_apart(a, e) for e in expected for a in answer))
     return float(tolerance > 0 and any(_close(a, e, tolerance) for e in expected for a in answer))
 
 
-def delimited(gold: str) -> str:
-    r"""A gold answer, boxed where it is bare mathematics, of which the parser would see a number alone.
+def parsed(latex: str) -> list[Any]:
+    """What math-verify makes of LaTeX; empty where it cannot be parsed."""
+    # math-verify's own timeouts raise off the main thread and cancel the caller's alarm.
+    answers = parse(
+        rf"\boxed{{{latex}}}", extraction_config=[LATEX], extraction_mode="first_match", parsing_timeout=None
+    )
+    return [answer for answer in answers if not isinstance(answer, str)]
 
-    Of `2\sqrt{2}` it would make 2. Bare is what has no LaTeX delimiters and no word of three letters or more.
-    """
-    gold = gold.rpartition("####")[2].strip()  # GSM8K's mark of the answer
-    words = re.search(r"[A-Za-z]{3}", re.sub(r"\\(text|mathrm|mbox)\{[^{}]*\}|\\[A-Za-z]+", "", gold))
-    if words or not gold or any(mark in gold for mark in ("$", r"\(", r"\[", r"\boxed")):
-        return gold
-    return rf"\boxed{{{gold}}}"
+
+def _leading_zeros(latex: str) -> int:
+    """Zeros between the point and the first other digit of the smallest number; 6 for `4e-7`."""
+    zeros = [len(match[1]) for match in re.finditer(r"(?<!\d)0*\.(0+)[1-9]", latex)]
+    powers = [int(match[1]) - 1 for match in re.finditer(r"\\times 10\^\{?-(\d{1,3})\}?", latex)]
+    return max([0, *zeros, *powers])
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError, AttributeError, OverflowError):  # a formula, an interval, a complex number
+        return None
+
+
+def _apart(answer: Any, gold: Any) -> bool:
+    """Whether both are real numbers that differ by more than rounding: SymPy's comparison takes tiny ones for 0."""
+    a, b = _number(answer), _number(gold)
+    if a is None or b is None or not (math.isfinite(a) and math.isfinite(b)) or "%" in f"{answer}{gold}":
+        return False
+    return abs(a - b) > 1e-3 * max(abs(a), abs(b))
 
 
 def _close(answer: Any, gold: Any, tolerance: float) -> bool:
     """Whether both are real numbers, and not further apart than a share of the gold one."""
-    try:
-        a, b = float(answer), float(gold)
-    except (TypeError, ValueError, AttributeError, OverflowError):  # a formula, an interval, a complex number, text
-        return False
-    return abs(a - b) <= tolerance * abs(b)
+    a, b = _number(answer), _number(gold)
+    return a is not None and b is not None and abs(a - b) <= tolerance * abs(b)

@@ -1,0 +1,360 @@
+r"""The final answer of a text in LaTeX, as a person reads it, before a parser sees it.
+
+`final_answer` finds it in a completion and `gold_answer` in a data set's column; both give a `Reading`,
+whose LaTeX has no thousands separators, units, currencies or scale words left:
+
+    1\,234 -> 1234    5\text{ million} -> 5000000    \frac12 -> \frac{1}{2}    \$36 -> 36    5\text{ cm} -> 5
+
+Text that would change the answer, and is none of these (`5\text{ or more}`), makes it unreadable. The time taken
+grows linearly with the text.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import NamedTuple
+
+from grpo_jax.rewards.units import SCALES, canonical_unit, changes_meaning, is_unit, significant
+
+
+class Reading(NamedTuple):
+    """One answer."""
+
+    latex: str  # for the parser
+    text: str  # the answer as it was written, without markup and spacing: equal texts are equal answers
+    unit: str = ""  # the name of its unit, where that is a known one
+    base: int | None = None  # of a number such as 2516_8
+    words: bool = False  # it is text, and not mathematics
+
+
+# -------------------------------------------------------------------- finding the answer
+
+_NOT = r"(?:\bnot|n['’]t|\bnever|\bneither|\bnor|\bcannot|\brather than|\binstead of|\bother than|\\neq?|≠)"
+_NEGATED = re.compile(rf"{_NOT}(?:\s+(?:be|equal|to|the|a|simply|just))*[\s:$(\\\[{{]*$", re.IGNORECASE)
+_MINUS = re.compile(
+    r"(?:[=$({\[:]|\b(?:is|be|are|equals))\s*[-−]\s*$"
+)  # before a box; at a line's start it is a bullet
+_NEGATION = re.compile(rf"{_NOT}|\b(?:wrong|incorrect|false|unlike)\b", re.IGNORECASE)
+_BOX = r"\\+(?:boxed|fbox)"
+_BRACE = re.compile(rf"{_BOX}\s*\{{|{_BOX}(?:\s*(\d+(?:\.\d+)?)|\s+([a-zA-Z])\b)|\\.|[{{}}]", re.DOTALL)
+_JOINED = re.compile(
+    r"[\s$]*(?:\\[)\]])?[\s$]*(?:[,;]|(?:[,;]\s*)?(?:\\text\{\s*)?(?:and|or|&)(?:\s*\})?)[\s$]*(?:\\[(\[])?[\s$]*"
+)
+_ENVIRONMENT = re.compile(  # of bounded length, so that many that are not closed take linear time
+    r"\$\$([^$]{1,500})\$\$|\\\[((?:[^\\]|\\[^\]]){1,500})\\\]"
+    r"|(?<![\\\d])\$((?:\\\$|[^\n$]){1,500})(?<!\\)\$|\\\(((?:[^\\]|\\[^)]){1,500})\\\)"
+)
+_ANSWER = re.compile("answer", re.IGNORECASE)
+_AFTER = re.compile(rf"[\s$]*(?:\\[)\]])?\s*(?:\\?%|\b(?:percent|{'|'.join(SCALES)})\b)", re.IGNORECASE)
+_REACH = 60  # characters between "answer" and its LaTeX
+
+
+def final_answer(text: str) -> Reading | None:
+    r"""The answer of a completion: its last `\boxed{}`, or else the last LaTeX environment that "answer" announces.
+
+    Boxes that only `,`, `;`, `and` or `or` join are one answer: `\boxed{1} and \boxed{2}` is
+    `1, 2`. A box within a box is part of it. None where there is no answer, the last box is not closed, the answer
+    is denied ("not $5$"), or it is unreadable.
+    """
+    boxes = list(_boxes(text))
+    latex = _last(text, boxes) if boxes else _announced(text)
+    return None if latex is None else read(latex)
+
+
+def gold_answer(gold: str) -> Reading | None:
+    r"""The gold answer: what follows its last `####`, its last `\boxed{}`, or all of it where it is bare mathematics.
+
+    Of a sentence it is the LaTeX that "answer" announces, the only LaTeX or the only number. None where it
+    cannot be told.
+    """
+    gold = gold.rpartition("####")[2].strip()
+    boxes = list(_boxes(gold))
+    if boxes:
+        latex = _last(gold, boxes)
+        return None if latex is None else read(latex)
+    bare = unwrapped(gold)
+    environments = list(_ENVIRONMENT.finditer(bare))
+    if not environments and not _is_sentence(bare):
+        return read(gold)
+    if not environments:
+        numbers = _NUMERAL.findall(bare)
+        return read(numbers[0]) if len(numbers) == 1 and not changes_meaning(_NUMERAL.sub("", bare)) else None
+    gaps = [bare[a.end() : b.start()] for a, b in itertools.pairwise(environments)]
+    if all(map(_JOINED.fullmatch, gaps)) and not _NEGATION.search(bare):
+        return read(", ".join(map(_content, environments)) + _following(bare, environments[-1].end()))
+    latex = _announced(bare)
+    return None if latex is None else read(latex)
+
+
+def _boxes(text: str) -> Iterator[tuple[int, int, str | None]]:
+    """Start, end and content of the boxes that are in no other box; content None for one that is not closed."""
+    stack: list[tuple[int, int] | None] = []  # a box's start and the start of its content; None for another brace
+    open_boxes = 0
+    for match in _BRACE.finditer(text):
+        token = match.group()
+        if token.startswith("\\") and token.endswith("{") and len(token) > 2:
+            stack.append((match.start(), match.end()))
+            open_boxes += 1
+        elif match.lastindex:  # \boxed 5
+            if not open_boxes:
+                yield match.start(), match.end(), match[match.lastindex]
+        elif token == "{":
+            stack.append(None)
+        elif token == "}" and stack and (box := stack.pop()):
+            open_boxes -= 1
+            if not open_boxes:
+                yield box[0], match.end(), re.sub(rf"{_BOX}\s*(?=\{{)", "", text[box[1] : match.start()])
+    if open_boxes:
+        start = next(box for box in stack if box)[0]
+        yield start, len(text), None
+
+
+def _last(text: str, boxes: list[tuple[int, int, str | None]]) -> str | None:
+    start, end, content = boxes[-1]
+    if content is None or _NEGATED.search(text[max(start - 40, 0) : start]):
+        return None
+    contents = [f"-{content}" if _MINUS.search(text[max(start - 40, 0) : start]) else content]
+    for before_start, before_end, before in reversed(boxes[:-1]):
+        if before is None or not _JOINED.fullmatch(text[before_end:start][:40]):
+            break
+        start = before_start
+        contents.append(before)
+    distinct = list(dict.fromkeys(content.strip() for content in reversed(contents)))
+    return ", ".join(distinct) + _following(text, end)
+
+
+def _announced(text: str) -> str | None:
+    environments = list(_ENVIRONMENT.finditer(text))
+    for number in range(len(environments) - 1, -1, -1):
+        before = text[environments[number - 1].end() if number else 0 : environments[number].start()]
+        mention = list(_ANSWER.finditer(before))
+        if not mention or len(before) - mention[-1].end() > _REACH:
+            continue
+        parts = [environments[number]]
+        for other in environments[number + 1 :]:
+            if not _JOINED.fullmatch(text[parts[-1].end() : other.start()]):
+                break
+            parts.append(other)
+        if _NEGATION.search(before[mention[-1].end() :]) or text[parts[-1].end() :].lstrip().startswith("?"):
+            return None
+        return ", ".join(_content(part) for part in parts) + _following(text, parts[-1].end())
+    return None
+
+
+def _content(environment: re.Match[str]) -> str:
+    return next(group for group in environment.groups() if group is not None).strip()
+
+
+def _following(text: str, end: int) -> str:
+    """A percent sign or a scale word right after an answer, which belongs to it."""
+    after = _AFTER.match(text, end)
+    return after.group().lstrip("$\\)] ").rjust(after.end() - after.start()) if after else ""
+
+
+def _is_sentence(text: str) -> bool:
+    """Whether there are words outside of LaTeX commands, other than those at the end: a unit, or all of the answer."""
+    prose = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|\\(?:text\w*|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+", " 0 ", text)
+    word = re.search(r"(?<![\w^_\\{])(?!(?:and|or)\b)[A-Za-z]{2,}[,:]?\s", prose)
+    return bool(word and re.search(r"[\d=^]", prose[word.end() :]))
+
+
+# -------------------------------------------------------------------- reading the answer
+
+_LONG = 500  # characters of an answer from which on no unit is looked for
+_CHARACTERS = str.maketrans(
+    {
+        **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
+        **dict.fromkeys("\u200b\u2060\ufeff", ""),
+        **dict.fromkeys("−﹣－", "-"),
+        **{
+            "×": r"\times ",
+            "⋅": r"\cdot ",
+            "·": r"\cdot ",
+            "÷": r"\div ",
+            "°": r"^\circ ",
+            "π": r"\pi ",
+            "∞": r"\infty ",
+        },
+        **{
+            "≤": r"\le ",
+            "≥": r"\ge ",
+            "≠": r"\ne ",
+            "≈": r"\approx ",
+            "∪": r"\cup ",
+            "∩": r"\cap ",
+            "％": "%",
+            "±": r"\pm ",
+        },
+        **{
+            "²": "^2",
+            "³": "^3",
+            "½": r"\frac{1}{2}",
+            "¼": r"\frac{1}{4}",
+            "¾": r"\frac{3}{4}",
+            "⁄": "/",
+            "√": r"\sqrt ",
+        },
+    }
+)
+_NUMERAL = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?(?![\w/])")
+_DELIMITED = [(r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"), ("**", "**")]
+_ENDING = re.compile(r"(?:\\[,;:! ]|\\q?quad|(?<!\.)\.(?!\.)|[,;:]|\s|(?<!\\)~)+$")
+_TEXT = r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname)\s*\{"
+_CURRENCY = re.compile(
+    r"(?:\b(?:US|AU|CA))?(?:\\?\$|\\euro\b|\\pounds\b|[€£¥₹])\s*(?=[-+]?[\d.])|(?<=\d)\s*(?:\\?\$|[€£¥₹])$"
+)
+_SPACED = re.compile(r"(?<![\d.,\\])\d{1,3}(?:(?:\\[,;:! ]|\{,\}|,\s*\\!|\{\\,\}|~| )\s*\d{3})+(?!\d)")
+_DECIMAL = re.compile(r"([-+]?)\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?")
+_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+_EXPONENT = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,4})(?!\w)")
+_SIGN_ROOT = re.compile(r" +(\d+)")  # what a person reads below the root in √23
+_REPEATING = re.compile(r"(\d{1,20})?\.(\d{0,20})\\(?:overline|bar|dot)\s*\{(\d{1,20})\}")
+_MIXED = re.compile(r"([-+]?)\s*(\d+)(?:\s+(\d+)\s*/\s*(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})")
+_LEADING = re.compile(r"(?:[a-zA-Z]\s*)?(?:\\approx|\\sim)(?![a-zA-Z])\s*|[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
+_TEXT_AT_END = re.compile(
+    rf"((?:\s|~|\\[,;:! ]|\\q?quad|[-/]|\\cdot)*){_TEXT}([^{{}}]*)\}}\s*(?:\^\s*(?:-?\d|\{{-?\d\}}))?$"
+)
+_WORDS_AT_END = re.compile(r"(?<=[\d})%])(\s*)([A-Za-z][A-Za-z .'/-]*?)\s*(?:\^\s*(?:-?\d|\{-?\d\}))?$")
+_NAMED_BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+_BASES = {name: number for number, name in enumerate(_NAMED_BASES.split())}
+_BASE = re.compile(
+    rf"\(?\s*([0-9A-Za-z]+)\s*\)?\s*(?:_\s*\{{?\s*(?:{_TEXT})?\s*(\w+?)\s*\}}{{0,2}}|(?:{_TEXT})?\s*\(?\s*(?:in\s+)?base[\s~-]*(\w+)\)?\s*\}}?)"
+)
+_WORD = re.compile(r"[A-Za-z][A-Za-z .'’-]*")
+
+
+def read(latex: str) -> Reading | None:
+    """The reading of an answer in LaTeX; None where it is empty, or text changes it in a way that is not known."""
+    answer = unwrapped(latex.translate(_CHARACTERS))
+    text = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r"\1", answer)
+    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[,;:!]|\\q?quad", "", text)
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    if based := _based(answer):
+        return based
+    answer = re.sub(rf"{_TEXT}\s*([\d.,]+)\s*\}}", r"\1", answer)  # text that is a number: a person reads the digits
+    answer = _with_braces(re.sub(r"\\[dtc]frac", r"\\frac", answer.replace(r"\displaystyle", "")))
+    words = re.sub(rf"{_TEXT}|[{{}}()]", "", answer).strip()
+    if _WORD.fullmatch(words) and (len(words) > 3 or (answer != words and len(words) > 1)):
+        return Reading(answer, " ".join(words.casefold().split()), words=True)
+    answer = _CURRENCY.sub("", _LEADING.sub("", answer, count=1) if _LEADING.match(answer) else answer)
+    answer = _SPACED.sub(lambda match: re.sub(r"\D", "", match.group()), answer)
+    if len(answer) > _LONG:
+        return Reading(answer, text)
+    if (separated := _without_words(answer)) is None:
+        return None
+    answer, unit = separated
+    answer = _EXPONENT.sub(r"\1 \\times 10^{\2}", unwrapped(answer))
+    answer = _REPEATING.sub(_repeating, answer)
+    if mixed := _MIXED.fullmatch(answer):
+        sign, whole, *parts = mixed.groups()
+        above, below = (part for part in parts if part is not None)
+        answer = rf"{sign}({whole}+\frac{{{above}}}{{{below}}})"
+    return Reading(answer, text, unit) if answer else None
+
+
+def unwrapped(answer: str) -> str:
+    """The answer without delimiters around it and without punctuation and space at its ends."""
+    before = None
+    while answer != before:
+        before, answer = answer, answer.lstrip()
+        if ending := _ENDING.search(answer[-12:]):
+            answer = answer[: len(answer) - len(ending.group())]
+        for opening, closing in _DELIMITED:
+            inner = answer[len(opening) : -len(closing)]
+            if answer.startswith(opening) and answer.endswith(closing) and inner and opening not in inner:
+                answer = inner
+                break
+    return answer
+
+
+def _with_braces(latex: str) -> str:
+    r"""Braces around the arguments of fractions and roots, as TeX reads them: `\frac12` is `\frac{1}{2}`."""
+    pieces: list[str] = []
+    wanted, outer = 0, list[int]()  # arguments that are still to come: here, and around the open groups
+    i = 0
+    while i < len(latex):
+        match = _TOKEN.match(latex, i)
+        token = match.group() if match else latex[i]
+        i += len(token)
+        if token == "{":
+            outer.append(max(wanted - 1, 0))
+            wanted = 0
+        elif token == "}":
+            wanted = outer.pop() if outer else 0
+        elif wanted and token.isspace():
+            continue
+        elif wanted and token == "[" and pieces[-1] == r"\sqrt" and (end := latex.find("]", i)) >= 0:
+            token, i = latex[i - 1 : end + 1], end + 1
+        elif token in (r"\frac", r"\sqrt"):
+            if token == r"\sqrt" and (digits := _SIGN_ROOT.match(latex, i)):  # from √23
+                token, i = rf"\sqrt{{{digits[1]}}}", digits.end()
+                wanted = max(wanted - 1, 0)
+            else:
+                wanted = 2 if token == r"\frac" else 1
+        elif wanted:
+            token, wanted = f"{{{token}}}", wanted - 1
+        pieces.append(token)
+    return "".join(pieces)
+
+
+def _repeating(decimal: re.Match[str]) -> str:
+    """The fraction that a repeating decimal is."""
+    whole, fixed, period = decimal[1] or "0", decimal[2], decimal[3]
+    value = Fraction(int(whole + fixed + period) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(period) - 1))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _without_words(answer: str) -> tuple[str, str] | None:
+    """The answer without the unit at its end, a scale word multiplied out, and the unit's name; None if unreadable."""
+    unit, scale = "", 1
+    for _ in range(4):
+        match = _TEXT_AT_END.search(answer)
+        bare = None if match else _WORDS_AT_END.search(answer)
+        if match and match.start():
+            words, cut = match[2].strip(), match.start()
+        elif bare and not re.search(r"\\[a-zA-Z]*$", answer[: bare.start()]) and _are_units(bare[2], bool(bare[1])):
+            words, cut = bare[2].strip(), bare.start()
+        else:
+            break
+        if words.casefold() in ("percent", "percentage", "pct", r"\%", "%"):
+            answer = answer[:cut] + r"\%"
+            break
+        while (first := words.casefold().partition(" ")[0]) in SCALES:
+            scale, words = scale * SCALES[first], words[len(first) :].strip()
+        if changes_meaning(words):
+            return None
+        unit = f"{canonical_unit(words)} {unit}".strip()
+        answer = answer[:cut].rstrip()
+    if scale > 1:
+        number = _DECIMAL.fullmatch(answer.strip())
+        if not number or not (number[2] or number[3]):
+            return None
+        value = Fraction((number[2] or "0").replace(",", "") + (number[3] or "")) * scale
+        digits = (
+            str(value.numerator) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+        )
+        answer = ("-" if number[1] == "-" else "") + digits
+    return answer, unit
+
+
+def _are_units(words: str, spaced: bool) -> bool:
+    """Whether bare letters after a number are words, rather than variables: apples and cm, but not xyz."""
+    return all(is_unit(word) or (spaced and len(word) > 3) for word in significant(words))
+
+
+def _based(answer: str) -> Reading | None:
+    """A number in another base, such as `2516_8`; its digits have to be of that base."""
+    match = _BASE.fullmatch(answer)
+    if not match:
+        return None
+    named = (match[2] or match[3]).casefold()
+    base = int(named) if named.isdecimal() and len(named) < 3 else _BASES.get(named, 0)
+    digits = match[1].lstrip("0").upper() or "0"
+    try:
+        value = int(digits, base) if 2 <= base <= 36 else None
+    except ValueError:
+        value = None
+    if value is None or (not digits[0].isdigit() and not any(digit.isdigit() for digit in digits)):
+        return None
+    return Reading(str(value), f"{digits}_{base}", base=base)
