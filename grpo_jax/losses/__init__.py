@@ -19,6 +19,7 @@ from grpo_jax.losses.aggregates import (
     prompt_mean,
     token_mean,
 )
+from grpo_jax.losses.composition import normalize_by_rollout_tokens, plus, policy_loss, value
 from grpo_jax.losses.objectives import (
     bnpo,
     cispo,
@@ -29,13 +30,9 @@ from grpo_jax.losses.objectives import (
     gspo,
     gspo_token,
     luspo,
-    normalize_by_rollout_tokens,
-    plus,
-    policy_loss,
     reinforce,
     sapo,
     sft,
-    value,
     vespo,
 )
 from grpo_jax.losses.penalties import entropy_bonus, k1, k2, k3, kl_k1, kl_k2, kl_k3, penalty_loss

@@ -9,13 +9,24 @@ from grpo_jax.types import Array, Number
 
 
 def masked_sum(x: Array, mask: Array, axis: int | tuple[int, ...] | None = None) -> Array:
-    """The sum of what counts; `where`, not `x * mask`: NaN * 0 is NaN."""
+    """The sum where `mask` is True; `where`, not `x * mask`: NaN * 0 is NaN."""
     return jnp.sum(jnp.where(mask, x, 0.0), axis=axis)
 
 
-def difference(a: Array, b: Array, mask: Array) -> Array:
-    """`a - b` where it counts, else 0: padding may hold anything, and must be out before an exponential sees it."""
-    return jnp.where(mask, a, 0.0) - jnp.where(mask, b, 0.0)
+def log_ratio(log_probs: Array, other_log_probs: Array) -> Array:
+    """`log_probs - other_log_probs`; 0 where both are -inf: two policies that agree on a token of probability 0."""
+    both = (log_probs == -jnp.inf) & (other_log_probs == -jnp.inf)
+    return jnp.where(both, 0.0, log_probs) - jnp.where(both, 0.0, other_log_probs)
+
+
+def difference(log_probs: Array, other_log_probs: Array, mask: Array) -> Array:
+    """`log_ratio` where `mask` is True, else 0: padding may hold anything, which no exponential may see."""
+    return log_ratio(jnp.where(mask, log_probs, 0.0), jnp.where(mask, other_log_probs, 0.0))
+
+
+def weighted(weight: Array, x: Array) -> Array:
+    """`weight * x`; 0 where the weight is 0, also for an infinite `x`, such as the log-prob of a token that is cut."""
+    return weight * jnp.where(weight == 0, 0.0, x)
 
 
 def per_token(advantages: Array) -> Array:

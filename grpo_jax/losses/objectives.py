@@ -4,11 +4,8 @@ A loss is `f(scores, experience) -> (terms, metrics)`. A term is a `Mean`, the s
 what it is to be divided by; the loss is the sum over terms of `sum / count`.
 """
 
-import functools
-from collections.abc import Callable
-from typing import TypedDict, Unpack
+from typing import Unpack
 
-import jax
 import jax.numpy as jnp
 
 from grpo_jax.losses.aggregates import (
@@ -17,8 +14,9 @@ from grpo_jax.losses.aggregates import (
     constant_length,
     token_mean,
 )
-from grpo_jax.losses.contract import check_positive, difference, per_token
-from grpo_jax.losses.ratios import product_ratio, sequence_ratio, sequence_token_ratio, token_ratio
+from grpo_jax.losses.composition import Parts, compose, policy_loss
+from grpo_jax.losses.contract import check_positive
+from grpo_jax.losses.ratios import product_ratio, sequence_ratio, sequence_token_ratio
 from grpo_jax.losses.surrogates import (
     clipped_importance,
     gamma_weight,
@@ -27,91 +25,8 @@ from grpo_jax.losses.surrogates import (
     ppo_clip,
     soft_gate,
 )
-from grpo_jax.protocols import Aggregate, Loss, Penalty, PerToken, Ratio, Surrogate, Terms, Weight
-from grpo_jax.statistics import Max, Mean
+from grpo_jax.protocols import Loss, PerToken, Terms
 from grpo_jax.types import Array, Experience, Metrics, Number, Scores
-
-Level = Callable[[Array, Array, Array], PerToken]  # (log_ratio, mask, advantages) -> log_ratio, [B, G, T] each
-
-
-class Parts(TypedDict, total=False):
-    """What every objective lets the caller replace: the arguments of `policy_loss`."""
-
-    aggregate: Aggregate
-    ratio: Ratio
-    weight: Weight | None
-    penalty: Penalty | None
-
-
-def policy_loss(
-    surrogate: Surrogate,
-    aggregate: Aggregate,
-    *,
-    ratio: Ratio = token_ratio,
-    weight: Weight | None = None,
-    penalty: Penalty | None = None,
-) -> Loss:
-    """Composes an objective.
-
-        loss = aggregate(-weight * surrogate(ratio(log_probs - old_log_probs), A)) + aggregate(penalty)
-
-    Args:
-      surrogate: what to maximise, of the log-ratio and the advantages.
-      aggregate: how tokens count, in both terms. For another denominator in the second,
-        join `penalty_loss` by `plus`.
-      ratio: the level of the ratio.
-      weight: what the gain of each token is multiplied by; `experience.weights`, where
-        there are some, multiply it as well. Neither is differentiated, and the penalty
-        is exempt from both.
-      penalty: None for no second term.
-
-    Returns:
-      A loss with the metrics `policy_loss`, `ratio_max`, `entropy` if it was scored,
-      and those of the parts.
-    """
-
-    def level(log_ratio: Array, mask: Array, advantages: Array) -> PerToken:
-        return ratio(log_ratio, mask), {}
-
-    return _objective(level, surrogate, aggregate, weight, penalty)
-
-
-def _objective(
-    level: Level, surrogate: Surrogate, aggregate: Aggregate, weight: Weight | None, penalty: Penalty | None
-) -> Loss:
-    def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
-        mask = experience.rollout.mask
-        if experience.advantages is None:
-            raise ValueError("a policy loss needs advantages; make_learn(..., advantage=) adds them")
-        if experience.old_log_probs is None:
-            raise ValueError(
-                "several updates of a rollout need the old_log_probs of the policy that sampled: "
-                "make_collect(..., score_old=True) adds them"
-            )
-        advantages = per_token(experience.advantages)
-        log_ratio, metrics = level(difference(scores.log_probs, experience.old_log_probs, mask), mask, advantages)
-        ratio_max = Max(jnp.exp(jnp.max(log_ratio, where=mask, initial=-jnp.inf)))
-        weights, of_weight = weight(scores, experience) if weight is not None else (jnp.ones(()), {})
-        if experience.weights is not None:
-            weights = weights * experience.weights
-        weights = jax.lax.stop_gradient(weights)
-        # What is left out goes before an exponential sees it: inf * 0 is NaN.
-        log_ratio = jnp.where(weights == 0, 0.0, log_ratio)
-        log_probs = jnp.where(mask, scores.log_probs, 0.0)
-        gain, of_gain = surrogate(log_ratio, advantages, log_probs)
-        terms: Terms = (aggregate(-weights * gain, mask),)
-        metrics = metrics | of_weight | of_gain
-        if penalty is not None:
-            cost, of_penalty = penalty(scores, experience)
-            terms += (aggregate(cost, mask),)
-            metrics = metrics | of_penalty
-        if scores.entropy is not None:
-            metrics = metrics | {"entropy": scores.entropy}
-        means = {name: token_mean(jnp.broadcast_to(x, mask.shape), mask) for name, x in metrics.items()}
-        return terms, {"policy_loss": terms[0], "ratio_max": ratio_max} | means
-
-    return loss
-
 
 # ------------------------------------------------------------- clipped token ratios
 
@@ -247,7 +162,7 @@ def gmpo(*, epsilon: Number = 0.4, epsilon_high: Number | None = None, **parts: 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
         return jnp.exp(log_ratio) * advantages, {}
 
-    return _objective(level, surrogate, parts["aggregate"], parts.get("weight"), parts.get("penalty"))
+    return compose(level, surrogate, parts["aggregate"], parts.get("weight"), parts.get("penalty"))
 
 
 # ---------------------------------------------------------------------- no hard clip
@@ -335,58 +250,3 @@ def sft() -> Loss:
         return (token_mean(-scores.log_probs, experience.rollout.mask),), {}
 
     return loss
-
-
-def plus(*losses: Loss) -> Loss:
-    """The sum of losses, each with its own aggregate: `plus(grpo(), entropy_bonus(0.01))`.
-
-    Of metrics of the same name the last one's is reported.
-    """
-    if not losses:
-        raise ValueError("a sum has at least one loss")
-
-    def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
-        parts = [f(scores, experience) for f in losses]
-        return sum((terms for terms, _ in parts), ()), {name: x for _, metrics in parts for name, x in metrics.items()}
-
-    return loss
-
-
-def normalize_by_rollout_tokens(make: Callable[[Aggregate], Loss]) -> Loss:
-    """The sum over the update's tokens, divided by the average number of tokens of the rollout's updates, as in TRL.
-
-        loss = sum over the update / (tokens of the rollout / updates of a pass)
-
-    `token_mean` divides every update by its own tokens instead. For instance
-    `normalize_by_rollout_tokens(lambda mean: dapo(aggregate=mean))`.
-
-    Args:
-      make: `aggregate -> loss`.
-
-    Returns:
-      A loss that asks for `make_learn(..., transforms=(transforms.share_tokens,))`.
-    """
-
-    def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
-        if experience.token_share is None:
-            raise ValueError("normalize_by_rollout_tokens needs make_learn(..., transforms=(transforms.share_tokens,))")
-        tokens = jnp.sum(experience.token_share)
-
-        def mean(x: Array, mask: Array) -> Mean:
-            return Mean(token_mean(x, mask).sum, tokens)
-
-        return make(mean)(scores, experience)
-
-    return loss
-
-
-def value(terms: Terms, counts: tuple[Array, ...] | None = None) -> Array:
-    """The loss `[]` of its terms: the sum of `sum / count`, where a term that counts nothing is 0.
-
-    Args:
-      terms: of a batch, or of a part of one.
-      counts: those of the whole batch, if the terms are of a part.
-    """
-    counts = tuple(jax.lax.stop_gradient(term.count) for term in terms) if counts is None else counts
-    quotients = [term.sum / jnp.where(count == 0, 1, count) for term, count in zip(terms, counts, strict=True)]
-    return functools.reduce(jnp.add, quotients)

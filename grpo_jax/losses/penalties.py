@@ -21,28 +21,32 @@ does the rest. A test enumerates a distribution and checks each line.
 import jax.numpy as jnp
 
 from grpo_jax.losses.aggregates import token_mean
-from grpo_jax.losses.contract import check_not_negative, difference
+from grpo_jax.losses.contract import check_not_negative, difference, log_ratio, weighted
 from grpo_jax.protocols import Aggregate, KLEstimate, Loss, Penalty, PerToken, Ratio, Terms
 from grpo_jax.types import Array, Experience, Metrics, Number, Scores
 
 
 def kl_k1(log_probs: Array, ref_log_probs: Array) -> Array:
     """`log p - log ref`: unbiased as a value, but its gradient under samples of `p` is 0 on average."""
-    return log_probs - ref_log_probs
+    return log_ratio(log_probs, ref_log_probs)
 
 
 def kl_k2(log_probs: Array, ref_log_probs: Array) -> Array:
     """`(log p - log ref)^2 / 2`: biased as a value; on-policy its gradient is that of KL(p, ref)."""
-    return (log_probs - ref_log_probs) ** 2 / 2
+    difference = log_ratio(log_probs, ref_log_probs)
+    infinite = jnp.isinf(difference)
+    return jnp.where(infinite, jnp.inf, jnp.where(infinite, 0.0, difference) ** 2 / 2)
 
 
 def kl_k3(log_probs: Array, ref_log_probs: Array) -> Array:
     """`ref / p - 1 - log(ref / p)`: unbiased as a value, never negative; on-policy its gradient is that of KL(ref, p).
 
-    By `expm1`: written out, rounding makes it negative near 0.
+    By `expm1`: written out, rounding makes it negative near 0. Infinite, without a gradient, where `ref / p` overflows.
     """
-    log_ratio = ref_log_probs - log_probs
-    return jnp.expm1(log_ratio) - log_ratio
+    difference = log_ratio(ref_log_probs, log_probs)
+    overflows = difference > jnp.log(jnp.finfo(difference.dtype).max)
+    difference = jnp.where(overflows, 0.0, difference)  # before the exponential, whose slope would be infinite
+    return jnp.where(overflows, jnp.inf, jnp.expm1(difference) - difference)
 
 
 def k1(beta: Number, *, correction: Ratio | None = None) -> Penalty:
@@ -85,8 +89,8 @@ def _kl(estimate: KLEstimate, beta: Number, correction: Ratio | None) -> Penalty
         if correction is not None:
             if experience.old_log_probs is None:
                 raise ValueError("a correction needs old_log_probs: make_collect(..., score_old=True) adds them")
-            log_ratio = correction(difference(scores.log_probs, experience.old_log_probs, mask), mask)
-            cost = jnp.exp(log_ratio) * cost
+            level = correction(difference(scores.log_probs, experience.old_log_probs, mask), mask)
+            cost = weighted(jnp.exp(level), cost)
         return cost, {"kl": kl}
 
     return penalty

@@ -36,7 +36,8 @@ def sequence_token_ratio(log_ratio: Array, mask: Array) -> Array:
     With one advantage a completion, value and gradient are those of `sequence_ratio`
     under `completion_mean`; it is for advantages that differ from token to token.
     """
-    own = log_ratio - jax.lax.stop_gradient(log_ratio)
+    finite = jnp.where(jnp.isfinite(log_ratio), log_ratio, 0.0)  # -inf - -inf is NaN
+    own = finite - jax.lax.stop_gradient(finite)
     return jnp.where(mask, jax.lax.stop_gradient(sequence_ratio(log_ratio, mask)) + own, 0.0)
 
 

@@ -8,7 +8,7 @@ ratio leaves 1; `notebooks/02_objectives.ipynb` draws them.
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.losses.contract import check_not_negative, check_positive
+from grpo_jax.losses.contract import check_not_negative, check_positive, weighted
 from grpo_jax.protocols import PerToken, Surrogate
 from grpo_jax.types import Array, Number
 
@@ -82,7 +82,7 @@ def policy_gradient() -> Surrogate:
 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
         del log_ratio
-        return advantages * log_probs, {}
+        return weighted(advantages, log_probs), {}
 
     return surrogate
 
@@ -113,7 +113,7 @@ def clipped_importance(max_ratio: Number, min_ratio: Number = 0.0) -> Surrogate:
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
         highest = jnp.log(max_ratio)
         weight = jnp.maximum(jnp.exp(jnp.minimum(log_ratio, highest)), min_ratio)
-        return jax.lax.stop_gradient(weight) * advantages * log_probs, {"clip_high": log_ratio > highest}
+        return weighted(jax.lax.stop_gradient(weight) * advantages, log_probs), {"clip_high": log_ratio > highest}
 
     return surrogate
 
@@ -153,7 +153,7 @@ def gamma_weight(
         gain = sg(ratio^k * exp(lambda * (1 - ratio))) * A * log_prob
 
     The weight is 1 at ratio 1. It is meant for the ratio of whole completions,
-    `product_ratio`; the log-ratio is held between log(1e-8) and 20, as in TRL.
+    `product_ratio`; the log-ratio is held between log(1e-8) and 20, as in TRL, but a ratio of exactly 0 has weight 0.
 
     Args:
       k_pos: `k` where `A >= 0`.
@@ -170,10 +170,12 @@ def gamma_weight(
     check_not_negative(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg)
 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
+        vanishes = log_ratio == -jnp.inf
         log_ratio = jnp.clip(log_ratio, jnp.log(1e-8), _LARGEST)
         k = jnp.where(advantages < 0, k_neg, k_pos)
         rate = jnp.where(advantages < 0, lambda_neg, lambda_pos)
-        weight = jax.lax.stop_gradient(jnp.exp(k * log_ratio - rate * jnp.expm1(log_ratio)))
-        return weight * advantages * log_probs, {"importance": weight}
+        weight = jnp.where(vanishes & (k > 0), 0.0, jnp.exp(k * log_ratio - rate * jnp.expm1(log_ratio)))
+        weight = jax.lax.stop_gradient(weight)
+        return weighted(weight * advantages, log_probs), {"importance": weight}
 
     return surrogate

@@ -346,6 +346,39 @@ def test_metrics_tell_which_tokens_were_clipped_and_the_mean_kl_and_entropy():
     np.testing.assert_allclose(value, metrics["policy_loss"] + 0.1 * kl, rtol=1e-6)
 
 
+CLIPPED = {"grpo": grpo(), "gmpo": gmpo(epsilon=0.4, epsilon_high=0.15), "cispo": cispo(max_ratio=1.2)}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_shares_of_clipped_tokens_count_only_tokens_with_a_weight(name):
+    """A token that a weight leaves out is neither clipped nor unclipped."""
+    case = case_of_ratios()
+    kept = np.broadcast_to([True, False, False, True, False, True], case.mask.shape)
+    with_weights = case._replace(weights=np.where(kept, 0.7, 0.0))
+    metrics, all_metrics = metrics_of(CLIPPED[name], with_weights), metrics_of(CLIPPED[name], case)
+    expected = {"clip_low": 1 / 4, "clip_high": 1 / 4}  # of 4 tokens the 0.5 of one completion, the 2 of the other
+    expected = {"clip_high": 2 / 4} if name == "cispo" else expected
+    for metric, share in expected.items():
+        np.testing.assert_allclose(metrics[metric], share)
+        assert metrics[metric] != all_metrics[metric]
+    for metric in ("entropy",):  # of the policy, at every token that it wrote
+        np.testing.assert_allclose(metrics[metric], all_metrics[metric])
+
+
+def test_ratio_max_is_that_of_the_tokens_with_a_weight():
+    case = case_of_ratios()
+    without_the_2 = np.broadcast_to([1.0, 1.0, 1.0, 0.0, 1.0, 1.0], case.mask.shape)
+    np.testing.assert_allclose(metrics_of(grpo(), case._replace(weights=without_the_2))["ratio_max"], 1.21, rtol=1e-6)
+
+
+def test_clips_under_the_off_policy_mask_are_those_of_the_completions_that_stay():
+    case = case_of_ratios()._replace(sampler=np.full((1, 2, 6), 0.0))  # a distance of 1 nat
+    metrics = metrics_of(grpo(weight=off_policy_mask(0.5)), case)
+    assert metrics["off_policy"] == 0.5  # of all tokens: those of the completion with a negative advantage
+    np.testing.assert_allclose(metrics["clip_high"], 2 / 5)
+    assert metrics["clip_low"] == 0
+
+
 def test_clip_delta_is_the_share_of_bad_tokens_beyond_delta():
     metrics = metrics_of(dapo(delta=1.5))
     np.testing.assert_allclose(metrics["clip_delta"], 1 / 10)  # of the bad completion, the 2
