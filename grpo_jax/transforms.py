@@ -54,7 +54,7 @@ def top_entropy(share: float | Array) -> ExperienceTransform:
       share: above 0 and at most 1; 0.2 in the paper.
 
     Returns:
-      A hook, which needs `make_collect(..., score_old=True)`.
+      A hook, which needs `make_train_step(..., score_old=True)`.
 
     Raises:
       ValueError: for a share out of range.

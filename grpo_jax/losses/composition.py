@@ -85,7 +85,7 @@ def compose(
         if experience.old_log_probs is None:
             raise ValueError(
                 "several updates of a rollout need the old_log_probs of the policy that sampled: "
-                "make_collect(..., score_old=True) adds them"
+                "make_train_step(..., score_old=True) adds them"
             )
         weights, weight_metrics = weight(scores, experience) if weight is not None else (jnp.ones(()), {})
         if experience.weights is not None:
