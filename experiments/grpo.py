@@ -132,7 +132,7 @@ def run(config: Config) -> Params:
     eval_prompts, eval_rows = encode(tokenizer, eval_rows, config) if eval_rows else ([], [])
     logged: dict[str, list[float]] = {}  # what reward functions log of a step
     reward = rewards.host(
-        functions, train_rows, tokenizer, prompt_column=config.prompt_column,
+        functions, train_rows, tokenizer, eos_ids=eos_ids, prompt_column=config.prompt_column,
         log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
     )  # fmt: skip
     advantage = advantages.from_rewards(

@@ -106,7 +106,7 @@ def run(config: Config) -> dict[str, float]:
     functions = [task.verifier, rewards.strict_format()]
     logged: dict[str, list[float]] = {}  # what reward functions log of a step
     reward = rewards.host(
-        functions, task.splits.train, tokenizer,
+        functions, task.splits.train, tokenizer, eos_ids=eos_ids,
         log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
     )  # fmt: skip
 

@@ -1,6 +1,9 @@
 """Verifiers: on text, on the host, and on tokens, inside the program.
 
-    host.py         functions with TRL's signature -> the reward of a rollout; combine; callback
+    host.py         functions with TRL's signature -> the reward of a rollout; callback
+    calling.py      one call of such functions: their arguments, the checks of their values
+    combining.py    combine: several functions as one
+    failures.py     skip_failed_batches: a failed batch is masked
     completions.py  the text of a completion
     answers.py      exact_answer: the answer in a text, by text or by number
     mathematics.py  accuracy: whether two answers are equal as mathematics (latex.py and units.py read them)
@@ -14,6 +17,7 @@
     judging.py      judge: a language model behind an HTTP endpoint
     model.py        reward_model: a sequence-classification checkpoint in JAX
     pool.py         WorkerPool, in_worker_processes: worker processes that can be killed
+    sandbox.py      bubblewrap: the command that runs another in a sandbox
     tokens.py       verifiers of tokens, traced into the step
 
 The makers here are those of text; `rewards.tokens` has the traced ones of the same names.
@@ -24,10 +28,13 @@ time linear in a completion's length; only a pattern or a function of the caller
 from grpo_jax.rewards import tokens
 from grpo_jax.rewards.answers import answer_of, exact_answer
 from grpo_jax.rewards.calculations import worked_steps
+from grpo_jax.rewards.calling import RewardFunction, TrainerState, group_size_of, name_of
+from grpo_jax.rewards.combining import combine
 from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.consistency import self_consistency
+from grpo_jax.rewards.failures import skip_failed_batches
 from grpo_jax.rewards.formats import R1_WEIGHTS, soft_format, strict_format, tag_count
-from grpo_jax.rewards.host import HostReward, RewardFunction, callback, combine, host, name_of, skip_failed_batches
+from grpo_jax.rewards.host import HostReward, callback, completion_texts, host
 from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.language import language_consistency
 from grpo_jax.rewards.lengths import cosine_length, cosine_scale, overlong_penalty, reasoning_length, soft_overlong
@@ -43,14 +50,17 @@ __all__ = [
     "HostReward",
     "RewardFunction",
     "TokenReward",
+    "TrainerState",
     "WorkerPool",
     "accuracy",
     "answer_of",
     "callback",
     "combine",
+    "completion_texts",
     "cosine_length",
     "cosine_scale",
     "exact_answer",
+    "group_size_of",
     "host",
     "in_worker_processes",
     "judge",

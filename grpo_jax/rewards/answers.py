@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import named, text_of
-from grpo_jax.rewards.host import RewardFunction
 
 
 def answer_of(text: str, pattern: str | re.Pattern[str] | None = None) -> str | None:

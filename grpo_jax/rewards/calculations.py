@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import per_text
-from grpo_jax.rewards.host import RewardFunction
 
 
 def worked_steps() -> RewardFunction:

@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from grpo_jax.rewards.host import RewardFunction
+from grpo_jax.rewards.calling import RewardFunction
 
 
 def text_of(completion: str | Sequence[Mapping[str, Any]]) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.rewards.answers import answer_of
+from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import named, text_of
 from grpo_jax.rewards.formats import TAGS, marks_of, opened_by
-from grpo_jax.rewards.host import RewardFunction
 
 
 def self_consistency(
@@ -65,6 +65,7 @@ def self_consistency(
         leads = has_majority(number[:, :, None] == number[:, None], answered)
         return [majority if led else other for led in leads.reshape(-1).tolist()]
 
+    reward.group_size = group_size  # type: ignore[attr-defined]
     return named("self_consistency", reward)
 
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import named, text_of
-from grpo_jax.rewards.host import RewardFunction
 
 TAGS = ("think", "answer")
 R1_WEIGHTS = (1.0, 0.1, 0.01)  # of accuracy, soft_format and reasoning_length: their R1-style sum

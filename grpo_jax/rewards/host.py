@@ -1,28 +1,33 @@
 """Verifiers on text, on the host, with TRL's signature, so that users' functions run unchanged."""
 
-import asyncio
-import concurrent.futures
-import contextlib
-import inspect
-import math
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
-from grpo_jax.types import Array, Rollout
+from grpo_jax.rewards.calling import LogMetric, RewardFunction, TrainerState, call, group_size_of, ignore, name_of
+from grpo_jax.types import Array, Prompts, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> list[float | None], plain or async
-LogMetric = Callable[[str, float], None]
-HostReward = Callable[[Rollout], tuple[np.ndarray, np.ndarray]]  # rewards [B, G, R] float32, mask [B, G, R] bool
+
+class HostReward(Protocol):
+    """The reward of a rollout, computed on the host."""
+
+    def __call__(self, rollout: Rollout, trainer_state: TrainerState | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Scores.
+
+        Args:
+          rollout: with `prompts.info["row"]`.
+          trainer_state: the place in the run, for functions that ask for it; None outside of one.
+
+        Returns:
+          Rewards `[B, G, R]` float32, and `reward_mask [B, G, R]` bool, False where there is none.
+        """
 
 
 def host(
@@ -31,265 +36,137 @@ def host(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     prompt_column: str = "prompt",
+    eos_ids: Sequence[int] | None = None,
     log_metric: LogMetric | None = None,
+    report_after: float | None = 300.0,
 ) -> HostReward:
-    """Makes `rollout -> (rewards, mask)` of functions `f(prompts, completions, **columns) -> list[float | None]`.
+    """Makes `(rollout, trainer_state=None) -> (rewards, reward_mask)` of functions with TRL's signature.
 
-    The functions see lists with one entry a completion, group after group: the prompts
-    as the data set has them, the completions as text without special tokens (as
-    `[{"role": "assistant", "content": text}]` where prompts are messages), the token
-    ids as `completion_ids`, and every other column of the data set by its name, None
-    where a row lacks it; and from TRL `log_metric(name, value)` and `log_extra(column,
-    values)`. A function without `**kwargs` is given what it names. None says that a
-    completion could not be judged; it is masked, not scored. Functions that are `async`
-    wait together, on an event loop of their own.
+        f(prompts, completions, **columns) -> list[float | None]
+
+    The functions see lists with one entry per completion, group after group. A function with `**kwargs` is given all
+    of them, another one those that it names:
+
+    - `prompts`, as the data set has them;
+    - `completions`, as text without the end token (`completion_texts`), or as
+      `[{"role": "assistant", "content": text}]` where prompts are messages;
+    - every other column of the data set by its name, None where a row lacks it;
+    - `completion_ids`, the tokens, with the end token;
+    - `prompt_tail`, the end of the prompt's text as the template made it (`prompt_tails`), by which format rewards
+      see that a template opens `<think>` itself;
+    - from TRL `trainer_state`, with `global_step` and `max_steps`, and the loggers `log_metric(name, value)` and
+      `log_extra(column, values)`.
+
+    Each function has copies of its own, which it may change. None, and NaN with a warning, say that there is no
+    reward for a completion; it is masked, not scored. Functions that are `async` wait together, on an event loop of
+    their own.
 
     Args:
       functions: `R` of them.
       dataset: rows that `prompts.info["row"]` points into.
       tokenizer: turns tokens into text.
       prompt_column: the name of the prompt's column.
-      log_metric: where metrics of the functions go; None drops them, as what is given to
-        `log_extra` is dropped: there is no table of completions here.
+      eos_ids: the tokens that end completions, as the sampler has them; None for the tokenizer's one.
+      log_metric: where metrics of the functions go; None drops them. What functions pass to `log_extra` is dropped in
+        any case: there is no table of completions here.
+      report_after: seconds after which a function that has not returned is reported as a `RuntimeWarning`, with the
+        line that it is at; None never. It runs in this process and cannot be stopped (`in_worker_processes`).
 
     Returns:
-      The reward. An exception of a function passes through as it is, with a note that
-      names the function.
+      The reward. An exception of a function passes through as it is, with a note that names the function;
+      `sys.exit` in one is a `RuntimeError`.
 
     Raises:
       ValueError: if the data set has no `prompt_column`. From the reward, if the prompts
-        do not say their rows; for a wrong number of values or one that is not a finite
-        number or None, with the function's name and what it returned.
+        do not name their rows; if a function needs groups of another size (`group_size_of`); for a wrong number of
+        values, or one that is infinite or no number, with the function's name and the value.
     """
     # All rows' columns, whatever rows a batch has. A `datasets.Dataset` knows them without reading the rows.
     names = getattr(dataset, "column_names", None) or list(dict.fromkeys(name for row in dataset for name in row))
     if len(dataset) and prompt_column not in names:
         raise ValueError(f"the data set has no column {prompt_column!r} for the prompts, only {names}")
 
-    def reward(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    def reward(rollout: Rollout, trainer_state: TrainerState | None = None) -> tuple[np.ndarray, np.ndarray]:
         B, G, _ = rollout.tokens.shape
         if "row" not in rollout.prompts.info:
-            raise ValueError("the prompts do not say their rows of the data set: make_prompts(prompts, rows)")
+            raise ValueError("the prompts do not name their rows of the data set: make_prompts(prompts, rows)")
+        for function in functions:
+            if group_size_of(function) not in (None, G):
+                size = group_size_of(function)
+                raise ValueError(f"{name_of(function)} compares groups of {size} completions, and these have {G}")
         rows = [dataset[row] for row in np.repeat(np.asarray(rollout.prompts.info["row"]), G).tolist()]
-        tokens = np.asarray(rollout.tokens).reshape(B * G, -1)
-        ids = [row[:n].tolist() for row, n in zip(tokens, np.asarray(rollout.lengths).reshape(-1), strict=True)]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [row[prompt_column] for row in rows]
         chat = not isinstance(prompts[0], str)
+        texts = [text for group in completion_texts(rollout, tokenizer, eos_ids) for text in group]
         columns = {name: [row.get(name) for row in rows] for name in names if name != prompt_column}
         arguments = columns | {
             "prompts": prompts,
             "completions": [[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
-            "completion_ids": ids,
-            "log_metric": log_metric or _ignore,
-            "log_extra": _ignore,
+            "completion_ids": _sampled(rollout),
+            "prompt_tail": [tail for tail in prompt_tails(rollout.prompts, tokenizer) for _ in range(G)],
+            "trainer_state": trainer_state,
+            "log_metric": log_metric or ignore,
+            "log_extra": ignore,
         }
-        judged = call(functions, arguments, B * G)
-        rewards = np.array(judged, np.float32).reshape(len(functions), B, G).transpose(1, 2, 0)
+        values = call(functions, arguments, B * G, report_after=report_after)
+        rewards = np.array(values, np.float32).reshape(len(functions), B, G).transpose(1, 2, 0)
         return np.nan_to_num(rewards), ~np.isnan(rewards)
 
     return reward
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """What a reward function is called in metrics and messages."""
-    return getattr(function, "__name__", None) or type(function).__name__
+def completion_texts(
+    rollout: Rollout, tokenizer: "PreTrainedTokenizerBase", eos_ids: Sequence[int] | None = None
+) -> list[list[str]]:
+    """The text of each completion, `[B][G]`: all of its tokens but the end tokens.
 
-
-def _ignore(name: str, value: Any) -> None:
-    """Takes a metric that nobody asked for."""
-
-
-def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | None = None) -> RewardFunction:
-    """One reward function made of several: their weighted sum.
-
-        r[i] = sum over k of weights[k] * functions[k](...)[i]
-
-    A value that could not be given is left out of the sum; where none could, the sum is
-    None. Given TRL's `log_metric`, it logs each function's mean and deviation as
-    `reward/<name>` and `reward/<name>_std`. (Several functions under `host`, weighed by `from_rewards`,
-    keep their rewards apart instead, and have the same metrics.)
+    Special tokens are text too: tags may be among them, as `<think>` is in some tokenizers.
 
     Args:
-      functions: reward functions, plain or async.
-      weights: one a function; all 1 if None.
-
-    Raises:
-      ValueError: for no function, or another number of weights.
+      rollout: on any device.
+      tokenizer: of the policy.
+      eos_ids: the end tokens; None for the tokenizer's one.
     """
-    if not functions or (weights is not None and len(weights) != len(functions)):
-        given = None if weights is None else len(weights)
-        raise ValueError(f"combine takes at least one function and a weight for each, got {len(functions)} and {given}")
-    scale = np.ones(len(functions)) if weights is None else np.asarray(weights, np.float64)
-
-    def combined(
-        prompts: Sequence[Any], completions: Sequence[Any], log_metric: LogMetric = _ignore, **columns: Any
-    ) -> list[float | None]:
-        arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
-        values = np.array(call(functions, arguments, len(completions)), np.float64).reshape(len(functions), -1)
-        given: Any = ~np.isnan(values)
-        for function, row, kept in zip(functions, values, given, strict=True):
-            if kept.any():
-                log_metric(f"reward/{name_of(function)}", float(row[kept].mean()))
-                log_metric(f"reward/{name_of(function)}_std", float(row[kept].std()))
-        total = np.where(given, scale[:, None] * np.nan_to_num(values), 0.0).sum(axis=0)
-        return [float(x) if kept else None for x, kept in zip(total, given.any(axis=0), strict=True)]
-
-    return combined
+    ends = {tokenizer.eos_token_id} if eos_ids is None else set(map(int, eos_ids))
+    written = [[token for token in ids if token not in ends] for ids in _sampled(rollout)]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=False)
+    G = rollout.tokens.shape[1]
+    return [texts[start : start + G] for start in range(0, len(texts), G)]
 
 
-def skip_failed_batches(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
-    """Masks the batches that a reward function fails on, up to a number of them in a row.
+def prompt_tails(prompts: Prompts, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    r"""The end of each prompt's text, `[B]`, after its last special token: `assistant\n<think>\n` with a chat template.
 
-    What an exception costs is then a batch from which nothing is learned, and not the
-    run; nothing is scored as 0. It is told as a `RuntimeWarning` with its traceback and,
-    given TRL's `log_metric`, counted as `<name>/failed`, 1 or 0 a batch.
-
-    Args:
-      function: plain or async. For faults of single completions, see `pool.in_worker_processes`.
-      batches: at this many failures in a row the exception passes through; 1 is at once.
-
-    Raises:
-      ValueError: for fewer than 1 batch.
+    A special token with a partner, as `<think>` has `</think>`, is a tag and part of the text.
     """
-    if batches < 1:
-        raise ValueError(f"batches is at least 1, got {batches}")
-    name, failures = name_of(function), 0
-
-    def succeeded(values: Sequence[float], log_metric: LogMetric) -> list[float | None]:
-        nonlocal failures
-        failures = 0
-        log_metric(f"{name}/failed", 0.0)
-        return [None if math.isnan(value) else value for value in values]
-
-    def failed(error: Exception, arguments: Mapping[str, Any]) -> list[float | None]:
-        nonlocal failures
-        failures += 1
-        if failures >= batches:
-            raise error
-        count = len(arguments["completions"])
-        warnings.warn(
-            f"{name} failed on a batch of {count} completions, the first of them to the prompt "
-            f"{str(arguments['prompts'][0])[:80]!r}; the batch is masked, failure {failures} in a row of {batches} "
-            f"that end the run\n{''.join(traceback.format_exception(error))}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        arguments["log_metric"](f"{name}/failed", 1.0)
-        return [None] * count
-
-    def reward(
-        prompts: Sequence[Any], completions: Sequence[Any], log_metric: LogMetric = _ignore, **columns: Any
-    ) -> list[float | None]:
-        arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
-        try:
-            return succeeded(call([function], arguments, len(completions))[0], log_metric)
-        except Exception as error:
-            return failed(error, arguments)
-
-    async def awaited(
-        prompts: Sequence[Any], completions: Sequence[Any], log_metric: LogMetric = _ignore, **columns: Any
-    ) -> list[float | None]:
-        arguments = columns | {"prompts": prompts, "completions": completions, "log_metric": log_metric}
-        try:
-            with _noted(function, len(completions)):
-                values: Any = await function(**_accepted(function, arguments))
-            return succeeded(_numbers(function, values, len(completions)), log_metric)
-        except Exception as error:
-            return failed(error, arguments)
-
-    # One that is async stays so, to be waited for together with the others.
-    made: RewardFunction = awaited if inspect.iscoroutinefunction(function) else reward
-    made.__name__ = made.__qualname__ = name
-    return made
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    specials = set(tokenizer.all_special_ids) | {
+        id for id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    words = dict(zip(specials, tokenizer.convert_ids_to_tokens(list(specials)), strict=True))
+    tags = {id for id, word in words.items() if id not in ends and _partner(word) in words.values()}
+    marks = specials - tags
+    tails = []
+    for tokens, length in zip(np.asarray(prompts.tokens).tolist(), np.asarray(prompts.lengths).tolist(), strict=True):
+        last = max((i for i in range(length) if tokens[i] in marks), default=-1)
+        tails.append(tokens[last + 1 : length])
+    return tokenizer.batch_decode(tails, skip_special_tokens=False)
 
 
-def call(functions: Sequence[RewardFunction], arguments: Mapping[str, Any], count: int) -> list[list[float]]:
-    """The values that each reward function gives to `count` completions; NaN where it returned None.
-
-    Each is given those of the arguments that it takes. Those that are `async` are waited for together.
-
-    Raises:
-      ValueError: for a wrong number of values or one that is not a finite number or None. An exception of a function
-        passes through, with a note that names it.
-    """
-    results: list[Any] = []
-    try:
-        for function in functions:
-            with _noted(function, count):
-                results.append(function(**_accepted(function, arguments)))
-        results = _gathered(functions, results, count)
-    finally:
-        for result in results:
-            if inspect.iscoroutine(result):  # one that was never waited for, since another function raised
-                result.close()
-    return [_numbers(function, values, count) for function, values in zip(functions, results, strict=True)]
+def _partner(word: str) -> str:
+    """`</think>` of `<think>` and the other way round."""
+    return f"<{word[2:]}" if word.startswith("</") else f"</{word[1:]}"
 
 
-def _accepted(function: RewardFunction, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return arguments
-    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
-
-
-@contextlib.contextmanager
-def _noted(function: RewardFunction, count: int) -> Iterator[None]:
-    """Adds to an exception which function raised it."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"raised by the reward function {name_of(function)} over {count} completions")
-        raise
-
-
-def _gathered(functions: Sequence[RewardFunction], results: list[Any], count: int) -> list[Any]:
-    """The results, with what is awaitable waited for, all together."""
-
-    async def wait(function: RewardFunction, result: Any) -> Any:
-        if not inspect.isawaitable(result):
-            return result
-        with _noted(function, count):
-            return await result
-
-    async def wait_for_all() -> list[Any]:
-        return await asyncio.gather(*map(wait, functions, results))
-
-    if not any(map(inspect.isawaitable, results)):
-        return results
-    # In a thread: a notebook has a running loop already, inside of which no other can run.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: asyncio.run(wait_for_all())).result()
-
-
-def _numbers(function: RewardFunction, values: Any, count: int) -> list[float]:
-    """The values of one function, checked."""
-    # Text, sets and mappings have a length too, and their elements may pass for numbers.
-    listed = getattr(values, "ndim", 0) == 1 or (isinstance(values, Sequence) and not isinstance(values, str | bytes))
-    if not listed or len(values) != count:
-        got = f"{len(values)} values" if listed else type(values).__name__
-        raise ValueError(f"the reward function {name_of(function)} returned {got} for {count} completions")
-    return [_number(function, i, value) for i, value in enumerate(values)]
-
-
-def _number(function: RewardFunction, i: int, value: Any) -> float:
-    if value is None:
-        return math.nan
-    try:
-        # Python makes a number of text, and NumPy before 2.4 of an array of one element.
-        number = math.nan if isinstance(value, str | bytes) or np.ndim(value) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= float(np.finfo(np.float32).max):
-        raise ValueError(
-            f"the reward function {name_of(function)} returned {value!r} for completion {i}; a reward is a "
-            "finite number, or None where there is none to give"
-        )
-    return number
+def _sampled(rollout: Rollout) -> list[list[int]]:
+    """The tokens of each completion, group after group."""
+    tokens = np.asarray(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
+    lengths = np.asarray(rollout.lengths).reshape(-1)
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
 def callback(
-    reward: HostReward, num_rewards: int
+    reward: Callable[[Rollout], tuple[np.ndarray, np.ndarray]], num_rewards: int
 ) -> tuple[Callable[[Rollout], tuple[Array, Array]], Callable[[], None]]:
     """Makes a traced reward of a host one, for a step that is one program on one process.
 
@@ -299,7 +176,7 @@ def callback(
     `learn`, where none of this is needed.
 
     Args:
-      reward: of `host`.
+      reward: of `host`; its functions see no `trainer_state`.
       num_rewards: `R`.
 
     Returns:
@@ -310,10 +187,10 @@ def callback(
     def on_host(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
         shape = (*rollout.lengths.shape, num_rewards)
         try:
-            rewards, given = reward(rollout)
-            if rewards.shape != shape or given.shape != shape:
-                raise ValueError(f"the reward returned shapes {rewards.shape} and {given.shape}, not {shape}")
-            return np.asarray(rewards, np.float32), np.asarray(given, bool)
+            rewards, reward_mask = reward(rollout)
+            if rewards.shape != shape or reward_mask.shape != shape:
+                raise ValueError(f"the reward returned shapes {rewards.shape} and {reward_mask.shape}, not {shape}")
+            return np.asarray(rewards, np.float32), np.asarray(reward_mask, bool)
         except Exception as error:
             failures.append(error)
             return np.zeros(shape, np.float32), np.zeros(shape, bool)

@@ -5,9 +5,9 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 
+from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import per_text
 from grpo_jax.rewards.formats import TAGS, marks_of
-from grpo_jax.rewards.host import RewardFunction
 
 
 def language_consistency(*, script: str | Sequence[str] = "Latin", tags: Sequence[str] = TAGS) -> RewardFunction:

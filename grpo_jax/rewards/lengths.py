@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.rewards.calling import RewardFunction, call
 from grpo_jax.rewards.completions import named
 from grpo_jax.rewards.formats import TAGS, marks_of, per_continuation, sections_of
-from grpo_jax.rewards.host import RewardFunction, call
 
 Formula = Callable[..., Any]  # of arrays of NumPy or JAX, to an array of the same library
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import named
-from grpo_jax.rewards.host import RewardFunction
 
 
 def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> RewardFunction:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_jax import data, rewards, sampling
 from grpo_jax.policies import Policy
-from grpo_jax.rewards.host import LogMetric, RewardFunction
+from grpo_jax.rewards.calling import LogMetric, RewardFunction
 from grpo_jax.study.intervals import bootstrap
 from grpo_jax.study.pass_at_k import majority_at_k, pass_at_k
 from grpo_jax.types import Array, Params, Rollout
@@ -114,7 +114,9 @@ def evaluate(
         prompts = [data.encode_prompt(tokenizer, row[prompt_column]) for row in rows]
     if len(prompts) != len(rows):
         raise ValueError(f"{len(prompts)} prompts for {len(rows)} rows")
-    reward = rewards.host(functions, rows, tokenizer, prompt_column=prompt_column, log_metric=log_metric)
+    reward = rewards.host(
+        functions, rows, tokenizer, prompt_column=prompt_column, eos_ids=eos_ids, log_metric=log_metric
+    )
     judge = names.index(accuracy) if accuracy is not None else 0
 
     items: list[Item] = []
@@ -141,7 +143,7 @@ def evaluate(
         rollout = _first(rollout, len(indices))
         given, mask = reward(rollout)
         right = given[..., judge] >= np.float32(threshold)  # as the rewards are: 0.9 is less in float32
-        texts = _texts(tokenizer, rollout)
+        texts = rewards.completion_texts(rollout, tokenizer, eos_ids)
         for b, row in enumerate(indices.tolist()):
             judged = mask[b, :, judge]
             item = {
@@ -176,16 +178,6 @@ def _check(
 def _first(rollout: Rollout, count: int) -> Rollout:
     """The completions of the first prompts, on the host."""
     return jax.tree.map(lambda x: np.asarray(x)[:count], rollout)
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[list[str]]:
-    """The completions as `rewards.host` shows them to the functions."""
-    return [
-        tokenizer.batch_decode(
-            [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)], skip_special_tokens=True
-        )
-        for tokens, lengths in zip(rollout.tokens, rollout.lengths, strict=True)
-    ]
 
 
 def _or_none(values: np.ndarray, mask: np.ndarray) -> list[Any]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from grpo_jax.data import Row, Text
-from grpo_jax.rewards.host import RewardFunction
+from grpo_jax.rewards.calling import RewardFunction
 
 Problems = Callable[[random.Random], Iterator[Row]]  # an endless stream
 

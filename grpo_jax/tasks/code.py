@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 from grpo_jax.data import Row
-from grpo_jax.rewards.host import RewardFunction
+from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.python import python_tests
 from grpo_jax.tasks import Splits, Task, draw_splits
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_jax import data
 from grpo_jax.data import Row
-from grpo_jax.rewards.host import RewardFunction
+from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.mathematics import accuracy
 from grpo_jax.tasks import Splits, Task, held_out_splits
 

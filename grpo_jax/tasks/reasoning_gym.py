@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_jax.data import Row
 from grpo_jax.rewards.answers import answer_of
+from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import text_of
-from grpo_jax.rewards.host import RewardFunction
 from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 from grpo_jax.rewards.sandbox import bubblewrap
 from grpo_jax.tasks import Splits, Task, draw_splits

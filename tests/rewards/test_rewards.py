@@ -106,6 +106,8 @@ def test_completions_and_columns_come_group_after_group(B, G):
     assert seen.pop("completion_ids") == [letters()(text)["input_ids"] for group in texts for text in group]
     assert callable(seen.pop("log_metric"))
     assert callable(seen.pop("log_extra"))
+    assert seen.pop("prompt_tail") == [letters().decode([1])] * B * G
+    assert seen.pop("trainer_state") is None
     assert seen == {
         "prompts": [DATASET[row]["prompt"] for row in repeated],
         "completions": [text for group in texts for text in group],
@@ -232,10 +234,10 @@ def test_a_data_set_without_rows_has_no_columns_to_miss():
     rewards.host([contains_answer], [], letters())
 
 
-def test_prompts_that_do_not_say_their_rows_are_refused():
+def test_prompts_that_do_not_name_their_rows_are_refused():
     rollout = a_rollout([["a", "b"]])
     for info in ((), {}):
-        with pytest.raises(ValueError, match="do not say their rows"):
+        with pytest.raises(ValueError, match="do not name their rows"):
             judge(contains_answer, rollout._replace(prompts=rollout.prompts._replace(info=info)))
 
 
@@ -292,8 +294,6 @@ def test_any_sequence_of_numbers_is_taken(kind):
 
 
 NO_NUMBERS = {
-    "NaN": float("nan"),
-    "NumPy NaN": np.float32("nan"),
     "infinity": float("inf"),
     "minus infinity": -np.inf,
     "too large for float32": 1e39,
