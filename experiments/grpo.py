@@ -40,13 +40,13 @@ from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
 from grpo_jax.study import evaluation
 from grpo_jax.train_step import make_train_step
-from grpo_jax.types import Params, Prompts
+from grpo_jax.types import Params, Prompts, TrainState
 from grpo_jax.updates import Updates, init_state
 
 DECAYS = {"constant": None, "linear": learning_rates.linear, "cosine": learning_rates.cosine}
 MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export_every", "show_every", "tensorboard", "wandb", "profile"),
-    *("stop_after_skipped", "stop_after_failed"),
+    *("stop_after_skipped", "stop_after_failed", "reward_timeout"),
 )
 
 
@@ -59,6 +59,7 @@ class Config:
     reward: tuple[str, ...]  # as module:function, of this folder or installed
     run_dir: pathlib.Path = pathlib.Path("runs/grpo")
     reward_weights: tuple[float, ...] | None = None  # one per function; 1 each if not given
+    reward_timeout: float = 300.0  # seconds after which a reward function that has not returned is reported
 
     prompt_column: str = "prompt"
     answer_column: str | None = None  # passed to the rewards as `answer` as well; `outer.inner` is a nested field
@@ -121,7 +122,7 @@ def train(config: Config) -> Params:
     # Everything that can be wrong with the input is looked at before the weights are read.
     functions = [resolve(name) for name in config.reward]
     names = [rewards.name_of(function) for function in functions]
-    updates = check(config, names)
+    updates = check(config, functions)
     loss, attention = make_loss(config), resolve(config.attention, "grpo_jax.models.attention")
     advantage = advantages.from_rewards(
         resolve(config.advantage, "grpo_jax.advantages"), weights=config.reward_weights, names=names
@@ -136,7 +137,10 @@ def train(config: Config) -> Params:
     )  # fmt: skip
     logged = metrics.Logged()
     tolerant = [rewards.skip_failed_batches(function, batches=config.stop_after_failed) for function in functions]
-    reward = rewards.host(tolerant, prompts.rows, tokenizer, prompt_column=config.prompt_column, log_metric=logged)
+    reward = rewards.host(
+        tolerant, prompts.rows, tokenizer, prompt_column=config.prompt_column, eos_ids=sampler.eos_ids,
+        log_metric=logged, report_after=config.reward_timeout,
+    )  # fmt: skip
 
     policy, params = hf.load_pretrained(
         config.model, compute_dtype=compute_dtype(config.compute_dtype), attention=attention
@@ -181,7 +185,7 @@ def train(config: Config) -> Params:
 
     def evaluate_and_keep_the_best() -> None:
         if held_out.rows:
-            loop.log(evaluate(loop.state.params))
+            loop.log(evaluate(loop.state))
             if loop.improved("eval/reward"):
                 export("best")
 
@@ -200,7 +204,7 @@ def train(config: Config) -> Params:
                 export(f"step_{n}")
             experience = jax.block_until_ready(step.collect(loop.state, n))
             loop.lap("sample")
-            given, mask = reward(experience.rollout)
+            given, mask = reward(experience.rollout, rewards.TrainerState(n, config.steps))
             if any(logged.last(f"{name}/failed") for name in names):
                 mask = np.zeros_like(mask)  # nothing is learned from the rewards that did not fail alone
             loop.lap("reward")
@@ -227,19 +231,20 @@ def make_evaluate(
     held_out: data.PromptSet,
     functions: Sequence[rewards.RewardFunction],
     sampler: sampling.PolicySampler,
-) -> Callable[[Params], dict[str, float]]:
-    """`params -> ` the mean rewards on the evaluation split; `eval/reward` is NaN where a reward failed."""
+) -> Callable[[TrainState], dict[str, float]]:
+    """`state -> ` the mean rewards on the evaluation split; `eval/reward` is NaN where a reward failed."""
     logged, names = metrics.Logged(), [rewards.name_of(function) for function in functions]
     tolerant = [rewards.skip_failed_batches(function, batches=config.stop_after_failed) for function in functions]
     how: dict[str, Any] = {"greedy": True}
     if config.eval_group_size is not None:
         how = {"group_size": config.eval_group_size, "temperature": config.temperature, "top_p": config.top_p}
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def evaluate(state: TrainState) -> dict[str, float]:
         summary, _ = evaluation.evaluate(
-            policy, params, tokenizer, held_out.rows, tolerant, prompts=held_out.prompts, log_metric=logged,
+            policy, state.params, tokenizer, held_out.rows, tolerant, prompts=held_out.prompts, log_metric=logged,
             prompt_column=config.prompt_column, batch_size=config.eval_batch, bucket=config.bucket,
             eos_ids=sampler.eos_ids, max_tokens=sampler.max_tokens, **how,
+            trainer_state=rewards.TrainerState(int(state.step), config.steps),
         )  # fmt: skip
         means = {name: summary[f"reward/{name}"] for name in names}
         failed = any(value > 0 for name, value in logged.take().items() if name.endswith("/failed"))
@@ -270,8 +275,9 @@ def read_prompts(config: Config, tokenizer: Any) -> tuple[data.PromptSet, data.P
     return encoded, evaluated
 
 
-def check(config: Config, names: list[str]) -> Updates:
+def check(config: Config, functions: Sequence[rewards.RewardFunction]) -> Updates:
     """Refuses settings that do not go together."""
+    names = [rewards.name_of(function) for function in functions]
     if len(set(names)) < len(names):
         raise ValueError(f"reward functions have one name each, got {', '.join(names)}")
     if config.reward_weights is not None and len(config.reward_weights) != len(names):
@@ -280,6 +286,10 @@ def check(config: Config, names: list[str]) -> Updates:
         raise ValueError(f"--memory-gib chooses the micro-batches, so give no --micro-batches {config.micro_batches}")
     if config.pack and config.attention in ("cudnn", "splash"):
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
+    evaluated = config.eval_data is not None or config.eval_rows > 0
+    for function in functions if evaluated else ():
+        if (size := rewards.group_size_of(function)) not in (None, config.eval_group_size or 1):
+            raise ValueError(f"{rewards.name_of(function)} compares groups of {size}: give --eval-group-size {size}")
     if config.group_size < 2:
         raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {config.group_size}")
     updates = Updates(

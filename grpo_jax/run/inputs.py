@@ -37,12 +37,13 @@ def check_tokens(model: str, tokenizer: Any, sequences: Iterable[Sequence[int]],
         longest = max(longest, len(ids))
         if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
             wrong = next(token for token in ids if not 0 <= token < config.vocab_size)
-            raise ValueError(f"sequence {number} has the token {wrong}; {model} has 0 to {config.vocab_size - 1}")
+            limit = config.vocab_size - 1
+            raise ValueError(f"sequence {number} has the token {wrong}; {model} has 0 to {limit}")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest + max_tokens > positions:
         print(
-            f"warning: the longest prompt ({longest} tokens) and a completion of {max_tokens} pass the {positions} positions "
-            f"that {model} was made for"
+            f"warning: the longest prompt ({longest} tokens) and a completion of {max_tokens} pass the {positions} "
+            f"positions that {model} was made for"
         )
 
 

@@ -49,7 +49,9 @@ class TaskRun:
         self.logged = metrics.Logged()
         self._prompts = data.encode_rows(self._tokenizer, task.splits.train)
         inputs.check_tokens(model, self._tokenizer, self._prompts.prompts, max_tokens=max_tokens)
-        self.reward = rewards.host(functions, task.splits.train, self._tokenizer, log_metric=self.logged)
+        self.reward = rewards.host(
+            functions, task.splits.train, self._tokenizer, eos_ids=self.eos_ids, log_metric=self.logged
+        )
 
     @property
     def digests(self) -> dict[str, str]:

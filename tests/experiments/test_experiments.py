@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import types
@@ -53,6 +54,15 @@ def make(scale=2.0):
 
 def wants_more(completions, solution):
     return [0.0] * len(completions)
+
+def compares(completions, **kwargs):
+    return [float(i % 2) for i in range(len(completions))]
+
+compares.group_size = 2
+
+def asks_where(completions, trainer_state, log_metric):
+    log_metric("place", trainer_state.global_step + 0.1 * trainer_state.max_steps)
+    return [float(i % 2) for i in range(len(completions))]
 
 def too_few(prompts, completions, **kwargs):
     return [1.0]
@@ -185,6 +195,50 @@ def test_prompts_as_messages_give_completions_as_messages(files, tmp_path):
     assert metrics.read(tmp_path)[-1]["reward/brevity"] > 0
 
 
+def test_rewards_see_the_place_in_the_run_and_groups_are_evaluated_as_groups(files, tmp_path):
+    rewards = ("my_rewards:asks_where", "my_rewards:compares")
+    changes = {"eval_rows": 4, "eval_group_size": 2, "show_every": 0, "reward_weights": (1.0, 0.0)}
+    sys.modules.pop("my_rewards", None)
+    grpo.train(settings(files, tmp_path, reward=rewards, **changes))
+    lines = metrics.read(tmp_path)
+    assert [line.get("place") for line in lines] == [pytest.approx(0.2), pytest.approx(1.2), None]
+    assert [line["eval/compares"] for line in lines] == [0.5] * 3
+    assert not (tmp_path / metrics.COMPLETIONS_FILE).exists()
+
+
+def test_a_warm_up_of_0_trains_at_the_full_rate_from_the_first_update(files, tmp_path):
+    grpo.train(settings(files, tmp_path, reward=("my_rewards:make()",), warmup_steps=0, decay="linear", steps=4))
+    lines = metrics.read(tmp_path)
+    np.testing.assert_allclose([line["learning_rate"] for line in lines[:4]], [1e-3, 7.5e-4, 5e-4, 2.5e-4], rtol=1e-6)
+    with pytest.raises(ValueError, match="steps: 4 -> 5"):  # the decay would be another one
+        grpo.train(settings(files, tmp_path, reward=("my_rewards:make()",), warmup_steps=0, decay="linear", steps=5))
+
+
+@pytest.mark.parametrize("changed", ["data", "weights", "template"])
+def test_a_run_is_not_resumed_on_other_inputs_under_the_same_names(files, tmp_path, changed):
+    shutil.copytree(files / "model", tmp_path / "model")
+    shutil.copy(files / "gsm8k.jsonl", tmp_path / "rows.jsonl")
+    config = settings(files, tmp_path / "run", model=str(tmp_path / "model"), data=tmp_path / "rows.jsonl", steps=1)
+    grpo.train(config)
+    if changed == "data":
+        lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "rows.jsonl").write_text("".join(lines[::-1]))
+    elif changed == "weights":
+        tensors = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+        safetensors.numpy.save_file(
+            {name: tensor * 1.5 for name, tensor in tensors.items()}, tmp_path / "model" / "model.safetensors"
+        )
+    else:
+        template = tmp_path / "model" / "chat_template.jinja"
+        template.write_text(template.read_text() + "\n")
+    said = {
+        "data": "the prompts to train on", "weights": "the weights of the model",
+        "template": "the tokenizer or its template",
+    }[changed]  # fmt: skip
+    with pytest.raises(ValueError, match=f"not what the run began with: {said}"):
+        grpo.train(config)
+
+
 @pytest.mark.parametrize(
     ("loss", "changes"),
     [("dr_grpo", {}), ("dapo", {"epsilon_high": 0.3}), ("gspo", {}), ("grpo_jax.losses:grpo", {"epsilon": 0.1})],
@@ -302,6 +356,7 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
         ({"eval_rows": 20}, r"20 rows leaves none of the 20 rows"),
         ({"reward": ("my_rewards:wants_more",)}, r"wants_more requires solution, and the data has the columns"),
+        ({"reward": ("my_rewards:compares",), "eval_rows": 4}, r"groups of 2: give --eval-group-size 2"),
         ({"memory_gib": 1.0, "micro_batches": 2}, r"give no --micro-batches 2"),
         ({"group_size": 1}, r"at least 2 completions to compare, got --group-size 1"),
         ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),
