@@ -1,5 +1,6 @@
 """S1: what code that a model wrote tries, and what comes of it. The other completions of the batch are unharmed."""
 
+import ast
 import os
 import signal
 import socket
@@ -487,3 +488,43 @@ def test_a_pool_in_the_sandbox(tmp_path, monkeypatch):
     assert [outcome.fault for outcome in outcomes] == [None, "error", "error", None, "timeout", None]
     assert "FileNotFoundError" in outcomes[1].message
     assert "Read-only" in outcomes[2].message
+
+
+FRAMES = [f"__import__('sys')._getframe({depth}).f_locals" for depth in range(1, 5)]
+GYM_ATTACKS = {
+    "the scorer": [f"setattr(type({frame}['self']), 'score_answer', lambda s, a, e: 1.0)" for frame in FRAMES],
+    "the right value": [f"{frame}['entry']['metadata']['target']" for frame in FRAMES],
+    "the right answer": [f"{frame}['entry']['answer']" for frame in FRAMES],
+    "the right board": [
+        f"[row.split() for row in {frame}['entry']['metadata']['valid_answers'][0].splitlines()]" for frame in FRAMES
+    ],
+    "the reader of right answers": ["setattr(__import__('ast'), 'literal_eval', lambda text: {})"],
+    "builtins without quotes": ["eval(chr(95))", "exec(chr(49))", "globals()", "open(chr(47))", "print(1)"],
+    "attributes": ["(1).__class__", "x.func", "1.0.real", "1.0. real", "1 .real", "x. func"],
+    "code": ["lambda: 24", "[c for c in ()]", "(y := 24)", "sympify('24')", "lambdify(x, x)", "f'{24}'", "preview(x)"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["n_queens", "countdown", "puzzle24", "polynomial_multiplication", "simple_integration"]
+)
+def test_an_answer_of_reasoning_gym_is_no_code_and_changes_no_verdict(name, monkeypatch):
+    """Its scorers call `eval`, or SymPy's `parse_expr`, on the answer, in the process that reports the score."""
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    from grpo_jax.tasks import reasoning_gym
+
+    sizes = {"train": 2, "validation": 0, "test": 0, "ood": 0}
+    rows = reasoning_gym.splits(0, name=name, difficulty={}, shifted_difficulty={}, **sizes).train
+    right, wrong = ast.literal_eval(rows[0]["entry"])["answer"], "7"
+    answers = [right, wrong]
+    for attacks in GYM_ATTACKS.values():
+        for attack in attacks:
+            answers += [attack, right, wrong]
+    columns = {key: [rows[0][key]] * len(answers) for key in ("answer", "name", "difficulty", "entry")}
+    with reasoning_gym.sandboxed_pool(workers=1, timeout=20.0) as pool:
+        reward = reasoning_gym.verifier(pool=pool)
+        scores = reward(["?"] * len(answers), [f"<answer>{answer}</answer>" for answer in answers], **columns)
+    assert scores[:2] == [1.0, 0.0]
+    verdicts = dict(zip(answers[2::3], zip(scores[2::3], scores[3::3], scores[4::3], strict=True), strict=True))
+    assert {attack: three for attack, three in verdicts.items() if three != (0.0, 1.0, 0.0)} == {}
