@@ -6,8 +6,9 @@
     )
 
 Some of its scorers run `eval` on the answer, or have SymPy do so. Here they read answers as data
-(`reasoning_gym_worker.disarm`), and they run in worker processes, in a sandbox, and nowhere else. Making the problems is the library's own code
-and runs here; that of `codeio` leaves files in the working directory.
+(`reasoning_gym_worker.disarm`), and they run in worker processes, in a sandbox, and nowhere else.
+Making the problems is the library's own code and runs here; that of `codeio` leaves files in
+the working directory.
 """
 
 import ast
