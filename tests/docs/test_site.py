@@ -1,0 +1,57 @@
+"""The built site: no link without its target. `mkdocs build --strict -f docs/mkdocs.yml` comes first."""
+
+import html.parser
+import pathlib
+import urllib.parse
+
+import pytest
+
+SITE = pathlib.Path(__file__).parent.parent.parent / "docs/site"
+pytestmark = pytest.mark.skipif(not SITE.exists(), reason="the site is not built: mkdocs build -f docs/mkdocs.yml")
+
+
+class Page(html.parser.HTMLParser):
+    """The links and the anchors of a page, and what it loads."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.loaded, self.anchors = [], [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.anchors |= {values.get("id"), values.get("name")}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        elif tag in ("script", "img", "link"):
+            self.loaded += [values[name] for name in ("src", "href") if name in values]
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return {path: Page(path) for path in SITE.rglob("*.html") if path.name != "404.html"}
+
+
+def test_every_link_within_the_site_has_its_target(pages):
+    broken = []
+    for path, page in pages.items():
+        for link in page.links + page.loaded:
+            url = urllib.parse.urlparse(link)
+            if url.scheme or url.netloc or url.path.startswith("/"):
+                continue
+            target = (path.parent / urllib.parse.unquote(url.path)).resolve() if url.path else path
+            target = target / "index.html" if target.is_dir() else target
+            anchor = urllib.parse.unquote(url.fragment)
+            if not target.exists() or (anchor and target in pages and anchor not in pages[target].anchors):
+                broken.append(f"{path.relative_to(SITE)}: {link}")
+    assert not broken
+
+
+def test_no_page_loads_anything_from_another_server(pages):
+    assert not [link for page in pages.values() for link in page.loaded if "//" in link]
+
+
+def test_formulas_are_typeset(pages):
+    text = (SITE / "objectives/surrogates.html").read_text()
+    assert text.count("<math") > 20
+    assert "arithmatex" not in text
