@@ -21,12 +21,13 @@ import json
 import operator
 import os
 import platform
+import re
 import resource
 import struct
 import symtable
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 LINE_LIMIT = 1 << 20  # bytes of a message between the tests and the code
@@ -201,8 +202,13 @@ def subject(source: str) -> None:
             value = operations[request["do"]](*unpack(request["with"], objects.__getitem__))
             reply = {"value": pack(value, keep)}
         except Exception as error:
-            reply = {"raised": type(error).__name__, "message": str(error)[:1000]}
-        replies.write(json.dumps(reply).encode() + b"\n")
+            kinds = [kind.__name__ for kind in type(error).__mro__]
+            reply = {"raised": kinds, "message": str(error)[:1000]}
+        line = json.dumps(reply).encode() + b"\n"
+        if len(line) > LINE_LIMIT:
+            message = f"a result of {len(line)} bytes is above the limit of {LINE_LIMIT}"
+            line = json.dumps({"raised": ["OverflowError"], "message": message, "refused": message}).encode() + b"\n"
+        replies.write(line)
         replies.flush()
 
 
@@ -219,6 +225,7 @@ class Subject:
     def __init__(self, replies: BinaryIO, requests: BinaryIO) -> None:
         self.replies, self.requests = replies, requests
         self.asked = self.gone = self.unusable = False
+        self.refused = ""  # why a result did not come
 
     def read(self) -> Any:
         line = self.replies.readline(LINE_LIMIT)
@@ -236,7 +243,8 @@ class Subject:
             self.requests.flush()
             reply = self.read()
             value = unpack(reply.get("value"), lambda number: Remote(self, number))
-            raised, message = str(reply.get("raised", "")), str(reply.get("message", ""))
+            raised, message = [str(kind) for kind in reply.get("raised", [])], str(reply.get("message", ""))
+            self.refused = str(reply.get("refused", self.refused))
         except BaseException as error:  # a closed pipe, or whatever else than an answer it wrote
             self.gone = True
             raise Gone from error
@@ -251,16 +259,17 @@ class Subject:
         raise NotPlain(f"a {type(value).__name__} cannot be passed from the tests to the code")
 
 
-def _usual(name: str) -> type[Exception]:
-    """The builtin exception of that name, or else RuntimeError.
+def _usual(names: Sequence[str]) -> type[Exception]:
+    """The builtin exception that an exception of the code is: its class, or the first of its bases that is one.
 
-    StopIteration is not among them: it would end an iteration of the tests early, with success.
+    RuntimeError for other classes, and for StopIteration: it would end an iteration of the tests early, with success.
     """
-    kind = getattr(builtins, name, None)
     usual = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError)
-    if isinstance(kind, type) and (issubclass(kind, usual) or kind in (Exception, ValueError)):
-        return kind
-    return RuntimeError
+    for name in names:
+        kind = getattr(builtins, name, None)
+        if isinstance(kind, type) and issubclass(kind, (*usual, ValueError)):
+            return kind
+    return Exception if names[0] == "Exception" else RuntimeError
 
 
 class Remote:
@@ -298,7 +307,25 @@ def is_test(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.FunctionDef):
         return statement.name.startswith("test") and not statement.args.args
     call = isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant)
+    if call and re.fullmatch(r"(unittest\.)?main\(.*\)", ast.unparse(statement), re.DOTALL):
+        return False  # the methods are the tests
     return isinstance(statement, ast.Assert) or call
+
+
+def test_methods(tree: ast.Module) -> dict[str, list[str]]:
+    """The test methods of the classes that derive from unittest's TestCase, directly or through others of the tests."""
+    own: dict[str, list[str]] = {}
+    cases: dict[str, list[str]] = {}
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef):
+            functions = [node for node in statement.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+            bases = [ast.unparse(base) for base in statement.bases]
+            inherited = [name for base in bases for name in own.get(base, [])]
+            written = [function.name for function in functions if function.name.startswith("test")]
+            own[statement.name] = list(dict.fromkeys(inherited + written))
+            if any(base.rpartition(".")[2].endswith("TestCase") or base in cases for base in bases):
+                cases[statement.name] = own[statement.name]
+    return cases
 
 
 def asked_for(source: str) -> set[str]:
@@ -335,10 +362,12 @@ def checker(source: str, replies: BinaryIO, requests: BinaryIO) -> None:
 
     try:
         tree = ast.parse(source)
-        names = set() if imports_solution(tree) else asked_for(source)
+        starred = any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree))
+        names = asked_for(source) if starred or not imports_solution(tree) else set()
+        methods = test_methods(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return unusable(f"the tests are no Python: {error}")
-    total = sum(map(is_test, tree.body))
+    total = sum(map(is_test, tree.body)) + sum(map(len, methods.values()))
     if not total:
         return unusable("there is no test")
     if not names and not imports_solution(tree):
@@ -349,16 +378,29 @@ def checker(source: str, replies: BinaryIO, requests: BinaryIO) -> None:
     print("ready", total, file=verdict)
     scope: dict[str, Any] = {"__name__": "tests"}
     namespace = Remote(code, 0)
+    defined: dict[str, Any] = {}
     for name in sorted(names):
         with contextlib.suppress(LookupError, Gone):  # a NameError where a test uses it
-            scope[name] = namespace[name]
+            defined[name] = namespace[name]
     solution = types.ModuleType("solution")
     sys.modules["solution"] = solution
     vars(solution)["__getattr__"] = functools.partial(_attribute, namespace)
+    (vars(solution) if imports_solution(tree) else scope).update(defined)
+    plain = {name for name, value in defined.items() if not isinstance(value, Remote)}
     code.asked = False
     for number, statement in enumerate(tree.body):
+        # Data where a function is wanted fails without a question to the code.
+        code.asked |= any(isinstance(node, ast.Name) and node.id in plain for node in ast.walk(statement))
+        if not is_test(statement) and "main(" in ast.unparse(statement) and isinstance(statement, ast.Expr):
+            continue  # unittest.main()
         try:
             exec(compile(ast.Module([statement], []), "tests.py", "exec"), scope)
+            if isinstance(statement, ast.ClassDef):
+                for name in methods.get(statement.name, []):
+                    if _succeeds(scope[statement.name], name) and not code.gone:
+                        print("passed", number, file=verdict)
+                if code.unusable:
+                    return unusable("what the tests pass to the code is no plain data")
             if is_test(statement) and isinstance(statement, ast.FunctionDef):
                 scope[statement.name]()
         except (Exception, SystemExit, Gone) as error:
@@ -370,7 +412,20 @@ def checker(source: str, replies: BinaryIO, requests: BinaryIO) -> None:
         else:
             if is_test(statement) and not code.gone:
                 print("passed", number, file=verdict)
+        finally:
+            if code.refused:
+                print("refused", " ".join(code.refused.split())[:200], file=verdict)
+                code.refused = ""
     return None
+
+
+def _succeeds(case: type, method: str) -> bool:
+    """Whether a test method of a TestCase passes; one that skips itself does not."""
+    import unittest
+
+    result = unittest.TestResult()
+    unittest.TestSuite([case(method)]).run(result)
+    return result.wasSuccessful() and not result.skipped
 
 
 def _attribute(namespace: Remote, name: str) -> Any:

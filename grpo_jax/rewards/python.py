@@ -3,11 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,14 +38,15 @@ def python_tests(
 ) -> Callable[..., list[float | None]]:
     """1 where the completion's code passes all of the row's tests, else 0; or the share that it passes.
 
-    The code is the completion's last block of Markdown marked `python` or `py`, or else its
-    last block without a mark, or else, where it opens no block, all of it. It has the
-    standard library. The column `tests` holds either
+    The code is the completion's last block of Markdown marked `python` or `py` (also `python3`,
+    attributes, `~~~`, in a list), or else its last block without a mark, or else, where it opens
+    no block, all of it. It has the standard library. The column `tests` holds either
 
     - Python, as a string or a list of strings that are run one after the other. Every
-      `assert`, every call and every `def test...():` at the top level is a test: passed if
+      `assert`, every call and every `def test...():` at the top level is a test, and so is every test
+      method of a `unittest.TestCase` (`unittest.main()` itself is none): passed if
       nothing is raised. What else there is prepares them. Names that it does not define are the code's
-      (`assert add(1, 2) == 3`), or imported (`from solution import add`).
+      (`assert add(1, 2) == 3`), or imported (`from solution import add`, or `*`).
     - Or a list of pairs `(stdin, stdout)`: for each the code is run as a program, and what
       it prints must be that, but for spaces at the ends of lines and empty lines at the end.
 
@@ -53,7 +57,8 @@ def python_tests(
     nothing. The price: what tests pass to the code is plain data (numbers, text, bytes,
     lists, tuples, sets, dictionaries) and copied, so that changes of an argument in place are not seen;
     what the code returns is plain data too, or an object that can be called, iterated over, indexed
-    and asked for attributes, but equals nothing.
+    and asked for attributes, but equals nothing. An exception of the code arrives as the first builtin class
+    that it is or derives from. A result of more than 1 MiB is refused: its test fails, and a warning says why.
 
     The sandbox is bubblewrap's (`sandbox.bubblewrap`): no network, a read-only system, no
     environment, no `/proc`, a `/tmp` of 32 MiB. Of the kernel a process gets `memory` bytes of
@@ -101,6 +106,11 @@ def python_tests(
         codes = [code_of(text_of(completion)) for completion in completions]
         with ThreadPoolExecutor(workers) as threads:
             outcomes = list(threads.map(run, codes, columns["tests"]))
+        refused = [(i, o.message) for i, o in enumerate(outcomes) if o.value is not None and o.message]
+        if refused:
+            i, reason = refused[0]
+            message = f"python_tests: tests of {len(refused)} completions fail on a result that is refused; completion"
+            warnings.warn(f"{message} {i}: {reason}", RuntimeWarning, stacklevel=2)
         if not share:
             outcomes = [o if o.value is None else o._replace(value=float(o.value == 1)) for o in outcomes]
         return to_rewards(outcomes, "python_tests", log_metric=log_metric)
@@ -112,19 +122,31 @@ def python_tests(
 def code_of(completion: str) -> str:
     """The code of a completion, by the rule of `python_tests`; a block that is not closed is none."""
     marked, plain, opened = "", "", False
-    mark: str | None = None  # of the block that the line is in
+    fence: re.Match[str] | None = None  # of the block that the line is in
     block: list[str] = []
     for line in completion.split("\n"):
-        fence = line.strip()
-        if mark is None and fence.startswith("```"):
-            mark, block, opened = fence[3:].strip().lower(), [], True
-        elif mark is not None and fence == "```":
-            marked = "\n".join(block) if mark in ("python", "py") else marked
-            plain = "\n".join(block) if mark == "" else plain
-            mark = None
-        elif mark is not None:
+        found = _FENCE.fullmatch(line)
+        if fence is None and found:
+            fence, block, opened = found, [], True
+        elif fence and found and found[2].startswith(fence[2]) and not found[3]:
+            code = textwrap.dedent("\n".join(_outdented(line, len(fence[1])) for line in block))
+            if _PYTHON.match(fence[3]):
+                marked = code
+            elif not fence[3]:
+                plain = code
+            fence = None
+        elif fence:
             block.append(line)
     return (marked or plain) if opened else completion
+
+
+_FENCE = re.compile(r"(\s*)(`{3,}|~{3,})[ \t]*([^`\r]*?)\s*")
+_PYTHON = re.compile(r"[{.\s]*py(?:thon)?[\d.]*(?![\w+-])", re.IGNORECASE)  # python3, {.python}, py title="a.py"
+
+
+def _outdented(line: str, columns: int) -> str:
+    """The line without the indentation of its block, or what it has of it."""
+    return line[min(columns, len(line) - len(line.lstrip())) :]
 
 
 def _prefix(unsandboxed: bool) -> list[str]:
@@ -211,7 +233,9 @@ class _Runner(NamedTuple):
                 return _lost(errors)
         if said.end == "late":
             return Outcome(None, "timeout", "the tests took longer than their limit")
-        return Outcome(said.text.count("passed") / int(said.ready))
+        lines = said.text.splitlines()
+        refused = next((line.removeprefix("refused ") for line in lines if line.startswith("refused ")), "")
+        return Outcome(sum(line.startswith("passed ") for line in lines) / int(said.ready), message=refused)
 
     @contextlib.contextmanager
     def process(self, role: list[Any], **streams: Any) -> Iterator[subprocess.Popen[bytes]]:

@@ -38,6 +38,14 @@ BLOCKS = {
     "not closed": ("```python\nx = 1\n", ""),
     "the last closed": ("```python\nx = 1\n```\n```python\nx = 2\n", "x = 1"),
     "indented": ("1. So:\n   ```python\nx = 1\n   ```", "x = 1"),
+    "indented, with its code": ("1. So:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y"),
+    "indented code alone": ("```python\n    if x:\n        y\n```", "if x:\n    y"),
+    "python3": ("```python3\nx = 1\n```\n```\n5\n```", "x = 1"),
+    "attributes": ("```{.python .numberLines}\nx = 1\n```\n```\n5\n```", "x = 1"),
+    "a title": ('```py title="a.py"\nx = 1\n```\n```\n5\n```', "x = 1"),
+    "tildes": ("~~~python\nx = 1\n~~~", "x = 1"),
+    "a longer fence": ("````python\nx = 1\n```\n````", "x = 1\n```"),
+    "a console is no code": ("```pycon\n>>> x\n```", ""),
     "nothing": ("", ""),
 }
 
@@ -79,6 +87,9 @@ def boom(): raise LookupError("here")
 def own():
     class Own(Exception): pass
     raise Own("mine")
+def sub():
+    class Low(ValueError): pass
+    raise Low("low")
 class Stack:
     size = 0
     def __init__(self, items=()): self.items = list(items)
@@ -108,6 +119,13 @@ PASS = {
     "an exception": "try:\n    gcd(-1, 2)\nexcept ValueError as e:\n    caught = str(e)\nassert caught == 'negative'",
     "other exceptions": "def kind(f):\n    try: f()\n    except Exception as e: return type(e).__name__\n"
     "assert kind(boom) == 'LookupError' and kind(own) == 'RuntimeError'",
+    "a subclass of an exception": "try: sub()\nexcept ValueError as e: caught = str(e)\nassert caught == 'low'",
+    "everything from solution": "from solution import *\nassert gcd(12, 18) == 6\nassert LIMIT == 10",
+    "unittest": "import unittest\nfrom solution import gcd\nclass T(unittest.TestCase):\n"
+    "    def setUp(self): self.n = 12\n    def test_gcd(self): self.assertEqual(gcd(self.n, 18), 6)\n"
+    "    def test_raises(self):\n        with self.assertRaises(ValueError): gcd(-1, 2)\nunittest.main()",
+    "unittest's main behind a guard": "from unittest import TestCase, main\nclass T(TestCase):\n"
+    "    def test_gcd(self): self.assertEqual(gcd(12, 18), 6)\nif __name__ == '__main__':\n    main()",
     "tolerance": "assert abs(echo(0.1) * 3 - 0.3) < 1e-9",
     "keyword": "assert echo(1, 2, 3, key=4) == 4",
     "subclasses of plain types": "assert count('aab') == {'a': 2, 'b': 1} and point() == (1, 2)",
@@ -146,6 +164,13 @@ FAIL = {
     "a function that checks": "def check(candidate):\n    assert candidate(12, 18) == 5\n\ncheck(gcd)",
     "pytest's functions": "from solution import gcd\ndef test_gcd():\n    assert gcd(12, 18) == 5",
     "an object is no plain data": "assert Stack([1]) == [1]",
+    "data as a function": "assert LIMIT(3) == 3",
+    "data as a function, in preparation": "x = LIMIT(3)\nassert gcd(12, 18) == 6",
+    "imported data as a function, in preparation": "from solution import *\nx = LIMIT(3)\nassert gcd(12, 18) == 6",
+    "unittest": "import unittest\nclass T(unittest.TestCase):\n"
+    "    def test_gcd(self): self.assertEqual(gcd(12, 18), 5)\nunittest.main()",
+    "unittest that skips": "import unittest\nclass T(unittest.TestCase):\n"
+    "    def test_gcd(self):\n        if gcd(12, 18): self.skipTest('')\n",
     "without end": "assert list(evens()) == 3",
     "leaving": "import sys\nassert gcd(12, 18) == 6\nsys.exit(0)",
 }
@@ -154,6 +179,13 @@ FAIL = {
 @pytest.mark.parametrize("case", FAIL)
 def test_tests_that_the_code_fails(reward, case):
     assert reward(["?"], [GCD], tests=[FAIL[case]]) == [0.0]
+
+
+def test_a_result_above_a_mebibyte_is_refused_with_a_reason(shared):
+    tests = "assert len(big()) > 0\nassert small() == 1"
+    code = "def big(): return 'x' * 2_000_000\ndef small(): return 1"
+    with pytest.warns(RuntimeWarning, match=r"completion 0: a result of 20000\d\d bytes is above the limit of 1048576"):
+        assert shared(["?"], [code], tests=[tests]) == [0.5]
 
 
 @pytest.mark.parametrize(
