@@ -21,24 +21,20 @@ result of its own yet.
 """
 
 import dataclasses
-import json
 import pathlib
-import time
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-import tyro
 
-from grpo_jax import advantages, data, losses, rewards, statistics, testing, types
+from grpo_jax import advantages, data, losses, rewards, run, sampling, testing
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint, compilation, display, metrics, monitoring, plots, preemption
-from grpo_jax.run import measured as measured_metrics
-from grpo_jax.study import evaluation
+from grpo_jax.run import compilation, measured
+from grpo_jax.run.precision import ComputeDtype, compute_dtype
+from grpo_jax.schedules import learning_rates
+from grpo_jax.study.task_runs import TaskRun
 from grpo_jax.tasks import countdown, dialogue, with_prompts
-from grpo_jax.train_step import make_collect, make_learn
+from grpo_jax.train_step import make_train_step
 from grpo_jax.updates import Updates, init_state
 
 
@@ -66,109 +62,51 @@ class Config:
     samples: int = 8  # completions of a problem in the last evaluation, for pass@k
     evaluate_every: int = 20
     save_every: int = 20
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16
     smoke: bool = False  # a tiny model and a few steps of everything
 
 
-def run(config: Config) -> dict[str, float]:
+def train(config: Config) -> dict[str, float]:
     """Trains, evaluates before and after, and returns the results."""
-    if config.prompts_per_step % (config.minibatches * config.micro_batches):
-        raise ValueError(
-            f"{config.prompts_per_step} prompts do not divide into {config.minibatches} minibatches of "
-            f"{config.micro_batches} micro-batches: choose --prompts-per-step or --micro-batches"
-        )
-    tokenizer = hf.load_tokenizer(config.model)
-    eos_ids = hf.eos_ids(config.model, tokenizer)
-    sizes = {"validation": config.eval_rows, "test": config.eval_rows, "ood": config.eval_rows}
-    task = countdown.task(config.seed, train=config.train_rows, **sizes)
+    updates = Updates(minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=1.0)
+    updates.check(config.prompts_per_step)
+    task = countdown.task(
+        config.seed, train=config.train_rows, **dict.fromkeys(("validation", "test", "ood"), config.eval_rows)
+    )
     task = with_prompts(task, data.chat if config.style == "chat" else dialogue)
-    prompts = [data.encode_prompt(tokenizer, row["prompt"]) for row in task.splits.train]
     functions = [task.verifier, rewards.strict_format()]
-    logged: dict[str, list[float]] = {}  # what reward functions log of a step
-    reward = rewards.host(
-        functions, task.splits.train, tokenizer, eos_ids=eos_ids,
-        log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
-    )  # fmt: skip
-    names = [rewards.name_of(function) for function in functions]
-    sampling = {"max_tokens": config.max_tokens, "eos_ids": eos_ids}
+    used = TaskRun(task, functions, config.model, config.run_dir, max_tokens=config.max_tokens)
 
-    with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
-        policy, params = hf.load_pretrained(config.model, compute_dtype=jnp.dtype(config.compute_dtype))
-        optimizer = optax.adamw(optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps), b2=0.99)
-        several = config.minibatches > 1
-        parts = config.minibatches * config.micro_batches
-        collect = jax.jit(
-            make_collect(
-                policy, sampling.sampler(group_size=config.group_size), score_old=several, score_parts=parts, **sampling
-            )
-        )
-        learn = jax.jit(
-            make_learn(
-                policy,
-                optimizer,
-                loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta)),
-                advantage=advantages.from_rewards(weights=(1.0, config.format_weight), names=names),
-                transforms=(measured_metrics.repetition(), measured_metrics.unscored(names)),
-                updates=Updates(minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=1.0),
-            ),
-            donate_argnums=0,
-        )
-
-        def evaluate(params: types.Params, split: str, **settings: object) -> dict[str, float]:
-            summary, items = evaluation.evaluate(
-                policy, params, tokenizer, getattr(task.splits, split), functions, **sampling, **settings
-            )
-            evaluation.write_items(config.run_dir / f"{split}.jsonl", items)
-            return {f"{split}/{name}": value for name, value in summary.items()}
-
-        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        state = init_state(params, optimizer, jax.random.key(config.seed), reference=True)
-        del params
-        with checkpoint.manager(config.run_dir / "checkpoints") as checkpoints:
-            if (found := checkpoint.restore(checkpoints, state)) is not None:
-                state, meta = found
-                checkpoint.check_config(meta["config"], settings, allow=("run_dir", "steps"))
-                print(f"resumed at step {int(state.step)} of {config.steps}")
-            first = int(state.step)
-            metrics.truncate(config.run_dir, first)
-            history = metrics.read(config.run_dir) if first else []
-            if not first:
-                print("before training:", evaluate(state.params, "validation", greedy=True))
-            with display.progress(config.steps, start=first, keys=("reward", *(f"reward/{n}" for n in names))) as show:
-                for n in range(first, config.steps):
-                    started = time.monotonic()
-                    rows = data.batch_indices(config.seed, n, len(prompts), config.prompts_per_step)
-                    batch = data.make_prompts([prompts[row] for row in rows], rows, multiple=64)
-                    experience = collect(state, batch)
-                    given, mask = reward(experience.rollout)
-                    state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
-                    measured = jax.device_get(statistics.summary(measured))
-                    measured = {name: float(np.mean(values)) for name, values in logged.items()} | measured
-                    logged.clear()
-                    seconds = time.monotonic() - started
-                    last, stopping = n + 1 == config.steps, stop_requested()
-                    if last or (n + 1) % config.evaluate_every == 0:
-                        measured |= evaluate(state.params, "validation", greedy=True)
-                    metrics.append(config.run_dir, n, measured, {"seconds": seconds})
-                    history.append({"step": n} | metrics.plain(measured))
-                    for warning in monitoring.warnings(history):
-                        print(f"step {n + 1}: {warning}")
-                    show(n, measured, float(np.sum(experience.rollout.lengths)) / seconds)
-                    if last or stopping or (n + 1) % config.save_every == 0:
-                        checkpoint.save(checkpoints, state, {"config": settings})
-                    if stopping and not last:
-                        raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
-
-        # ---------------------------------------------------------------------- results
-        results: dict[str, float] = {}
-        for split in ("test", "ood"):
-            results |= evaluate(state.params, split, group_size=config.samples, k=(1, config.samples))
-        (config.run_dir / "results.json").write_text(json.dumps(results, indent=2))
-        hf.save_pretrained(policy, state.params, config.run_dir / "model", tokenizer=tokenizer, eos_ids=eos_ids)
-        print(f"curves: {plots.plot(config.run_dir)}\nmodel: {config.run_dir / 'model'}")
-        for name, value in results.items():
-            print(f"  {name:32s}{value:8.3f}")
-    return results
+    policy, params = hf.load_pretrained(config.model, compute_dtype=compute_dtype(config.compute_dtype))
+    rate = learning_rates.learning_rate(
+        config.learning_rate, warmup_steps=config.warmup_steps, updates_per_step=updates.count
+    )
+    optimizer = optax.adamw(rate, b2=0.99)
+    sampler = sampling.sampler(group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=used.eos_ids)
+    step = make_train_step(
+        policy,
+        optimizer,
+        sampler,
+        loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta)),
+        advantage=advantages.from_rewards(weights=(1.0, config.format_weight), names=used.names),
+        transforms=(measured.repetition(), measured.unscored(used.names)),
+        updates=updates,
+    ).jit(compiler_options=compilation.cpu_memory_options())
+    state = init_state(params, optimizer, jax.random.key(config.seed), reference=True)
+    del params
+    keys = ("reward", *(f"reward/{name}" for name in used.names), "validation/accuracy")
+    settings = {"save_every": config.save_every, "allow": ("steps",), "digests": used.digests, "keys": keys}
+    with run.loop(config, state, steps=config.steps, **settings) as loop:
+        del state
+        for n in loop:
+            if n % config.evaluate_every == 0:
+                loop.log(used.evaluate(policy, loop.state.params, "validation", greedy=True))
+            experience = step.collect(loop.state, used.batch(config.seed, n, config.prompts_per_step))
+            given, mask = used.reward(experience.rollout)
+            loop.state, metrics = step.learn(loop.state, experience._replace(rewards=given, reward_mask=mask))
+            loop.log(metrics | used.logged.take() | {"learning_rate": rate(n * updates.count)})
+        loop.log(used.evaluate(policy, loop.state.params, "validation", greedy=True))
+    return used.finish(policy, loop.state.params, config.samples)
 
 
 def smoke(config: Config) -> Config:
@@ -184,11 +122,9 @@ def smoke(config: Config) -> Config:
 
 
 def main(config: Config) -> dict[str, float]:
-    """`run`, or a few steps of it."""
-    return run(smoke(config) if config.smoke else config)
+    """`train`, or a few steps of it."""
+    return train(smoke(config) if config.smoke else config)
 
 
 if __name__ == "__main__":
-    compilation.enable_compilation_cache()
-    compilation.trim_malloc()
-    main(tyro.cli(Config, description=__doc__))
+    run.command(main, Config, __doc__)

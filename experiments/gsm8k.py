@@ -24,21 +24,18 @@ result of its own yet.
 import dataclasses
 import json
 import pathlib
-import time
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import tyro
 
-from grpo_jax import data, recipes, rewards, sampling, statistics, testing, types
+from grpo_jax import data, recipes, rewards, run, sampling, testing
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint, compilation, display, metrics, monitoring, plots, preemption
-from grpo_jax.study import evaluation
+from grpo_jax.run import compilation
+from grpo_jax.run.precision import ComputeDtype, compute_dtype
+from grpo_jax.study.task_runs import TaskRun
 from grpo_jax.tasks import gsm8k, with_prompts
-from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.updates import Updates, init_state
+from grpo_jax.train_step import Step, make_train_step
+from grpo_jax.updates import init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Config:
     samples: int = 4  # completions of a problem in the last evaluation, beside the greedy one
     evaluate_every: int = 50
     save_every: int = 50
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16
     smoke: bool = False  # a tiny model and a few steps of everything
 
 
@@ -92,94 +89,52 @@ def make_recipe(config: Config) -> recipes.Recipe:
     return dataclasses.replace(recipe, to_advantages=to_advantages)
 
 
-def run(config: Config) -> dict[str, float]:
+def make_step(recipe: recipes.Recipe, config: Config, policy: Any, eos_ids: Any) -> Step:
+    """The recipe's step, in micro-batches."""
+    settings = recipe.settings
+    updates = dataclasses.replace(settings.pop("updates"), micro_batches=config.micro_batches)
+    sampler = sampling.sampler(eos_ids=eos_ids, **recipe.sampling)
+    return make_train_step(policy, recipe.optimizer, sampler, updates=updates, **settings)
+
+
+def train(config: Config) -> dict[str, float]:
     """Trains, evaluates before and after, and returns the results."""
     recipe = make_recipe(config)
-    tokenizer = hf.load_tokenizer(config.model)
-    eos_ids = hf.eos_ids(config.model, tokenizer)
     rows = gsm8k.from_hub() if config.train is None else {}
     for split in ("train", "test"):
         if (path := getattr(config, split)) is not None:
             rows[split] = data.read_rows(path, gsm8k.FIELDS)
     task = with_prompts(gsm8k.task(config.seed, validation=config.validation_rows, **rows), data.chat)
-    prompts = [data.encode_prompt(tokenizer, row["prompt"]) for row in task.splits.train]
     functions = [task.verifier, rewards.strict_format()]
-    logged: dict[str, list[float]] = {}  # what reward functions log of a step
-    reward = rewards.host(
-        functions, task.splits.train, tokenizer, eos_ids=eos_ids,
-        log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
-    )  # fmt: skip
+    used = TaskRun(task, functions, config.model, config.run_dir, max_tokens=recipe.max_tokens)
+    print(f"{recipe.name} leaves to you:\n  " + "\n  ".join(recipe.leaves))
 
-    with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
-        policy, params = hf.load_pretrained(config.model, compute_dtype=jnp.dtype(config.compute_dtype))
-        collect = jax.jit(make_collect(policy, sampling.sampler(eos_ids=eos_ids), **recipe.collecting))
-        learn = jax.jit(
-            make_learn(
-                policy, recipe.optimizer, updates=Updates(micro_batches=config.micro_batches), **recipe.learning
-            ),
-            donate_argnums=0,
-        )
-        after = jax.jit(recipe.after)  # renews the reference or moves an entropy bonus, where the recipe does
-
-        def evaluate(params: types.Params, split: str, **settings: Any) -> dict[str, float]:
-            summary, items = evaluation.evaluate(
-                policy, params, tokenizer, getattr(task.splits, split), functions,
-                eos_ids=eos_ids, max_tokens=recipe.max_tokens, **settings,
-            )  # fmt: skip
-            evaluation.write_items(config.run_dir / f"{split}.jsonl", items)
-            return {f"{split}/{name}": value for name, value in summary.items()}
-
-        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        state = init_state(params, recipe.optimizer, jax.random.key(config.seed), **recipe.initial)
-        del params
+    policy, params = hf.load_pretrained(config.model, compute_dtype=compute_dtype(config.compute_dtype))
+    step = make_step(recipe, config, policy, used.eos_ids).jit(compiler_options=compilation.cpu_memory_options())
+    after = jax.jit(recipe.after)  # renews the reference or moves an entropy bonus, where the recipe does
+    with run.loop(
+        config,
+        init_state(params, recipe.optimizer, jax.random.key(config.seed), **recipe.initial),
+        steps=config.steps,
+        save_every=config.save_every,
+        allow=("steps",),
+        digests=used.digests,
         # A reference that is renewed belongs to what changes.
-        initial = ("frozen",) if recipe.reference_updates else ("frozen", "ref_params")
-        with checkpoint.manager(config.run_dir / "checkpoints") as checkpoints:
-            if (found := checkpoint.restore(checkpoints, state)) is not None:
-                state, meta = found
-                checkpoint.check_config(meta["config"], settings, allow=("run_dir", "steps"))
-                print(f"resumed at step {int(state.step)} of {config.steps}")
-            first = int(state.step)
-            metrics.truncate(config.run_dir, first)
-            history = metrics.read(config.run_dir) if first else []
-            if not first:
-                print(f"{recipe.name} leaves to you:\n  " + "\n  ".join(recipe.leaves))
-                print("before training:", evaluate(state.params, "validation", greedy=True))
-            with display.progress(config.steps, start=first, keys=("reward", "reward/0", "reward/1", "kl")) as show:
-                for n in range(first, config.steps):
-                    started = time.monotonic()
-                    chosen = data.batch_indices(config.seed, n, len(prompts), recipe.prompts)
-                    experience = collect(state, data.make_prompts([prompts[i] for i in chosen], chosen, multiple=64))
-                    given, mask = reward(experience.rollout)
-                    state, measured = learn(state, experience._replace(rewards=given, reward_mask=mask))
-                    state = after(state, measured)
-                    measured = jax.device_get(statistics.summary(measured))
-                    measured = {name: float(np.mean(values)) for name, values in logged.items()} | measured
-                    logged.clear()
-                    seconds = time.monotonic() - started
-                    last, stopping = n + 1 == config.steps, stop_requested()
-                    if last or (n + 1) % config.evaluate_every == 0:
-                        measured |= evaluate(state.params, "validation", greedy=True)
-                    metrics.append(config.run_dir, n, measured, {"seconds": seconds})
-                    history.append({"step": n} | metrics.plain(measured))
-                    for warning in monitoring.warnings(history):
-                        print(f"step {n + 1}: {warning}")
-                    show(n, measured, float(np.sum(experience.rollout.lengths)) / seconds)
-                    if last or stopping or (n + 1) % config.save_every == 0:
-                        checkpoint.save(checkpoints, state, {"config": settings}, initial=initial)
-                    if stopping and not last:
-                        raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
-
-        # ---------------------------------------------------------------------- results
-        results = {f"greedy/{k}": v for k, v in evaluate(state.params, "test", greedy=True).items()}
-        for split in ("test", "ood") if task.splits.ood else ("test",):
-            results |= evaluate(state.params, split, group_size=config.samples, k=(1, config.samples))
-        (config.run_dir / "results.json").write_text(json.dumps(results, indent=2))
-        hf.save_pretrained(policy, state.params, config.run_dir / "model", tokenizer=tokenizer, eos_ids=eos_ids)
-        print(f"curves: {plots.plot(config.run_dir)}\nmodel: {config.run_dir / 'model'}")
-        for name, value in results.items():
-            print(f"  {name:32s}{value:8.3f}")
-        print(f"please cite:\n{recipes.citation(recipe)}")
+        initial=("frozen",) if recipe.reference_updates else ("frozen", "ref_params"),
+        keys=("reward", "reward/0", "reward/1", "kl", "validation/accuracy"),
+    ) as loop:
+        del params
+        for n in loop:
+            if n % config.evaluate_every == 0:
+                loop.log(used.evaluate(policy, loop.state.params, "validation", greedy=True))
+            experience = step.collect(loop.state, used.batch(config.seed, n, recipe.prompts))
+            given, mask = used.reward(experience.rollout)
+            state, metrics = step.learn(loop.state, experience._replace(rewards=given, reward_mask=mask))
+            loop.state = after(state, metrics)
+            loop.log(metrics | used.logged.take())
+        loop.log(used.evaluate(policy, loop.state.params, "validation", greedy=True))
+    results = used.finish(policy, loop.state.params, config.samples)
+    print(f"please cite:\n{recipes.citation(recipe)}")
     return results
 
 
@@ -203,11 +158,9 @@ def smoke(config: Config) -> Config:
 
 
 def main(config: Config) -> dict[str, float]:
-    """`run`, or a few steps of it."""
-    return run(smoke(config) if config.smoke else config)
+    """`train`, or a few steps of it."""
+    return train(smoke(config) if config.smoke else config)
 
 
 if __name__ == "__main__":
-    compilation.enable_compilation_cache()
-    compilation.trim_malloc()
-    main(tyro.cli(Config, description=__doc__))
+    run.command(main, Config, __doc__)

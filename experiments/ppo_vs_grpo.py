@@ -62,7 +62,7 @@ NAME = "ppo_vs_grpo"
 # The run folder, with its starts, is the ablations'.
 DEFAULT = Config(results=pathlib.Path(__file__).parent / "results")
 GRPO = "GRPO, 8 x 8, 1 pass"
-SECONDS = "seconds of steps, all seeds in one program"
+SECONDS = "seconds of steps"
 
 
 def experiment(config: Config) -> None:

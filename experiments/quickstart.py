@@ -1,7 +1,7 @@
 """GRPO from nothing to over 95% in about a minute on a laptop: 2-digit addition with worked steps.
 
     python experiments/quickstart.py                          # one update a rollout, no KL term
-    python experiments/quickstart.py --passes 2 --beta 0.04   # in which clipping and the KL term act
+    python experiments/quickstart.py --iterations 2 --beta 0.04   # in which clipping and the KL term act
 
 A transformer of 0.4 M parameters is made from scratch and gets a short supervised
 warm-up on the demonstrations of an imperfect teacher, who forgets most carries:
@@ -28,18 +28,19 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 import transformers
-import tyro
 
-from grpo_jax import data, losses, models, rewards, sampling, statistics
+from grpo_jax import data, losses, models, rewards, run, sampling
 from grpo_jax.advantages import from_rewards
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
-from grpo_jax.run import checkpoint, compilation, display, metrics, plots, preemption
+from grpo_jax.run import preemption
+from grpo_jax.schedules import learning_rates
 from grpo_jax.tasks import arithmetic
 from grpo_jax.train_step import make_learn, make_train_step
 from grpo_jax.types import Experience, Metrics, Params, Prompts, TrainState
@@ -59,7 +60,7 @@ class Config:
     prompts_per_step: int = 16
     group_size: int = 8
     learning_rate: float = 1e-4
-    passes: int = 1  # over each rollout; from 2 on, the ratio leaves 1 and clipping acts
+    iterations: int = 1  # over each rollout; from 2 on, the ratio leaves 1 and clipping acts
     epsilon: float = 0.2
     beta: float = 0.0  # weight of the KL term; above 0, the warmed-up policy is kept as the reference
     evaluate_every: int = 10
@@ -86,148 +87,132 @@ def make_policy(tokenizer: transformers.PreTrainedTokenizerFast) -> Policy:
     )
 
 
-def run(config: Config) -> dict[str, float]:
+def train(config: Config) -> dict[str, float]:
     """The whole experiment; returns the test accuracies."""
     started = time.monotonic()
     tokenizer = arithmetic.tokenizer()
     splits = arithmetic.splits(config.seed)
     policy = make_policy(tokenizer)
-    accuracy, formed = arithmetic.accuracy(tokenizer), arithmetic.strict_format(tokenizer)
-    eos_ids = (tokenizer.eos_token_id,)
-
-    @jax.jit
-    def evaluate(params: Params, prompts: Prompts) -> dict[str, jax.Array]:
-        settings = {"group_size": 1, "max_tokens": arithmetic.MAX_TOKENS, "eos_ids": eos_ids}
-        greedy = dataclasses.replace(sampling.sampler(**settings), greedy=True)(
-            policy, params, prompts, jax.random.key(0)
-        )
-        sampled = sampling.sampler(**settings)(policy, params, prompts, jax.random.key(0))
-        return {"greedy": accuracy(greedy).mean(), "sampled": accuracy(sampled).mean(), "tokens": greedy.tokens[:, 0]}
-
-    with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
-        # ------------------------------------------------------------ supervised warm-up
-        prompts, completions = arithmetic.flawed_demonstrations(splits.demonstrations, config.seed)
-        demonstrations = data.make_demonstrations(tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"])
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0,
-            config.warmup_learning_rate,
-            min(20, config.warmup_steps // 2),
-            config.warmup_steps,
-            0.05 * config.warmup_learning_rate,
-        )
-        optimizer = optax.adamw(schedule, weight_decay=0.01)
-        learn = make_learn(policy, optimizer, loss=losses.sft(), updates=Updates(max_grad_norm=1.0))
-
-        @jax.jit
-        def imitate(state: TrainState, rows: np.ndarray) -> tuple[TrainState, Metrics]:
-            return learn(state, Experience(jax.tree.map(lambda x: x[rows], demonstrations)))
-
-        def warmup_step(state: TrainState, n: int) -> tuple[TrainState, Metrics]:
-            return imitate(state, data.batch_indices(config.seed, n, len(prompts), config.warmup_batch))
-
-        print(f"supervised warm-up on {len(prompts)} demonstrations, such as {prompts[0]}{completions[0]}")
-        state = init_state(jax.jit(policy.init)(jax.random.key(config.seed)), optimizer, jax.random.key(config.seed))
-        folder = config.run_dir / "warmup"
-        state = train(folder, config, state, warmup_step, config.warmup_steps, stop_requested, keys=("loss",))
-        before = evaluate(state.params, arithmetic.encode(tokenizer, splits.test))
-
-        # ------------------------------------------------------------------------- GRPO
-        learning_rate = optax.join_schedules(
-            [
-                optax.linear_schedule(0.0, config.learning_rate, 5),
-                optax.linear_schedule(config.learning_rate, 0.1 * config.learning_rate, config.steps - 5),
-            ],
-            [5],
-        )
-        optimizer = optax.adam(learning_rate, b2=0.99)
-        step = jax.jit(
-            make_train_step(
-                policy,
-                optimizer,
-                sampling.sampler(group_size=config.group_size, max_tokens=arithmetic.MAX_TOKENS, eos_ids=eos_ids),
-                reward=rewards.traced(accuracy, formed),
-                advantage=from_rewards(weights=(1.0, 0.1), names=("accuracy", "format")),
-                loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta) if config.beta else None),
-                updates=Updates(iterations=config.passes, max_grad_norm=1.0),
-            )
-        )
-
-        def grpo_step(state: TrainState, n: int) -> tuple[TrainState, Metrics]:
-            rows = data.batch_indices(config.seed, n, len(splits.train), config.prompts_per_step)
-            return step(state, arithmetic.encode(tokenizer, splits.train[rows]))
-
-        print(f"GRPO: {config.prompts_per_step} prompts x {config.group_size} completions a step")
-        validation = arithmetic.encode(tokenizer, splits.validation)
-        keys = ("reward", "reward/accuracy", "validation", "kl", "entropy", "length")
-        state = init_state(state.params, optimizer, jax.random.key(config.seed + 1), reference=config.beta > 0)
-        state = train(
-            config.run_dir,
-            config,
-            state,
-            grpo_step,
-            config.steps,
-            stop_requested,
-            keys=keys,
-            evaluate=lambda params: {"validation": evaluate(params, validation)["greedy"]},
-        )
-
-    # -------------------------------------------------------------------------- results
-    after = evaluate(state.params, arithmetic.encode(tokenizer, splits.test))
+    evaluate = make_evaluate(policy, tokenizer)
+    test = arithmetic.encode(tokenizer, splits.test)
+    with preemption.lock(config.run_dir):
+        params = warm_up(config, policy, tokenizer, splits)
+        before = evaluate(params, test)
+        params = grpo(config, policy, tokenizer, splits, params, evaluate)
+    after = evaluate(params, test)
     for problem, old, new in list(zip(splits.test, before["tokens"], after["tokens"], strict=True))[:4]:
         print(f"\n{arithmetic.prompt(problem)}\n  before  {text(tokenizer, old)}\n  after   {text(tokenizer, new)}")
     results = {
-        f"{name}_{when}": float(found[name])
-        for when, found in (("before", before), ("after", after))
+        f"{name}_{when}": float(accuracies[name])
+        for when, accuracies in (("before", before), ("after", after))
         for name in ("greedy", "sampled")
     }
     print(f"\ntest accuracy over {len(splits.test)} problems   before   after")
     for name in ("greedy", "sampled"):
         print(f"  {name:36s}{results[f'{name}_before']:8.3f}{results[f'{name}_after']:8.3f}")
     (config.run_dir / "results.json").write_text(json.dumps(results, indent=2))
-    curves = ("reward", "reward/accuracy", "validation", "kl" if config.beta else "grad_norm", "entropy", "length")
-    curves = (*curves, "clip_low", "clip_high")
-    print(f"curves: {plots.plot(config.run_dir, keys=curves)}")
-    export(policy, state.params, tokenizer, config.run_dir / "model", arithmetic.prompt(splits.test[0]))
+    export(policy, params, tokenizer, config.run_dir / "model", arithmetic.prompt(splits.test[0]))
     print(f"{time.monotonic() - started:.0f} s in all")
     return results
 
 
-def train(
-    folder: pathlib.Path,
+def warm_up(config: Config, policy: Policy, tokenizer: Any, splits: Any) -> Params:
+    """Supervised learning of the teacher's demonstrations, from nothing."""
+    prompts, completions = arithmetic.flawed_demonstrations(splits.demonstrations, config.seed)
+    demonstrations = data.make_demonstrations(tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"])
+    rate = learning_rates.learning_rate(
+        config.warmup_learning_rate,
+        config.warmup_steps,
+        warmup_steps=min(20, config.warmup_steps // 2),
+        decay=learning_rates.cosine,
+        final_fraction=0.05,
+    )
+    optimizer = optax.adamw(rate, weight_decay=0.01)
+    learn = make_learn(policy, optimizer, loss=losses.sft(), updates=Updates(max_grad_norm=1.0))
+
+    @jax.jit
+    def learn_rows(state: TrainState, rows: np.ndarray) -> tuple[TrainState, Metrics]:
+        return learn(state, Experience(jax.tree.map(lambda x: x[rows], demonstrations)))
+
+    print(f"supervised warm-up on {len(prompts)} demonstrations, such as {prompts[0]}{completions[0]}")
+    key = jax.random.key(config.seed)
+    state, folder = init_state(jax.jit(policy.init)(key), optimizer, key), config.run_dir / "warmup"
+    settings = {"steps": config.warmup_steps, "save_every": config.save_every, "run_dir": folder}
+    with run.loop(config, state, keys=("loss",), **settings) as loop:
+        for n in loop:
+            rows = data.batch_indices(config.seed, n, len(prompts), config.warmup_batch)
+            loop.state, metrics = learn_rows(loop.state, rows)
+            loop.log(metrics | {"learning_rate": rate(n)})
+    return loop.state.params
+
+
+def grpo(
     config: Config,
-    state: TrainState,
-    step: Callable[[TrainState, int], tuple[TrainState, Metrics]],
-    steps: int,
-    stop_requested: Callable[[], bool],
-    *,
-    keys: tuple[str, ...],
-    evaluate: Callable[[Params], dict[str, jax.Array]] | None = None,
-) -> TrainState:
-    """Runs `step` until `steps` have been made, from the newest checkpoint in the folder if there is one."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config) | {"run_dir": str(config.run_dir)}))
-    with checkpoint.manager(folder / "checkpoints") as checkpoints:
-        if (found := checkpoint.restore(checkpoints, state)) is not None:
-            state, meta = found
-            checkpoint.check_config(meta["config"], settings, allow=("run_dir",))
-            print(f"resumed at step {int(state.step)} of {steps}")
-        metrics.truncate(folder, int(state.step))
-        with display.progress(steps, start=int(state.step), keys=keys) as show:
-            for n in range(int(state.step), steps):
-                started = time.monotonic()
-                state, measured = step(state, n)
-                measured = jax.device_get(statistics.summary(measured))
-                seconds = time.monotonic() - started
-                if evaluate is not None and ((n + 1) % config.evaluate_every == 0 or n + 1 == steps):
-                    measured |= jax.device_get(evaluate(state.params))
-                tokens = measured["length"] * config.prompts_per_step * config.group_size
-                metrics.append(folder, n, measured, {"seconds": seconds})
-                show(n, measured, None if evaluate is None else tokens / seconds)
-                stopping = stop_requested()
-                if stopping or (n + 1) % config.save_every == 0 or n + 1 == steps:
-                    checkpoint.save(checkpoints, state, {"config": settings})
-                if stopping:
-                    raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
-    return state
+    policy: Policy,
+    tokenizer: Any,
+    splits: Any,
+    params: Params,
+    evaluate: Callable[[Params, Prompts], dict[str, jax.Array]],
+) -> Params:
+    """GRPO with rewards for right answers and their format."""
+    updates = Updates(iterations=config.iterations, max_grad_norm=1.0)
+    rate = learning_rates.learning_rate(
+        config.learning_rate,
+        config.steps,
+        warmup_steps=min(4, config.steps // 2),
+        decay=learning_rates.linear,
+        final_fraction=0.1,
+        updates_per_step=updates.count,
+    )
+    optimizer = optax.adam(rate, b2=0.99)
+    sampler = sampling.sampler(
+        group_size=config.group_size, max_tokens=arithmetic.MAX_TOKENS, eos_ids=(tokenizer.eos_token_id,)
+    )
+    step = make_train_step(
+        policy,
+        optimizer,
+        sampler,
+        reward=rewards.traced(arithmetic.accuracy(tokenizer), arithmetic.strict_format(tokenizer)),
+        advantage=from_rewards(weights=(1.0, 0.1), names=("accuracy", "format")),
+        loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta) if config.beta else None),
+        updates=updates,
+    )
+    step = jax.jit(step)  # one program
+
+    print(f"GRPO: {config.prompts_per_step} prompts x {config.group_size} completions a step")
+    validation = arithmetic.encode(tokenizer, splits.validation)
+    state = init_state(params, optimizer, jax.random.key(config.seed + 1), reference=config.beta > 0)
+    keys = ("reward", "reward/accuracy", "validation", "kl", "entropy", "length")
+    curves = ("reward", "reward/accuracy", "validation", "kl" if config.beta else "grad_norm", "entropy", "length")
+    settings = {"keys": keys, "curves": (*curves, "clip_low", "clip_high"), "save_every": config.save_every}
+    with run.loop(config, state, steps=config.steps, **settings) as loop:
+        for n in loop:
+            if n % config.evaluate_every == 0:
+                loop.log({"validation": evaluate(loop.state.params, validation)["greedy"]})
+            rows = data.batch_indices(config.seed, n, len(splits.train), config.prompts_per_step)
+            loop.state, metrics = step(loop.state, arithmetic.encode(tokenizer, splits.train[rows]))
+            loop.log(metrics | {"learning_rate": rate(n * updates.count)})
+        loop.log({"validation": evaluate(loop.state.params, validation)["greedy"]})
+    return loop.state.params
+
+
+def make_evaluate(policy: Policy, tokenizer: Any) -> Callable[[Params, Prompts], dict[str, jax.Array]]:
+    """`(params, prompts) -> ` accuracies of greedy and of sampled completions, and the greedy ones."""
+    accuracy, settings = arithmetic.accuracy(tokenizer), {"max_tokens": arithmetic.MAX_TOKENS}
+    greedy = sampling.greedy(eos_ids=(tokenizer.eos_token_id,), **settings)
+    sampled = sampling.sampler(group_size=1, eos_ids=(tokenizer.eos_token_id,), **settings)
+
+    @jax.jit
+    def evaluate(params: Params, prompts: Prompts) -> dict[str, jax.Array]:
+        likeliest = greedy(policy, params, prompts, jax.random.key(0))
+        drawn = sampled(policy, params, prompts, jax.random.key(0))
+        return {
+            "greedy": accuracy(likeliest).mean(),
+            "sampled": accuracy(drawn).mean(),
+            "tokens": likeliest.tokens[:, 0],
+        }
+
+    return evaluate
 
 
 def text(tokenizer: transformers.PreTrainedTokenizerFast, tokens: jax.Array) -> str:
@@ -250,12 +235,11 @@ def export(
 
 
 def main(config: Config) -> dict[str, float]:
-    """`run`, or a few steps of it."""
+    """`train`, or a few steps of it."""
     if config.smoke:
         config = dataclasses.replace(config, warmup_steps=60, warmup_batch=32, steps=6, evaluate_every=3, save_every=2)
-    return run(config)
+    return train(config)
 
 
 if __name__ == "__main__":
-    compilation.enable_compilation_cache()
-    main(tyro.cli(Config, description=__doc__))
+    run.command(main, Config, __doc__)

@@ -20,7 +20,7 @@ is given again, and ends with the same parameters to the bit. The test's problem
 touched after each stage and nowhere else.
 
 The small task is sums of five digits modulo 10 (`grpo_jax.tasks.modular_sums`), for a
-Llama of 0.1 M parameters. Its base is made here, as stage 0, on 4096 texts of a crowd that
+Llama of 0.1 M parameters. Its base is made here, as stage 0, on 4096 texts of a majority that
 forgets 40% of the terms after the first, works a fifth of the sums twice, guesses 5% and writes
 30% of the digits of its working in a second script (`<think>5五1七9</think>`). The cold
 start is 256 demonstrations of a teacher who forgets 30% of the terms, works half of the
@@ -84,18 +84,20 @@ import optax
 import rich
 import rich.table
 import transformers
-import tyro
 
-from grpo_jax import data, losses, models, packing, rewards, sampling, statistics
+from grpo_jax import data, losses, models, packing, rewards, run, sampling
 from grpo_jax.advantages import from_rewards
 from grpo_jax.baselines.rejection_sampling import best_of_n
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
-from grpo_jax.run import checkpoint, compilation, display, metrics, preemption
+from grpo_jax.protocols import Reward
+from grpo_jax.run import checkpoint, preemption
 from grpo_jax.run.names import resolve
+from grpo_jax.run.precision import ComputeDtype, compute_dtype
+from grpo_jax.schedules import learning_rates
 from grpo_jax.tasks import modular_sums
-from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.types import Array, Experience, Metrics, Params, PRNGKey, Prompts, Rollout, TrainState
+from grpo_jax.train_step import make_learn, make_train_step
+from grpo_jax.types import Array, Experience, Params, PRNGKey, Prompts, Rollout
 from grpo_jax.updates import Updates, init_state
 
 STAGES = ("base", "cold_start", "reasoning_rl", "rejection_sampling", "final_rl")
@@ -123,7 +125,7 @@ class Config:
     max_tokens: int = 1024  # of a completion of a model; the small task has its own
     test_rows: int = 512
     test_batch: int = 512
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of a model; trained weights are float32 in any case
+    compute_dtype: ComputeDtype = "auto"  # of a model: float32 on CPUs, else bfloat16; trained weights are float32
 
     # Stages 1 and 3, supervised; and before them, for the small task alone, a base from nothing.
     base_steps: int = 800
@@ -159,7 +161,6 @@ class Config:
     smoke: bool = False  # a few steps of everything, to see that it runs
 
 
-Grade = Callable[[Rollout], tuple[Any, Any]]  # rewards [B, G, R], mask [B, G, R]
 Pair = tuple[list[int], list[int]]  # a prompt and its completion, with the token that ends it
 
 
@@ -175,21 +176,21 @@ class Problem(NamedTuple):
     train: np.ndarray  # rows
     test: np.ndarray  # rows
     prompts: Callable[[np.ndarray], Prompts]  # of rows
-    reasoning: Grade  # accuracy, format, language
-    preference: Grade
-    judge: Grade | None
+    reasoning: Reward  # accuracy, format, language
+    preference: Reward
+    judge: Reward | None
     text: Callable[[Sequence[int]], str]
     tokenizer: Any = None
 
 
-def run(config: Config) -> dict[str, Any]:
-    """All four stages, or those that are still to be done; returns what `results.json` has."""
+def train(config: Config) -> dict[str, Any]:
+    """All four stages, or those that are still to be done; returns the content of `results.json`."""
     began = time.monotonic()
     check(config)
     problem = small(config) if config.model is None else pretrained(config)
-    examine = make_examine(problem, config)
+    evaluate = make_evaluate(problem, config)
     folders = {name: config.run_dir / f"{number}_{name}" for number, name in enumerate(STAGES)}
-    found: dict[str, dict[str, float]] = {}
+    tests: dict[str, dict[str, float]] = {}
 
     def finish(name: str, params: Params) -> Params:
         """The test of a stage and its export, unless they are there."""
@@ -198,67 +199,52 @@ def run(config: Config) -> dict[str, Any]:
             hf.save_pretrained(
                 problem.policy, params, folder / "model", tokenizer=problem.tokenizer, eos_ids=problem.eos_ids
             )
-            write(folder / "test.json", examine(params))
-        found[name] = json.loads((folder / "test.json").read_text())
+            write(folder / "test.json", evaluate(params))
+        tests[name] = json.loads((folder / "test.json").read_text())
         return params
 
-    with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
-        imitate = functools.partial(finetune, config, problem, stop_requested)
-        improve = functools.partial(reinforce, config, problem, stop_requested)
+    def base() -> Params:
+        """The model before any stage: as it was given, or from nothing, trained once and then read."""
+        params, rate = problem.load(), config.base_learning_rate
+        if not problem.pretraining:
+            return params
+        return sft(config, problem, folders["base"], params, problem.pretraining, config.base_steps, rate=rate, key=0)
 
-        def base() -> Params:
-            """The model before any stage: as it was given, or from nothing, trained once and then read."""
-            params, rate = problem.load(), config.base_learning_rate
-            if not problem.pretraining:
-                return params
-            return imitate(folders["base"], params, problem.pretraining, config.base_steps, rate=rate, key=0)
-
+    with preemption.lock(config.run_dir):
         # ------------------------------------------------------------------- 1 cold start
         params = finish("base", base())
         folder, rate = folders["cold_start"], config.sft_learning_rate
-        params = imitate(folder, params, problem.demonstrations, config.cold_start_steps, rate=rate, key=1)
+        shown = problem.demonstrations
+        params = sft(config, problem, folder, params, shown, config.cold_start_steps, rate=rate, key=1)
         params = finish("cold_start", params)
 
         # --------------------------------------------------- 2 GRPO: accuracy, format, language
-        params = improve(
-            folders["reasoning_rl"],
-            params,
-            config.rl_steps,
-            grade=problem.reasoning,
-            names=REWARDS[:3],
-            temperature=config.temperature,
-            key=2,
-        )
+        folder, reward = folders["reasoning_rl"], problem.reasoning
+        first = {"names": REWARDS[:3], "temperature": config.temperature, "key": 2}
+        params = grpo(config, problem, folder, params, config.rl_steps, reward=reward, **first)
         params = finish("reasoning_rl", params)
 
-        # ------------------------------------- 3 rejection sampling, and SFT on what it leaves
+        # ------------------------------------- 3 rejection sampling, and SFT on its completions
         folder = folders["rejection_sampling"]
-        pairs, counts = rejection_sample(config, problem, stop_requested, folder / "samples", params)
+        pairs, counts = rejection_sample(config, problem, folder / "samples", params)
         if config.start == "base":
             params = base()
         elif config.start == "cold_start":
             params = checkpoint.restore_params(folders["cold_start"] / "checkpoints", params)
-        pairs = [*pairs, *problem.demonstrations] if config.mix else pairs
-        params = imitate(folder, params, pairs, config.sft_steps, rate=rate, key=3)
+        pairs = [*pairs, *shown] if config.mix else pairs
+        params = sft(config, problem, folder, params, pairs, config.sft_steps, rate=rate, key=3)
         params = finish("rejection_sampling", params)
 
         # ------------------------------------------------------- 4 GRPO: mixed rewards
         def mixed(rollout: Rollout) -> tuple[Any, Any]:
-            graded = problem.reasoning(rollout), problem.preference(rollout)
-            return tuple(np.concatenate(parts, axis=-1) for parts in zip(*graded, strict=True))
+            parts = problem.reasoning(rollout), problem.preference(rollout)
+            return tuple(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True))
 
-        params = improve(
-            folders["final_rl"],
-            params,
-            config.final_steps,
-            grade=mixed,
-            names=REWARDS,
-            temperature=config.final_temperature,
-            key=4,
-        )
+        last = {"names": REWARDS, "temperature": config.final_temperature, "key": 4}
+        params = grpo(config, problem, folders["final_rl"], params, config.final_steps, reward=mixed, **last)
         finish("final_rl", params)
 
-        results = {"stages": found, "rejection_sampling": counts}
+        results = {"stages": tests, "rejection_sampling": counts}
         write(config.run_dir / "results.json", results)
     rich.print(table(results, len(problem.test)))
     drawn = "{drawn} completions drawn, {right} right, {kept} kept".format(**counts)
@@ -283,10 +269,9 @@ def table(results: dict[str, Any], count: int) -> rich.table.Table:
 # ------------------------------------------------------------------------------- stages
 
 
-def finetune(
+def sft(
     config: Config,
     problem: Problem,
-    stop_requested: Callable[[], bool],
     folder: pathlib.Path,
     params: Params,
     pairs: Sequence[Pair],
@@ -296,95 +281,92 @@ def finetune(
     key: int,
 ) -> Params:
     """Supervised learning of completions."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(20, steps // 2), steps, 0.05 * rate)
+    schedule = learning_rates.learning_rate(
+        rate, steps, warmup_steps=min(20, steps // 2), decay=learning_rates.cosine, final_fraction=0.05
+    )
     optimizer = optax.adamw(schedule, weight_decay=0.01)
-    settings = {"micro_batches": config.micro_batches, "max_grad_norm": 1.0}
-    learn = jax.jit(make_learn(problem.policy, optimizer, loss=losses.sft(), **settings), donate_argnums=0)
+    updates = Updates(micro_batches=config.micro_batches, max_grad_norm=1.0)
+    learn = jax.jit(make_learn(problem.policy, optimizer, loss=losses.sft(), updates=updates), donate_argnums=0)
 
-    def step(state: TrainState, n: int) -> tuple[TrainState, Metrics]:
+    def batch(n: int) -> Rollout:
         rows = data.batch_indices(config.seed + key, n, len(pairs), config.sft_batch)
-        prompts, completions = zip(*(pairs[row] for row in rows), strict=True)
-        return learn(state, Experience(data.make_demonstrations(prompts, completions, multiple=config.bucket)))
+        return data.make_demonstrations(*zip(*(pairs[row] for row in rows), strict=True), multiple=config.bucket)
 
     print(f"{folder.name}: {len(pairs)} completions to learn, such as {problem.text([*pairs[0][0], *pairs[0][1]])}")
     state = init_state(params, optimizer, stage_key(config, key))
-    return train(folder, config, state, step, steps, stop_requested, keys=("loss", "grad_norm", "length"))
+    settings = {"run_dir": folder, "save_every": config.save_every, "keys": ("loss", "grad_norm", "length")}
+    with run.loop(config, state, steps=steps, **settings) as loop:
+        for n in loop:
+            loop.state, metrics = learn(loop.state, Experience(batch(n)))
+            loop.log(metrics | {"learning_rate": schedule(n)})
+    return loop.state.params
 
 
-def reinforce(
+def grpo(
     config: Config,
     problem: Problem,
-    stop_requested: Callable[[], bool],
     folder: pathlib.Path,
     params: Params,
     steps: int,
     *,
-    grade: Grade,
+    reward: Reward,
     names: Sequence[str],
     temperature: float,
     key: int,
 ) -> Params:
     """GRPO with the given rewards."""
-    schedule = optax.linear_schedule(0.0, config.rl_learning_rate, 5)
-    optimizer = optax.adamw(schedule, b2=0.99, weight_decay=0.0)
-    collect = jax.jit(
-        make_collect(
-            problem.policy,
-            sampling.sampler(
-                group_size=config.group_size,
-                max_tokens=problem.max_tokens,
-                eos_ids=problem.eos_ids,
-                temperature=temperature,
-            ),
-            score_old=config.minibatches > 1,
-            score_parts=config.minibatches * config.micro_batches,
-        )
-    )
-    learn = jax.jit(
-        make_learn(
-            problem.policy,
-            optimizer,
-            loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta) if config.beta else None),
-            advantage=from_rewards(weights=config.weights[: len(names)], names=names),
-            temperature=temperature,
-            updates=Updates(minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=1.0),
-        ),
-        donate_argnums=0,
-    )
+    updates = Updates(minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=1.0)
+    rate = learning_rates.learning_rate(config.rl_learning_rate, warmup_steps=4, updates_per_step=updates.count)
+    optimizer = optax.adamw(rate, b2=0.99, weight_decay=0.0)
+    step = make_train_step(
+        problem.policy,
+        optimizer,
+        make_sampler(problem, group_size=config.group_size, temperature=temperature),
+        loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta) if config.beta else None),
+        advantage=from_rewards(weights=config.weights[: len(names)], names=names),
+        updates=updates,
+    ).jit()
 
-    def step(state: TrainState, n: int) -> tuple[TrainState, Metrics]:
-        rows = problem.train[data.batch_indices(config.seed + key, n, len(problem.train), config.prompts_per_step)]
-        experience = collect(state, problem.prompts(rows))
-        given, mask = grade(experience.rollout)
-        experience = experience._replace(rewards=jnp.asarray(given), reward_mask=jnp.asarray(mask))
-        return learn(state, packing.trim(experience, multiple=config.bucket))
+    def batch(n: int) -> Prompts:
+        rows = data.batch_indices(config.seed + key, n, len(problem.train), config.prompts_per_step)
+        return problem.prompts(problem.train[rows])
 
     print(f"{folder.name}: {config.prompts_per_step} prompts x {config.group_size} completions a step")
     state = init_state(params, optimizer, stage_key(config, key), reference=config.beta > 0)
     keys = ("reward", *(f"reward/{name}" for name in names), "entropy", "length")
-    return train(folder, config, state, step, steps, stop_requested, keys=keys)
+    with run.loop(config, state, steps=steps, run_dir=folder, save_every=config.save_every, keys=keys) as loop:
+        for n in loop:
+            experience = step.collect(loop.state, batch(n))
+            given, mask = reward(experience.rollout)
+            experience = experience._replace(rewards=jnp.asarray(given), reward_mask=jnp.asarray(mask))
+            loop.state, metrics = step.learn(loop.state, packing.trim(experience, multiple=config.bucket))
+            loop.log(metrics | {"learning_rate": rate(n * updates.count)})
+    return loop.state.params
 
 
 def rejection_sample(
-    config: Config, problem: Problem, stop_requested: Callable[[], bool], folder: pathlib.Path, params: Params
+    config: Config, problem: Problem, folder: pathlib.Path, params: Params
 ) -> tuple[list[Pair], dict[str, int]]:
     """The best right completions of each prompt, without duplicates, and how many were drawn, right and kept.
 
     Each batch has a file, in which it is found again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draw = jax.jit(make_sampler(problem, group_size=config.samples, temperature=config.temperature))
+    sampler = make_sampler(problem, group_size=config.samples, temperature=config.temperature)
+    draw = jax.jit(functools.partial(sampler, problem.policy))
     rows = problem.train[data.batch_indices(config.seed + 3, 0, len(problem.train), config.sampled_prompts)]
     rows = np.unique(rows)  # a prompt comes once, also where there are fewer than are asked for
     lines: list[dict[str, Any]] = []
-    for n, batch in enumerate(batches(rows, config.test_batch)):
-        path = folder / f"{n:05d}.json"
-        if not path.exists():
-            if stop_requested():
-                raise SystemExit(f"stopped after {n} batches of {folder}; the same command goes on")
-            rollout = draw(params, problem.prompts(batch), jax.random.fold_in(stage_key(config, 5), n))
-            write(path, select(config, problem, rollout))
-        lines.append(json.loads(path.read_text()))
+    with preemption.graceful_stop() as stop_requested:
+        for n, batch in enumerate(batches(rows, config.test_batch)):
+            path = folder / f"{n:05d}.json"
+            if not path.exists():
+                if stop_requested():
+                    print(f"stopped after {n} batches of {folder}; the same command goes on")
+                    raise SystemExit(preemption.STOPPED)
+                rollout = draw(params, problem.prompts(batch), jax.random.fold_in(stage_key(config, 5), n))
+                write(path, select(config, problem, rollout))
+            lines.append(json.loads(path.read_text()))
     counts = {name: sum(line[name] for line in lines) for name in ("drawn", "right")}
     # Two rows may have the same prompt; a dict keeps what came first, in order.
     pairs = list({(tuple(item["prompt"]), tuple(item["completion"])): None for line in lines for item in line["kept"]})
@@ -397,15 +379,15 @@ def rejection_sample(
 
 
 def select(config: Config, problem: Problem, rollout: Rollout) -> dict[str, Any]:
-    """What is kept of a batch, as JSON."""
-    graded = [grade(rollout) for grade in (problem.reasoning, problem.judge) if grade is not None]
-    given, mask = (jnp.concatenate(parts, axis=-1) for parts in zip(*graded, strict=True))
+    """The kept completions of a batch, as JSON."""
+    parts = [reward(rollout) for reward in (problem.reasoning, problem.judge) if reward is not None]
+    given, mask = (jnp.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True))
     weights = (*config.weights[:3], *[1.0] * (given.shape[-1] - 3))
     ranked = best_of_n(Experience(rollout, given, mask), keep=config.samples, weights=weights)  # best first
     rollout, given, mask = jax.device_get((ranked.rollout, ranked.rewards, ranked.reward_mask))
     right = mask[..., 0] & (given[..., 0] > 0.5)
     passed = right & ~rollout.truncated & mask[..., 2] & (given[..., 2] >= config.min_language)
-    if problem.judge is not None:  # what it did not judge, it did not approve of
+    if problem.judge is not None:  # not judged is not approved
         passed &= mask[..., 3] & (given[..., 3] > config.judge_threshold)
     kept = []
     for b in range(len(right)):
@@ -417,53 +399,22 @@ def select(config: Config, problem: Problem, rollout: Rollout) -> dict[str, Any]
     return {"drawn": right.size, "right": int(right.sum()), "kept": kept}
 
 
-def train(
-    folder: pathlib.Path,
-    config: Config,
-    state: TrainState,
-    step: Callable[[TrainState, int], tuple[TrainState, Metrics]],
-    steps: int,
-    stop_requested: Callable[[], bool],
-    *,
-    keys: tuple[str, ...],
-) -> Params:
-    """The parameters after `steps`, made from the newest checkpoint in the folder, which may be that of the last."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    with checkpoint.manager(folder / "checkpoints") as checkpoints:
-        if (found := checkpoint.restore(checkpoints, state)) is not None:
-            state, meta = found
-            checkpoint.check_config(meta["config"], settings, allow=("run_dir",))
-            print(f"  resumed at step {int(state.step)} of {steps}")
-        metrics.truncate(folder, int(state.step))
-        with display.progress(steps, start=int(state.step), keys=keys, every=50) as show:
-            for n in range(int(state.step), steps):
-                began = time.monotonic()
-                state, measured = step(state, n)
-                measured = jax.device_get(statistics.summary(measured))
-                metrics.append(folder, n, measured, {"seconds": time.monotonic() - began})
-                show(n, measured)
-                stopping = stop_requested()
-                if stopping or (n + 1) % config.save_every == 0 or n + 1 == steps:
-                    checkpoint.save(checkpoints, state, {"config": settings})
-                if stopping:
-                    raise SystemExit(f"stopped after step {n + 1} of {folder.name}; the same command goes on")
-    return state.params
+def make_sampler(problem: Problem, **settings: Any) -> sampling.PolicySampler:
+    """A sampler of completions of the problem."""
+    return sampling.sampler(max_tokens=problem.max_tokens, eos_ids=problem.eos_ids, **settings)
 
 
-def make_sampler(problem: Problem, **settings: Any) -> Callable[..., Rollout]:
-    """`(params, prompts, key) -> rollout`."""
-    settings |= {"max_tokens": problem.max_tokens, "eos_ids": problem.eos_ids}
-    return lambda params, prompts, key: sampling.sampler(**settings)(problem.policy, params, prompts, key)
-
-
-def make_examine(problem: Problem, config: Config) -> Callable[[Params], dict[str, float]]:
+def make_evaluate(problem: Problem, config: Config) -> Callable[[Params], dict[str, float]]:
     """The test of a policy: the mean of each reward, greedy and sampled at temperature 1."""
-    greedy = jax.jit(make_sampler(problem, group_size=1, greedy=True))
-    sampled = jax.jit(make_sampler(problem, group_size=1))
+    samplers = {
+        "greedy": sampling.greedy(max_tokens=problem.max_tokens, eos_ids=problem.eos_ids),
+        "sampled": make_sampler(problem, group_size=1),
+    }
+    draws = {name: jax.jit(functools.partial(sampler, problem.policy)) for name, sampler in samplers.items()}
 
-    def examine(params: Params) -> dict[str, float]:
-        found = {}
-        for name, draw in (("greedy", greedy), ("sampled", sampled)):
+    def evaluate(params: Params) -> dict[str, float]:
+        measured = {}
+        for name, draw in draws.items():
             total, count, tokens = np.zeros(3), np.zeros(3), 0
             for n, rows in enumerate(batches(problem.test, config.test_batch)):
                 rollout = draw(params, problem.prompts(rows), jax.random.key(n))
@@ -472,11 +423,11 @@ def make_examine(problem: Problem, config: Config) -> Callable[[Params], dict[st
                 count += np.sum(mask, axis=(0, 1))
                 tokens += int(np.sum(rollout.lengths))
             means = (total / np.maximum(count, 1)).tolist()
-            found |= {f"{name}/{reward}": mean for reward, mean in zip(REWARDS, means, strict=False)}
-            found[f"{name}/length"] = tokens / len(problem.test)
-        return found
+            measured |= {f"{name}/{reward}": mean for reward, mean in zip(REWARDS, means, strict=False)}
+            measured[f"{name}/length"] = tokens / len(problem.test)
+        return measured
 
-    return examine
+    return evaluate
 
 
 def batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -499,7 +450,7 @@ def write(path: pathlib.Path, content: Any) -> None:
 # ----------------------------------------------------------------------- the small task
 
 TERMS = 5
-CROWD = modular_sums.Teacher(slip=0.4, guess=0.05, check=0.2)  # who wrote what the base is made from
+MAJORITY = modular_sums.Teacher(slip=0.4, guess=0.05, check=0.2)  # who wrote what the base is made from
 TEACHER = modular_sums.Teacher(slip=0.3, check=0.5)  # who wrote the demonstrations of the cold start
 OTHER = "零一二三四五六七八九"  # whose tokens come after those of the task
 WORDS = (*modular_sums.WORDS, *OTHER)
@@ -519,8 +470,8 @@ def small(config: Config) -> Problem:
         eos_token_id=modular_sums.EOS,
     )
     policy = models.decoder(models.from_hf_config(llama))
-    of_problems, of_crowd, of_teacher, of_params = jax.random.split(jax.random.key(config.seed), 4)
-    problems = jax.device_get(modular_sums.problems(of_problems, 12_000, terms=TERMS))
+    problems_key, majority_key, teacher_key, params_key = jax.random.split(jax.random.key(config.seed), 4)
+    problems = jax.device_get(modular_sums.problems(problems_key, 12_000, terms=TERMS))
     _, first = np.unique(problems.tokens, axis=0, return_index=True)
     problems = jax.tree.map(lambda x: x[np.sort(first)], problems)  # each problem once: no two splits share one
     test, taught, shown, train = np.split(np.arange(len(first)), np.cumsum([config.test_rows, 4096, 256]))
@@ -530,11 +481,11 @@ def small(config: Config) -> Problem:
 
     def demonstrate(rows: np.ndarray, teacher: modular_sums.Teacher, mixed: float, key: PRNGKey) -> list[Pair]:
         """What a teacher writes, of whose working a share of the digits is in the other script."""
-        of_words, of_script = jax.random.split(key)
-        written = jax.device_get(modular_sums.demonstrations(of_words, prompts(rows), teacher))
+        words_key, script_key = jax.random.split(key)
+        written = jax.device_get(modular_sums.demonstrations(words_key, prompts(rows), teacher))
         tokens, lengths = written.tokens[:, 0], written.lengths[:, 0]
         working = (tokens < 10) & (np.cumsum(tokens == modular_sums.TAGS[1], axis=1) == 0)
-        other = np.asarray(jax.random.bernoulli(of_script, mixed, tokens.shape))
+        other = np.asarray(jax.random.bernoulli(script_key, mixed, tokens.shape))
         tokens = np.where(working & other, tokens + len(modular_sums.WORDS), tokens)
         completions = [ids[:length].tolist() for ids, length in zip(tokens, lengths, strict=True)]
         return list(zip(problems.tokens[rows].tolist(), completions, strict=True))
@@ -551,11 +502,11 @@ def small(config: Config) -> Problem:
     brief = rewards.tokens.cosine_length(accuracy, rewards.cosine_scale(max_tokens))
     return Problem(
         policy,
-        load=lambda: jax.jit(policy.init)(of_params),
+        load=lambda: jax.jit(policy.init)(params_key),
         eos_ids=(modular_sums.EOS,),
         max_tokens=max_tokens,
-        pretraining=demonstrate(taught, CROWD, 0.3, of_crowd),
-        demonstrations=demonstrate(shown, TEACHER, 0.1, of_teacher),
+        pretraining=demonstrate(taught, MAJORITY, 0.3, majority_key),
+        demonstrations=demonstrate(shown, TEACHER, 0.1, teacher_key),
         train=train,
         test=test,
         prompts=prompts,
@@ -574,7 +525,8 @@ def pretrained(config: Config) -> Problem:
     tokenizer = hf.load_tokenizer(config.model)
     eos_ids = hf.eos_ids(config.model, tokenizer)
     end = eos_ids[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    load_pretrained = functools.partial(hf.load_pretrained, config.model, compute_dtype=jnp.dtype(config.compute_dtype))
+    dtype = compute_dtype(config.compute_dtype)
+    load_pretrained = functools.partial(hf.load_pretrained, config.model, compute_dtype=dtype)
     policy, params = load_pretrained()
     unused = [params]  # so that the first stage need not read them again
     del params
@@ -582,11 +534,6 @@ def pretrained(config: Config) -> Problem:
     def with_prompt(row: data.Row) -> data.Row:
         chat = config.chat and isinstance(row["prompt"], str)
         return row | {"prompt": data.chat(row["prompt"]) if chat else row["prompt"]}
-
-    def encode(rows: Sequence[data.Row]) -> list[list[int]]:
-        encoded = [data.encode_prompt(tokenizer, row["prompt"]) for row in rows]
-        data.limit_prompts(encoded, config.max_prompt_tokens)
-        return encoded
 
     # The test's rows first, then those to train on; nothing of the test is trained on.
     if config.task is not None:
@@ -600,20 +547,20 @@ def pretrained(config: Config) -> Problem:
     tested = [with_prompt(row) for row in tested]
     held_out = {json.dumps(row["prompt"]) for row in tested}
 
-    def not_tested(rows: Sequence[data.Row], what: str) -> list[data.Row]:
+    def not_tested(rows: Sequence[data.Row], kind: str) -> list[data.Row]:
         kept = [row for row in map(with_prompt, rows) if json.dumps(row["prompt"]) not in held_out]
         if len(kept) < len(rows):
-            print(f"left out {len(rows) - len(kept)} {what} whose prompts are in the test")
+            print(f"left out {len(rows) - len(kept)} {kind} whose prompts are in the test")
         if not kept:
-            raise ValueError(f"there are no {what} beside the test of {len(tested)}: choose --test-rows")
+            raise ValueError(f"there are no {kind} beside the test of {len(tested)}: choose --test-rows")
         return kept
 
     rows = [*tested, *not_tested(trained, "problems")]
-    encoded = encode(rows)
-    shown = not_tested(data.read_jsonl(config.demonstrations, ["prompt", "completion"]), "demonstrations")
-    completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [end] for row in shown]
+    encoded = data.encode_rows(tokenizer, rows, max_prompt_tokens=config.max_prompt_tokens).prompts
+    shown = not_tested(data.read_rows(config.demonstrations, ["prompt", "completion"]), "demonstrations")
+    demonstrations = data.encode_demonstrations(tokenizer, shown, end=end, max_prompt_tokens=config.max_prompt_tokens)
 
-    def grade(*functions: rewards.RewardFunction) -> Grade:
+    def reward(*functions: rewards.RewardFunction) -> Reward:
         return rewards.host(functions, rows, tokenizer)
 
     language = rewards.language_consistency(script=config.script)
@@ -624,13 +571,13 @@ def pretrained(config: Config) -> Problem:
         eos_ids=eos_ids,
         max_tokens=config.max_tokens,
         pretraining=[],
-        demonstrations=list(zip(encode(shown), completions, strict=True)),
+        demonstrations=list(zip(*demonstrations, strict=True)),
         train=np.arange(len(tested), len(rows)),
         test=np.arange(len(tested)),
         prompts=lambda rows: data.make_prompts([encoded[row] for row in rows], rows, multiple=config.bucket),
-        reasoning=grade(verifier, rewards.strict_format(), language),
-        preference=grade(brief if config.preference is None else resolve(config.preference)),
-        judge=None if config.judge is None else grade(resolve(config.judge)),
+        reasoning=reward(verifier, rewards.strict_format(), language),
+        preference=reward(brief if config.preference is None else resolve(config.preference)),
+        judge=None if config.judge is None else reward(resolve(config.judge)),
         text=tokenizer.decode,
         tokenizer=tokenizer,
     )
@@ -655,17 +602,15 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """`run`, or a few steps of it."""
+    """`train`, or a few steps of it."""
     if config.smoke:  # stages with the same settings share their programs
         config = dataclasses.replace(
             config, base_steps=60, cold_start_steps=60, sft_steps=60, sft_learning_rate=config.base_learning_rate,
             sft_batch=32, rl_steps=4, final_steps=4, final_temperature=1.0, prompts_per_step=4, group_size=4,
             sampled_prompts=96, samples=4, test_rows=64, test_batch=64, save_every=30,
         )  # fmt: skip
-    return run(config)
+    return train(config)
 
 
 if __name__ == "__main__":
-    compilation.enable_compilation_cache()
-    compilation.trim_malloc()
-    main(tyro.cli(Config, description=__doc__))
+    run.command(main, Config, __doc__)

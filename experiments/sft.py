@@ -2,30 +2,33 @@
 
     python experiments/sft.py --model Qwen/Qwen2.5-0.5B --data demonstrations.jsonl
 
-Each line of the data has a `prompt`, as text or as chat messages, and a `completion`,
-as text. The loss counts the completion's tokens and the end of its turn, and nothing
+Each row of the data has a `prompt`, as text or as chat messages, and a `completion`,
+as text or as a list of one message. The loss counts the completion's tokens and the end of its turn, and nothing
 of the prompt. The trained model is exported as a Hugging Face folder, from which
 `experiments/grpo.py` goes on; a run that was killed goes on with the same command.
 """
 
 import dataclasses
-import json
 import pathlib
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
-from grpo_jax import data, losses, scoring, statistics
+from grpo_jax import data, losses, run, scoring
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint, compilation, display, metrics, preemption
+from grpo_jax.policies import Policy
+from grpo_jax.run import compilation, digests, inputs
+from grpo_jax.run.precision import ComputeDtype, compute_dtype
+from grpo_jax.schedules import learning_rates
 from grpo_jax.statistics import Mean
 from grpo_jax.train_step import make_learn
 from grpo_jax.types import Experience, Params, Rollout
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
+
+Pair = tuple[list[int], list[int]]  # a prompt and its completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Config:
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     chat: bool = False  # put prompts that are text through the chat template, as a user's message
+    system: str | None = None  # a system message before each prompt; implies --chat
+    thinking: bool | None = None  # `enable_thinking` of chat templates that know it, such as Qwen3's
+    date_string: str | None = None  # for chat templates that write today's date, such as Llama 3.2's
+    eos: str | None = None  # the token that ends completions; the chat template's, or the tokenizer's, if not given
     max_prompt_tokens: int = 512
     max_tokens: int = 1024  # of a completion
     bucket: int = 64  # prompts and completions are padded to a multiple of this, so that few programs compile
@@ -49,98 +56,100 @@ class Config:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     seed: int = 0
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # trained weights are float32 in any case
-    eval_rows: int = 0  # held out of the data; their loss is measured with each save
+    compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
+    eval_rows: int = 0  # held out of the data; their loss is measured every `save_every` steps
     save_every: int = 100
 
 
-def run(config: Config) -> Params:
+def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     tokenizer = hf.load_tokenizer(config.model)
-    eos_ids = hf.eos_ids(config.model, tokenizer)
-    end = eos_ids[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    pairs = encode(tokenizer, end, config)
+    pairs, eos_ids = read(config, tokenizer)
+    inputs.check_tokens(config.model, tokenizer, [prompt + completion for prompt, completion in pairs])
     order = np.random.default_rng(config.seed).permutation(len(pairs))
     held_out, pairs = [pairs[i] for i in order[: config.eval_rows]], [pairs[i] for i in order[config.eval_rows :]]
     if len(pairs) < config.batch_size:
         raise ValueError(f"{len(pairs)} rows to train on do not fill a batch of {config.batch_size}")
     steps = int(config.epochs * len(pairs) / config.batch_size)
 
-    def batch(pairs: list[tuple[list[int], list[int]]], rows: np.ndarray) -> Rollout:
-        return data.make_demonstrations(*zip(*(pairs[row] for row in rows), strict=True), multiple=config.bucket)
-
-    with preemption.lock(config.run_dir), preemption.graceful_stop() as stop_requested:
-        policy, params = hf.load_pretrained(config.model, compute_dtype=jnp.dtype(config.compute_dtype))
-        warmup_steps = int(config.warmup_fraction * steps)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, steps)
-        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
-        settings = {"micro_batches": config.micro_batches, "max_grad_norm": config.max_grad_norm}
-        learn = jax.jit(make_learn(policy, optimizer, loss=losses.sft(), **settings), donate_argnums=0)
-
-        @jax.jit
-        def held_out_loss(params: Params, demonstrations: Rollout) -> Mean:
-            scores = scoring.score(policy, params, demonstrations, entropy=False)
-            (term,), _ = losses.sft()(scores, Experience(demonstrations))
-            return term
-
-        def evaluate(params: Params) -> dict[str, float]:
-            starts = range(0, len(held_out), config.batch_size)
-            parts = [np.arange(start, min(start + config.batch_size, len(held_out))) for start in starts]
-            terms = [jax.device_get(held_out_loss(params, batch(held_out, rows))) for rows in parts]
-            return {"eval/loss": float(sum(term.sum for term in terms) / sum(term.count for term in terms))}
-
-        state = init_state(params, optimizer, jax.random.key(config.seed))
-        del params
-        saved = {"config": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
-        with checkpoint.manager(config.run_dir / "checkpoints") as checkpoints:
-            if (found := checkpoint.restore(checkpoints, state)) is not None:
-                state, meta = found
-                checkpoint.check_config(meta["config"], saved["config"], allow=("run_dir", "save_every"))
-                print(f"resumed at step {int(state.step)} of {steps}")
-            first = int(state.step)
-            metrics.truncate(config.run_dir, first)
-            with display.progress(steps, start=first, keys=("loss", "eval/loss", "grad_norm", "length")) as show:
-                for n in range(first, steps):
-                    rows = data.batch_indices(config.seed, n, len(pairs), config.batch_size)
-                    state, measured = learn(state, Experience(batch(pairs, rows)))
-                    measured = jax.device_get(statistics.summary(measured))
-                    due = (n + 1) % config.save_every == 0 or n + 1 == steps
-                    if due and held_out:
-                        measured |= evaluate(state.params)
-                    metrics.append(config.run_dir, n, measured)
-                    show(n, measured)
-                    stopping = stop_requested()
-                    if due or stopping:
-                        checkpoint.save(checkpoints, state, saved)
-                    if stopping and n + 1 < steps:
-                        raise SystemExit(f"stopped after step {n + 1}; the same command goes on from there")
-        folder = config.run_dir / "model"
-        hf.save_pretrained(policy, state.params, folder, tokenizer=tokenizer, eos_ids=eos_ids)
-        print(f"model: {folder}")
-    return state.params
+    policy, params = hf.load_pretrained(config.model, compute_dtype=compute_dtype(config.compute_dtype))
+    rate = learning_rates.learning_rate(
+        config.learning_rate, steps, warmup_steps=int(config.warmup_fraction * steps), decay=learning_rates.cosine
+    )
+    optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
+    updates = Updates(micro_batches=config.micro_batches, max_grad_norm=config.max_grad_norm)
+    learn = make_learn(policy, optimizer, loss=losses.sft(), updates=updates)
+    learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
+    evaluate = make_evaluate(policy, held_out, config)
+    inputs_of_run = {
+        "the demonstrations": digests.of_json([held_out, pairs]),
+        "the weights of the model": digests.of_arrays(params),
+    }
+    state = init_state(params, optimizer, jax.random.key(config.seed))
+    del params
+    settings = {"keys": ("loss", "eval/loss", "grad_norm", "length"), "allow": ("save_every",)}
+    with run.loop(
+        config, state, steps=steps, save_every=config.save_every, digests=inputs_of_run, **settings
+    ) as loop:  # fmt: skip
+        del state
+        for n in loop:
+            if held_out and n % config.save_every == 0:
+                loop.log(evaluate(loop.state.params))
+            rows = data.batch_indices(config.seed, n, len(pairs), config.batch_size)
+            loop.state, metrics = learn(loop.state, Experience(batch([pairs[row] for row in rows], config)))
+            loop.log(metrics | {"learning_rate": rate(n)})
+        if held_out:
+            loop.log(evaluate(loop.state.params))
+        with loop.exporting("model") as folder:
+            hf.save_pretrained(policy, loop.state.params, folder, tokenizer=tokenizer, eos_ids=eos_ids)
+    print(f"model: {folder}")
+    return loop.state.params
 
 
-def encode(tokenizer: Any, end: int, config: Config) -> list[tuple[list[int], list[int]]]:
-    """Prompts and completions as tokens, each completion with the token that ends a turn."""
-    rows = data.read_jsonl(config.data, [config.prompt_column, config.completion_column])
+def batch(pairs: Sequence[Pair], config: Config) -> Rollout:
+    """Demonstrations as arrays."""
+    return data.make_demonstrations(*zip(*pairs, strict=True), multiple=config.bucket)
 
-    def prompt(row: data.Row) -> data.Text:
-        text = row[config.prompt_column]
-        return [{"role": "user", "content": text}] if config.chat and isinstance(text, str) else text
 
-    prompts = [data.encode_prompt(tokenizer, prompt(row)) for row in rows]
-    data.limit_prompts(prompts, config.max_prompt_tokens)
-    completions = []
-    for number, row in enumerate(rows):
-        ids = tokenizer(row[config.completion_column], add_special_tokens=False)["input_ids"] + [end]
-        if len(ids) > config.max_tokens:
-            raise ValueError(
-                f"completion {number} has {len(ids)} tokens and the limit is {config.max_tokens}: raise --max-tokens"
-            )
-        completions.append(ids)
-    return list(zip(prompts, completions, strict=True))
+def make_evaluate(policy: Policy, held_out: Sequence[Pair], config: Config) -> Callable[[Params], dict[str, float]]:
+    """`params -> ` the loss on the held-out demonstrations, over all of their tokens."""
+
+    @jax.jit
+    def loss(params: Params, demonstrations: Rollout) -> Mean:
+        scores = scoring.score(policy, params, demonstrations, entropy=False)
+        (term,), _ = losses.sft()(scores, Experience(demonstrations))
+        return term
+
+    def evaluate(params: Params) -> dict[str, float]:
+        starts = range(0, len(held_out), config.batch_size)
+        parts = [batch(held_out[start : start + config.batch_size], config) for start in starts]
+        terms = [jax.device_get(loss(params, part)) for part in parts]
+        return {"eval/loss": float(sum(term.sum for term in terms) / sum(term.count for term in terms))}
+
+    return evaluate
+
+
+def read(config: Config, tokenizer: Any) -> tuple[list[Pair], list[int]]:
+    """The demonstrations as tokens, and the tokens that may end a completion, of which they have one."""
+    rows = data.read_rows(config.data, [config.prompt_column, config.completion_column])
+    template = {"enable_thinking": config.thinking, "date_string": config.date_string}
+    template = {name: value for name, value in template.items() if value is not None}
+    eos_ids = list(hf.eos_ids(config.model, tokenizer))
+    chat = config.chat or config.system is not None or not isinstance(rows[0][config.prompt_column], str)
+    end = tokenizer.convert_tokens_to_ids(config.eos) if config.eos is not None else None
+    if config.eos is not None and end in (None, tokenizer.unk_token_id):
+        raise ValueError(f"--eos {config.eos} is no token of {config.model}")
+    if end is None and chat:
+        end = data.turn_end(tokenizer, **template)
+    if end is None:
+        end = eos_ids[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    prompts, completions = data.encode_demonstrations(
+        tokenizer, rows, end=end, prompt_column=config.prompt_column, completion_column=config.completion_column,
+        chat=config.chat, system=config.system, template=template, max_prompt_tokens=config.max_prompt_tokens,
+        max_tokens=config.max_tokens,
+    )  # fmt: skip
+    return list(zip(prompts, completions, strict=True)), sorted({*eos_ids, end})
 
 
 if __name__ == "__main__":
-    compilation.enable_compilation_cache()
-    run(tyro.cli(Config, description=__doc__))
+    run.command(train, Config, __doc__)

@@ -1,7 +1,9 @@
 """What the decoder needs to know of a model, read from its Hugging Face config by an allow-list."""
 
 import dataclasses
+import itertools
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +42,7 @@ class DecoderConfig:
     attention: Attention = auto  # of grpo_jax.models.attention, or any function like them
     remat: bool | Callable[..., bool] = True  # recompute a layer's activations in the backward pass; or all but some
     hf_config: str = ""  # the Hugging Face config as JSON, for the export
+    generation_config: str = ""  # and the generation_config.json that lay beside it
 
 
 # Fields of a Hugging Face config that say nothing of the network's arithmetic.
@@ -71,6 +74,8 @@ _NEUTRAL = {
     "unsloth_version",
     "use_cache",
 }
+# Other fields whose name says that they are notes: `_commit_hash`, `internal_version`, `base_model_name`.
+_NOTES = re.compile(r"_.*|(.*_)?(version|commit|commit_hash|date|license|author|authors|description|model_name|url)")
 # Fields that may be there, with the only values that the decoder does.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
@@ -118,10 +123,14 @@ def from_hf_config(hf_config: transformers.PretrainedConfig, **settings: Any) ->
         name: value
         for name, value in fields.items()
         if (value not in _FIXED[name] if name in _FIXED else name not in known and value not in _OFF)
+        and not (_NOTES.fullmatch(name) and isinstance(value, str | int | float))
     }
     if refused:
-        named = ", ".join(f"{name} = {value!r}" for name, value in sorted(refused.items()))
-        raise ValueError(f"this {family} config asks for what the decoder does not do: {named}")
+        named = ", ".join(
+            f"{_short(name)} = {_short(repr(value))}" for name, value in itertools.islice(sorted(refused.items()), 20)
+        )
+        raise ValueError(f"this {family} config asks for what the decoder does not do: {named}{_remedies(refused)}")
+    _check_sizes(fields)
 
     num_heads = fields["num_attention_heads"]
     head_dim = fields.get("head_dim") or fields["hidden_size"] // num_heads
@@ -151,6 +160,44 @@ def from_hf_config(hf_config: transformers.PretrainedConfig, **settings: Any) ->
         hf_config=json.dumps(fields, sort_keys=True),
         **settings,
     )
+
+
+def _remedies(refused: dict[str, Any]) -> str:
+    remedies = []
+    if "quantization_config" in refused:
+        remedies.append("load the repository that has these weights unquantised")
+    if others := sorted(refused.keys() - {"quantization_config"}):
+        remedies.append(
+            f"if {_short(', '.join(others))} of config.json changes nothing in the network's arithmetic, delete it "
+            "there, in a copy of the folder; otherwise load another model"
+        )
+    return ". " + "; ".join(remedies)[:1].upper() + "; ".join(remedies)[1:]
+
+
+def _check_sizes(fields: dict[str, Any]) -> None:
+    """Refuses sizes that no model has, before anything is made of them."""
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["max_position_embeddings", *(n for n in ("num_key_value_heads", "head_dim") if fields.get(n) is not None)]
+    for name in names:
+        size = fields[name]
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
+            raise ValueError(f"{name} = {_short(size)} of the config is no size: it is a whole number, at least 1")
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+    if head_dim < 1:
+        raise ValueError(
+            f"hidden_size = {fields['hidden_size']} of the config is less than num_attention_heads = "
+            f"{fields['num_attention_heads']}"
+        )
+    width = 3 * fields["intermediate_size"] + 2 * fields["num_attention_heads"] * head_dim
+    parameters = fields["hidden_size"] * (fields["vocab_size"] + fields["num_hidden_layers"] * width)
+    if fields["num_hidden_layers"] > 10_000 or parameters > 2**43:
+        sizes = ", ".join(f"{name} = {fields[name]}" for name in names)
+        raise ValueError(f"the config is of {parameters:.1e} parameters, more than any model has: {sizes}")
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"
 
 
 def _windows(fields: dict[str, Any]) -> tuple[int | None, ...] | None:

@@ -5,7 +5,7 @@
     combining.py    combine: several functions as one
     failures.py     skip_failed_batches: a failed batch is masked
     completions.py  the text of a completion
-    answers.py      exact_answer: the answer in a text, by text or by number
+    answers.py      exact_answer, plain_answer: the answer in a text, by text or by number
     mathematics.py  accuracy: whether two answers are equal as mathematics (latex.py and units.py read them)
     calculations.py worked_steps: whether the calculations in a text are right
     consistency.py  self_consistency: the majority of a group
@@ -26,7 +26,7 @@ time linear in a completion's length; only a pattern or a function of the caller
 """
 
 from grpo_jax.rewards import tokens
-from grpo_jax.rewards.answers import answer_of, exact_answer
+from grpo_jax.rewards.answers import answer_of, exact_answer, plain_answer
 from grpo_jax.rewards.calculations import worked_steps
 from grpo_jax.rewards.calling import RewardFunction, TrainerState, group_size_of, name_of
 from grpo_jax.rewards.combining import combine
@@ -67,6 +67,7 @@ __all__ = [
     "language_consistency",
     "name_of",
     "overlong_penalty",
+    "plain_answer",
     "python_tests",
     "reasoning_length",
     "repetition_penalty",

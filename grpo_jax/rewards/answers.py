@@ -1,5 +1,6 @@
 """The answer in a completion, and whether it is the reference: by text or by number."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -8,14 +9,20 @@ from typing import Any
 
 from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import named, text_of
+from grpo_jax.rewards.formats import TAGS, marks_of, opened_by
+from grpo_jax.rewards.latex import unwrapped
+from grpo_jax.rewards.units import changes_meaning
+
+THOUGHT_END = "</think>"
 
 
 def answer_of(text: str, pattern: str | re.Pattern[str] | None = None) -> str | None:
     """The answer that a text gives, without the white space around it; None where it gives none.
 
-    Without a pattern it is what stands between the first `<answer>` and the `</answer>`
+    Without a pattern the answer comes after the thoughts: after the last `</think>`, or
+    anywhere in a text without one. It stands between the first `<answer>` there and the `</answer>`
     after it: a second answer is no second chance, and one that is never closed is none.
-    A text without any `<answer>` answers after its last `####`, up to the end of the
+    Without any `<answer>` there, it follows the last `####`, up to the end of the
     line (GSM8K's form; the last, since `####` is also a heading in Markdown).
 
     With a pattern it is the first match's first group, or all of the match if the
@@ -26,6 +33,7 @@ def answer_of(text: str, pattern: str | re.Pattern[str] | None = None) -> str | 
         match = re.search(pattern, text)
         answer = match and match[1 if match.re.groups else 0]
         return None if answer is None else answer.strip()
+    text = text.rpartition(THOUGHT_END)[2]
     _, opened, rest = text.partition("<answer>")
     if opened:
         answer, closed, _ = rest.partition("</answer>")
@@ -43,9 +51,10 @@ def exact_answer(
 ) -> RewardFunction:
     """1.0 where the completion's answer is the reference, else 0.0; None where there is no reference.
 
-    The answer is `answer_of(text, pattern)`: in the first `<answer>` tags, else after
+    The answer is `answer_of(text, pattern)`: after the thoughts in the first `<answer>` tags, else after
     the last `####`, or where the pattern says. A completion without one gets 0.0. Both
-    sides are compared as text without the white space around them.
+    sides are compared as text without the white space around them: `$18$`, `**18**` and `18 dollars` are
+    not `18`, unless `normalise` makes them so.
 
     With a tolerance, two sides that read as numbers are right where
 
@@ -58,7 +67,8 @@ def exact_answer(
 
     Args:
       pattern: a regular expression for the answer; its first group, if it has one.
-      normalise: applied to both sides, which come stripped, before they are compared.
+      normalise: applied to both sides, which come stripped, before they are compared: `plain_answer()`
+        takes off markup and units.
       tolerance: None to compare text.
       column: the data set's column of references: text or numbers, None where missing.
 
@@ -74,10 +84,12 @@ def exact_answer(
         raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
     exact = None if tolerance is None else Fraction(str(tolerance))
 
-    def judge(completion: Any, reference: Any) -> float | None:
+    marks = marks_of(TAGS) if pattern is None else ()
+
+    def judge(completion: Any, reference: Any, tail: str | None) -> float | None:
         if reference is None:
             return None
-        answer = answer_of(text_of(completion), compiled)
+        answer = answer_of(opened_by(tail or "", marks) + text_of(completion), compiled)
         if answer is None:
             return 0.0
         wanted = str(reference).strip()
@@ -89,12 +101,55 @@ def exact_answer(
                 return float(abs(number - wanted_number) <= exact)
         return float(answer == wanted)
 
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def reward(
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        prompt_tail: Sequence[str | None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
         if column not in columns:
             raise ValueError(f"exact_answer compares with the column {column!r}; there are only {sorted(columns)}")
-        return [judge(*pair) for pair in zip(completions, columns[column], strict=True)]
+        tails = prompt_tail or [None] * len(completions)
+        return [judge(*item) for item in zip(completions, columns[column], tails, strict=True)]
 
     return named("exact_answer", reward)
+
+
+def plain_answer(*, units: Sequence[str] | None = ()) -> Callable[[str], str]:
+    r"""Makes a `normalise` for `exact_answer` that takes markup and units off an answer.
+
+    `$18$`, `\(18\)`, `**18**`, `` `18` ``, `\boxed{18}`, `\text{18}` and `18.` become `18`.
+
+    Args:
+      units: words that may follow a number, such as "dollars"; None for any words but those that
+        make it another number (`18 thousand`, `18 or more`), which stay.
+    """
+    known = None if units is None else {unit.casefold() for unit in units}
+
+    def plain(answer: str) -> str:
+        before = None
+        while answer != before:
+            before, answer = answer, unwrapped(answer)
+            match = _MARKUP.fullmatch(answer)
+            inner = next((group for group in match.groups() if group is not None), "") if match else ""
+            answer = inner.strip() if inner and _balanced(inner) else answer
+        match = _WITH_UNIT.fullmatch(answer)
+        if match and (not changes_meaning(match[2]) if known is None else match[2].strip().casefold() in known):
+            return plain(match[1])
+        return answer
+
+    return plain
+
+
+_MARKUP = re.compile(
+    r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf)\s*\{(.*)\}|`([^`]+)`|\*([^*]+)\*|__([^_]+)__", re.DOTALL
+)
+_WITH_UNIT = re.compile(r"(.*[\d$})])\s*(?:\\text\s*\{)?\s*([A-Za-z][A-Za-z ]*)\}?", re.DOTALL)
+
+
+def _balanced(text: str) -> bool:
+    depths = itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in text)
+    return min(depths, default=0) >= 0
 
 
 _NUMBER = re.compile(

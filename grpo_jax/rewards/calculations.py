@@ -1,9 +1,9 @@
 """The calculations that a text writes, found and computed exactly; nothing of it is executed."""
 
-import collections
 import itertools
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -18,12 +18,13 @@ def worked_steps() -> RewardFunction:
     A calculation is what stands on both sides of an `=` in one line, where at least one
     side has an operator: `3+4*2=11`, `12 = 3 × 4`, and in `3+4*2=3+8=11` two of them.
     Sides are made of decimals with thousands separators or a `$`, of `+`, `-`, `*`, `x`,
-    `×`, `·`, `/`, `÷`, `\times`, `\cdot`, `\div`, and of parentheses, computed exactly
+    `×`, `·`, `⋅`, `/`, `÷`, `\times`, `\cdot`, `\div`, and of parentheses, computed exactly
     with the usual precedence. Where the left side divides, a single number with decimals
     on the right may be rounded: `10/3=3.33` is right, `10/3=3` is wrong. A division by
     zero is wrong.
 
-    What is not of this form is passed over: variables, powers, percentages, roots,
+    Anything else is passed over: variables, powers, percentages, roots, factorials, operators and words
+    of another kind beside the calculation (`∗`, `mod`, `√`, `7e3`, "7 million"), mixed numbers,
     fractions in LaTeX, numbers of more than 40 or sides of more than 200 characters. A
     comma before exactly three digits separates thousands, any other ends a number.
 
@@ -69,13 +70,22 @@ class _Token(NamedTuple):
 _SIDE, _DIGITS = 200, 40  # characters of a side and of a number; they bound the work of one calculation
 _TOKEN = re.compile(
     r"(?P<number>(?:\\?\$)?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+))"
-    r"|(?P<operator>[-+*/−–×·÷]|\\(?:times|cdot|div)(?![a-zA-Z])|(?<![^\W\d_])[xX](?=\s*(?:\\?\$)?[.(0-9]))"
-    r"|(?P<open>\()|(?P<close>\))|(?P<word>[^\W\d_]+)|(?P<space>\s+)|(?P<other>\\?.)"
+    r"|(?P<operator>[-+*/−–×·⋅÷]|\\(?:times|cdot|div)(?![a-zA-Z])|(?<![^\W\d_])[xX](?=\s*(?:\\?\$)?[.(0-9]))"
+    r"|(?P<command>\\[a-zA-Z]+)|(?P<open>\()|(?P<close>\))|(?P<word>[^\W\d_]+)|(?P<space>\s+)|(?P<other>\\?.)"
 )
 _PLUS, _MINUS = {"+"}, {"-", "−", "–"}
-_TIMES, _DIVIDED = {"*", "x", "X", "×", "·", r"\times", r"\cdot"}, {"/", "÷", r"\div"}
+_TIMES, _DIVIDED = {"*", "x", "X", "×", "·", "⋅", r"\times", r"\cdot"}, {"/", "÷", r"\div"}
 _BULLETS = {"-", "–", "*", "+"}
 _EXPRESSION = {"number", "operator", "open", "close"}
+_COMMANDS = r"\text \textbf \mbox \mathrm \quad \qquad \checkmark \Rightarrow \rightarrow \implies \to \therefore"
+_WORDS = (
+    "mod modulo rem remainder r div divided multiplied times plus minus over by of per percent squared cubed power root"
+    " sqrt log ln exp sin cos tan gcd lcm max min choose half third quarter twice double triple hundred thousand"
+    " million billion trillion dozen"
+)
+_ENDINGS = "加 减 乘 除 加上 减去 乘以 除以 根号 的 倍 方 模 余 万 亿 分之"
+_HARMLESS, _OPERATING, _OPERATING_ENDS = set(_COMMANDS.split()), set(_WORDS.split()), tuple(_ENDINGS.split())
+_VARIABLES = frozenset("abcefijknopqruvwxyzE")  # beside a number; the other single letters are units
 _OPENING = frozenset("([{<>|,;:\"'`“‘«$~，；：。、（【《「")  # what may touch a calculation on its left
 
 
@@ -86,6 +96,17 @@ def _tokens(text: str) -> list[_Token]:
             tokens.append(_Token(match.lastgroup or "", match.group(), spaced))
         spaced = match.lastgroup == "space"
     return tokens
+
+
+def _operates(token: _Token) -> bool:
+    """Whether a token may be an operator that is not known, or a word that changes the number beside it."""
+    if token.kind == "word":
+        return token.text.casefold() in _OPERATING or token.text.endswith(_OPERATING_ENDS)
+    if token.kind == "command":
+        return token.text not in _HARMLESS
+    if token.kind != "other" or token.text in _OPENING or "\u2190" <= token.text[-1] <= "\u21ff":  # arrows
+        return False
+    return token.text[-1] in "^_%!&" or unicodedata.category(token.text[-1]) in ("Sm", "Sk", "Nd", "No", "Nl")
 
 
 def _end_of(text: str, *, starts_line: bool) -> list[_Token]:
@@ -103,6 +124,11 @@ def _end_of(text: str, *, starts_line: bool) -> list[_Token]:
         raise _Unreadable
     if start == 0 and signed and starts_line and expression[1].spaced and expression[0].text in _BULLETS:
         return expression[1:]  # an item of a list: - 3+4=7
+    if start > 0 and expression and tokens[start - 1].kind == "number":
+        # 2 1/2+1 and 1 000+1 are other numbers; the 7 of 3+4=7 3+5=8 is not.
+        if starts_line or start > 1 or _changes(tokens[start - 1 : start + 2]):
+            raise _Unreadable
+        return expression
     if start > 0 and expression and not _may_precede(tokens[start - 1], expression[0], signed=signed):
         raise _Unreadable
     if start > 0 and signed and expression[1].spaced:
@@ -110,11 +136,17 @@ def _end_of(text: str, *, starts_line: bool) -> list[_Token]:
     return expression
 
 
+def _is_variable(token: _Token) -> bool:
+    return len(token.text) == 1 and token.text.lower() != token.text.upper()
+
+
 def _may_precede(previous: _Token, first: _Token, *, signed: bool) -> bool:
     """Whether an expression can begin after a token, rather than go on from it as in x2+3, 2^3+1, f(2)+3 or y -3+1."""
     letter = previous.text[-1]
-    if letter in "^_":
+    if letter in "^_" or _operates(previous):
         return False
+    if previous.kind == "word" and letter not in "aAI" and _is_variable(previous):
+        return False  # y 3+4: a product
     if first.spaced and not signed:
         return True
     uncased = previous.kind == "word" and not letter.isnumeric() and letter.lower() == letter.upper()  # Chinese
@@ -136,6 +168,10 @@ def _start_of(text: str) -> list[_Token]:
     if end == len(tokens) and len(text) > _SIDE:
         raise _Unreadable
     following = None if end == len(tokens) else tokens[end]
+    if opened and len(tokens) > opened[0] + 1 and _operates(tokens[opened[0] + 1]):
+        raise _Unreadable  # 7 (mod 5)
+    if following and end and not opened and _changes(tokens[end - 1 :]):
+        raise _Unreadable
     if opened and tokens[opened[0]].spaced:
         end = opened[0]  # 7 (which is right)
     elif following and (following.text[-1] in "^_%" or (following.kind == "word" and following.text[0].isnumeric())):
@@ -143,6 +179,20 @@ def _start_of(text: str) -> list[_Token]:
     if end > 1 and tokens[end - 1].text in _MINUS and tokens[end - 1].spaced:
         end -= 1  # 7 - which is right
     return tokens[:end]
+
+
+def _changes(tokens: Sequence[_Token]) -> bool:
+    """Whether the tokens after a number, the first one here, belong to it: 7e3, 7x, 7 1/2, 7 000, 7:2."""
+    number, following, *rest = tokens
+    after = rest[0] if rest else None
+    if _operates(following):
+        return True
+    if following.kind == "word":
+        return following.text in (set("xyz") if following.spaced else _VARIABLES)
+    if following.kind == "number":
+        grouped = re.fullmatch("[0-9]{1,3} [0-9]{3}", f"{number.text} {following.text}")
+        return bool(grouped) or (after is not None and after.text == "/")
+    return following.text == ":" and after is not None and after.kind == "number" and not after.spaced
 
 
 def _apart(pair: Sequence[_Token]) -> bool:
@@ -162,43 +212,58 @@ def _rounding(left: Sequence[_Token], right: Sequence[_Token]) -> Fraction:
 
 
 def _value(expression: Sequence[_Token]) -> Fraction | float:
-    """The value of an expression, NaN where it divides by zero."""
-    tokens = collections.deque(expression)
-    value = _sum(tokens)
-    if tokens:
+    """The value of an expression, NaN where it divides by zero. Without recursion: the caller's stack may be deep."""
+    values: list[Fraction | float] = []
+    operators: list[str] = []  # of _PRECEDENCE, and "(" for an open parenthesis
+    operand = True  # whether one comes next
+    for token in expression:
+        if len(token.text) > _DIGITS:
+            raise _Unreadable
+        if operand and token.kind == "number":
+            values.append(Fraction(token.text.lstrip("\\$").replace(",", "")))
+            operand = False
+        elif operand and token.kind == "open":
+            operators.append("(")
+        elif operand and token.text in _PLUS | _MINUS:
+            operators.append("negate" if token.text in _MINUS else "keep")
+        elif not operand and token.kind == "operator":
+            operator = next(name for name, signs in _SIGNS.items() if token.text in signs)
+            while operators and _PRECEDENCE.get(operators[-1], 0) >= _PRECEDENCE[operator]:
+                _apply(operators.pop(), values)
+            operators.append(operator)
+            operand = True
+        elif not operand and token.kind == "close":
+            while operators and operators[-1] != "(":
+                _apply(operators.pop(), values)
+            if not operators:
+                raise _Unreadable
+            operators.pop()
+        else:
+            raise _Unreadable
+    if operand or "(" in operators:
         raise _Unreadable
-    return value
+    while operators:
+        _apply(operators.pop(), values)
+    return values[0]
 
 
-def _sum(tokens: collections.deque[_Token]) -> Fraction | float:
-    value = _product(tokens)
-    while tokens and tokens[0].text in _PLUS | _MINUS:
-        sign = 1 if tokens.popleft().text in _PLUS else -1
-        value += sign * _product(tokens)
-    return value
+_SIGNS = {"add": _PLUS, "subtract": _MINUS, "multiply": _TIMES, "divide": _DIVIDED}
+_PRECEDENCE = {"add": 1, "subtract": 1, "multiply": 2, "divide": 2, "negate": 3, "keep": 3}
 
 
-def _product(tokens: collections.deque[_Token]) -> Fraction | float:
-    value = _operand(tokens)
-    while tokens and tokens[0].text in _TIMES | _DIVIDED:
-        multiplies = tokens.popleft().text in _TIMES
-        operand = _operand(tokens)
+def _apply(operator: str, values: list[Fraction | float]) -> None:
+    """Replaces the operands on the stack with the result."""
+    right = values.pop()
+    if operator in ("negate", "keep"):
+        values.append(-right if operator == "negate" else right)
+        return
+    left = values.pop()
+    if operator == "add":
+        values.append(left + right)
+    elif operator == "subtract":
+        values.append(left - right)
+    elif operator == "multiply":
+        values.append(left * right)
+    else:
         # NaN is equal to nothing, so the rest is still read and the calculation is wrong.
-        value = value * operand if multiplies else math.nan if operand == 0 else value / operand
-    return value
-
-
-def _operand(tokens: collections.deque[_Token]) -> Fraction | float:
-    token = tokens.popleft() if tokens else None
-    if token is None or len(token.text) > _DIGITS:
-        raise _Unreadable
-    if token.kind == "number":
-        return Fraction(token.text.lstrip("\\$").replace(",", ""))
-    if token.text in _PLUS | _MINUS:
-        return _operand(tokens) if token.text in _PLUS else -_operand(tokens)
-    if token.kind != "open":
-        raise _Unreadable
-    value = _sum(tokens)
-    if not tokens or tokens.popleft().kind != "close":
-        raise _Unreadable
-    return value
+        values.append(math.nan if right == 0 else left / right)

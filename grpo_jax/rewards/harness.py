@@ -58,27 +58,34 @@ DENIED = {
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
     "io_uring_setup": (425, 425),
+    "flock": (73, 32),  # it locks files that can only be read, against programs outside
 }
+PROCESSES = ("fork", "vfork")
 CLONE, CLONE3 = (56, 220), 435
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
-def seccomp_filter(machine: str) -> bytes:
-    """The BPF program by which the kernel refuses new processes, and what else tested code has no use for.
+def seccomp_filter(machine: str, *, processes: bool = False) -> bytes:
+    """The BPF program by which the kernel refuses new processes, and other calls that tested code has no use for.
 
     Limits of processes (`RLIMIT_NPROC`) do not hold for root, whatever user a sandbox shows. Threads are allowed; they
     share the limits of their process.
+
+    Args:
+      machine: of `MACHINES`.
+      processes: allow new processes, and refuse only the rest.
     """
     column, architecture = MACHINES[machine]
     load, equal, above, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, missing, kill = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38, 0x80000000  # EPERM, ENOSYS
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
     program += [(above, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # x32's numbers for the same calls
-    for numbers in DENIED.values():
-        if numbers[column] >= 0:
+    for name, numbers in DENIED.items():
+        if numbers[column] >= 0 and not (processes and name in PROCESSES):
             program += [(equal, 0, 1, numbers[column]), (give, 0, 0, refuse)]
-    program += [(equal, 0, 1, CLONE3), (give, 0, 0, missing)]  # its flags cannot be seen; libraries then use clone
-    program += [(equal, 0, 3, CLONE[column]), (load, 0, 0, 16), (bits, 1, 0, 0x10000), (give, 0, 0, refuse)]
+    if not processes:
+        program += [(equal, 0, 1, CLONE3), (give, 0, 0, missing)]  # its flags cannot be seen; libraries then use clone
+        program += [(equal, 0, 3, CLONE[column]), (load, 0, 0, 16), (bits, 1, 0, 0x10000), (give, 0, 0, refuse)]
     program += [(give, 0, 0, allow)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 

@@ -204,16 +204,18 @@ def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> TokenRew
     return reward
 
 
-def self_consistency(start: int, end: int, *, majority: float = 1.0, other: float = -0.1) -> TokenReward:
+def self_consistency(
+    start: int, end: int, *, thought_end: int | None = None, majority: float = 1.0, other: float = -0.1
+) -> TokenReward:
     """`majority` for the answer that most completions of the group give, `other` for the rest: no label is needed.
 
     `rewards.self_consistency` on tokens, with its rules: a completion without an answer has no
     vote, and where several answers have the most votes all get `other`. The answer stands
-    between the first `start` and the first `end` after it.
+    between the first `start` and the first `end` after it; `thought_end` is as of `exact_answer`.
     """
 
     def reward(rollout: Rollout) -> Array:
-        tokens = _continued(rollout, [start])
+        tokens = _after_thoughts(_continued(rollout, [start]), thought_end)
         T = tokens.shape[-1]
         place = jnp.arange(T)
         opened = jnp.argmax(tokens == start, axis=-1, keepdims=True)

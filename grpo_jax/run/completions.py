@@ -14,19 +14,27 @@ Line = dict[str, Any]
 
 
 def lines(
-    experience: Experience, tokenizer: Any, prompts: Sequence[Any], names: Sequence[str], *, count: int = 4
+    experience: Experience,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    *,
+    column: str = "prompt",
+    count: int = 4,
 ) -> list[Line]:
     """Some completions of an experience, one dict each, with their rewards by name (None where there is none).
 
     Args:
       experience: with rewards, as `step.learn` takes it.
       tokenizer: turns tokens into text.
-      prompts: of each of the `B` prompts, to be shown.
+      rows: of the data set, into which `prompts.info["row"]` points.
       names: one per reward function.
+      column: of the rows, with the prompt.
       count: how many completions, in the order of the groups.
     """
     rollout, rewards, mask = experience.rollout, np.asarray(experience.rewards), np.asarray(experience.reward_mask)
     places = [(b, g) for b in range(rollout.tokens.shape[0]) for g in range(rollout.tokens.shape[1])][:count]
+    prompts = [rows[row][column] for row in np.asarray(rollout.prompts.info["row"]).tolist()]
     tokens, lengths = np.asarray(rollout.tokens), np.asarray(rollout.lengths)
     return [
         {"prompt": prompts[b], "completion": tokenizer.decode(tokens[b, g, : lengths[b, g]])}
@@ -48,4 +56,6 @@ def print_table(step: int, shown: Sequence[Mapping[str, Any]], *, longest: int =
 
 def _short(value: Any, longest: int) -> str:
     text = f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
-    return text if len(text) <= longest else f"... {text[-longest:]}"
+    text = text if len(text) <= longest else f"... {text[-longest:]}"
+    # A completion could move the cursor or clear the screen.
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -142,6 +142,40 @@ def fewest_micro_batches(bytes_of: Callable[[int], int], prompts: int, budget: i
     raise ValueError(f"one prompt at a time takes {gib(needed)}, more than the {gib(budget)} that there are")
 
 
+def fit(
+    updates: Updates,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    sampler: PolicySampler,
+    *,
+    prompts: int,
+    budget: int,
+    **settings: Any,
+) -> Updates:
+    """The same updates in the fewest micro-batches with which a step is within the budget.
+
+    Args:
+      updates: of the step.
+      policy: as in `plan`, like all that follow.
+      optimizer: as in `plan`.
+      sampler: as in `plan`.
+      prompts: `B`.
+      budget: bytes of the device.
+      settings: as in `plan`.
+
+    Raises:
+      ValueError: if not even one prompt at a time fits.
+    """
+
+    def peak(micro_batches: int) -> int:
+        parts = dataclasses.replace(updates, micro_batches=micro_batches)
+        return plan(policy, optimizer, sampler, prompts=prompts, updates=parts, **settings).peak
+
+    micro_batches = fewest_micro_batches(peak, prompts // updates.minibatches, budget)
+    print(f"micro-batches with which a step fits into {gib(budget)}: {micro_batches}")
+    return dataclasses.replace(updates, micro_batches=micro_batches)
+
+
 def largest_batch(bytes_of: Callable[[int], int], budget: int, limit: int = 4096) -> int:
     """The largest number of prompts, up to a limit, for which `bytes_of(number)` is within the budget; 0 if none is."""
     low, high = 0, 1

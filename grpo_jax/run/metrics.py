@@ -42,6 +42,10 @@ class Logged:
         """Adds one value."""
         self._values.setdefault(name, []).append(float(value))
 
+    def last(self, name: str) -> float:
+        """The last value of a metric since `take` was called; 0 without one."""
+        return self._values.get(name, [0.0])[-1]
+
     def take(self) -> dict[str, float]:
         """The mean of each metric since the last call."""
         means = {name: float(np.mean(values)) for name, values in self._values.items()}

@@ -7,10 +7,11 @@ resolve("group_advantages", "grpo_jax.advantages")     # a name without a module
 
 import ast
 import importlib.util
+import inspect
 import pathlib
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -46,6 +47,29 @@ def resolve(name: str, package: str | None = None) -> Callable[..., Any]:
     if not callable(made):
         raise ValueError(f"{name!r} returns a {type(made).__name__} and not a function")
     return made
+
+
+def make_with(
+    make: Callable[..., Any], name: str, stated: Mapping[str, Any], *, offered: Mapping[str, Any] | None = None
+) -> Any:
+    """Calls a maker with the settings that are stated; its own defaults hold for those that are None.
+
+    Args:
+      make: such as `losses.grpo`.
+      name: for the message.
+      stated: settings; None is not stated.
+      offered: settings that the maker gets if it takes them.
+
+    Raises:
+      ValueError: for a stated setting that the maker does not have.
+    """
+    settings = {name: setting for name, setting in stated.items() if setting is not None}
+    known = inspect.signature(make).parameters
+    settings |= {name: setting for name, setting in (offered or {}).items() if name in known}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    if unknown := set(settings) - set(known) - ({"penalty"} if takes_any else set()):
+        raise ValueError(f"the loss {name} has no setting {', '.join(sorted(unknown))}")
+    return make(**settings)
 
 
 def _parse(name: str, package: str | None) -> tuple[str, str, tuple[list[Any], dict[str, Any]] | None]:

@@ -59,6 +59,7 @@ def evaluate(
     prompts: Sequence[Sequence[int]] | None = None,
     prompt_column: str = "prompt",
     log_metric: LogMetric | None = None,
+    trainer_state: rewards.TrainerState | None = None,
     batch_size: int = 64,
     bucket: int = 64,
     level: float = 0.95,
@@ -91,6 +92,7 @@ def evaluate(
       prompts: the rows' prompts as tokens; None encodes them by `data.encode_prompt`.
       prompt_column: the name of the prompt's column.
       log_metric: as of `rewards.host`, what reward functions log, once a batch.
+      trainer_state: the place in the run, for reward functions that ask for it.
       batch_size: prompts sampled at a time.
       bucket: prompts are padded to a multiple of it, so that few programs compile.
       level: of the intervals.
@@ -141,7 +143,7 @@ def evaluate(
             jax.random.fold_in(jax.random.key(seed), start),
         )
         rollout = _first(rollout, len(indices))
-        given, mask = reward(rollout)
+        given, mask = reward(rollout, trainer_state)
         right = given[..., judge] >= np.float32(threshold)  # as the rewards are: 0.9 is less in float32
         texts = rewards.completion_texts(rollout, tokenizer, eos_ids)
         for b, row in enumerate(indices.tolist()):

@@ -64,7 +64,8 @@ def curves(
 def _one_panel_per_metric(
     rows: Sequence[Row], names: Sequence[str], conditions: Sequence[str], against: str | None, x: str
 ) -> Figure:
-    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
+    legend = 0.07 * max(map(len, conditions))  # its width in inches
+    figure = Figure(figsize=(3.6 * len(names) + legend, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     for place, name in enumerate(names):
         axes = _panel(figure, (1, len(names), place + 1), name)

@@ -5,9 +5,10 @@
         name="countdown", difficulty={"max_numbers": 4}, shifted_difficulty={"min_numbers": 5, "max_numbers": 6}
     )
 
-Many of its scorers run `eval` on the answer, or have SymPy do so. They run in worker
-processes, in a sandbox, and nowhere else. Making the problems is the library's own code
-and runs here; that of `codeio` leaves files in the working directory.
+Some of its scorers run `eval` on the answer, or have SymPy do so. Here they read answers as data
+(`reasoning_gym_worker.disarm`), and they run in worker processes, in a sandbox, and nowhere else.
+Making the problems is the library's own code and runs here; that of `codeio` leaves files in
+the working directory.
 """
 
 import ast
@@ -181,8 +182,8 @@ def verifier(*, partial: bool = False, pool: WorkerPool | None = None) -> Reward
 
     Args:
       partial: give the scorer's own score, from 0 to 1.
-      pool: of worker processes, by default `sandboxed_pool()`. The scorers evaluate what
-        the model wrote: without a sandbox, a plain `WorkerPool()`, it runs with your rights.
+      pool: of worker processes, by default `sandboxed_pool()`. Without a sandbox, in a plain `WorkerPool()`,
+        scorers read model output with your rights.
 
     Raises:
       ValueError: without bubblewrap, if no pool is given.

@@ -241,9 +241,7 @@ def test_a_step_is_its_stages_put_together_by_hand():
     after, metrics = jax.jit(step)(state, prompts)
 
     key, temperature = step_keys(state)[0], settings["temperature"]
-    rollout = sampling.sampler(group_size=2, temperature=temperature, **SIZES)(
-        POLICY, state.params["policy"], prompts, key
-    )
+    rollout = sampling.sampler(temperature=temperature, **SIZES)(POLICY, state.params["policy"], prompts, key)
     old, ref = (
         score(POLICY, params["policy"], rollout, temperature=temperature).log_probs
         for params in (state.params, state.ref_params)

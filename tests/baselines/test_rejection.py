@@ -136,9 +136,9 @@ def test_raft_raises_the_reward_as_one_step_that_is_traced_once():
     optimizer = optax.adam(0.1)
     settings = {"loss": losses.sft(), "transforms": (raft(0.5),)}
     sampler = sampling.sampler(group_size=6, max_tokens=5, eos_ids=(EOS,))
-    step = make_train_step(POLICY, optimizer, sampler, reward=even_tokens, updates=Updates(minibatches=2), **settings)
+    made = make_train_step(POLICY, optimizer, sampler, reward=even_tokens, updates=Updates(minibatches=2), **settings)
     chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(step, n=1))
+    step = jax.jit(chex.assert_max_traces(lambda *x: made(*x), n=1))
     state, rewards = init_state(POLICY.init(jax.random.key(0)), optimizer, jax.random.key(0)), []
     for seed in range(12):
         state, metrics = step(state, random_prompts(seed, 16, 3, V))

@@ -19,8 +19,7 @@ import safetensors.numpy
 
 from grpo_jax import testing
 from grpo_jax.models import hf
-from grpo_jax.run import metrics
-from grpo_jax.updates import Updates
+from grpo_jax.run import checkpoint, metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -52,6 +51,18 @@ def make(scale=2.0):
         log_metric("made/calls", 1.0)
         return [scale * (i % 3) for i in range(len(completions))]
     return made
+
+def wants_more(completions, solution):
+    return [0.0] * len(completions)
+
+def compares(completions, **kwargs):
+    return [float(i % 2) for i in range(len(completions))]
+
+compares.group_size = 2
+
+def asks_where(completions, trainer_state, log_metric):
+    log_metric("place", trainer_state.global_step + 0.1 * trainer_state.max_steps)
+    return [float(i % 2) for i in range(len(completions))]
 
 def too_few(prompts, completions, **kwargs):
     return [1.0]
@@ -113,27 +124,33 @@ def settings(files, run_dir, **changes):
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
-    """A run of six steps with an evaluation split, two rewards, a KL term, a chat template, passes and minibatches."""
+    """Six steps with an evaluation split, two rewards, a KL term, a chat template, several updates per step."""
     run_dir = tmp_path_factory.mktemp("finished")
     config = settings(
         files, run_dir, steps=6, save_every=2, export_every=3, eval_rows=5, evaluate_every=3, chat=True,
         reward=("my_rewards:contains_answer", "my_rewards:brevity"), reward_weights=(1.0, 0.5), beta=0.01,
-        passes=2, minibatches=2,
+        iterations=2, minibatches=2,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(files)
-        grpo.run(config)
+        grpo.train(config)
     return config
 
 
 def test_a_run_measures_evaluates_and_exports(finished):
     lines = metrics.read(finished.run_dir)
-    assert [line["step"] for line in lines] == list(range(6))
+    assert [line["step"] for line in lines] == list(range(7))
+    assert lines[6].keys() == {"step", "eval/reward", "eval/contains_answer", "eval/brevity"}
+    shown = metrics.read(finished.run_dir, metrics.COMPLETIONS_FILE)
+    assert [line["step"] for line in shown] == [0, 0, 0, 0]
+    assert shown[0].keys() == {"step", "prompt", "completion", "contains_answer", "brevity"}
+    lines, rates = lines[:6], [line["learning_rate"] for line in lines[:6]]
+    np.testing.assert_allclose(rates, [0.5e-3, *[1e-3] * 5], rtol=1e-6)
     for name in ("reward", "reward/contains_answer", "reward/brevity", "kl", "entropy", "ratio_max", "grad_norm"):
         assert all(np.isfinite(line[name]) for line in lines), name
-    assert [("eval/reward" in line) for line in lines] == [False, False, True, False, False, True]
+    assert [("eval/reward" in line) for line in lines] == [True, False, False, True, False, False]
     assert lines[2]["reward"] == pytest.approx(lines[2]["reward/contains_answer"] + 0.5 * lines[2]["reward/brevity"])
-    assert {"step_3", "step_6", "best", "metrics.png"} <= {path.name for path in finished.run_dir.iterdir()}
+    assert {"step_3", "step_6", "metrics.png"} <= {path.name for path in finished.run_dir.iterdir()}
 
 
 def test_the_export_is_what_was_trained(finished, files):
@@ -164,19 +181,62 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "my_rewards", stopping)
         with pytest.raises(Stop):
-            grpo.run(config)
+            grpo.train(config)
     assert len(metrics.read(tmp_path)) == 2
-    grpo.run(config)
+    grpo.train(config)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (finished.run_dir / "metrics.jsonl").read_bytes()
-    for name in ("step_6", "best"):
-        files = [run_dir / name / "model.safetensors" for run_dir in (tmp_path, finished.run_dir)]
-        chex.assert_trees_all_equal(*map(safetensors.numpy.load_file, files))
+    files = [run_dir / "step_6" / "model.safetensors" for run_dir in (tmp_path, finished.run_dir)]
+    chex.assert_trees_all_equal(*map(safetensors.numpy.load_file, files))
 
 
 def test_prompts_as_messages_give_completions_as_messages(files, tmp_path):
     changes = {"data": files / "chats.jsonl", "prompt_column": "prompt", "answer_after": None}
-    grpo.run(settings(files, tmp_path, reward=("my_rewards:brevity",), **changes))
+    grpo.train(settings(files, tmp_path, reward=("my_rewards:brevity",), **changes))
     assert metrics.read(tmp_path)[-1]["reward/brevity"] > 0
+
+
+def test_rewards_see_the_place_in_the_run_and_groups_are_evaluated_as_groups(files, tmp_path):
+    rewards = ("my_rewards:asks_where", "my_rewards:compares")
+    changes = {"eval_rows": 4, "eval_group_size": 2, "show_every": 0, "reward_weights": (1.0, 0.0)}
+    sys.modules.pop("my_rewards", None)
+    grpo.train(settings(files, tmp_path, reward=rewards, **changes))
+    lines = metrics.read(tmp_path)
+    assert [line.get("place") for line in lines] == [pytest.approx(0.2), pytest.approx(1.2), None]
+    assert [line["eval/compares"] for line in lines] == [0.5] * 3
+    assert not (tmp_path / metrics.COMPLETIONS_FILE).exists()
+
+
+def test_a_warm_up_of_0_trains_at_the_full_rate_from_the_first_update(files, tmp_path):
+    grpo.train(settings(files, tmp_path, reward=("my_rewards:make()",), warmup_steps=0, decay="linear", steps=4))
+    lines = metrics.read(tmp_path)
+    np.testing.assert_allclose([line["learning_rate"] for line in lines[:4]], [1e-3, 7.5e-4, 5e-4, 2.5e-4], rtol=1e-6)
+    with pytest.raises(ValueError, match="steps: 4 -> 5"):  # the decay would be another one
+        grpo.train(settings(files, tmp_path, reward=("my_rewards:make()",), warmup_steps=0, decay="linear", steps=5))
+
+
+@pytest.mark.parametrize("changed", ["data", "weights", "template"])
+def test_a_run_is_not_resumed_on_other_inputs_under_the_same_names(files, tmp_path, changed):
+    shutil.copytree(files / "model", tmp_path / "model")
+    shutil.copy(files / "gsm8k.jsonl", tmp_path / "rows.jsonl")
+    config = settings(files, tmp_path / "run", model=str(tmp_path / "model"), data=tmp_path / "rows.jsonl", steps=1)
+    grpo.train(config)
+    if changed == "data":
+        lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "rows.jsonl").write_text("".join(lines[::-1]))
+    elif changed == "weights":
+        tensors = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+        safetensors.numpy.save_file(
+            {name: tensor * 1.5 for name, tensor in tensors.items()}, tmp_path / "model" / "model.safetensors"
+        )
+    else:
+        template = tmp_path / "model" / "chat_template.jinja"
+        template.write_text(template.read_text() + "\n")
+    said = {
+        "data": "the prompts to train on", "weights": "the weights of the model",
+        "template": "the tokenizer or its template",
+    }[changed]  # fmt: skip
+    with pytest.raises(ValueError, match=f"not what the run began with: {said}"):
+        grpo.train(config)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +256,7 @@ def test_a_loss_refuses_settings_that_it_does_not_have(files):
 def test_an_exception_of_a_reward_passes_through_and_the_state_is_kept(files, tmp_path):
     sys.modules.pop("my_rewards", None)
     with pytest.raises(LookupError, match="the verifier is down") as raised:
-        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later",), stop_after_failed=1))
+        grpo.train(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later",), stop_after_failed=1))
     assert "breaks_later" in raised.value.__notes__[0]
     assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 2]
     assert (tmp_path / "checkpoints" / "3").is_dir()
@@ -209,7 +269,7 @@ def test_batches_that_a_reward_raises_on_are_masked_until_the_third_in_a_row(fil
         pytest.warns(RuntimeWarning, match="breaks_later failed on a batch of 4 completions"),
     ):
         # Nothing is learned from the other reward alone.
-        grpo.run(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later", "my_rewards:brevity")))
+        grpo.train(settings(files, tmp_path, steps=9, reward=("my_rewards:breaks_later", "my_rewards:brevity")))
     lines = metrics.read(tmp_path)
     assert [line["breaks_later/failed"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
     assert [line["unscored/breaks_later"] for line in lines] == [0.0, 0.0, 0.0, 1.0, 1.0]
@@ -223,11 +283,8 @@ def test_an_evaluation_that_a_reward_raises_on_is_not_the_best(files, tmp_path, 
     monkeypatch.setitem(sys.modules, "my_rewards", failing)
     config = settings(files, tmp_path, steps=2, save_every=1, eval_rows=4, eval_batch=2)
     with pytest.warns(RuntimeWarning, match="contains_answer failed"):
-        grpo.run(config)  # calls 1, 2, 4, 5, 7 and 8 are of evaluations
-    assert [line["eval/reward"] for line in metrics.read(tmp_path)] == [1.0, None]
-    shutil.rmtree(tmp_path / "best")
-    grpo.run(dataclasses.replace(config, steps=3))
-    assert metrics.read(tmp_path)[2]["eval/reward"] == 1.0
+        grpo.train(config)  # calls 1, 2, 4, 5, 7 and 8 are of evaluations
+    assert [line["eval/reward"] for line in metrics.read(tmp_path)] == [1.0, 1.0, None]
     assert not (tmp_path / "best").exists()
 
 
@@ -247,24 +304,24 @@ def _fails_on_calls(numbers, function):
 
 @pytest.mark.slow
 def test_micro_batches_are_chosen_from_the_memory_of_the_device(files, tmp_path, monkeypatch, capsys):
-    plan, learn, peaks, used = grpo.memory.plan, grpo.make_learn, {}, []
+    plan, make, peaks, used = grpo.memory.plan, grpo.make_train_step, {}, []
 
-    def noted_plan(*arguments, micro_batches, **settings):
-        found = plan(*arguments, updates=Updates(micro_batches=micro_batches), **settings)
-        peaks[micro_batches] = found.peak
-        return found
+    def noted_plan(*arguments, updates, **settings):
+        planned = plan(*arguments, updates=updates, **settings)
+        peaks[updates.micro_batches] = planned.peak
+        return planned
 
-    def noted_learn(*arguments, micro_batches, **settings):
-        used.append(micro_batches)
-        return learn(*arguments, micro_batches=micro_batches, **settings)
+    def noted_step(*arguments, updates, **settings):
+        used.append(updates.micro_batches)
+        return make(*arguments, updates=updates, **settings)
 
     monkeypatch.setattr(grpo.memory, "plan", noted_plan)
-    monkeypatch.setattr(grpo, "make_learn", noted_learn)
+    monkeypatch.setattr(grpo, "make_train_step", noted_step)
     wide = {"group_size": 16, "steps": 1}  # so that completions take more than weights
     with pytest.raises(ValueError, match="one prompt at a time takes"):
-        grpo.run(settings(files, tmp_path / "none", memory_gib=1e-6, **wide))
+        grpo.train(settings(files, tmp_path / "none", memory_gib=1e-6, **wide))
     assert peaks[2] < peaks[1]
-    grpo.run(settings(files, tmp_path / "two", memory_gib=(peaks[1] + peaks[2]) / 2 / 2**30, **wide))
+    grpo.train(settings(files, tmp_path / "two", memory_gib=(peaks[1] + peaks[2]) / 2 / 2**30, **wide))
     assert used == [2]
     assert "micro-batches with which a step fits" in capsys.readouterr().out
 
@@ -272,7 +329,7 @@ def test_micro_batches_are_chosen_from_the_memory_of_the_device(files, tmp_path,
 def test_a_run_whose_updates_are_not_finite_stops_with_its_state_saved(files, tmp_path):
     broken = {"learning_rate": 1e30, "steps": 9, "stop_after_skipped": 2, "reward": ("my_rewards:brevity",)}
     with pytest.raises(FloatingPointError, match="the last 2 updates were not finite"):
-        grpo.run(settings(files, tmp_path, **broken))
+        grpo.train(settings(files, tmp_path, **broken))
     lines = metrics.read(tmp_path)
     assert [line["skipped"] for line in lines][-2:] == [1.0, 1.0]
     assert len(lines) < 9
@@ -281,23 +338,25 @@ def test_a_run_whose_updates_are_not_finite_stops_with_its_state_saved(files, tm
 
 def test_a_broken_reward_shows_before_the_first_step_where_there_is_an_evaluation(files, tmp_path):
     with pytest.raises(LookupError):
-        grpo.run(settings(files, tmp_path, reward=("my_rewards:broken",), eval_rows=4, stop_after_failed=1))
+        grpo.train(settings(files, tmp_path, reward=("my_rewards:broken",), eval_rows=4, stop_after_failed=1))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
     with pytest.raises(ValueError, match="cuDNN's flash attention computes in bfloat16 or float16, not in float32"):
-        grpo.run(settings(files, tmp_path, attention="cudnn", compute_dtype="float32"))
+        grpo.train(settings(files, tmp_path, attention="cudnn", compute_dtype="float32"))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"reward": ("my_rewards:absent",)}, r"my_rewards has no function 'absent'"),
-        ({"reward": ("contains_answer",)}, r"named module:function, got 'contains_answer'"),
-        ({"prompt_column": "text"}, r"gsm8k.jsonl:1: no column text; the row has question, answer"),
+        ({"reward": ("contains_answer",)}, r"named module:function.* got 'contains_answer'"),
+        ({"prompt_column": "text"}, r"gsm8k.jsonl.*1: no column text"),
         ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
-        ({"eval_rows": 20}, r"--eval-rows 20 leaves none of the 20 rows"),
+        ({"eval_rows": 20}, r"20 rows leaves none of the 20 rows"),
+        ({"reward": ("my_rewards:wants_more",)}, r"wants_more requires solution, and the data has the columns"),
+        ({"reward": ("my_rewards:compares",), "eval_rows": 4}, r"groups of 2: give --eval-group-size 2"),
         ({"memory_gib": 1.0, "micro_batches": 2}, r"give no --micro-batches 2"),
         ({"group_size": 1}, r"at least 2 completions to compare, got --group-size 1"),
         ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),
@@ -313,24 +372,24 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
 def test_bad_input_is_refused_before_the_model_is_loaded(files, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(hf, "load_pretrained", lambda *arguments, **settings: pytest.fail("the model was loaded"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        grpo.run(settings(files, tmp_path, **changes))
+        grpo.train(settings(files, tmp_path, **changes))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_wrong_number_of_rewards_is_told(files, tmp_path):
     with pytest.raises(ValueError, match=r"too_few returned 1 values for 4 completions"):
-        grpo.run(settings(files, tmp_path, reward=("my_rewards:too_few",), stop_after_failed=1))
+        grpo.train(settings(files, tmp_path, reward=("my_rewards:too_few",), stop_after_failed=1))
 
 
 def test_a_malformed_line_is_refused_with_its_number(files, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": oops}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl:2: not JSON"):
-        grpo.run(settings(files, tmp_path / "run", data=tmp_path / "bad.jsonl"))
+        grpo.train(settings(files, tmp_path / "run", data=tmp_path / "bad.jsonl"))
 
 
 def test_a_finished_run_is_not_trained_on_under_other_settings(finished):
     with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.01"):
-        grpo.run(dataclasses.replace(finished, learning_rate=0.01))
+        grpo.train(dataclasses.replace(finished, learning_rate=0.01))
 
 
 def test_supervised_learning_lowers_the_loss_on_completions_and_exports(files, tmp_path):
@@ -339,21 +398,21 @@ def test_supervised_learning_lowers_the_loss_on_completions_and_exports(files, t
         learning_rate=1e-2, bucket=8, max_prompt_tokens=16, max_tokens=8, eval_rows=4, compute_dtype="float32",
         micro_batches=2, save_every=40,
     )  # fmt: skip
-    sft.run(config)
-    losses = [line["loss"] for line in metrics.read(tmp_path)]
+    sft.train(config)
+    losses = [line["loss"] for line in metrics.read(tmp_path)[:-1]]
     assert losses[-1] < 0.5 * losses[0]
     assert "eval/loss" in metrics.read(tmp_path)[-1]
     policy, params = hf.load_pretrained(tmp_path / "model")
     assert policy.config.hf_config
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    again = sft.run(config)  # is finished, and does nothing
+    again = sft.train(config)  # is finished, and does nothing
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
 
 
 def test_supervised_learning_refuses_a_completion_that_does_not_fit(files, tmp_path):
-    with pytest.raises(ValueError, match=r"completion 0 has 2 tokens and the limit is 1"):
-        sft.run(sft.Config(model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, max_tokens=1))
+    with pytest.raises(ValueError, match=r"row 1: the completion has 2 tokens and the limit is 1"):
+        sft.train(sft.Config(model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, max_tokens=1))
 
 
 # ------------------------------------------------------------- sampling ahead
@@ -374,66 +433,59 @@ def overlapping(files, run_dir, **changes):
 
 
 @pytest.mark.slow
-def test_sampled_ahead_the_ratio_is_to_the_policy_that_sampled_and_checkpoints_are_on_policy(files, tmp_path):
-    """Steps 1, 3 and 5 learn from a batch of the policy before; steps 0, 2 and 4 follow a checkpoint."""
-    grpo.run(overlapping(files, tmp_path))
-    ratio_max = [line["ratio_max"] for line in metrics.read(tmp_path)]
-    np.testing.assert_allclose(ratio_max[::2], 1.0, rtol=1e-5)
-    assert min(ratio_max[3::2]) > 1.01  # the first update has a learning rate of 0
-    assert [line["made/calls"] for line in metrics.read(tmp_path)] == [1.0] * 6
-    grpo.run(dataclasses.replace(overlapping(files, tmp_path / "plain"), overlap=False))
+def test_sampled_ahead_the_ratio_is_to_the_policy_that_sampled(files, tmp_path):
+    """All steps but the first learn from a batch of the policy before; a checkpoint changes nothing of that."""
+    grpo.train(overlapping(files, tmp_path / "ahead"))
+    lines = metrics.read(tmp_path / "ahead")
+    assert lines[0]["ratio_max"] == pytest.approx(1.0, rel=1e-5)
+    assert min(line["ratio_max"] for line in lines[1:]) > 1.01
+    assert [line["made/calls"] for line in lines] == [1.0] * 6
+    grpo.train(dataclasses.replace(overlapping(files, tmp_path / "plain"), overlap=False))
     np.testing.assert_allclose([line["ratio_max"] for line in metrics.read(tmp_path / "plain")], 1.0, rtol=1e-5)
+    grpo.train(dataclasses.replace(overlapping(files, tmp_path / "other"), save_every=5))
+    assert metrics.read(tmp_path / "other") == lines
 
 
 @pytest.mark.slow
-def test_a_killed_run_that_sampled_ahead_goes_on_to_the_same_bits(files, tmp_path, monkeypatch):
-    expected = grpo.run(overlapping(files, tmp_path / "whole"))
-    monkeypatch.setattr(grpo.metrics, "append", _fails_at(5, grpo.metrics.append))
-    with pytest.raises(KeyboardInterrupt):
-        grpo.run(overlapping(files, tmp_path / "killed"))
-    monkeypatch.undo()
-    monkeypatch.chdir(files)
-    resumed = grpo.run(overlapping(files, tmp_path / "killed"))
-    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert metrics.read(tmp_path / "killed") == metrics.read(tmp_path / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ended", ["by a signal", "by a reward"])
+@pytest.mark.parametrize("ended", ["by a kill", "by a signal", "by a reward"])
 def test_a_run_that_ended_with_a_batch_in_flight_goes_on_to_the_same_bits(files, tmp_path, monkeypatch, ended):
-    """It ends after step 3 of the 6, between two checkpoints, and again at step 4 before the next one is written."""
+    """It ends after step 3 of the 6, and again at step 4 before the next checkpoint is written."""
     config = overlapping(files, tmp_path / "ended", stop_after_failed=1)
-    expected = grpo.run(dataclasses.replace(config, run_dir=tmp_path / "whole"))
+    expected = grpo.train(dataclasses.replace(config, run_dir=tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        if ended == "by a signal":
-            patch.setattr(grpo.metrics, "append", _signals_at(2, grpo.metrics.append))
+        if ended == "by a kill":
+            patch.setattr(metrics, "append", _fails_at(3, metrics.append))
+        elif ended == "by a signal":
+            patch.setattr(metrics, "append", _signals_at(2, metrics.append))
         else:
             rewarded = importlib.import_module("my_rewards").make()
             failing = _fails_on_calls({4}, lambda completions: rewarded(completions, lambda name, value: None))
+            failing.__name__ = "made"
             patch.setattr(importlib.import_module("my_rewards"), "make", lambda: failing)
-        with pytest.raises((SystemExit, LookupError)):
-            grpo.run(config)
-    assert [path.name for path in config.run_dir.glob("in_flight_*")] == ["in_flight_3.npz"]
+        with pytest.raises((SystemExit, LookupError, KeyboardInterrupt)):
+            grpo.train(config)
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.metrics, "append", _fails_at(3, grpo.metrics.append))
+        patch.setattr(metrics, "append", _fails_at(3, metrics.append))
         with pytest.raises(KeyboardInterrupt):
-            grpo.run(config)
-    resumed = grpo.run(config)
-    chex.assert_trees_all_equal(resumed, expected)
-    if ended == "by a signal":  # the other's first lines have no made/calls
+            grpo.train(config)
+    chex.assert_trees_all_equal(grpo.train(config), expected)
+    if ended != "by a reward":  # the other's first lines have no made/calls
         assert metrics.read(config.run_dir) == metrics.read(tmp_path / "whole")
-    # It stays as long as its checkpoint does, which a run may have to fall back on.
-    assert [path.name for path in config.run_dir.glob("in_flight_*")] == ["in_flight_3.npz"]
-    assert (config.run_dir / "checkpoints" / "3").is_dir()
 
 
 @pytest.mark.slow
-def test_which_batches_are_sampled_ahead_does_not_change_on_the_way(files, tmp_path):
-    config = settings(files, tmp_path, steps=1, overlap=True)
-    grpo.run(config)
-    with pytest.raises(ValueError, match=r"save_every: 50 -> 3"):
-        grpo.run(dataclasses.replace(config, save_every=3))
+def test_a_batch_in_flight_that_is_damaged_is_told_by_name(files, tmp_path, monkeypatch):
+    """The run falls back on the checkpoint before, and ends in the same bits."""
+    config = overlapping(files, tmp_path / "damaged")
+    expected = grpo.train(dataclasses.replace(config, run_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "append", _fails_at(4, metrics.append))
+        with pytest.raises(KeyboardInterrupt):
+            grpo.train(config)
+    with monkeypatch.context() as patch:  # as if one bit of the tokens in flight had been flipped
+        patch.setattr(checkpoint, "_read_arrays", _flipped("extra/rollout/tokens", checkpoint._read_arrays))
+        with pytest.warns(UserWarning, match=r"passed over: step 4 \(the digest of extra/rollout/tokens differs"):
+            chex.assert_trees_all_equal(grpo.train(config), expected)
 
 
 def _signals_at(step, function):
@@ -458,11 +510,22 @@ def _fails_at(step, function):
     return append
 
 
+def _flipped(path, read):
+    """Reads the arrays of step 4 as if those at the path were other ones."""
+
+    def read_arrays(checkpoints, step, leaves, facts, args):
+        if step == 4:
+            facts = facts | {path: facts[path] | {"sha256": "another"}}
+        return read(checkpoints, step, leaves, facts, args)
+
+    return read_arrays
+
+
 @pytest.mark.slow
 def test_packing_and_a_profile_change_nothing_of_a_run_but_what_lies_beside_it(files, tmp_path):
     for name, changes in (("plain", {}), ("other", {"pack": True, "completion_bucket": 2, "profile": True})):
         # So hot that a tiny model ends its completions at different lengths.
-        grpo.run(settings(files, tmp_path / name, steps=3, max_tokens=16, temperature=3.0, seed=1, **changes))
+        grpo.train(settings(files, tmp_path / name, steps=3, max_tokens=16, temperature=3.0, seed=1, **changes))
     plain, other = (metrics.read(tmp_path / name) for name in ("plain", "other"))
     assert plain[0].keys() == other[0].keys()
     for name, value in plain[0].items():

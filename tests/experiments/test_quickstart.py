@@ -30,7 +30,7 @@ SETTINGS = {
     "steps": 6,
     "prompts_per_step": 8,
     "group_size": 4,
-    "passes": 2,
+    "iterations": 2,
     "beta": 0.04,
     "evaluate_every": 3,
     "save_every": 4,
@@ -135,8 +135,9 @@ def test_every_step_has_a_line_of_metrics(finished):
     warmup, grpo = metrics.read(run_dir / "warmup"), metrics.read(run_dir)
     assert [row["step"] for row in warmup] == list(range(WARMUP_STEPS))
     assert warmup[-1]["loss"] < warmup[0]["loss"]
-    assert [row["step"] for row in grpo] == list(range(STEPS))
-    assert [row["step"] for row in grpo if "validation" in row] == [2, 5]
+    assert [row["step"] for row in grpo if "reward" in row] == list(range(STEPS))
+    assert [row["step"] for row in grpo if "validation" in row] == [0, 3, STEPS]
+    grpo = grpo[:STEPS]  # the last line is the last evaluation's
     shown = {"reward", "reward/accuracy", "reward/format", "kl", "entropy", "length", "truncated", "skipped"}
     assert all(shown <= row.keys() and None not in row.values() for row in grpo)
     assert all(row["grad_norm"] > 0 for row in grpo), "nothing was learned, and these tests show little"
@@ -170,14 +171,14 @@ def test_a_finished_run_that_is_started_again_does_nothing_and_gives_the_same_re
     assert f"resumed at step {STEPS} of {STEPS}" in printed
 
 
-def test_a_folder_in_which_a_run_is_alive_is_refused(finished):
+def test_a_folder_in_which_a_run_is_alive_is_refused(finished, programs):
     run_dir, _ = finished
+    environment = os.environ | programs | {"PYTHONPATH": str(ROOT)}
     before = outcome(run_dir)
-    with (
-        preemption.lock(run_dir),
-        pytest.raises(RuntimeError, match=f"the run folder .* is in use by process {os.getpid()}"),
-    ):
-        quickstart.main(make_config(run_dir))
+    with preemption.lock(run_dir):  # by this process, and not by the one that runs
+        again = subprocess.run(command(run_dir), env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode != 0
+    assert f"is in use by process {os.getpid()}" in again.stderr
     assert outcome(run_dir) == before
 
 
@@ -207,7 +208,7 @@ def test_a_run_that_is_killed_and_started_again_ends_as_one_that_was_not(finishe
 
 
 def test_a_smoke_run_is_a_few_steps_in_which_everything_happens(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "run", lambda config: config)
+    monkeypatch.setattr(quickstart, "train", lambda config: config)
     config = quickstart.main(quickstart.Config(run_dir=tmp_path, smoke=True, beta=0.1))
     assert config.steps <= 10
     assert config.save_every < config.steps

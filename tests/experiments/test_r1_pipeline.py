@@ -249,7 +249,7 @@ def test_a_policy_of_which_nothing_can_be_kept_is_an_error_with_its_numbers(prob
     monkeypatch.setattr(pipeline, "make_sampler", lambda *_, **__: lambda *_: rollout_of(WRITTEN[1:2], answer=7))
     config = pipeline.Config(samples=1, sampled_prompts=1)
     with pytest.raises(ValueError, match="none of 1 completions passed, of which 0 were right"):
-        pipeline.rejection_sample(config, problem, lambda: False, tmp_path, None)
+        pipeline.rejection_sample(config, problem, tmp_path, None)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,15 @@ import json
 import pathlib
 import sys
 
+import jax
+import optax
 import pytest
 
+from grpo_jax import testing, train_step
 from grpo_jax.models import hf
 from grpo_jax.run import metrics
+from grpo_jax.study import evaluation
+from grpo_jax.updates import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,9 +33,9 @@ def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys):
     config = countdown.Config(run_dir=tmp_path / "run", smoke=True)
     results = countdown.main(config)
     lines = metrics.read(tmp_path / "run")
-    assert [line["step"] for line in lines] == list(range(4))
-    assert {"reward/correct", "reward/strict_format", "kl", "repetition", "unscored/correct"} <= set(lines[-1])
-    assert "validation/accuracy" in lines[1]
+    assert [line["step"] for line in lines] == list(range(5))
+    assert {"reward/correct", "reward/strict_format", "kl", "repetition", "unscored/correct"} <= set(lines[3])
+    assert ["validation/accuracy" in line for line in lines] == [True, False, True, False, True]
     assert results == json.loads((tmp_path / "run" / "results.json").read_text())
     assert {"test/pass@1", "test/pass@2", "ood/pass@2"} <= set(results)
     assert len((tmp_path / "run" / "ood.jsonl").read_text().splitlines()) == 8
@@ -52,7 +57,7 @@ def test_the_format_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(t
         return judge
 
     monkeypatch.setattr(module.rewards, "strict_format", strict_format)
-    monkeypatch.setattr(module.evaluation, "evaluate", lambda *arguments, **settings: ({}, []))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *arguments, **settings: ({}, []))
     module.main(module.Config(run_dir=tmp_path / "run", smoke=True, format_weight=0.5))
     for line in metrics.read(tmp_path / "run"):
         correct, formed = (line[f"reward/{name}"] for name in NAMES[module])
@@ -64,7 +69,7 @@ def test_the_format_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(t
 def test_gsm8k_trains_under_a_recipe_whose_reference_is_renewed_and_goes_on(tmp_path, capsys):
     config = gsm8k.Config(run_dir=tmp_path / "run", smoke=True, recipe="r1")
     results = gsm8k.main(config)
-    assert [line["step"] for line in metrics.read(tmp_path / "run")] == list(range(3))
+    assert [line["step"] for line in metrics.read(tmp_path / "run")] == list(range(4))
     assert {"greedy/test/accuracy", "test/pass@2"} <= set(results)
     said = capsys.readouterr().out
     assert "finite" not in said
@@ -72,6 +77,26 @@ def test_gsm8k_trains_under_a_recipe_whose_reference_is_renewed_and_goes_on(tmp_
     assert "@article{guo2025deepseekr1," in said
     assert gsm8k.main(config) == results
     assert "resumed at step 3 of 3" in capsys.readouterr().out
+
+
+def test_gsm8k_scores_the_old_policy_in_as_many_parts_as_it_learns_in(monkeypatch):
+    """In one piece, it would take the memory that micro-batches are there to save."""
+    config = gsm8k.Config(recipe="dapo", prompts=8, group_size=2, max_tokens=4, minibatches=2, micro_batches=2)
+    rows = []
+    score = train_step.score
+
+    def noted(policy, params, rollout, **settings):
+        rows.append(rollout.tokens.shape[0])
+        return score(policy, params, rollout, **settings)
+
+    monkeypatch.setattr(train_step, "score", noted)
+    policy = testing.tiny_policy("qwen3")
+    step = gsm8k.make_step(gsm8k.make_recipe(config), config, policy, (0,))
+    state = jax.eval_shape(
+        lambda key: init_state(policy.init(key), optax.sgd(1.0), key), jax.eval_shape(lambda: jax.random.key(0))
+    )
+    jax.eval_shape(step.collect, state, testing.random_prompts(0, 8, 4))
+    assert rows == [2]
 
 
 def test_gsm8k_is_run_under_the_recipes_settings_but_for_those_given():

@@ -1,5 +1,6 @@
 """S1: what code that a model wrote tries, and what comes of it. The other completions of the batch are unharmed."""
 
+import ast
 import os
 import signal
 import socket
@@ -303,13 +304,23 @@ ESCAPES = {
     "more processor time": "resource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))",
     "a larger file": "open('/tmp/large', 'wb').write(bytes(2**21))",
     "a larger folder": "[open(f'/tmp/{n}', 'wb').write(bytes(2**19)) for n in range(100)]",
+    "many empty files": "[open(f'/tmp/{n}', 'wb').close() for n in range(2000)]",
+    "many folders": "[os.mkdir(f'/tmp/{n}') for n in range(2000)]",
+    "a lock on a file of the system": "fcntl.flock(open(os.__file__), fcntl.LOCK_EX | fcntl.LOCK_NB)",
+    "a lock on a device": "fcntl.flock(open('/dev/null'), fcntl.LOCK_EX | fcntl.LOCK_NB)",
+    "the mode of a device": "os.chmod('/dev/null', 0o666)",
+    "the mode of an open device": "os.fchmod(os.open('/dev/null', os.O_RDWR), 0o666)",
+    "the owner of a device": "os.chown('/dev/null', os.getuid(), os.getgid())",
+    "the times of a device": "os.utime('/dev/null', (1, 1))",
+    "an attribute of a device": "os.setxattr('/dev/null', 'user.mark', b'x')",
+    "another device in its place": "os.rename('/dev/null', '/dev/zero')",
     "the clock": "time.clock_settime(time.CLOCK_REALTIME, 0)",
     "a higher priority": "os.nice(-5)",
     "a secret in the environment": "os.environ['HF_TOKEN']",
     "a file that was open": "[os.fstat(n) for n in range(3, 64)]",
 }
 TRY = """
-import ctypes, mmap, multiprocessing, os, platform, resource, socket, subprocess, sys, time
+import ctypes, fcntl, mmap, multiprocessing, os, platform, resource, socket, subprocess, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
 CLONE = 56 if platform.machine() == "x86_64" else 220
 def check(result):
@@ -362,6 +373,39 @@ def test_environment_and_neighbours(reward):
     """
     names = ["HOME", "LANG", "PATH", "PWD", "PYTHONHASHSEED"]
     assert judged(reward, code, [["", f"{names} True {folders} False /tmp"]]) == [1.0]
+
+
+def test_the_devices_work_and_are_the_hosts_unchanged(reward):
+    """Also for root, who owns them: a mode that is set in the sandbox would be that of the host's node."""
+    before = os.stat("/dev/null")
+    code = """
+    import os
+    for change in (lambda: os.chmod("/dev/null", 0), lambda: os.utime("/dev/null", (1, 1))):
+        try: change()
+        except OSError as error: print(type(error).__name__)
+    print(open("/dev/null", "w").write("x"), open("/dev/null").read(), len(open("/dev/urandom", "rb").read(4)))
+    """
+    try:
+        assert judged(reward, code, [["", "OSError\nOSError\n1  4"]]) == [1.0]
+        after = os.stat("/dev/null")
+        assert (after.st_mode, after.st_mtime) == (before.st_mode, before.st_mtime)
+    finally:
+        if os.getuid() == 0:
+            os.chmod("/dev/null", before.st_mode & 0o7777)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another user can be tried by root alone")
+def test_the_sandbox_is_the_same_for_a_user_without_privileges():
+
+    command = [
+        *bubblewrap(),
+        "/usr/bin/env",
+        "sh",
+        "-c",
+        "chmod 600 /dev/null || echo $(id -u) refused; echo > /dev/null",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, user=65534, group=65534, extra_groups=[], cwd="/")
+    assert run.stdout == "65534 refused\n", run
 
 
 KILLERS = ["os.kill(os.getppid(), 9)", "os.kill(1, 9)", "os.kill(-1, 9)", "os.killpg(0, 9)", "os.kill(0, 9)"]
@@ -444,3 +488,43 @@ def test_a_pool_in_the_sandbox(tmp_path, monkeypatch):
     assert [outcome.fault for outcome in outcomes] == [None, "error", "error", None, "timeout", None]
     assert "FileNotFoundError" in outcomes[1].message
     assert "Read-only" in outcomes[2].message
+
+
+FRAMES = [f"__import__('sys')._getframe({depth}).f_locals" for depth in range(1, 5)]
+GYM_ATTACKS = {
+    "the scorer": [f"setattr(type({frame}['self']), 'score_answer', lambda s, a, e: 1.0)" for frame in FRAMES],
+    "the right value": [f"{frame}['entry']['metadata']['target']" for frame in FRAMES],
+    "the right answer": [f"{frame}['entry']['answer']" for frame in FRAMES],
+    "the right board": [
+        f"[row.split() for row in {frame}['entry']['metadata']['valid_answers'][0].splitlines()]" for frame in FRAMES
+    ],
+    "the reader of right answers": ["setattr(__import__('ast'), 'literal_eval', lambda text: {})"],
+    "builtins without quotes": ["eval(chr(95))", "exec(chr(49))", "globals()", "open(chr(47))", "print(1)"],
+    "attributes": ["(1).__class__", "x.func", "1.0.real", "1.0. real", "1 .real", "x. func"],
+    "code": ["lambda: 24", "[c for c in ()]", "(y := 24)", "sympify('24')", "lambdify(x, x)", "f'{24}'", "preview(x)"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["n_queens", "countdown", "puzzle24", "polynomial_multiplication", "simple_integration"]
+)
+def test_an_answer_of_reasoning_gym_is_no_code_and_changes_no_verdict(name, monkeypatch):
+    """Its scorers call `eval`, or SymPy's `parse_expr`, on the answer, in the process that reports the score."""
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    from grpo_jax.tasks import reasoning_gym
+
+    sizes = {"train": 2, "validation": 0, "test": 0, "ood": 0}
+    rows = reasoning_gym.splits(0, name=name, difficulty={}, shifted_difficulty={}, **sizes).train
+    right, wrong = ast.literal_eval(rows[0]["entry"])["answer"], "7"
+    answers = [right, wrong]
+    for attacks in GYM_ATTACKS.values():
+        for attack in attacks:
+            answers += [attack, right, wrong]
+    columns = {key: [rows[0][key]] * len(answers) for key in ("answer", "name", "difficulty", "entry")}
+    with reasoning_gym.sandboxed_pool(workers=1, timeout=20.0) as pool:
+        reward = reasoning_gym.verifier(pool=pool)
+        scores = reward(["?"] * len(answers), [f"<answer>{answer}</answer>" for answer in answers], **columns)
+    assert scores[:2] == [1.0, 0.0]
+    verdicts = dict(zip(answers[2::3], zip(scores[2::3], scores[3::3], scores[4::3], strict=True), strict=True))
+    assert {attack: three for attack, three in verdicts.items() if three != (0.0, 1.0, 0.0)} == {}

@@ -602,7 +602,11 @@ def test_a_loss_without_what_it_needs_says_what_to_do(name):
 
 PARTS_THAT_NEED = {
     "importance": (truncated_importance(), {"old_log_probs": None}, "an importance weight needs old_log_probs: make_"),
-    "masked": (masked_importance(), {"old_log_probs": None}, "an importance weight needs old_log_probs: make_collect"),
+    "masked": (
+        masked_importance(),
+        {"old_log_probs": None},
+        "an importance weight needs old_log_probs: make_train_step",
+    ),
     "off_policy": (off_policy_mask(), {"advantages": None}, "off_policy_mask needs advantages; make_learn"),
     "correction": (k3(0.1, correction=token_ratio), {"old_log_probs": None}, "a correction needs old_log_probs: make_"),
     "entropy": (entropy_bonus(0.1), {}, "an entropy bonus needs entropies: score with entropy=True"),

@@ -314,7 +314,7 @@ def test_dtypes_are_those_asked_for():
 
 def test_tensors_larger_than_a_block_are_read_whole(monkeypatch):
     expected = hf.load_pretrained(FOLDER / "llama")[1]
-    monkeypatch.setattr(hf, "_BLOCK", 7 * 16)  # 7 rows of the embedding's 31, of a weight's 16
+    monkeypatch.setattr(hf.reading, "_BLOCK", 7 * 16)  # 7 rows of the embedding's 31, of a weight's 16
     jax.tree.map(np.testing.assert_array_equal, hf.load_pretrained(FOLDER / "llama")[1], expected)
 
 
@@ -447,10 +447,151 @@ def test_the_export_is_cast_to_the_dtype_asked_for(tiny, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), loaded, params)
 
 
-def test_params_that_are_not_finite_are_saved_as_they_are(tiny, tmp_path):
+def test_params_that_are_not_finite_are_saved_as_they_are_and_refused_when_they_are_read(tiny, tmp_path):
     policy, params = tiny
     hf.save_pretrained(policy, jax.tree.map(lambda leaf: leaf * jnp.nan, params), tmp_path / "saved")
     assert all(np.isnan(tensor).all() for tensor in tensors_of(tmp_path / "saved").values())
+    with pytest.raises(ValueError, match=r"weights that are NaN or infinite, in 26 tensors: .*earlier export"):
+        hf.load_pretrained(tmp_path / "saved")
+
+
+def test_a_weight_that_is_infinite_in_the_dtype_asked_for_is_refused_by_name(checkpoint):
+    def edit(tensors):
+        tensors[QUERY][3, 2] = 1e30
+
+    folder = checkpoint(edit)
+    hf.load_pretrained(folder)
+    with pytest.raises(ValueError, match=f"NaN or infinite, in 1 tensors: {QUERY}"):
+        hf.load_pretrained(folder, dtype=jnp.float16)
+
+
+def test_the_same_params_give_the_same_bytes_with_the_modes_of_the_umask(tiny, tmp_path):
+    before = os.umask(0o027)
+    try:
+        for name in ("a", "b", "c"):
+            hf.save_pretrained(*tiny, tmp_path / name)
+    finally:
+        os.umask(before)
+    files = sorted(os.listdir(tmp_path / "a"))
+    for file in files:
+        assert len({(tmp_path / name / file).read_bytes() for name in ("a", "b", "c")}) == 1
+        assert (tmp_path / "a" / file).stat().st_mode & 0o777 == 0o640
+    program = (
+        "import sys; from grpo_jax.models import hf; hf.save_pretrained(*hf.load_pretrained(sys.argv[1]), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "a", tmp_path / "d"], check=True)
+    assert (tmp_path / "d" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
+
+
+def test_an_export_keeps_the_sampling_settings_and_special_tokens_of_the_base(checkpoint, tmp_path):
+    """R1-Distill's configs name another beginning of sequence in each of the two files."""
+    folder = checkpoint(bos_token_id=3, eos_token_id=4, pad_token_id=None)
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "bos_token_id": 6, "pad_token_id": 8}
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [9, 4]}))
+    policy, params = hf.load_pretrained(folder)
+    hf.save_pretrained(policy, params, tmp_path / "saved", eos_ids=[5])
+    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert written == settings | {"eos_token_id": [4, 9, 5]}
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, 4, None)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchanged", "renamed twice"])
+def test_an_export_is_there_while_it_is_replaced(exchange, tiny, tmp_path, monkeypatch):
+    policy, params = tiny
+    path = tmp_path / "best"
+    hf.save_pretrained(policy, params, path)
+    if not exchange:
+        monkeypatch.setattr(hf.replacing, "_exchange", lambda a, b: False)
+    absent = []
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def watched(function):
+        def call(*arguments, **settings):
+            result = function(*arguments, **settings)
+            absent.append(not (path / "model.safetensors").exists())
+            return result
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", watched(rename))
+    monkeypatch.setattr(shutil, "rmtree", watched(rmtree))
+    hf.save_pretrained(policy, jax.tree.map(jnp.zeros_like, params), path)
+    assert any(absent) is not exchange
+    assert os.listdir(tmp_path) == ["best"]
+    assert not any(tensor.any() for tensor in tensors_of(path).values())
+
+
+def test_what_killed_exports_have_left_is_deleted_and_what_they_put_aside_goes_back(tiny, tmp_path):
+    policy, params = tiny
+    hf.save_pretrained(policy, params, tmp_path / "best")
+    kept = (tmp_path / "best" / "model.safetensors").read_bytes()
+    for name in (f".best.{'a' * 32}", f".best.{'b' * 32}", f".other.{'a' * 32}", ".best.notes"):
+        shutil.copytree(tmp_path / "best", tmp_path / name)
+    (tmp_path / "best").rename(tmp_path / f".best.{'a' * 32}.replaced")
+    with hf.replacing.replacing(tmp_path / "best"):
+        assert (tmp_path / "best" / "model.safetensors").read_bytes() == kept
+        names = os.listdir(tmp_path)
+        assert len(names) == 4  # with the folder that is being written
+        with hf.replacing._locked(next(tmp_path.glob(f".best.{'[0-9a-f]' * 32}"))) as dead:
+            assert not dead  # which another process leaves alone
+    assert sorted(os.listdir(tmp_path)) == [".best.notes", f".other.{'a' * 32}", "best"]
+
+
+def test_messages_about_many_tensors_and_long_names_are_bounded(checkpoint):
+    def edit(tensors):
+        tensors |= {f"x{i}": np.ones(1, np.float32) for i in range(1000)} | {"y" * 100_000: np.ones(1, np.float32)}
+
+    with pytest.raises(ValueError, match="and 981 more") as error:
+        hf.load_pretrained(checkpoint(edit))
+    assert len(str(error.value)) < 10_000
+
+
+SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+
+
+@pytest.mark.parametrize("size", [0, -1, 10**7, 2**31, 10**30, 1.5])
+@pytest.mark.parametrize("field", [*SIZES, "num_key_value_heads"])
+def test_a_size_that_is_none_is_refused_with_its_name(checkpoint, field, size):
+    """Sizes that are too large for any memory, too: before anything is made of them."""
+    with pytest.raises(ValueError, match=r"config|head") as error:
+        hf.load_pretrained(checkpoint(case="llama", **{field: size}))
+    assert len(str(error.value)) < 10_000
+
+
+def test_a_field_that_is_a_note_refuses_no_model_and_another_says_what_to_do(checkpoint):
+    notes = {"internal_version": "1.2", "_commit": "abc", "base_model_name": "x"}
+    hf.load_pretrained(checkpoint(**notes))
+
+
+@pytest.mark.parametrize(
+    ("fields", "advice"),
+    [
+        ({"logit_cap": 30.0}, r"If logit_cap of config.json changes nothing in .* delete it there"),
+        ({"quantization_config": {"bits": 4}}, r"Load the repository that has these weights unquantised"),
+        ({"x" * 100_000: "y" * 100_000}, r"delete it there"),
+    ],
+)
+def test_a_model_that_is_refused_says_what_to_do(checkpoint, fields, advice):
+    with pytest.raises(ValueError, match=advice) as error:
+        hf.load_pretrained(checkpoint(**fields))
+    assert len(str(error.value)) < 2_000
+
+
+def test_a_folder_without_a_config_is_told(checkpoint):
+    folder = checkpoint()
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape("has no config.json, only ['model.safetensors'")):
+        hf.load_pretrained(folder)
+
+
+def test_the_end_of_a_chats_turn_is_among_the_end_tokens(checkpoint):
+    """Qwen2.5's base models: the chat template ends turns with a token that no config names."""
+    folder = checkpoint(eos_token_id=7)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    assert hf.eos_ids(folder, tokenizer) == (0, 7)
+    assert hf.eos_ids(folder, tokenizer, chat=True) == (0, 2, 7)
 
 
 def test_an_export_may_be_replaced_and_nothing_else_is_touched(tiny, tmp_path):

@@ -47,10 +47,11 @@ from grpo_jax.losses import (
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.schedules import Scheduled, entropy_control
 from grpo_jax.schedules.learning_rates import learning_rate
+from grpo_jax.statistics import Mean
 from grpo_jax.testing import random_prompts, tiny_policy
 from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Experience, Rollout, Scores
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 TRL = "TRL 1.16, paper index"
 
@@ -65,7 +66,7 @@ R1_ZERO = {
     "max_tokens": (32768, "Nature methods: 'a maximum length of 32,768'"),
     "temperature": (1.0, "Nature methods: 'the sampling temperature to 1'"),
     "minibatches": (16, "Nature methods: 'randomly split into 16 minibatches'"),
-    "passes": (1, "Nature methods: 'trained for only a single inner epoch'"),
+    "iterations": (1, "Nature methods: 'trained for only a single inner epoch'"),
     "learning_rate": (3e-6, "Nature methods: 'the learning rate to 3e-6'"),
 }
 DAPO = {
@@ -86,7 +87,7 @@ NUMBERS = {
         "group_size": (64, "section 4.2: 'For each question, we sample 64 outputs'"),
         "max_tokens": (1024, "section 4.2: 'The max length is set to 1024'"),
         "minibatches": (1, "section 4.2: 'only has a single update following each exploration stage'"),
-        "passes": (1, "as minibatches"),
+        "iterations": (1, "as minibatches"),
         "learning_rate": (1e-6, "section 4.2: 'the learning rate of the policy model as 1e-6'"),
     },
     "r1_zero": R1_ZERO,
@@ -98,7 +99,7 @@ NUMBERS = {
         "max_tokens": (3000, "table 6; the constant divisor"),
         "temperature": (1.0, "table 6"),
         "minibatches": (8, "scripts: train batch 128, of 128 x 8 completions"),
-        "passes": (1, "table 6: inner epochs"),
+        "iterations": (1, "table 6: inner epochs"),
         "learning_rate": (1e-6, "table 6: constant"),
         "b1": (0.9, "table 6"),
         "b2": (0.95, "table 6"),
@@ -146,7 +147,7 @@ NUMBERS = {
         "temperature": (0.99, TRL),
         "top_p": (0.99, TRL),
         "top_k": (100, TRL),
-        "passes": (1, TRL),
+        "iterations": (1, TRL),
     },
     "gspo": {
         "epsilon": (3e-4, "section 5.1"),
@@ -292,7 +293,7 @@ def geometric_mean_clipped(scores, experience):
     mask, A = experience.rollout.mask, experience.advantages[..., None]
     bounded = jnp.minimum(ratio * A, jnp.clip(ratio, jnp.exp(-0.4), jnp.exp(0.4)) * A) / A
     mean = jnp.sum(jnp.where(mask, jnp.log(bounded), 0.0), axis=-1) / jnp.sum(mask, axis=-1)
-    return (losses.contract.Mean(jnp.sum(-jnp.exp(mean) * A[..., 0]), jnp.asarray(A.size)),), {}
+    return (Mean(jnp.sum(-jnp.exp(mean) * A[..., 0]), jnp.asarray(A.size)),), {}
 
 
 PPO, HIGHER = ppo_clip(0.2), ppo_clip(0.2, 0.28)
@@ -360,7 +361,7 @@ HOOKS = {
 
 @every_recipe
 def test_the_hooks_are_those_of_the_work(make):
-    hooks = make().learning["transforms"]
+    hooks = make().settings["transforms"]
     if make is recipes.high_entropy_tokens:
         (hook,) = hooks
         weights = hook(EXPERIENCE)[0].weights
@@ -404,7 +405,7 @@ def test_dr_grpo_divides_by_the_limit_that_is_put_in():
     recipe = dataclasses.replace(recipes.dr_grpo(), max_tokens=1024)
     expected = value_and_grad(policy_loss(PPO, constant_length(1024)))
     chex.assert_trees_all_close(value_and_grad(recipe.loss), expected, rtol=1e-5)
-    assert recipe.settings["max_tokens"] == 1024
+    assert recipe.sampling["max_tokens"] == 1024
 
 
 def test_a_beta_adds_a_penalty_or_where_the_recipe_has_a_cost_a_cost():
@@ -463,14 +464,13 @@ def test_a_number_without_effect_or_out_of_range_is_refused(make, change, messag
 @every_recipe
 def test_settings_hold_what_the_source_states_and_nothing_else(make):
     recipe = make()
-    for name in (
-        *("group_size", "max_tokens", "temperature", "top_p", "top_k"),
-        *("minibatches", "passes", "max_grad_norm"),
-    ):
-        assert recipe.settings.get(name) == getattr(recipe, name), name
-    assert None not in recipe.settings.values()
-    assert recipe.settings.keys() == recipe.collecting.keys() | recipe.learning.keys()
-    assert recipe.settings["score_old"] == (recipe.updates > 1 or make is recipes.high_entropy_tokens)
+    for name in ("group_size", "max_tokens", "temperature", "top_p", "top_k"):
+        assert recipe.sampling.get(name) == getattr(recipe, name), name
+    stated = {name: getattr(recipe, name) for name in ("iterations", "minibatches", "max_grad_norm")}
+    assert recipe.updates == Updates(**{name: value for name, value in stated.items() if value is not None})
+    assert None not in (*recipe.sampling.values(), *recipe.settings.values())
+    assert recipe.settings["updates"] == recipe.updates
+    assert recipe.settings["score_old"] == (make is recipes.high_entropy_tokens)
 
 
 def test_the_optimizer_is_adamw_with_a_warm_up_of_rollouts():
@@ -528,7 +528,11 @@ def run_of(recipe, policy=BIGRAMS):
     key = jax.random.key(0)
     state = init_state(policy.init(key), recipe.optimizer, key, **recipe.initial)
     step = make_train_step(
-        policy, recipe.optimizer, sampling.sampler(eos_ids=(1,)), reward=even_tokens, **recipe.settings
+        policy,
+        recipe.optimizer,
+        sampling.sampler(eos_ids=(1,), **recipe.sampling),
+        reward=even_tokens,
+        **recipe.settings,
     )
     after, metrics = jax.jit(step)(state, random_prompts(0, recipe.prompts, 3, VOCABULARY))
     return state, after, metrics

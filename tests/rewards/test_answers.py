@@ -25,6 +25,15 @@ ANSWERS = {  # text, answer
     "mark without a line": ("####", ""),
     "tags before the mark": ("<answer>7</answer>\n#### 8", "7"),
     "tags after the mark": ("#### 8\n<answer>7</answer>", "7"),
+    "the instruction in the thoughts": ("<think>between <answer> and </answer>.</think><answer>7</answer>", "7"),
+    "an answer in the thoughts": ("<think><answer>8</answer> or</think><answer>7</answer>", "7"),
+    "a mark in the thoughts": ("<think>#### 8\n</think><answer>7</answer>", "7"),
+    "only in the thoughts": ("<think><answer>7</answer></think>", None),
+    "only a mark in the thoughts": ("<think>#### 7\n</think>so", None),
+    "thoughts, then a mark": ("<think><answer>8</answer></think>\n#### 7", "7"),
+    "two after the thoughts": ("<think>a</think><answer>8</answer><answer>7</answer>", "8"),
+    "thoughts that end twice": ("a</think><answer>8</answer></think><answer>7</answer>", "7"),
+    "thoughts that the prompt opened": ("between <answer> and </answer>.</think><answer>7</answer>", "7"),
     "neither": ("it is 7", None),
     "nothing": ("", None),
 }
@@ -153,3 +162,51 @@ def test_a_tolerance_that_is_none_is_refused(tolerance):
 def test_a_pattern_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"the pattern '\(' is no regular expression"):
         rewards.exact_answer(pattern="(")
+
+
+def test_an_answer_goes_on_from_the_tag_that_its_prompt_opens():
+    reward = rewards.exact_answer()
+    assert score(reward, "7</answer>", answer="7", prompt_tail="So:\n<answer>") == 1.0
+    assert score(reward, "7</answer>", answer="7", prompt_tail="<think>\n") == 0.0
+    completions = ["7</answer>", "8</answer>", "7</answer>"]
+    tails = ["<answer>"] * 3
+    assert scores(rewards.self_consistency(group_size=3), completions, prompt_tail=tails) == [1.0, -0.1, 1.0]
+
+
+PLAIN = {  # written -> without markup, and any units
+    "18": ("18", "18"),
+    "$18$": ("18", "18"),
+    r"\(18\)": ("18", "18"),
+    "**18**": ("18", "18"),
+    "`18`": ("18", "18"),
+    "*18*": ("18", "18"),
+    r"\boxed{18}": ("18", "18"),
+    r"$\boxed{\frac{1}{2}}$.": (r"\frac{1}{2}", r"\frac{1}{2}"),
+    r"**\boxed{18}**": ("18", "18"),
+    r"\boxed{1} and \boxed{2}": (r"\boxed{1} and \boxed{2}", r"\boxed{1} and \boxed{2}"),
+    "18 dollars": ("18 dollars", "18"),
+    "$18$ dollars.": ("$18$ dollars", "18"),
+    r"18 \text{ apples}": (r"18 \text{ apples}", "18"),
+    "18 thousand": ("18 thousand", "18 thousand"),
+    "18 or more": ("18 or more", "18 or more"),
+    "not 18": ("not 18", "not 18"),
+    "Paris": ("Paris", "Paris"),
+    "": ("", ""),
+}
+
+
+@pytest.mark.parametrize("written", PLAIN)
+def test_markup_and_units_are_taken_off_where_asked_for(written):
+    without_markup, without_units = PLAIN[written]
+    assert rewards.plain_answer()(written) == without_markup
+    assert rewards.plain_answer(units=None)(written) == without_units
+
+
+def test_an_answer_in_markup_is_right_where_asked_for():
+    completions = ["<answer>$18$</answer>", "<answer>**18**</answer>", "<answer>18 dollars</answer>"]
+    options = {"as it is": None, "plain": rewards.plain_answer(), "dollars": rewards.plain_answer(units=["dollars"])}
+    values = {
+        name: scores(rewards.exact_answer(normalise=normalise), completions, answer=["18"] * 3)
+        for name, normalise in options.items()
+    }
+    assert values == {"as it is": [0, 0, 0], "plain": [1, 1, 0], "dollars": [1, 1, 1]}

@@ -1,6 +1,8 @@
 """The calculations in a text."""
 
+import inspect
 import operator
+import sys
 from fractions import Fraction
 
 import pytest
@@ -117,6 +119,36 @@ STEPS = {  # text -> whether each calculation in it is right
     "3+4==8": [],
     "3+4>=8": [],
     "3 apples + 4 apples = 8 apples": [],
+    "5⋅3=15, 2 ⋅ 4 = 9": [True, False],
+    # operators that are not known, and what belongs to a number beside the calculation
+    "5∗3+4=7": [],
+    "5 ∗ 3+4=7": [],
+    "5 ⊕ 3+4=7": [],
+    "7 mod 3+4=7": [],
+    "3+4=2 (mod 5)": [],
+    "3*4=12 mod 5": [],
+    r"3*4=12 \bmod 5": [],
+    "√ 16+3=19": [],
+    r"\sqrt 16+3=19": [],
+    "sqrt 16+3=19": [],
+    "3+4=7√2": [],
+    "3+4=7e3": [],
+    "3+4=7 E3": [True],
+    "3+4=7x": [],
+    "3+4=7 x": [],
+    "3+4=7!": [],
+    "3+4=7 million": [],
+    "3+4=7 ± 1": [],
+    "3+4=7:2": [],
+    "20% of 50+3=53": [],
+    "5除以3+4=7": [],
+    "2 1/2+1=1.5": [],
+    "5/2+5=7 1/2": [],
+    "1 000+500=500": [],
+    "500+500=1 000": [],
+    "y 3+4=7": [],
+    "3+4=7 → 7+1=8": [True, True],
+    r"3+4=7 \quad 3+5=9": [True, False],
     "(3+4=8": [False],
     "((3+4)=8": [False],
     "3+4)=8": [],
@@ -174,3 +206,14 @@ def test_precedence_is_that_of_python(numbers, data):
     steps = f"{written}={exact.numerator}/{exact.denominator}"
     assert score(rewards.worked_steps(), steps) == 1.0
     assert score(rewards.worked_steps(), f"{steps}+1") == 0.0
+
+
+def test_a_calculation_is_read_on_a_deep_stack():
+    """As in a framework that calls rewards from far within."""
+    written = "(" * 90 + "1+1" + ")" * 90 + "=2"
+
+    def deep(levels):
+        return deep(levels - 1) if levels else score(rewards.worked_steps(), written)
+
+    left = sys.getrecursionlimit() - len(inspect.stack()) - 60
+    assert deep(left) == 1.0

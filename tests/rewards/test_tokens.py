@@ -89,11 +89,14 @@ DIGITS = st.lists(st.sampled_from(TASK("12")["input_ids"]), max_size=3)
 B, G = 4, 3  # always of one shape, which compiles once
 
 PAIRS = {  # traced, on text
-    "exact_answer": (tokens.exact_answer(START, END), rewards.exact_answer()),
+    "exact_answer": (tokens.exact_answer(START, END, thought_end=TAGS[1]), rewards.exact_answer()),
     "format": (tokens.soft_format(TAGS), rewards.soft_format()),
     "tag_count": (tokens.tag_count(TAGS), rewards.tag_count()),
     "strict_format": (tokens.strict_format(TAGS, [EOS]), rewards.strict_format()),
-    "self_consistency": (tokens.self_consistency(START, END), rewards.self_consistency(group_size=3)),
+    "self_consistency": (
+        tokens.self_consistency(START, END, thought_end=TAGS[1]),
+        rewards.self_consistency(group_size=3),
+    ),
     "soft_overlong": (tokens.soft_overlong(12, 7), rewards.soft_overlong(12, 7)),
     "repetition of 1": (tokens.repetition_penalty(ngram=1), rewards.repetition_penalty(ngram=1)),
     "repetition of 3": (tokens.repetition_penalty(), rewards.repetition_penalty()),
@@ -102,7 +105,7 @@ PAIRS = {  # traced, on text
         rewards.repetition_penalty(ngram=2, max_penalty=-0.5),
     ),
     "cosine_length": (
-        tokens.cosine_length(tokens.exact_answer(START, END), rewards.cosine_scale(15)),
+        tokens.cosine_length(tokens.exact_answer(START, END, thought_end=TAGS[1]), rewards.cosine_scale(15)),
         rewards.cosine_length(rewards.exact_answer(), rewards.cosine_scale(15)),
     ),
     "cosine_length of the format": (

@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from grpo_jax import losses, models, testing
+from grpo_jax import losses, models, sampling, testing
 from grpo_jax.run import memory
 from grpo_jax.updates import Updates, init_state
 
 POLICY = testing.tiny_policy("qwen2", dtype=jnp.bfloat16)
 OPTIMIZER = optax.adamw(1e-3)
-SIZES = {"prompts": 4, "group_size": 2, "prompt_tokens": 9, "max_tokens": 16}
+SAMPLER = sampling.sampler(group_size=2, max_tokens=16, eos_ids=(0,))
+SIZES = {"prompts": 4, "prompt_tokens": 9}
 
 
 def plan(policy=POLICY, **changes):
     settings = SIZES | {"loss": losses.grpo(penalty=losses.k3(0.04)), "reference": True} | changes
-    return memory.plan(policy, OPTIMIZER, **settings)
+    return memory.plan(policy, OPTIMIZER, SAMPLER, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,17 @@ def test_what_is_kept_has_the_size_of_the_arrays(planned):
     assert planned.peak == kept + max(planned.sampling, planned.learning)
     assert planned.sampling > planned.prompt_cache + planned.completion_cache + planned.cast
     assert planned.learning >= planned.gradients + planned.logits
+
+
+def test_the_old_policy_is_scored_in_the_parts_of_the_updates():
+    widths = []
+
+    def prefill(params, tokens, lengths):
+        widths.append(len(tokens))
+        return POLICY.prefill(params, tokens, lengths)
+
+    plan(POLICY._replace(prefill=prefill), reference=False, loss=losses.grpo(), updates=Updates(minibatches=4))
+    assert set(widths) == {4, 1}  # all by the sampler, one by one elsewhere
 
 
 def test_micro_batches_and_no_reference_take_less(planned):
@@ -89,11 +101,10 @@ def test_the_command_prints_the_plan_of_a_model_whose_weights_it_does_not_read(t
 
 MEASURE = """
 import pathlib, sys, jax, jax.numpy as jnp, optax
-from grpo_jax import losses, models, testing
+from grpo_jax import losses, models, sampling, testing
 from grpo_jax.run import compilation, memory
-from grpo_jax.advantages import from_rewards
-from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.updates import init_state
+from grpo_jax.train_step import make_train_step
+from grpo_jax.updates import Updates, init_state
 
 def status(name):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -105,20 +116,20 @@ fields = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
 policy = testing.tiny_policy("qwen3", **fields)
 policy = models.decoder(policy.config.__class__(**policy.config.__dict__ | {"remat": remat}))
 optimizer, loss = optax.adamw(1e-3), losses.grpo(penalty=losses.k3(0.04))
-sizes = {"group_size": 8, "max_tokens": 128}
-planned = memory.plan(policy, optimizer, loss=loss, prompts=8, prompt_tokens=64, reference=True,
-                      micro_batches=micro_batches, **sizes)
-collect = make_collect(policy, eos_ids=(0,), **sizes)
-learn = make_learn(policy, optimizer, loss=loss, advantage=from_rewards(), micro_batches=micro_batches)
+sampler = sampling.sampler(group_size=8, max_tokens=128, eos_ids=(0,))
+updates = Updates(micro_batches=micro_batches)
+planned = memory.plan(policy, optimizer, sampler, loss=loss, prompts=8, prompt_tokens=64, reference=True,
+                      updates=updates)
+step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates)
 prompts = testing.random_prompts(0, 8, 64)
 make = jax.jit(lambda key: init_state(policy.init(key), optimizer, key, reference=True))
 abstract = jax.eval_shape(make, jax.random.key(0))
-experience = jax.eval_shape(collect, abstract, prompts)
+experience = jax.eval_shape(step.collect, abstract, prompts)
 given = jnp.zeros((8, 8, 1)), jnp.ones((8, 8, 1), bool)
 experience = experience._replace(rewards=given[0], reward_mask=given[1])
 make = make.lower(jax.random.key(0)).compile()
-collect = jax.jit(collect).lower(abstract, prompts).compile()
-learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
+collect = jax.jit(step.collect).lower(abstract, prompts).compile()
+learn = step.jit(compiler_options=compilation.cpu_memory_options()).learn
 learn = learn.lower(abstract, experience).compile()
 before = status("VmRSS")
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew

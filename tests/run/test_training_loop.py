@@ -159,17 +159,18 @@ def test_completions_are_shown_and_written(tmp_path, capsys):
 
 def test_completions_are_read_off_an_experience():
     rollout = Rollout(
-        Prompts(jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32)), jnp.arange(12).reshape(2, 2, 3),
+        Prompts(jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32), {"row": jnp.array([1, 0])}),
+        jnp.arange(12).reshape(2, 2, 3),
         jnp.array([[3, 1], [2, 0]]), jnp.ones((2, 2, 3), bool), jnp.zeros((2, 2, 3)), jnp.zeros((2, 2), bool),
     )  # fmt: skip
     rewards = jnp.arange(8.0).reshape(2, 2, 2)
-    experience = Experience(rollout, rewards, rewards != 3)
+    experience, rows = Experience(rollout, rewards, rewards != 3), [{"prompt": "b"}, {"prompt": "a"}]
 
     class Tokenizer:
         def decode(self, ids):
             return " ".join(map(str, ids.tolist()))
 
-    assert completions.lines(experience, Tokenizer(), ["a", "b"], ["right", "format"], count=3) == [
+    assert completions.lines(experience, Tokenizer(), rows, ["right", "format"], count=3) == [
         {"prompt": "a", "completion": "0 1 2", "right": 0.0, "format": 1.0},
         {"prompt": "a", "completion": "3", "right": 2.0, "format": None},
         {"prompt": "b", "completion": "6 7", "right": 4.0, "format": 5.0},

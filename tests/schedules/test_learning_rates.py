@@ -99,7 +99,7 @@ def moved_by(optimizer, updates):
 def test_the_first_update_of_a_recipe_moves_whatever_its_warm_up(warmup):
     recipe = dataclasses.replace(recipes.dapo(), warmup_rollouts=warmup, weight_decay=0.0)
     share = 1 / (1 + (warmup or 0))
-    first = moved_by(recipe.optimizer, recipe.updates + 1)
+    first = moved_by(recipe.optimizer, recipe.updates.count + 1)
     np.testing.assert_allclose(first[0], -recipe.learning_rate * share, rtol=1e-3)
     np.testing.assert_allclose(first[-1], -recipe.learning_rate, rtol=1e-3)
 

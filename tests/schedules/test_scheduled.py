@@ -13,7 +13,7 @@ from grpo_jax.schedules import Scheduled, at, cosine_with_hold
 from grpo_jax.statistics import summary
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_collect, make_train_step, step_keys
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 V, STEPS = 9, 10
 SIZES = {"group_size": 4, "max_tokens": 5, "eos_ids": (1,)}
@@ -37,8 +37,11 @@ def state_of(step=0, extra=()):
     return state._replace(ref_params=POLICY.init(jax.random.key(9)), step=jnp.int32(step))
 
 
-def after_a_step(state, **settings):
-    step = make_train_step(POLICY, optax.sgd(0.1), sampling.sampler(**SIZES), reward=two_rewards, **settings)
+SAMPLER = sampling.sampler(**SIZES)
+
+
+def after_a_step(state, sampler=SAMPLER, **settings):
+    step = make_train_step(POLICY, optax.sgd(0.1), sampler, reward=two_rewards, **settings)
     return jax.jit(step)(state, random_prompts(0, 4, 3, V))
 
 
@@ -97,7 +100,7 @@ def test_a_scheduled_beta_is_the_loss_with_the_beta_of_that_step(name, step):
 
 def test_a_scheduled_clip_acts_on_every_update_of_a_step():
     clip = Scheduled(lambda step, extra: losses.grpo(epsilon=jnp.where(step < 5, 1e-3, 10.0)))
-    settings = {"passes": 3, "minibatches": 2}
+    settings = {"updates": Updates(iterations=3, minibatches=2)}
     tight, _ = after_a_step(state_of(4), loss=clip, **settings)
     loose, _ = after_a_step(state_of(5), loss=clip, **settings)
     np.testing.assert_allclose(
@@ -121,17 +124,16 @@ def test_scheduled_reward_weights_are_those_of_the_step():
 
 
 def test_a_scheduled_temperature_is_that_of_sampling_and_of_the_scores():
-    temperature = Scheduled(lambda step, extra: jnp.where(step < 5, 1.0, 0.5))
+    scheduled = Scheduled(lambda step, extra: sampling.sampler(**SIZES, temperature=jnp.where(step < 5, 1.0, 0.5)))
     for step, expected in ((4, 1.0), (5, 0.5)):
         state, prompts = state_of(step), random_prompts(0, 4, 3, V)
-        experience = make_collect(POLICY, sampling.sampler(**SIZES, temperature=temperature), score_old=True)(
-            state, prompts
-        )
-        rollout = sampling.sampler(temperature=expected, **SIZES)(POLICY, state.params, prompts, step_keys(state)[0])
+        sampler = sampling.sampler(temperature=expected, **SIZES)
+        experience = make_collect(POLICY, scheduled, score_old=True)(state, prompts)
+        rollout = sampler(POLICY, state.params, prompts, step_keys(state)[0])
         np.testing.assert_array_equal(experience.rollout.tokens, rollout.tokens)
         np.testing.assert_allclose(experience.old_log_probs, rollout.log_probs, atol=1e-5)
-        moved, metrics = after_a_step(state, loss=losses.grpo(), temperature=temperature)
-        plain, _ = after_a_step(state, loss=losses.grpo(), temperature=expected)
+        moved, metrics = after_a_step(state, scheduled, loss=losses.grpo())
+        plain, _ = after_a_step(state, sampler, loss=losses.grpo())
         np.testing.assert_allclose(moved.params["table"], plain.params["table"], atol=1e-7)
         np.testing.assert_allclose(summary(metrics)["ratio_max"], 1.0)
 

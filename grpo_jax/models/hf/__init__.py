@@ -1,0 +1,15 @@
+"""Hugging Face checkpoints in and out: safetensors <-> params, strict both ways.
+
+Only safetensors is read: no pickle is opened and no code of a repository is run.
+
+    reading      load_pretrained, load_reward_model
+    writing      save_pretrained, into a folder that takes an earlier one's place whole (`replacing`)
+    tokenizers   load_tokenizer, eos_ids
+    layout       which tensors a parameter is made of
+"""
+
+from grpo_jax.models.hf.reading import load_pretrained, load_reward_model
+from grpo_jax.models.hf.tokenizers import eos_ids, load_tokenizer
+from grpo_jax.models.hf.writing import save_pretrained
+
+__all__ = ["eos_ids", "load_pretrained", "load_reward_model", "load_tokenizer", "save_pretrained"]

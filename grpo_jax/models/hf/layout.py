@@ -1,0 +1,48 @@
+"""Where each parameter is in a Hugging Face checkpoint.
+
+Names are mechanical. The decoder's modules are called what transformers calls
+them; its layers are stacked on axis 0, and its kernels are transposed:
+
+    params["layers"]["self_attn"]["q_proj"]["kernel"][i] = model.layers.{i}.self_attn.q_proj.weight.T
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from grpo_jax.policies import Policy
+from grpo_jax.types import Params
+
+
+class Leaf(NamedTuple):
+    """A parameter and the Hugging Face tensors that it is made of."""
+
+    names: list[str]  # one for each layer if stacked, else one
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: bool
+    transposed: bool
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
+
+
+def shapes_of(policy: Policy) -> Params:
+    return jax.eval_shape(policy.init, jax.random.key(0))
+
+
+def leaves_of(shapes: Params) -> list[Leaf]:
+    return [leaf_of([key.key for key in path], leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
+
+
+def leaf_of(path: list[str], leaf: jax.ShapeDtypeStruct) -> Leaf:
+    stacked, transposed = path[0] == "layers", path[-1] in ("kernel", "lm_head")
+    if path == ["lm_head"]:
+        return Leaf(["lm_head.weight"], leaf.shape, leaf.dtype, stacked, transposed)
+    kind = "bias" if path[-1] == "bias" else "weight"
+    modules = [f"layers.{layer}" for layer in range(leaf.shape[0])] if stacked else [path[0]]
+    names = [".".join(["model", module, *path[1:-1], kind]) for module in modules]
+    return Leaf(names, leaf.shape, leaf.dtype, stacked, transposed)

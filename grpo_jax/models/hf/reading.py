@@ -1,0 +1,209 @@
+"""Reads safetensors into params: every tensor is used once, and every parameter filled once."""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from grpo_jax import models
+from grpo_jax.models.attention import Attention, auto
+from grpo_jax.models.hf.folders import TEXT_FILES, local_folder, open_shard, read_config, read_json, short, weight_map
+from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
+from grpo_jax.policies import Policy
+from grpo_jax.types import Array, Params
+
+_BLOCK = 2**22  # numbers read at a time; the host holds two copies of them
+_EMBEDDING = "model.embed_tokens.weight"
+_NAMED = 20  # offending tensors in a message
+
+
+def load_pretrained(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    cache_dtype: DTypeLike | None = None,
+    logits_dtype: DTypeLike = jnp.float32,
+    attention: Attention = auto,
+    remat: bool | Callable[..., bool] = True,
+    revision: str | None = None,
+) -> tuple[Policy, Params]:
+    """Reads a model of one of the families in `models`.
+
+    Every tensor of the checkpoint is used once and every parameter is filled
+    once. Tensors are read in blocks of at most 16 MB, so that the host holds little
+    more than the params in `dtype`, and where they live on a device not even those.
+
+    Args:
+      path_or_repo: a folder, or the id of a repository on the Hugging Face Hub.
+      dtype: of the params, whatever the checkpoint's. Train in float32.
+      compute_dtype: of the layers' arithmetic; None for `dtype`.
+      cache_dtype: of the keys and values of completions while they are sampled; None for
+        `compute_dtype`. A narrower one saves memory and moves sampled log-probs away from scored ones.
+      logits_dtype: of the operands of the last product.
+      attention: how attention is computed, one of `models.attention` (`cudnn` and `splash` for
+        long rows on GPUs and TPUs) or a function like them; they agree to rounding.
+      remat: recompute a layer in the backward pass instead of keeping its activations. A
+        policy of `jax.checkpoint`, which says what to keep, must be the same object in
+        every call, or jit compiles again.
+      revision: a branch, tag or commit of the repository; a commit repeats a run.
+
+    Returns:
+      The policy, and its params on the default device.
+
+    Raises:
+      FileNotFoundError: if there is no folder, or nothing in it that may be read.
+      ValueError: for a config that the decoder does not honour, a file that cannot
+        be read, or tensors that do not fit the config; all of them are named.
+    """
+    folder = local_folder(path_or_repo, revision, [*TEXT_FILES, "*.safetensors"])
+    config = models.from_hf_config(
+        read_config(folder),
+        param_dtype=dtype,
+        dtype=dtype if compute_dtype is None else compute_dtype,
+        cache_dtype=cache_dtype,
+        logits_dtype=logits_dtype,
+        attention=attention,
+        remat=remat,
+        generation_config=_generation_config(folder),
+    )
+    policy = models.decoder(config)
+    shapes = shapes_of(policy)
+    params = _read(folder, leaves_of(shapes), config.tie_embeddings)
+    return policy, jax.tree.unflatten(jax.tree.structure(shapes), params)
+
+
+def load_reward_model(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    revision: str | None = None,
+) -> tuple[Policy, Params, Array]:
+    """Reads a sequence-classification checkpoint with one label, `*ForSequenceClassification` in transformers.
+
+    Args:
+      path_or_repo: as in `load_pretrained`.
+      dtype: as in `load_pretrained`.
+      compute_dtype: as in `load_pretrained`.
+      revision: as in `load_pretrained`.
+
+    Returns:
+      The network, whose `unembed` is not to be used; its params; and the head `[D, 1]`,
+      which makes the score of the last token's hidden state.
+
+    Raises:
+      FileNotFoundError: as in `load_pretrained`.
+      ValueError: as in `load_pretrained`.
+    """
+    folder = local_folder(path_or_repo, revision, [*TEXT_FILES, "*.safetensors"])
+    hf_config = read_config(folder)
+    hf_config.tie_word_embeddings = True  # there is no head over the vocabulary
+    compute = dtype if compute_dtype is None else compute_dtype
+    policy = models.decoder(models.from_hf_config(hf_config, param_dtype=dtype, dtype=compute))
+    shapes = shapes_of(policy)
+    head = Leaf(["score.weight"], (hf_config.hidden_size, 1), np.dtype(dtype), stacked=False, transposed=True)
+    *params, weight = _read(folder, [*leaves_of(shapes), head], tied=False)
+    return policy, jax.tree.unflatten(jax.tree.structure(shapes), params), weight
+
+
+def _read(folder: Path, leaves: list[Leaf], tied: bool) -> list[Array]:
+    """The parameters, if the folder's tensors are exactly theirs."""
+    with contextlib.ExitStack() as stack:
+        places = weight_map(folder)
+        shards = {file: stack.enter_context(open_shard(folder / file)) for file in sorted(set(places.values()))}
+        offenders = _offenders(leaves, shards, places, tied)
+        if named := [short(line) for line in itertools.islice(offenders, _NAMED)]:
+            more = sum(1 for _ in offenders)
+            named += [f"and {more} more"] if more else []
+            raise ValueError("\n  ".join([f"{folder} does not hold the tensors of its config.json:", *named]))
+        filled = [_fill(leaf, shards, places) for leaf in leaves]
+    if wrong := [name for _, names in filled for name in names]:
+        raise ValueError(
+            f"{folder} holds weights that are NaN or infinite, in {len(wrong)} tensors: "
+            f"{short(', '.join(wrong))}. Was it saved by a run that had diverged? Take an earlier export"
+        )
+    return [leaf for leaf, _ in filled]
+
+
+def _generation_config(folder: Path) -> str:
+    """The content of generation_config.json as JSON, "" if there is none; an export keeps it."""
+    file = folder / "generation_config.json"
+    return json.dumps(read_json(file), sort_keys=True) if file.is_file() else ""
+
+
+def _offenders(
+    leaves: list[Leaf], shards: Mapping[str, Any], weight_map: Mapping[str, str], tied: bool
+) -> Iterator[str]:
+    """A line for each tensor that is missing, superfluous, twice there or of another shape or dtype."""
+    wanted = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
+    held = {(name, file) for file, shard in shards.items() for name in shard.keys()}  # noqa: SIM118
+    for name, file in sorted(weight_map.items() - held):
+        yield f"{name}: the index puts it in {file}, where it is not"
+    for name, file in sorted(held - weight_map.items()):
+        yield f"{name}: in {file}, where the index does not put it"
+    for name in sorted(wanted.keys() - weight_map.keys()):
+        yield f"{name}: missing, shape {list(wanted[name])}"
+    for name, file in sorted(weight_map.items() & held):
+        tensor = shards[file].get_slice(name)
+        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+        if name not in wanted:
+            if name == "lm_head.weight" and tied and (_EMBEDDING, weight_map.get(_EMBEDDING)) in held:
+                embedding = shards[weight_map[_EMBEDDING]].get_tensor(_EMBEDDING)
+                # Of two that differ, transformers 5 uses the head and vLLM the embedding.
+                if not _same_bits(shards[file].get_tensor(name), embedding):
+                    yield f"{name}: differs from {_EMBEDDING}, to which tie_word_embeddings = true ties it"
+            # Rotation frequencies, which old checkpoints store, follow from the config.
+            elif not name.endswith(".rotary_emb.inv_freq"):
+                yield f"{name}: unexpected, shape {list(shape)}"
+        elif shape != wanted[name]:
+            yield f"{name}: shape {list(shape)} instead of {list(wanted[name])}"
+        elif dtype not in ("F32", "BF16", "F16"):
+            yield f"{name}: dtype {dtype} instead of F32, BF16 or F16"
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    bits = f"u{a.itemsize}"
+    return a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits))
+
+
+def _fill(leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str]) -> tuple[Array, list[str]]:
+    """Reads a parameter's tensors into its buffer, some rows at a time; with the names of those that are not finite."""
+    buffer = jnp.zeros(leaf.shape, leaf.dtype)
+    wrong: dict[str, None] = {}
+    for layer, name in enumerate(leaf.names):
+        tensor = shards[weight_map[name]].get_slice(name)
+        rows, *rest = leaf.tensor_shape
+        step = max(1, _BLOCK // max(1, math.prod(rest)))
+        for row in range(0, rows, step):
+            block = tensor[row : min(row + step, rows)]
+            buffer, finite = _put(buffer, block, layer, row, leaf.stacked, leaf.transposed)
+            if not finite:  # and waits: else many blocks are on their way at a time
+                wrong[name] = None
+    return buffer, list(wrong)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(4, 5))
+def _put(buffer: Array, block: Array, layer: Array, row: Array, stacked: bool, transposed: bool) -> tuple[Array, Array]:
+    """Writes rows of a Hugging Face tensor where they belong, cast and transposed on the device.
+
+    Returns:
+      The buffer, and whether all of the rows are finite.
+    """
+    start: tuple[Any, ...] = (row, *[0] * (block.ndim - 1))
+    if transposed:
+        block, start = block.T, start[::-1]
+    if stacked:
+        block, start = block[None], (layer, *start)
+    block = block.astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice(buffer, block, start), jnp.all(jnp.isfinite(block))

@@ -1,0 +1,146 @@
+"""Writes params as a folder that transformers and vLLM load."""
+
+import functools
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+import transformers
+from jax.typing import DTypeLike
+
+from grpo_jax.models.hf.folders import INDEX, WEIGHTS, write_json
+from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
+from grpo_jax.models.hf.replacing import MARK, replacing
+from grpo_jax.models.hf.tokenizers import ids_of
+from grpo_jax.policies import Policy
+from grpo_jax.types import Array, Params
+
+
+def save_pretrained(
+    policy: Policy,
+    params: Params,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    eos_ids: Sequence[int] = (),
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a folder that transformers and vLLM load.
+
+    The folder appears whole or not at all, and where `path` holds an earlier export, in its place: `path` is there
+    all the time. The same params give the same bytes. What generation_config.json held where the model was loaded
+    (sampling settings, special tokens) is kept.
+
+    Args:
+      policy: a decoder whose config came from `models.from_hf_config`.
+      params: its parameters.
+      path: a new or empty folder, or one that this function wrote.
+      tokenizer: saved beside the weights.
+      eos_ids: tokens that end a completion, beside those of the config and the tokenizer.
+      dtype: of the tensors; None for that of the params.
+      max_shard_bytes: the largest file, unless one tensor is larger; the host holds one at a time.
+
+    Raises:
+      FileExistsError: if `path` holds what no export wrote.
+      AssertionError: if the params are not those of the policy.
+      ValueError: if the tokenizer has more tokens than the model.
+    """
+    fields = json.loads(getattr(policy.config, "hf_config", None) or "null")
+    if fields is None:
+        raise ValueError("the policy has no Hugging Face config; make it by models.from_hf_config")
+    if tokenizer is not None and len(tokenizer) > fields["vocab_size"]:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {fields['vocab_size']}")
+    shapes = shapes_of(policy)
+    chex.assert_trees_all_equal_shapes(params, shapes)
+    leaves, arrays = leaves_of(shapes), jax.tree.leaves(params)
+    dtypes = [jnp.dtype(array.dtype if dtype is None else dtype) for array in arrays]
+
+    with replacing(Path(path).expanduser().resolve()) as folder:
+        write_json(folder / "config.json", _exported_config(fields, dtypes[0].name))
+        _write_shards(folder, leaves, arrays, dtypes, max_shard_bytes)
+        generation = json.loads(getattr(policy.config, "generation_config", "") or "{}")
+        ends = [generation.get("eos_token_id"), fields.get("eos_token_id"), getattr(tokenizer, "eos_token_id", None)]
+        ordered = dict.fromkeys(i for end in [*ends, eos_ids] for i in sorted(ids_of(end)))
+        if ordered or generation:
+            others = {name: fields.get(name) for name in ("bos_token_id", "pad_token_id")}
+            generation = others | generation | {"eos_token_id": [*ordered] or None}
+            write_json(folder / "generation_config.json", generation)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _get(leaf: Array, layer: Array, stacked: bool, transposed: bool, dtype: np.dtype) -> Array:
+    tensor = leaf[layer] if stacked else leaf
+    return (tensor.T if transposed else tensor).astype(dtype)
+
+
+def _write_shards(
+    folder: Path, leaves: list[Leaf], arrays: list[Array], dtypes: list[np.dtype], max_shard_bytes: int
+) -> None:
+    """Writes the weights into one file, or into several with an index."""
+    shards: list[dict[str, tuple[int, int]]] = [{}]  # name -> leaf, layer
+    room, total = max_shard_bytes, 0
+    for number, leaf in enumerate(leaves):
+        size = math.prod(leaf.tensor_shape) * dtypes[number].itemsize
+        for layer, name in enumerate(leaf.names):
+            if size > room and shards[-1]:
+                shards.append({})
+                room = max_shard_bytes
+            shards[-1][name] = (number, layer)
+            room, total = room - size, total + size
+
+    def tensor(number: int, layer: int) -> np.ndarray:
+        leaf = leaves[number]
+        # safetensors writes another array's numbers, without a word, where one is not contiguous.
+        return np.ascontiguousarray(_get(arrays[number], layer, leaf.stacked, leaf.transposed, dtypes[number]))
+
+    files = [WEIGHTS]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {name: tensor(*place) for name, place in shard.items()}
+        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"} | MARK)
+        _sort_metadata(folder / file)
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors gives it to its owner alone
+
+
+def _sort_metadata(file: Path) -> None:
+    """Orders the metadata of a safetensors file in place, which safetensors orders by chance."""
+    with open(file, "r+b") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(text) != size:
+            raise ValueError(f"{file}: its header is not written as it was read")
+        opened.seek(8)
+        opened.write(text)
+
+
+def _exported_config(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config, with the rotation also in the spelling of transformers 4, which would else take its default."""
+    rope = fields["rope_parameters"]
+    scaled = rope.get("rope_type", "default") != "default"
+    replaced = {
+        "architectures": [fields["model_type"].capitalize() + "ForCausalLM"],
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "transformers_version": transformers.__version__,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {name: value for name, value in rope.items() if name != "rope_theta"} if scaled else None,
+    }
+    return {name: value for name, value in fields.items() if name != "auto_map"} | replaced

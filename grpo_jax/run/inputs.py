@@ -1,0 +1,66 @@
+"""Checks of a run's inputs, before the weights of a model are read."""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import transformers
+
+from grpo_jax.rewards import name_of
+
+# Arguments that `rewards.host` passes beside the columns of the data.
+_PASSED = {"prompts", "completions", "completion_ids", "prompt_tail", "trainer_state", "log_metric", "log_extra"}
+
+
+def check_tokens(model: str, tokenizer: Any, sequences: Iterable[Sequence[int]], *, max_tokens: int = 0) -> None:
+    """Checks tokens against the configuration of the model that will read them.
+
+    A warning is printed if the longest sequence and its completion pass the positions that the model was made for.
+
+    Args:
+      model: a folder or a repository; its configuration is read.
+      tokenizer: of the model.
+      sequences: prompts as tokens, or whole texts.
+      max_tokens: of a completion after them.
+
+    Raises:
+      ValueError: if the tokenizer has more tokens than the model, or a sequence has one that the model does not.
+    """
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and {model} only {config.vocab_size}: use the model's own "
+            "tokenizer, or a model whose embeddings were extended"
+        )
+    longest = 0
+    for number, ids in enumerate(sequences):
+        longest = max(longest, len(ids))
+        if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < config.vocab_size)
+            limit = config.vocab_size - 1
+            raise ValueError(f"sequence {number} has the token {wrong}; {model} has 0 to {limit}")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest + max_tokens > positions:
+        print(
+            f"warning: the longest prompt ({longest} tokens) and a completion of {max_tokens} pass the {positions} "
+            f"positions that {model} was made for"
+        )
+
+
+def check_arguments(functions: Sequence[Callable[..., Any]], columns: Iterable[str], *, prompt_column: str) -> None:
+    """Checks that each reward function gets the arguments that it requires.
+
+    Raises:
+      ValueError: for an argument without a default that is no column of the data.
+    """
+    known = _PASSED | (set(columns) - {prompt_column})
+    for function in functions:
+        parameters = inspect.signature(function).parameters.values()
+        required = [
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        if absent := [name for name in required if name not in known]:
+            raise ValueError(
+                f"the reward function {name_of(function)} requires {', '.join(absent)}, and the data has the columns "
+                f"{', '.join(sorted(known - _PASSED))}"
+            )

@@ -1,0 +1,104 @@
+"""A task as a run uses it: prompts to train on, rewards, evaluations of its splits, results.
+
+used = task_runs.TaskRun(task, [task.verifier, rewards.strict_format()], model, run_dir, max_tokens=1024)
+experience = step.collect(loop.state, used.batch(seed, n, 32))
+rewards, reward_mask = used.reward(experience.rollout)
+...
+loop.log(metrics | used.logged.take())
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo_jax import data, rewards
+from grpo_jax.models import hf
+from grpo_jax.policies import Policy
+from grpo_jax.run import digests, inputs, metrics
+from grpo_jax.study import evaluation
+from grpo_jax.tasks import Task
+from grpo_jax.types import Params, Prompts
+
+
+class TaskRun:
+    """The prompts, rewards and evaluations of a task under one model's tokenizer.
+
+    Attributes:
+      names: of the reward functions, in their order.
+      reward: `rollout -> (rewards, reward_mask)`, on the host, of the training split.
+      logged: the metrics of the reward functions.
+      eos_ids: tokens that end a completion.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        functions: Sequence[rewards.RewardFunction],
+        model: str,
+        run_dir: pathlib.Path,
+        *,
+        max_tokens: int,
+        bucket: int = 64,
+    ) -> None:
+        self._task, self._functions, self._model, self._run_dir = task, functions, model, run_dir
+        self._max_tokens, self._bucket = max_tokens, bucket
+        self._tokenizer = hf.load_tokenizer(model)
+        self.eos_ids = hf.eos_ids(model, self._tokenizer)
+        self.names = tuple(map(rewards.name_of, functions))
+        self.logged = metrics.Logged()
+        self._prompts = data.encode_rows(self._tokenizer, task.splits.train)
+        inputs.check_tokens(model, self._tokenizer, self._prompts.prompts, max_tokens=max_tokens)
+        self.reward = rewards.host(
+            functions, task.splits.train, self._tokenizer, eos_ids=self.eos_ids, log_metric=self.logged
+        )
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the prompts and the tokenizer, for `run.loop`."""
+        return {
+            "the prompts to train on": digests.of_json(self._prompts.prompts),
+            "the tokenizer or its template": digests.of_tokenizer(self._tokenizer),
+        }
+
+    def batch(self, seed: int, step: int, size: int) -> Prompts:
+        """The prompts of a step."""
+        return self._prompts.batch(seed, step, size, multiple=self._bucket)
+
+    def evaluate(self, policy: Policy, params: Params, split: str, **settings: Any) -> dict[str, float]:
+        """Evaluates on a split, as `split/name`; its completions go to `split.jsonl` in the run's folder.
+
+        Args:
+          policy: the network.
+          params: its parameters.
+          split: of the task.
+          settings: of `evaluation.evaluate`: `greedy`, or `group_size` and `k`.
+        """
+        summary, items = evaluation.evaluate(
+            policy, params, self._tokenizer, getattr(self._task.splits, split), self._functions,
+            eos_ids=self.eos_ids, max_tokens=self._max_tokens, **settings,
+        )  # fmt: skip
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        evaluation.write_items(self._run_dir / f"{split}.jsonl", items)
+        return {f"{split}/{name}": value for name, value in summary.items()}
+
+    def finish(self, policy: Policy, params: Params, samples: int) -> dict[str, float]:
+        """The results: greedy on the test split, and pass@k on it and on the out-of-distribution split.
+
+        They are printed and written to `results.json`, and the model is exported to `model`.
+        """
+        results = {f"greedy/{k}": v for k, v in self.evaluate(policy, params, "test", greedy=True).items()}
+        for split in ("test", "ood") if self._task.splits.ood else ("test",):
+            results |= self.evaluate(policy, params, split, group_size=samples, k=(1, samples))
+        write_results(self._run_dir / "results.json", results)
+        folder = self._run_dir / "model"
+        hf.save_pretrained(policy, params, folder, tokenizer=self._tokenizer, eos_ids=self.eos_ids)
+        print(f"model: {folder}")
+        return results
+
+
+def write_results(path: pathlib.Path, results: Mapping[str, float]) -> None:
+    """Writes results as JSON and prints a line each."""
+    path.write_text(json.dumps(dict(results), indent=2))
+    for name, value in results.items():
+        print(f"  {name:32s}{value:8.3f}")

@@ -1,0 +1,54 @@
+"""A script as a command: errors of the input end in one line."""
+
+import dataclasses
+
+import pytest
+
+from grpo_jax import run
+from grpo_jax.run import command_line
+from grpo_jax.run.precision import compute_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    number: int = 1
+
+
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch):
+    monkeypatch.setattr(command_line.compilation, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(command_line.compilation, "trim_malloc", lambda: None)
+
+
+def fails(config):
+    error = ValueError(f"number is even, got {config.number}")
+    error.add_note("choose another")
+    raise error
+
+
+def test_settings_come_from_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["script", "--number", "3"])
+    run.command(seen.append, Config)
+    assert seen == [Config(3)]
+
+
+def test_an_error_of_the_input_is_one_line_unless_its_traceback_is_asked_for(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script", "--number", "3"])
+    with pytest.raises(SystemExit) as raised:
+        run.command(fails, Config)
+    assert raised.value.code == "error: number is even, got 3\n  choose another\n  (--traceback shows where)"
+    monkeypatch.setattr("sys.argv", ["script", "--number", "3", "--traceback"])
+    with pytest.raises(ValueError, match="number is even"):
+        run.command(fails, Config)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script"])
+    with pytest.raises(ZeroDivisionError):
+        run.command(lambda config: 1 / 0, Config)
+
+
+def test_on_a_cpu_the_default_is_float32():
+    assert compute_dtype() == "float32"
+    assert compute_dtype("bfloat16") == "bfloat16"

@@ -1,0 +1,46 @@
+"""Inputs that would go wrong without a word are refused before any weight is read."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from grpo_jax import testing
+from grpo_jax.run import inputs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(testing.tiny_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+def test_a_token_outside_of_the_model_is_refused_with_its_place(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    inputs.check_tokens(model, tokenizer, [[0, 1], [2]])
+    with pytest.raises(ValueError, match=r"sequence 1 has the token 99999; .* has 0 to \d+"):
+        inputs.check_tokens(model, tokenizer, [[0, 1], [2, 99999]])
+    with pytest.raises(ValueError, match=r"sequence 0 has the token -1"):
+        inputs.check_tokens(model, tokenizer, [[-1]])
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"new{i}" for i in range(5000)])
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens and .* only \d+"):
+        inputs.check_tokens(model, tokenizer, [[0]])
+
+
+def test_positions_beyond_those_of_the_model_are_told(model, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    inputs.check_tokens(model, tokenizer, [[0] * 10], max_tokens=16)
+    assert capsys.readouterr().out == ""
+    inputs.check_tokens(model, tokenizer, [[0] * 10], max_tokens=100_000)
+    assert "the longest prompt (10 tokens) and a completion of 100000 pass the" in capsys.readouterr().out
+
+
+def test_a_reward_whose_required_arguments_nothing_gives_is_refused():
+    def right(completions, answer, log_metric, scale=1.0, **columns): ...
+
+    def wrong(prompts, completions, solution): ...
+
+    inputs.check_arguments([right], ["prompt", "answer"], prompt_column="prompt")
+    with pytest.raises(ValueError, match="wrong requires solution, and the data has the columns answer"):
+        inputs.check_arguments([right, wrong], ["prompt", "answer"], prompt_column="prompt")
