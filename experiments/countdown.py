@@ -100,12 +100,12 @@ def train(config: Config) -> dict[str, float]:
         del state
         for n in loop:
             if n % config.evaluate_every == 0:
-                loop.log(used.evaluate(policy, loop.state.params, "validation", greedy=True))
+                loop.log(used.evaluate(policy, loop.state.params, "validation"))
             experience = step.collect(loop.state, used.batch(config.seed, n, config.prompts_per_step))
             given, mask = used.reward(experience.rollout)
             loop.state, metrics = step.learn(loop.state, experience._replace(rewards=given, reward_mask=mask))
             loop.log(metrics | used.logged.take() | {"learning_rate": rate(n * updates.count)})
-        loop.log(used.evaluate(policy, loop.state.params, "validation", greedy=True))
+        loop.log(used.evaluate(policy, loop.state.params, "validation"))
     return used.finish(policy, loop.state.params, config.samples)
 
 

@@ -30,12 +30,12 @@ import jax.numpy as jnp
 import rich
 import tyro
 
-from grpo_jax import data, rewards
+from grpo_jax import data, rewards, sampling
 from grpo_jax.data import TooLong
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, compilation, metrics
 from grpo_jax.run.names import resolve
-from grpo_jax.study import evaluation
+from grpo_jax.study import evaluation, items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,51 +105,42 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         params = checkpoint.restore_params(checkpoints, like, step=step)
         print(f"the parameters of step {step} in {checkpoints}")
 
-    def evaluate(**settings: Any) -> tuple[dict[str, float], list[evaluation.Item]]:
-        return evaluation.evaluate(
-            policy,
-            params,
-            tokenizer,
-            [prepared(row, config) for row in rows],
-            functions,
-            eos_ids=eos_ids,
-            max_tokens=config.max_tokens,
-            threshold=config.threshold,
-            prompts=prompts,
-            prompt_column=config.prompt_column,
-            batch_size=config.batch_size,
-            bucket=config.bucket,
-            level=config.level,
-            seed=config.seed,
-            **settings,
-        )
-
-    found = {}
-    if config.greedy:
-        found["greedy"] = evaluate(greedy=True)
+    common = {"max_tokens": config.max_tokens, "eos_ids": eos_ids}
+    samplers = {"greedy": sampling.greedy(**common)} if config.greedy else {}
     if config.group_size:
-        found["samples"] = evaluate(
-            group_size=config.group_size,
-            k=config.k,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            extract=extract,
+        samplers["samples"] = sampling.sampler(
+            group_size=config.group_size, temperature=config.temperature,
+            top_k=config.top_k, top_p=config.top_p, **common,
+        )  # fmt: skip
+    problems = data.PromptSet([prepared(row, config) for row in rows], prompts)
+    evaluates = {
+        name: evaluation.make_evaluate(
+            policy, sampler, tokenizer, problems, functions,
+            prompt_column=config.prompt_column, batch_size=config.batch_size, bucket=config.bucket,
         )
+        for name, sampler in samplers.items()
+    }  # fmt: skip
+    scored, summaries = {}, {}
+    for name, evaluate in evaluates.items():
+        sampled = name == "samples"
+        scored[name] = items.judge(
+            evaluate(params, seed=config.seed), threshold=config.threshold, extract=extract if sampled else None
+        )
+        k = config.k if sampled else ()
+        summaries[name] = items.summarise(scored[name], k=k, level=config.level, seed=config.seed)
 
     config.output.mkdir(parents=True, exist_ok=True)
-    for name, (summary, items) in found.items():
-        evaluation.write_items(config.output / f"{name}.jsonl", items)
-        rich.print(evaluation.sample_table(items, config.shown))
-        print(f"{name}, {len(items)} prompts:\n{report(summary)}")
-    summaries = {name: summary for name, (summary, _) in found.items()}
+    for name, summary in summaries.items():
+        items.write_items(config.output / f"{name}.jsonl", scored[name])
+        rich.print(items.sample_table(scored[name], config.shown))
+        print(f"{name}, {len(scored[name])} prompts:\n{report(summary)}")
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     content = {"config": settings} | {name: metrics.plain(summary) for name, summary in summaries.items()}
     (config.output / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"items and summary: {config.output}")
     if config.filtered is not None:
-        rates = evaluation.pass_rates(found["samples"][1])
-        between = evaluation.between(rows, rates, low=config.low, high=config.high)
+        rates = items.pass_rates(scored["samples"])
+        between = items.between(rows, rates, low=config.low, high=config.high)
         config.filtered.write_text("".join(json.dumps(row) + "\n" for row in between), encoding="utf-8")
         print(f"{len(between)} of {len(rows)} rows have a pass rate between {config.low} and {config.high}: "
               f"{config.filtered}")  # fmt: skip
@@ -222,9 +213,7 @@ def encode(tokenizer: Any, prompt: data.Text, config: Config) -> list[int]:
     """The prompt as tokens."""
     template = {} if config.thinking is None else {"enable_thinking": config.thinking}
     if config.system is not None or config.chat:
-        messages = data.chat(prompt) if isinstance(prompt, str) else list(prompt)
-        system = [] if config.system is None else [{"role": "system", "content": config.system}]
-        prompt = [*system, *messages]
+        prompt = data.chat(prompt, config.system)
     return data.encode_prompt(tokenizer, prompt, **template)
 
 

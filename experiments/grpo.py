@@ -38,7 +38,7 @@ from grpo_jax.run import compilation, completions, digests, inputs, measured, me
 from grpo_jax.run.names import make_with, resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
-from grpo_jax.study import evaluation
+from grpo_jax.study import evaluation, items
 from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Params, Prompts, TrainState
 from grpo_jax.updates import Updates, init_state
@@ -235,17 +235,17 @@ def make_evaluate(
     """`state -> ` the mean rewards on the evaluation split; `eval/reward` is NaN where a reward failed."""
     logged, names = metrics.Logged(), [rewards.name_of(function) for function in functions]
     tolerant = [rewards.skip_failed_batches(function, batches=config.stop_after_failed) for function in functions]
-    how: dict[str, Any] = {"greedy": True}
+    drawn = sampling.greedy(max_tokens=sampler.max_tokens, eos_ids=sampler.eos_ids)
     if config.eval_group_size is not None:
-        how = {"group_size": config.eval_group_size, "temperature": config.temperature, "top_p": config.top_p}
+        drawn = dataclasses.replace(sampler, group_size=config.eval_group_size, slots=None)
+    score = evaluation.make_evaluate(
+        policy, drawn, tokenizer, held_out, tolerant, log_metric=logged,
+        prompt_column=config.prompt_column, batch_size=config.eval_batch, bucket=config.bucket,
+    )  # fmt: skip
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        summary, _ = evaluation.evaluate(
-            policy, state.params, tokenizer, held_out.rows, tolerant, prompts=held_out.prompts, log_metric=logged,
-            prompt_column=config.prompt_column, batch_size=config.eval_batch, bucket=config.bucket,
-            eos_ids=sampler.eos_ids, max_tokens=sampler.max_tokens, **how,
-            trainer_state=rewards.TrainerState(int(state.step), config.steps),
-        )  # fmt: skip
+        place = rewards.TrainerState(int(state.step), config.steps)
+        summary = items.summarise(score(state.params, trainer_state=place))
         means = {name: summary[f"reward/{name}"] for name in names}
         failed = any(value > 0 for name, value in logged.take().items() if name.endswith("/failed"))
         total = np.nan if failed else float(np.dot(config.reward_weights or np.ones(len(names)), list(means.values())))

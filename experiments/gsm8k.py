@@ -126,13 +126,13 @@ def train(config: Config) -> dict[str, float]:
         del params
         for n in loop:
             if n % config.evaluate_every == 0:
-                loop.log(used.evaluate(policy, loop.state.params, "validation", greedy=True))
+                loop.log(used.evaluate(policy, loop.state.params, "validation"))
             experience = step.collect(loop.state, used.batch(config.seed, n, recipe.prompts))
             given, mask = used.reward(experience.rollout)
             state, metrics = step.learn(loop.state, experience._replace(rewards=given, reward_mask=mask))
             loop.state = after(state, metrics)
             loop.log(metrics | used.logged.take())
-        loop.log(used.evaluate(policy, loop.state.params, "validation", greedy=True))
+        loop.log(used.evaluate(policy, loop.state.params, "validation"))
     results = used.finish(policy, loop.state.params, config.samples)
     print(f"please cite:\n{recipes.citation(recipe)}")
     return results

@@ -60,7 +60,7 @@ def mostly_zero_variance(history: History, *, window: int = 5, threshold: float 
         f"(`zero_variance_groups`){level}. Such a group has advantages of 0 and teaches nothing. Where the reward is "
         "low the task is too hard: take easier prompts, larger groups or a graded reward, or begin with supervised "
         "learning. Where it is high the task is solved: take harder prompts. Filter prompts by pass rate "
-        "(evaluation.between), or sample until groups differ (dynamic_sampling)"
+        "(items.between), or sample until groups differ (dynamic_sampling)"
     )
 
 

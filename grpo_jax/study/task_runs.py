@@ -10,13 +10,13 @@ loop.log(metrics | used.logged.take())
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from grpo_jax import data, rewards
+from grpo_jax import data, rewards, sampling
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.run import digests, inputs, metrics
-from grpo_jax.study import evaluation
+from grpo_jax.study import items
+from grpo_jax.study.evaluation import make_evaluate
 from grpo_jax.tasks import Task
 from grpo_jax.types import Params, Prompts
 
@@ -65,21 +65,26 @@ class TaskRun:
         """The prompts of a step."""
         return self._prompts.batch(seed, step, size, multiple=self._bucket)
 
-    def evaluate(self, policy: Policy, params: Params, split: str, **settings: Any) -> dict[str, float]:
+    def evaluate(
+        self, policy: Policy, params: Params, split: str, *, group_size: int | None = None, k: Sequence[int] = ()
+    ) -> dict[str, float]:
         """Evaluates on a split, as `split/name`; its completions go to `split.jsonl` in the run's folder.
 
         Args:
           policy: the network.
           params: its parameters.
           split: of the task.
-          settings: of `evaluation.evaluate`: `greedy`, or `group_size` and `k`.
+          group_size: completions sampled per prompt; None takes the likeliest one.
+          k: of pass@k, each at most `group_size`.
         """
-        summary, items = evaluation.evaluate(
-            policy, params, self._tokenizer, getattr(self._task.splits, split), self._functions,
-            eos_ids=self.eos_ids, max_tokens=self._max_tokens, **settings,
-        )  # fmt: skip
+        sampler = sampling.greedy(max_tokens=self._max_tokens, eos_ids=self.eos_ids)
+        if group_size is not None:
+            sampler = sampling.sampler(group_size=group_size, max_tokens=self._max_tokens, eos_ids=self.eos_ids)
+        rows = getattr(self._task.splits, split)
+        scored = make_evaluate(policy, sampler, self._tokenizer, rows, self._functions)(params)
+        summary = items.summarise(scored, k=k)
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        evaluation.write_items(self._run_dir / f"{split}.jsonl", items)
+        items.write_items(self._run_dir / f"{split}.jsonl", scored)
         return {f"{split}/{name}": value for name, value in summary.items()}
 
     def finish(self, policy: Policy, params: Params, samples: int) -> dict[str, float]:
@@ -87,7 +92,7 @@ class TaskRun:
 
         They are printed and written to `results.json`, and the model is exported to `model`.
         """
-        results = {f"greedy/{k}": v for k, v in self.evaluate(policy, params, "test", greedy=True).items()}
+        results = {f"greedy/{k}": v for k, v in self.evaluate(policy, params, "test").items()}
         for split in ("test", "ood") if self._task.splits.ood else ("test",):
             results |= self.evaluate(policy, params, split, group_size=samples, k=(1, samples))
         write_results(self._run_dir / "results.json", results)

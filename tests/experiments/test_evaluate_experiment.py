@@ -16,7 +16,7 @@ import pytest
 from grpo_jax import data, sampling, testing
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint
-from grpo_jax.study import evaluation
+from grpo_jax.study.items import pass_rates, summarise
 from grpo_jax.updates import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def test_summaries_and_items_are_written_and_go_together(finished):
         items = data.read_jsonl(config.output / f"{name}.jsonl")
         assert len(items) == 7
         assert all(len(item["completions"]) == size for item in items)
-        assert evaluation.summarise(items, k=k) == summaries[name]
+        assert summarise(items, k=k) == summaries[name]
         for item in items:
             assert item["rewards"]["even"] == [float(len(text) % 2 == 0) for text in item["completions"]]
     assert {"accuracy", "accuracy_low", "pass@1", "pass@4", "pass@4_high", "majority@4", "reward/vowels"} <= set(
@@ -126,7 +126,7 @@ def test_the_greedy_completions_are_those_of_the_checkpoint_after_its_chat_templ
 
 def test_the_rows_that_are_solved_sometimes_are_kept_as_they_were_read(finished, files):
     config, _ = finished
-    rates = evaluation.pass_rates(data.read_jsonl(config.output / "samples.jsonl"))
+    rates = pass_rates(data.read_jsonl(config.output / "samples.jsonl"))
     rows = data.read_jsonl(files / "rows.jsonl")
     kept = data.read_jsonl(files / "kept.jsonl")
     assert kept == [row for row, rate in zip(rows, rates, strict=True) if 0 < rate < 1]

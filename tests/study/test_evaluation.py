@@ -1,5 +1,6 @@
 """pass@k, majority@k and intervals against enumeration and exact values, on policies that are known."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -10,17 +11,12 @@ import numpy as np
 import pytest
 import rich.console
 
-from grpo_jax import data, testing
+from grpo_jax import data, rewards, sampling, testing
 from grpo_jax.models import hf
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.study import evaluation
-from grpo_jax.study.evaluation import (
-    between,
-    evaluate,
-    majority_at_k,
-    pass_rates,
-    sample_table,
-)
+from grpo_jax.study.evaluation import make_evaluate
+from grpo_jax.study.items import between, judge, pass_rates, sample_table, summarise, write_items
+from grpo_jax.study.pass_at_k import majority_at_k
 
 TOKENIZER = testing.tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -52,14 +48,25 @@ def small(completions):
     return [0.9 if completion in "01" else 0.3 for completion in completions]
 
 
-def spin(rows=ROWS, functions=(correct, small), **changes):
-    fields = {"eos_ids": [END], "max_tokens": 4, "batch_size": 64, "bucket": 4}
-    return evaluate(SPINNER, PARAMS, TOKENIZER, rows, functions, **(fields | changes))
+def drawn(**settings):
+    """A sampler of four tokens at most."""
+    return dataclasses.replace(sampling.sampler(group_size=1, max_tokens=4, eos_ids=[END]), **settings)
+
+
+GREEDY = drawn(greedy=True)
+
+
+def spin(sampler=GREEDY, *, rows=ROWS, functions=(correct, small), k=(), seed=0, rule=None, **changes):
+    """The summary and the items."""
+    fields = {"batch_size": 64, "bucket": 4}
+    evaluate = make_evaluate(SPINNER, sampler, TOKENIZER, rows, functions, **(fields | changes))
+    scored = judge(evaluate(PARAMS, seed=seed), **(rule or {}))
+    return summarise(scored, k=k, seed=seed), scored
 
 
 @pytest.fixture(scope="module")
 def sampled():
-    return spin(group_size=10, k=(1, 2, 10), extract=lambda text: text or None, seed=1)
+    return spin(drawn(group_size=10), k=(1, 2, 10), rule={"extract": lambda text: text or None}, seed=1)
 
 
 def test_pass_and_majority_at_k_of_a_policy_with_known_probabilities(sampled):
@@ -103,7 +110,7 @@ def test_an_item_has_what_was_written_and_how_it_was_judged(sampled):
 
 
 def test_the_greedy_completion_is_the_likeliest():
-    summary, items = spin(greedy=True)
+    summary, items = spin()
     assert {text for item in items for text in item["completions"]} == {"1"}
     assert summary["accuracy"] == 0.25
     assert summary["accuracy_low"] == pytest.approx(0.25 - 1.96 * np.sqrt(0.25 * 0.75 / 200), abs=0.015)
@@ -118,9 +125,9 @@ def test_batches_change_nothing_and_the_last_one_shows_no_row_twice():
         seen.extend(answer)
         return correct(completions, answer)
 
-    whole = spin(ROWS[:7], [counted], greedy=True, batch_size=64)
+    whole = spin(rows=ROWS[:7], functions=[counted], batch_size=64)
     assert len(seen) == 7
-    parts = spin(ROWS[:7], [counted], greedy=True, batch_size=3)
+    parts = spin(rows=ROWS[:7], functions=[counted], batch_size=3)
     assert len(seen) == 14
     assert parts == whole
 
@@ -133,26 +140,24 @@ def test_one_program_is_compiled_for_each_width():
         return spinner(params, tokens, mask)
 
     rows = [{"prompt": "1" * length + "?", "answer": "1"} for length in (1, 2, 3, 1, 2, 9, 10)]
-    evaluate(
-        from_logits_fn(traced), PARAMS, TOKENIZER, rows, [correct], eos_ids=[END], max_tokens=4, batch_size=2, bucket=8
-    )
+    make_evaluate(from_logits_fn(traced), drawn(), TOKENIZER, rows, [correct], batch_size=2, bucket=8)(PARAMS)
     assert len(set(calls)) == 2
 
 
 def test_the_seed_and_the_temperature_matter():
-    once, again, other = (spin(ROWS[:20], seed=seed, group_size=4) for seed in (0, 0, 1))
+    once, again, other = (spin(drawn(group_size=4), rows=ROWS[:20], seed=seed) for seed in (0, 0, 1))
     assert once == again
     assert once != other
-    cold, _ = spin(temperature=0.05, group_size=2)
+    cold, _ = spin(drawn(temperature=0.05, group_size=2))
     assert cold["accuracy"] == 0.25
-    top, _ = spin(top_k=1, group_size=2)
+    top, _ = spin(drawn(top_k=1, group_size=2))
     assert top["accuracy"] == 0.25
 
 
 def test_the_threshold_and_the_named_function_say_what_is_right():
-    assert spin(greedy=True, accuracy="small")[0]["accuracy"] == 0
-    assert spin(greedy=True, accuracy="small", threshold=0.9)[0]["accuracy"] == 1  # 0.9 is less in float32
-    assert spin(greedy=True, accuracy="small", threshold=0.91)[0]["accuracy"] == 0
+    assert spin(rule={"accuracy": "small"})[0]["accuracy"] == 0
+    assert spin(rule={"accuracy": "small", "threshold": 0.9})[0]["accuracy"] == 1  # 0.9 is less in float32
+    assert spin(rule={"accuracy": "small", "threshold": 0.91})[0]["accuracy"] == 0
 
 
 def test_completions_that_could_not_be_judged_are_left_out():
@@ -161,7 +166,9 @@ def test_completions_that_could_not_be_judged_are_left_out():
         judged = correct(completions, answer)
         return [None if c == "3" or i < 4 else r for i, (c, r) in enumerate(zip(completions, judged, strict=True))]
 
-    summary, items = spin(ROWS[:8], [unsure], group_size=4, k=(1, 4), extract=str, accuracy="unsure")
+    summary, items = spin(
+        drawn(group_size=4), rows=ROWS[:8], functions=[unsure], k=(1, 4), rule={"extract": str, "accuracy": "unsure"}
+    )
     assert items[0]["pass_rate"] is None
     assert items[0]["right"] == [None] * 4
     assert math.isnan(pass_rates(items)[0])
@@ -171,7 +178,7 @@ def test_completions_that_could_not_be_judged_are_left_out():
     assert summary["accuracy"] == pytest.approx(np.mean([np.mean(rights) for rights in judged if rights]))
     assert summary["pass@4"] == pytest.approx(np.mean([any(rights) for rights in judged if len(rights) == 4]))
     assert summary["unscored"] == 1 - sum(map(len, judged)) / 32
-    nothing, _ = spin(ROWS[:2], [lambda completions: [None] * len(completions)], k=(1,))
+    nothing, _ = spin(rows=ROWS[:2], functions=[lambda completions: [None] * len(completions)], k=(1,))
     assert all(math.isnan(nothing[name]) for name in ("accuracy", "accuracy_low", "pass@1", "always_solved"))
     assert nothing["unscored"] == 1
 
@@ -192,10 +199,10 @@ def test_rows_that_the_model_solves_always_or_never_can_be_left_out(sampled):
 
 def test_items_that_were_written_sum_up_to_the_same(sampled, tmp_path):
     summary, items = sampled
-    evaluation.write_items(tmp_path / "items.jsonl", items)
+    write_items(tmp_path / "items.jsonl", items)
     read = data.read_jsonl(tmp_path / "items.jsonl")
     assert read == json.loads(json.dumps(items))
-    assert evaluation.summarise(read, k=(1, 2, 10), seed=1) == summary
+    assert summarise(read, k=(1, 2, 10), seed=1) == summary
 
 
 def test_a_checkpoint_is_evaluated_on_chat_messages(tmp_path):
@@ -206,15 +213,19 @@ def test_a_checkpoint_is_evaluated_on_chat_messages(tmp_path):
     def length(completions):
         return [float(len(completion[0]["content"])) for completion in completions]
 
-    fields = {"eos_ids": hf.eos_ids(tmp_path / "model", TOKENIZER), "max_tokens": 6, "batch_size": 2, "bucket": 32}
-    summary, items = evaluate(policy, params, TOKENIZER, rows, [length], group_size=2, threshold=0.0, **fields)
+    sampler = sampling.sampler(group_size=2, max_tokens=6, eos_ids=hf.eos_ids(tmp_path / "model", TOKENIZER))
+
+    def evaluate(rows):
+        return make_evaluate(policy, sampler, TOKENIZER, rows, [length], batch_size=2, bucket=32)(params)
+
+    items = judge(evaluate(rows), threshold=0.0)
+    summary = summarise(items)
     assert summary["accuracy"] == 1
     assert [item["rewards"]["length"] for item in items] == [[len(t) for t in item["completions"]] for item in items]
     assert items[0]["prompt"] == rows[0]["prompt"]
     tokens = [data.encode_prompt(TOKENIZER, row["prompt"]) for row in rows]
-    given = evaluate(policy, params, TOKENIZER, rows, [length], group_size=2, threshold=0.0, prompts=tokens, **fields)
-    assert given == (summary, items)
-    other = evaluate(policy, params, TOKENIZER, rows, [length], group_size=2, prompts=tokens[::-1], **fields)[1]
+    assert judge(evaluate(data.PromptSet(rows, tokens)), threshold=0.0) == items
+    other = evaluate(data.PromptSet(rows, tokens[::-1]))
     assert [item["completions"] for item in other] != [item["completions"] for item in items]
     shown = render(sample_table(items))
     assert "user: What is 0?" in shown
@@ -226,12 +237,11 @@ def test_a_checkpoint_is_evaluated_on_chat_messages(tmp_path):
         ({"rows": []}, "needs rows and reward functions, got 0 and 2"),
         ({"functions": []}, "got 200 and 0"),
         ({"functions": [correct, correct]}, "several reward functions are called correct"),
-        ({"accuracy": "format"}, "one of correct, small, got 'format'"),
-        ({"greedy": True, "group_size": 2}, "the 2 greedy completions of a prompt would be equal"),
-        ({"k": (1, 3), "group_size": 2}, "k is from 1 to group_size = 2, got 3"),
-        ({"prompts": [[1]]}, "1 prompts for 200 rows"),
+        ({"rule": {"accuracy": "format"}}, "one of correct, small, got 'format'"),
+        ({"sampler": drawn(greedy=True, group_size=2)}, "the 2 greedy completions of a prompt would be equal"),
+        ({"k": (1, 3), "sampler": drawn(group_size=2)}, "k is from 1 to the 2 completions per prompt, got 3"),
     ],
-    ids=["rows", "functions", "names", "accuracy", "greedy", "k", "prompts"],
+    ids=["rows", "functions", "names", "accuracy", "greedy", "k"],
 )
 def test_an_evaluation_refuses_what_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -243,7 +253,38 @@ def test_an_exception_of_a_reward_passes_through():
         raise LookupError("the verifier is down")
 
     with pytest.raises(LookupError, match="the verifier is down"):
-        spin(ROWS[:2], [broken])
+        spin(rows=ROWS[:2], functions=[broken])
+
+
+def agreeing(completions):
+    return [1.0] * len(completions)
+
+
+agreeing.group_size = 4
+
+
+def test_a_reward_that_compares_a_group_is_refused_at_the_start_unless_groups_have_its_size():
+    for sampler in (GREEDY, drawn(group_size=2)):
+        with pytest.raises(ValueError, match=r"agreeing compares groups of 4 completions and the evaluation draws \d"):
+            make_evaluate(SPINNER, sampler, TOKENIZER, ROWS[:2], [agreeing])
+    summary, _ = spin(drawn(group_size=4), rows=ROWS[:2], functions=[agreeing])
+    assert summary["reward/agreeing"] == 1
+
+
+def test_what_rewards_log_is_told_apart_from_training_and_they_see_the_place_in_the_run():
+    logged, places = [], []
+
+    def logging(completions, log_metric, trainer_state):
+        log_metric("logging/failed", 0.0)
+        places.append(trainer_state)
+        return [1.0] * len(completions)
+
+    evaluate = make_evaluate(
+        SPINNER, GREEDY, TOKENIZER, ROWS[:2], [logging], log_metric=lambda name, value: logged.append(name)
+    )
+    evaluate(PARAMS, trainer_state=rewards.TrainerState(3, 10))
+    assert logged == ["eval/logging/failed"]
+    assert places == [rewards.TrainerState(3, 10)]
 
 
 # ---------------------------------------------------------------------------- the table
@@ -297,7 +338,7 @@ def test_a_line_break_stays_one_and_a_long_text_is_cut():
 
 
 def test_hostile_text_is_kept_whole_in_the_items_file(tmp_path):
-    evaluation.write_items(tmp_path / "items.jsonl", [item_of(HOSTILE, HOSTILE)])
+    write_items(tmp_path / "items.jsonl", [item_of(HOSTILE, HOSTILE)])
     written = (tmp_path / "items.jsonl").read_bytes()
     assert written.isascii()
     assert b"\x1b" not in written
