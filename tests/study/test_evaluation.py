@@ -338,9 +338,10 @@ def test_a_line_break_stays_one_and_a_long_text_is_cut():
 
 
 def test_hostile_text_is_kept_whole_in_the_items_file(tmp_path):
-    write_items(tmp_path / "items.jsonl", [item_of(HOSTILE, HOSTILE)])
+    text = HOSTILE.replace("\ud800", "")  # which `read_jsonl` refuses, as no tokenizer can say it
+    write_items(tmp_path / "items.jsonl", [item_of(text, text)])
     written = (tmp_path / "items.jsonl").read_bytes()
     assert written.isascii()
     assert b"\x1b" not in written
     assert written.count(b"\n") == 1
-    assert data.read_jsonl(tmp_path / "items.jsonl")[0]["prompt"] == HOSTILE
+    assert data.read_jsonl(tmp_path / "items.jsonl")[0]["prompt"] == text
