@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses
+from grpo_jax import losses, sampling
 from grpo_jax.advantages import from_rewards
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.run import measured, metrics, monitoring
 from grpo_jax.statistics import summary
 from grpo_jax.testing import random_prompts
-from grpo_jax.train_step import make_collect, make_learn
+from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Experience, Rollout
 from grpo_jax.updates import init_state
 
@@ -81,19 +81,16 @@ def test_the_hooks_measure_in_a_step_what_the_checks_read():
     params = jnp.full((9, 9), -1e9).at[:, 5].set(0.0)
     state = init_state(params, optax.sgd(0.0), jax.random.key(0))
     names = ["right", "format"]
-    collect = jax.jit(make_collect(POLICY, group_size=2, max_tokens=10, eos_ids=[1]))
-    learn = jax.jit(
-        make_learn(
-            POLICY, optax.sgd(0.0), loss=losses.grpo(), advantage=from_rewards(names=names),
-            transforms=[measured.repetition(), measured.unscored(names)],
-        )
-    )  # fmt: skip
+    step = make_train_step(
+        POLICY, optax.sgd(0.0), sampling.sampler(group_size=2, max_tokens=10, eos_ids=[1]), loss=losses.grpo(),
+        advantage=from_rewards(names=names), transforms=[measured.repetition(), measured.unscored(names)],
+    ).jit()  # fmt: skip
     history = []
-    for step in range(12):
-        experience = collect(state, random_prompts(step, 4, 3, 9))
+    for n in range(12):
+        experience = step.collect(state, random_prompts(n, 4, 3, 9))
         mask = jnp.stack([jnp.ones((4, 2), bool), jnp.arange(8).reshape(4, 2) % 2 == 0], axis=-1)
-        state, statistics = learn(state, experience._replace(rewards=jnp.zeros((4, 2, 2)), reward_mask=mask))
-        history.append({"step": step, **metrics.plain(summary(statistics))})
+        state, statistics = step.learn(state, experience._replace(rewards=jnp.zeros((4, 2, 2)), reward_mask=mask))
+        history.append({"step": n, **metrics.plain(summary(statistics))})
     assert history[-1]["repetition"] == pytest.approx(6 / 7)
     assert (history[-1]["unscored/right"], history[-1]["unscored/format"]) == (0, 0.5)
     told = [text for end in range(1, 13) for text in monitoring.warnings(json.loads(json.dumps(history[:end])))]
