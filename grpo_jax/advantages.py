@@ -1,17 +1,20 @@
 """Rewards to advantages: how much better a completion is than the others of its group."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.losses import kl_k1
-from grpo_jax.protocols import Advantage, Cost, Estimator, KLEstimate
+from grpo_jax.losses.contract import per_token
+from grpo_jax.protocols import Advantage, Cost, Estimator, ExperienceEstimator, KLEstimate
 from grpo_jax.statistics import Mean
 from grpo_jax.types import Array, Experience, Metrics
 
-Weights = Sequence[float | Array]  # one a reward function
+Weights = Sequence[float | Array]  # one per reward function
 
 
 def group_advantages(rewards: Array, mask: Array | None = None, *, ddof: int = 0, eps: float | Array = 1e-4) -> Array:
@@ -24,7 +27,7 @@ def group_advantages(rewards: Array, mask: Array | None = None, *, ddof: int = 0
     are arguments: TRL and verl divide by the sample deviation (`ddof=1`).
 
     Args:
-      rewards: `[B, G]` float, one a completion, in the task's own units.
+      rewards: `[B, G]` float, one per completion, in the task's own units.
       mask: `[B, G]` bool, False where no reward could be given; those get 0 and
         count in no mean or deviation.
       ddof: 0 for the population deviation, 1 for the sample deviation.
@@ -38,9 +41,9 @@ def group_advantages(rewards: Array, mask: Array | None = None, *, ddof: int = 0
       ValueError: if `G < 2`; one completion has nothing to be compared with.
     """
     rewards, mask = _checked(rewards, mask)
-    centered = _centered(rewards, mask)
-    scale = jnp.sqrt(_mean(centered**2, mask, axis=1, ddof=ddof)) + eps
-    return _where_spread(rewards, mask, centered / scale)
+    centered = _centered(rewards, mask, axis=1)
+    deviation = _root_mean_square(centered, mask, axis=1, ddof=ddof)
+    return _where_variance(rewards, mask, centered / (deviation + eps))
 
 
 def centered_advantages(rewards: Array, mask: Array | None = None) -> Array:
@@ -51,7 +54,7 @@ def centered_advantages(rewards: Array, mask: Array | None = None) -> Array:
     Arguments, result and errors as in `group_advantages`; in reward units.
     """
     rewards, mask = _checked(rewards, mask)
-    return _where_spread(rewards, mask, _centered(rewards, mask))
+    return _where_variance(rewards, mask, _centered(rewards, mask, axis=1))
 
 
 def batch_scaled_advantages(
@@ -66,9 +69,8 @@ def batch_scaled_advantages(
     `group_advantages`.
     """
     rewards, mask = _checked(rewards, mask)
-    from_batch_mean = rewards - _mean(rewards, mask, axis=None)
-    scale = jnp.sqrt(_mean(from_batch_mean**2, mask, axis=None, ddof=ddof)) + eps
-    return _where_spread(rewards, mask, _centered(rewards, mask) / scale)
+    deviation = _root_mean_square(_centered(rewards, mask, axis=None), mask, axis=None, ddof=ddof)
+    return _where_variance(rewards, mask, _centered(rewards, mask, axis=1) / (deviation + eps))
 
 
 def leave_one_out_advantages(rewards: Array, mask: Array | None = None) -> Array:
@@ -80,7 +82,7 @@ def leave_one_out_advantages(rewards: Array, mask: Array | None = None) -> Array
     """
     rewards, mask = _checked(rewards, mask)
     count = jnp.sum(mask, axis=1, keepdims=True)
-    return _where_spread(rewards, mask, _centered(rewards, mask) * count / jnp.maximum(count - 1, 1))
+    return _where_variance(rewards, mask, _centered(rewards, mask, axis=1) * (count / jnp.maximum(count - 1, 1)))
 
 
 def batch_normalised_advantages(
@@ -96,24 +98,24 @@ def batch_normalised_advantages(
     equal rewards gets exactly 0.
     """
     rewards, mask = _checked(rewards, mask, at_least=1)
-    centered = rewards - _mean(rewards, mask, axis=None)
-    scale = jnp.sqrt(_mean(centered**2, mask, axis=None, ddof=ddof)) + eps
-    spread = has_variance(rewards.reshape(1, -1), mask.reshape(1, -1))
-    return jnp.where(mask & spread, centered / scale, 0.0)
+    centered = _centered(rewards, mask, axis=None)
+    deviation = _root_mean_square(centered, mask, axis=None, ddof=ddof)
+    varies = has_variance(rewards.reshape(1, -1), mask.reshape(1, -1))
+    return jnp.where(mask & varies, centered / (deviation + eps), 0.0)
 
 
 # ---------------------------------------------------------- rewards of steps and tokens
 
 
-def rewards_to_go(rewards: Array, mask: Array, *, discount: float | Array = 1.0) -> Array:
-    """What each token still earns (Sutton and Barto 2018, equation 3.8).
+def rewards_to_go(rewards: Array, mask: Array, *, gamma: float | Array = 1.0) -> Array:
+    """The discounted sum of a token's reward and those after it (Sutton and Barto 2018, equation 3.8).
 
-        A[t] = sum over s >= t of discount^(s - t) * r[s]
+        A[t] = sum over s >= t of gamma^(s - t) * r[s]
 
     Args:
-      rewards: `[B, G, T]` float, given at the token that earned them.
+      rewards: `[B, G, T]` float, each at the token that is rewarded.
       mask: `[B, G, T]` bool, False where there is no reward.
-      discount: of a token.
+      gamma: discount per token; 1 for none.
 
     Returns:
       `[B, G, T]`, in reward units.
@@ -121,7 +123,7 @@ def rewards_to_go(rewards: Array, mask: Array, *, discount: float | Array = 1.0)
     chex.assert_rank([rewards, mask], 3)
 
     def earlier(later: Array, reward: Array) -> tuple[Array, Array]:
-        total = reward + discount * later
+        total = reward + gamma * later
         return total, total
 
     by_token = jnp.moveaxis(jnp.where(mask, rewards, 0.0), -1, 0)
@@ -171,25 +173,98 @@ def from_rewards(
 
     Args:
       estimator: `(rewards [B, G], mask [B, G]) -> [B, G]`.
-      weights: one a reward function; all 1 if None.
-      names: one a reward function, for the metrics; their index if None.
+      weights: one per reward function; all 1 if None.
+      names: one per reward function, for the metrics; their index if None.
       cost: `experience -> [B, G]`, such as `kl_cost(beta)`.
 
     Returns:
-      `f(experience) -> (advantages [B, G], metrics)`, with the mean and deviation of
-      the total, of each reward and of the cost, and the share of judged groups without
-      spread, which teach nothing.
+      `f(experience) -> (advantages [B, G], metrics)`, with `reward_metrics` and the mean and deviation of the cost.
+    """
+
+    def ignoring_experience(rewards: Array, mask: Array, experience: Experience) -> Array:
+        del experience
+        return estimator(rewards, mask)
+
+    return from_experience(ignoring_experience, weights=weights, names=names, cost=cost)
+
+
+def from_experience(
+    estimator: ExperienceEstimator,
+    *,
+    weights: Weights | None = None,
+    names: Sequence[str] | None = None,
+    cost: Cost | None = None,
+) -> Advantage:
+    """As `from_rewards`, for a function that also sees lengths, entropy or log-probs.
+
+        def length_aware(rewards, mask, experience):
+            lengths = experience.rollout.lengths  # [B, G]
+            return centered_advantages(rewards, mask) / jnp.sqrt(lengths)
+
+        advantage = from_experience(length_aware, weights=(1.0, 0.2))
+
+    `experience.old_entropy` and `old_log_probs` are those of the policy that sampled; `score_old=True` adds them. A
+    function with a parameter named `experience` is of this kind and one without it is an estimator for
+    `from_rewards`: so `from_function` tells them apart. A function that also makes its own metrics is an advantage
+    already, `experience -> (advantages, metrics)`; `total_reward` and `reward_metrics` are its parts.
+
+    Args:
+      estimator: `(rewards [B, G], mask [B, G], experience) -> [B, G] or [B, G, T]`.
+      weights: as in `from_rewards`.
+      names: as in `from_rewards`.
+      cost: as in `from_rewards`.
+
+    Returns:
+      As `from_rewards`. A completion that no reward function could score gets 0.
+
+    Raises:
+      ValueError: when called, for advantages of another shape.
     """
 
     def advantage(experience: Experience) -> tuple[Array, Metrics]:
         total, scored = total_reward(experience, weights)
         metrics = {}
         if cost is not None:
-            paid = cost(experience)
-            total, metrics = total - paid, _moments("cost", paid, scored)
-        return estimator(total, scored), _reward_metrics(experience, total, scored, names) | metrics
+            subtracted = cost(experience)
+            total, metrics = total - subtracted, _moments("cost", subtracted, scored)
+        advantages = estimator(total, scored, experience)
+        if advantages.shape[:2] != total.shape or advantages.ndim not in (2, 3):
+            name, shape = getattr(estimator, "__name__", repr(estimator)), "[B, G] or [B, G, T]"
+            raise ValueError(f"{name} returned shape {advantages.shape} for {total.shape} rewards, expected {shape}")
+        advantages = jnp.where(per_token(scored) if advantages.ndim == 3 else scored, advantages, 0.0)
+        return advantages, reward_metrics(experience, total, scored, names) | metrics
 
     return advantage
+
+
+def from_function(
+    function: Callable[..., Any], *, weights: Weights | None = None, names: Sequence[str] | None = None
+) -> Advantage:
+    """An advantage of a function of one of four kinds, told apart by the names of its parameters.
+
+        (rewards, mask)               an estimator, such as `group_advantages`      from_rewards
+        (rewards, mask, experience)   one that sees more                            from_experience
+        (weights=, names=)            a maker, such as `from_normalised_rewards`    called
+        (experience)                  an advantage                                  itself
+
+    For programs that load a function by its name. In a script, call the maker that you mean.
+
+    Raises:
+      ValueError: for weights beside an advantage, which adds up its rewards itself.
+    """
+    parameters = inspect.signature(function).parameters
+    advantage: Advantage = function
+    if {"weights", "names"} <= parameters.keys():
+        advantage = function(weights=weights, names=names)
+        return advantage
+    if list(parameters) == ["experience"]:
+        if weights is not None:
+            name = getattr(function, "__name__", repr(function))
+            raise ValueError(f"weights = {weights} have no effect: {name} adds up the rewards of its experience itself")
+        return advantage
+    if "experience" in parameters:
+        return from_experience(function, weights=weights, names=names)
+    return from_rewards(function, weights=weights, names=names)
 
 
 def from_normalised_rewards(
@@ -219,12 +294,12 @@ def from_normalised_rewards(
 
     def advantage(experience: Experience) -> tuple[Array, Metrics]:
         total, scored = total_reward(experience, weights)
-        rewards, given = _given(experience)
+        rewards, reward_mask = _rewards_of(experience)
         R = rewards.shape[-1]
-        normalised = [group_advantages(rewards[..., k], given[..., k], ddof=ddof, eps=eps) for k in range(R)]
+        normalised = [group_advantages(rewards[..., k], reward_mask[..., k], ddof=ddof, eps=eps) for k in range(R)]
         summed = jnp.sum(jnp.stack(normalised, axis=-1) * _as_array(weights, R), axis=-1)
         advantages = batch_normalised_advantages(summed, scored, ddof=ddof, eps=eps)
-        return _where_spread(summed, scored, advantages), _reward_metrics(experience, total, scored, names)
+        return _where_variance(summed, scored, advantages), reward_metrics(experience, total, scored, names)
 
     return advantage
 
@@ -262,10 +337,43 @@ def kl_cost(beta: float | Array, *, estimate: KLEstimate = kl_k1) -> Cost:
 
 def total_reward(experience: Experience, weights: Weights | None = None) -> tuple[Array, Array]:
     """The weighted sum of an experience's rewards `[B, G]`, and where there is any `[B, G]`."""
-    rewards, given = _given(experience)
+    rewards, reward_mask = _rewards_of(experience)
     # A matrix product may round equal rows apart, and in bfloat16 on a TPU.
-    total = jnp.sum(jnp.where(given, rewards, 0.0) * _as_array(weights, rewards.shape[-1]), axis=-1)
-    return total, jnp.any(given, axis=-1)
+    total = jnp.sum(jnp.where(reward_mask, rewards, 0.0) * _as_array(weights, rewards.shape[-1]), axis=-1)
+    return total, jnp.any(reward_mask, axis=-1)
+
+
+def reward_metrics(experience: Experience, total: Array, scored: Array, names: Sequence[str] | None = None) -> Metrics:
+    """The metrics that every advantage logs.
+
+        reward, reward_std                   the total of a completion, after the cost, over completions with a reward
+        zero_variance_groups                 share of groups with a reward whose totals are all equal: advantages of 0
+        reward/<name>, reward/<name>_std     one reward function, unweighted, over completions that it scored
+
+    Deviations are over the whole batch with `ddof=0`; TRL's `reward_std` has `ddof=1`.
+
+    Args:
+      experience: with rewards.
+      total: `[B, G]`, as of `total_reward`.
+      scored: `[B, G]` bool, as of `total_reward`.
+      names: one per reward function; their index if None.
+
+    Raises:
+      ValueError: for a wrong number of names, or one that occurs twice.
+    """
+    rewards, reward_mask = _rewards_of(experience)
+    R = rewards.shape[-1]
+    if names is not None and len(names) != R:
+        raise ValueError(f"{len(names)} names for {R} reward functions: {names}")
+    if names is not None and len(set(names)) != len(names):
+        raise ValueError(f"each reward function needs a name of its own, got {names}; set their __name__")
+    has_reward = jnp.any(scored, axis=1)
+    metrics = _moments("reward", total, scored) | {
+        "zero_variance_groups": Mean(jnp.sum(~has_variance(total, scored) & has_reward), jnp.sum(has_reward))
+    }
+    for k, name in enumerate(names or range(R)):
+        metrics |= _moments(f"reward/{name}", rewards[..., k], reward_mask[..., k])
+    return metrics
 
 
 def has_variance(rewards: Array, mask: Array) -> Array:
@@ -279,34 +387,18 @@ def has_variance(rewards: Array, mask: Array) -> Array:
     return ~(highest <= lowest)
 
 
-def _given(experience: Experience) -> tuple[Array, Array]:
-    rewards, given = experience.rewards, experience.reward_mask
-    if rewards is None or given is None:
+def _rewards_of(experience: Experience) -> tuple[Array, Array]:
+    rewards, reward_mask = experience.rewards, experience.reward_mask
+    if rewards is None or reward_mask is None:
         raise ValueError("the experience has no rewards: put rewards and reward_mask [B, G, R] into it")
-    chex.assert_rank([rewards, given], 3)
-    return rewards, given
+    chex.assert_rank([rewards, reward_mask], 3)
+    return rewards, reward_mask
 
 
 def _as_array(weights: Weights | None, R: int) -> Array:
     if weights is not None and len(weights) != R:
         raise ValueError(f"{len(weights)} weights for {R} reward functions: {weights}")
     return jnp.asarray([1.0] * R if weights is None else weights, jnp.float32)
-
-
-def _reward_metrics(experience: Experience, total: Array, scored: Array, names: Sequence[str] | None) -> Metrics:
-    rewards, given = _given(experience)
-    R = rewards.shape[-1]
-    if names is not None and len(names) != R:
-        raise ValueError(f"{len(names)} names for {R} reward functions: {names}")
-    if names is not None and len(set(names)) != len(names):
-        raise ValueError(f"reward functions have a name each, got {names}; set their __name__")
-    judged = jnp.any(scored, axis=1)
-    metrics = _moments("reward", total, scored) | {
-        "zero_variance_groups": Mean(jnp.sum(~has_variance(total, scored) & judged), jnp.sum(judged))
-    }
-    for k, name in enumerate(names or range(R)):
-        metrics |= _moments(f"reward/{name}", rewards[..., k], given[..., k])
-    return metrics
 
 
 def _checked(rewards: Array, mask: Array | None, *, at_least: int = 2) -> tuple[Array, Array]:
@@ -323,15 +415,31 @@ def _mean(x: Array, mask: Array, *, axis: int | None, ddof: int = 0) -> Array:
     return jnp.sum(jnp.where(mask, x, 0.0), axis=axis, keepdims=True) / jnp.maximum(count, 1)
 
 
-def _centered(rewards: Array, mask: Array) -> Array:
-    return jnp.where(mask, rewards - _mean(rewards, mask, axis=1), 0.0)
+def _centered(x: Array, mask: Array, *, axis: int | None) -> Array:
+    """`x - mean(x)`. The least is subtracted first: the sum of 1.6e7 + {0, 1, 2, 3} is not exact in float32."""
+    scale = _power_of_two(x, mask, axis=axis)
+    from_least = x / scale - jnp.min(jnp.where(mask, x, jnp.inf), axis=axis, keepdims=True) / scale
+    from_least = jnp.where(mask, from_least, 0.0)
+    return scale * jnp.where(mask, from_least - _mean(from_least, mask, axis=axis), 0.0)
 
 
-def _where_spread(rewards: Array, mask: Array, advantages: Array) -> Array:
+def _root_mean_square(x: Array, mask: Array, *, axis: int | None, ddof: int = 0) -> Array:
+    """`sqrt(mean(x^2))`, the deviation of what is centered, without the overflow of a square."""
+    scale = _power_of_two(x, mask, axis=axis)
+    return scale * jnp.sqrt(_mean((x / scale) ** 2, mask, axis=axis, ddof=ddof))
+
+
+def _power_of_two(x: Array, mask: Array, *, axis: int | None) -> Array:
+    """A power of two near the largest absolute value, by which division is exact."""
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=axis, keepdims=True, where=mask, initial=0.0))
+    return jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent - 1, -100, 100))
+
+
+def _where_variance(rewards: Array, mask: Array, advantages: Array) -> Array:
     return jnp.where(mask & has_variance(rewards, mask)[:, None], advantages, 0.0)
 
 
 def _moments(name: str, x: Array, mask: Array) -> Metrics:
     count = jnp.sum(mask)
-    deviation = jnp.sqrt(_mean((x - _mean(x, mask, axis=None)) ** 2, mask, axis=None))[0, 0]
+    deviation = _root_mean_square(_centered(x, mask, axis=None), mask, axis=None)[0, 0]
     return {name: Mean(jnp.sum(jnp.where(mask, x, 0.0)), count), f"{name}_std": deviation}

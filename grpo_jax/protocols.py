@@ -100,6 +100,22 @@ class Estimator(Protocol):
         """
 
 
+class ExperienceEstimator(Protocol):
+    """An estimator that also sees lengths, entropy or log-probs; see `advantages.from_experience`."""
+
+    def __call__(self, rewards: Array, mask: Array, experience: Experience, /) -> Array:
+        """Estimates.
+
+        Args:
+          rewards: `[B, G]`, the total reward of each completion.
+          mask: `[B, G]` bool, False where no reward could be given.
+          experience: with all that `collect` has scored.
+
+        Returns:
+          Advantages `[B, G]` or `[B, G, T]`.
+        """
+
+
 class Cost(Protocol):
     """A cost that is subtracted from the reward, such as `advantages.kl_cost(beta)`."""
 

@@ -11,18 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from grpo_jax import sampling
 from grpo_jax.advantages import (
     batch_normalised_advantages,
     batch_scaled_advantages,
     centered_advantages,
+    from_experience,
+    from_function,
     from_normalised_rewards,
     from_rewards,
     group_advantages,
     kl_cost,
     leave_one_out_advantages,
     process_advantages,
+    reward_metrics,
     rewards_to_go,
+    total_reward,
 )
 from grpo_jax.losses import kl_k1, kl_k2, kl_k3
 from grpo_jax.statistics import Mean, summary
@@ -42,7 +45,7 @@ ESTIMATORS = {
     "group": (group_advantages, lambda r, group, batch: (r - mean(group)) / (population(group) + 1e-4)),
     "group_ddof1": (
         functools.partial(group_advantages, ddof=1),
-        lambda r, group, batch: (r - mean(group)) / (sampling.sampler()(group) + 1e-4),
+        lambda r, group, batch: (r - mean(group)) / (sample(group) + 1e-4),
     ),
     "group_eps": (
         functools.partial(group_advantages, eps=0.5),
@@ -52,7 +55,7 @@ ESTIMATORS = {
     "batch": (batch_scaled_advantages, lambda r, group, batch: (r - mean(group)) / (population(batch) + 1e-4)),
     "batch_ddof1_eps": (
         functools.partial(batch_scaled_advantages, ddof=1, eps=0.25),
-        lambda r, group, batch: (r - mean(group)) / (sampling.sampler()(batch) + 0.25),
+        lambda r, group, batch: (r - mean(group)) / (sample(batch) + 0.25),
     ),
     "leave_one_out": (leave_one_out_advantages, lambda r, group, batch: r - mean(of_others(r, group))),
 }
@@ -383,19 +386,17 @@ def test_gdpo_tells_apart_what_the_sum_of_rewards_does_not():
 # ------------------------------------------------------------- rewards of steps and tokens
 
 
-@pytest.mark.parametrize("discount", [1.0, 0.5, 0.0])
-def test_what_a_token_still_earns_is_the_discounted_sum_from_it_on(discount):
+@pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0])
+def test_what_a_token_still_earns_is_the_discounted_sum_from_it_on(gamma):
     rng = np.random.default_rng(0)
     rewards, mask = rng.normal(size=(2, 3, 5)), rng.random((2, 3, 5)) < 0.7
     expected = np.zeros((2, 3, 5))
     for b, g, t in np.ndindex(2, 3, 5):
         for s in range(t, 5):
             if mask[b, g, s]:
-                expected[b, g, t] += discount ** (s - t) * rewards[b, g, s]
+                expected[b, g, t] += gamma ** (s - t) * rewards[b, g, s]
     spoiled = jnp.where(mask, rewards, jnp.nan)
-    np.testing.assert_allclose(
-        rewards_to_go(spoiled, jnp.array(mask), discount=discount), expected, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(rewards_to_go(spoiled, jnp.array(mask), gamma=gamma), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_process_supervision_sums_the_normalised_rewards_of_the_steps_still_to_end():
@@ -466,3 +467,124 @@ def test_a_cost_without_a_reference_says_what_to_do():
         kl_cost(0.1)(of_log_probs()._replace(ref_log_probs=None))
     with pytest.raises(ValueError, match=r"^beta is at least 0, got -0\.1$"):
         kl_cost(-0.1)
+
+
+# ------------------------------------------------------------------------ extreme rewards
+
+
+@every_estimator
+@pytest.mark.parametrize("scale", [2.7e19, 1e20, 1e30, 2.0**126, 1e-20])
+def test_rewards_of_any_size_have_the_advantages_of_the_formula(name, scale):
+    """A square of 2.7e19 overflows float32, and that of 1e-20 vanishes."""
+    estimator, formula = ESTIMATORS[name]
+    rewards = np.array([[1.0, 0.0, 0.0, 1.0], [0.5, 0.25, 0.0, -1.0]]) * scale
+    actual = jax.jit(estimator)(jnp.array(rewards, jnp.float32))
+    expected = in_plain_python(formula, rewards.tolist())
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=0)
+
+
+@every_estimator
+def test_a_pair_whose_square_overflows_is_told_apart(name):
+    advantages = ESTIMATORS[name][0](jnp.array([[2.7e19, 0.0]]))
+    assert advantages[0, 0] > 0.9
+    assert advantages[0, 1] < -0.9
+
+
+@every_estimator
+@pytest.mark.parametrize("offset", [1e5, 1.6e7, -1.6e7])
+def test_small_differences_of_large_rewards_are_exact(name, offset):
+    """Whole numbers below 2^24 are exact in float32; their sum is not."""
+    estimator, _ = ESTIMATORS[name]
+    differences = jnp.array([[0.0, 1.0, 2.0, 3.0], [5.0, 0.0, 0.0, 7.0]])
+    np.testing.assert_allclose(estimator(offset + differences), estimator(differences), rtol=1e-5)
+
+
+def test_metrics_of_large_rewards_are_finite():
+    _, metrics = from_rewards()(experience_of([[[1e20], [0.0]], [[1e20], [2e20]]]))
+    np.testing.assert_allclose(summary(metrics)["reward_std"], population([1e20, 0.0, 1e20, 2e20]), rtol=1e-6)
+
+
+# ------------------------------------------------------------------------ from_experience
+
+
+def length_aware(rewards, mask, experience):
+    """Centered rewards over the square root of the length."""
+    return centered_advantages(rewards, mask) / jnp.sqrt(experience.rollout.lengths)
+
+
+def with_lengths(rewards, given=None, lengths=((1, 4, 9), (16, 1, 4))):
+    experience = experience_of(rewards, given)
+    return experience._replace(rollout=experience.rollout._replace(lengths=jnp.array(lengths)))
+
+
+def test_an_advantage_of_ones_own_sees_lengths_and_logs_the_rewards():
+    experience = with_lengths(TWO_REWARDS)
+    advantages, metrics = jax.jit(from_experience(length_aware, weights=(0.5, -2), names=("a", "b")))(experience)
+    plain, plain_metrics = from_rewards(centered_advantages, weights=(0.5, -2), names=("a", "b"))(experience)
+    np.testing.assert_allclose(advantages, plain / np.sqrt([[1, 4, 9], [16, 1, 4]]), rtol=1e-6)
+    assert metrics.keys() == plain_metrics.keys()
+    for name, number in summary(metrics).items():
+        np.testing.assert_allclose(number, summary(plain_metrics)[name], rtol=1e-6)
+
+
+def test_an_advantage_of_ones_own_may_be_per_token_and_sees_log_probs_and_entropy():
+    def surprising(rewards, mask, experience):
+        return jnp.where(mask, rewards, 0.0)[..., None] * experience.old_entropy - experience.rollout.log_probs
+
+    experience = with_lengths(TWO_REWARDS)
+    entropy = jax.random.uniform(jax.random.key(0), (2, 3, 1))
+    advantages, _ = from_experience(surprising)(experience._replace(old_entropy=entropy))
+    assert advantages.shape == (2, 3, 1)
+    np.testing.assert_allclose(advantages[..., 0], TWO_REWARDS.sum(-1) * entropy[..., 0], rtol=1e-6)
+
+
+def test_a_completion_that_nobody_scored_gets_0_whatever_the_function_says():
+    given = np.ones((2, 3, 2), bool)
+    given[1, 2] = False
+    advantages, _ = from_experience(lambda rewards, mask, experience: rewards + 1.0)(with_lengths(TWO_REWARDS, given))
+    assert advantages[1, 2] == 0
+    assert advantages[1, 1] == 13.0
+
+
+def test_a_cost_is_subtracted_before_the_function_sees_the_reward():
+    seen = from_experience(lambda rewards, mask, experience: rewards, cost=lambda experience: jnp.full((2, 3), 4.0))
+    np.testing.assert_allclose(seen(with_lengths(TWO_REWARDS))[0], TWO_REWARDS.sum(-1) - 4.0)
+
+
+def test_refuses_advantages_of_another_shape():
+    with pytest.raises(
+        ValueError, match=r"by_prompt returned advantages of shape \(2,\), expected \(2, 3\) or \(2, 3, 1\)"
+    ):
+
+        def by_prompt(rewards, mask, experience):
+            return rewards.mean(-1)
+
+        from_experience(by_prompt)(with_lengths(TWO_REWARDS))
+
+
+def test_the_kinds_of_a_function_are_told_apart_by_its_parameters():
+    experience, settings = with_lengths(TWO_REWARDS), {"weights": (1.0, 0.5), "names": ("a", "b")}
+    kinds = {
+        centered_advantages: from_rewards(centered_advantages, **settings),
+        length_aware: from_experience(length_aware, **settings),
+        functools.partial(group_advantages, ddof=1): from_rewards(
+            functools.partial(group_advantages, ddof=1), **settings
+        ),
+        from_normalised_rewards: from_normalised_rewards(**settings),
+        functools.partial(from_normalised_rewards, ddof=1): from_normalised_rewards(ddof=1, **settings),
+    }
+    for function, expected in kinds.items():
+        advantages, metrics = from_function(function, **settings)(experience)
+        np.testing.assert_array_equal(advantages, expected(experience)[0])
+        assert "reward/a" in metrics
+
+
+def test_reward_metrics_serve_an_advantage_that_is_written_whole():
+    experience = with_lengths(TWO_REWARDS)
+
+    def whole(experience):
+        total, scored = total_reward(experience)
+        return centered_advantages(total, scored), reward_metrics(experience, total, scored, ("a", "b"))
+
+    expected = from_rewards(centered_advantages, names=("a", "b"))(experience)[1]
+    assert summary(whole(experience)[1]) == summary(expected)
