@@ -486,8 +486,8 @@ def test_rewards_of_any_size_have_the_advantages_of_the_formula(name, scale):
 @every_estimator
 def test_a_pair_whose_square_overflows_is_told_apart(name):
     advantages = ESTIMATORS[name][0](jnp.array([[2.7e19, 0.0]]))
-    assert advantages[0, 0] > 0.9
-    assert advantages[0, 1] < -0.9
+    assert advantages[0, 0] > 0.7  # with the sample deviation it is the root of a half
+    assert advantages[0, 1] < -0.7
 
 
 @every_estimator
@@ -553,7 +553,7 @@ def test_a_cost_is_subtracted_before_the_function_sees_the_reward():
 
 def test_refuses_advantages_of_another_shape():
     with pytest.raises(
-        ValueError, match=r"by_prompt returned advantages of shape \(2,\), expected \(2, 3\) or \(2, 3, 1\)"
+        ValueError, match=r"by_prompt returned shape \(2,\) for \(2, 3\) rewards, expected \[B, G\] or \[B, G, T\]"
     ):
 
         def by_prompt(rewards, mask, experience):
