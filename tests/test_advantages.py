@@ -552,13 +552,11 @@ def test_a_cost_is_subtracted_before_the_function_sees_the_reward():
 
 
 def test_refuses_advantages_of_another_shape():
-    with pytest.raises(
-        ValueError, match=r"by_prompt returned shape \(2,\) for \(2, 3\) rewards, expected \[B, G\] or \[B, G, T\]"
-    ):
+    def by_prompt(rewards, mask, experience):
+        return rewards.mean(-1)
 
-        def by_prompt(rewards, mask, experience):
-            return rewards.mean(-1)
-
+    message = r"by_prompt returned shape \(2,\) for \(2, 3\) rewards, expected \[B, G\] or \[B, G, T\]"
+    with pytest.raises(ValueError, match=message):
         from_experience(by_prompt)(with_lengths(TWO_REWARDS))
 
 
