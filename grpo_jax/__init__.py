@@ -66,6 +66,7 @@ _MODULES = (
     "baselines",
     "data",
     "dynamic_sampling",
+    "freezing",
     "losses",
     "models",
     "packing",

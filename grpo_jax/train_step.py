@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.advantages import from_rewards
+from grpo_jax.freezing import bind
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Advantage, ExperienceTransform, Loss, Reward, Sampler, Terms
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import score
 from grpo_jax.statistics import Max, Mean
 from grpo_jax.types import Array, Experience, Metrics, Number, Packing, Params, Prompts, Rollout, TrainState
-from grpo_jax.updates import Learn, Updates, in_parts, make_updates, step_keys
+from grpo_jax.updates import Learn, Updates, in_parts, jit_learn, make_updates, step_keys
 
 Collect = Callable[[TrainState, Prompts], Experience]
 
@@ -50,13 +51,12 @@ class Step:
         return self.learn(state, self.collect(state, prompts))
 
     def jit(self, *, compiler_options: Mapping[str, str | bool] | None = None) -> "Step":
-        """The same step with each half jitted; `learn` donates the state that it is given.
+        """The same step with each half jitted; `learn` donates the state that it is given; see `updates.jit_learn`.
 
         Args:
           compiler_options: of XLA, for `learn`; `run.compilation.cpu_memory_options()` saves memory on CPUs.
         """
-        options = None if compiler_options is None else dict(compiler_options)
-        return Step(jax.jit(self.collect), jax.jit(self.learn, donate_argnums=0, compiler_options=options))
+        return Step(jax.jit(self.collect), jit_learn(self.learn, compiler_options=compiler_options))
 
 
 def make_train_step(
@@ -126,9 +126,9 @@ def make_collect(
 
     def collect(state: TrainState, prompts: Prompts) -> Experience:
         sample_key, _ = step_keys(state)
-        draw = at(sampler, state)
+        draw, params = at(sampler, state), bind(state.params, state.frozen)
         with jax.named_scope("sample"):
-            rollout = draw(policy, state.params, prompts, sample_key)
+            rollout = draw(policy, params, prompts, sample_key)
         experience = Experience(rollout)
         if reward is not None:
             with jax.named_scope("reward"):
@@ -137,7 +137,7 @@ def make_collect(
         if score_old:
             with jax.named_scope("score_old"):
                 old = in_parts(
-                    lambda rollout: score(policy, state.params, rollout, temperature=draw.temperature),
+                    lambda rollout: score(policy, params, rollout, temperature=draw.temperature),
                     rollout,
                     score_parts,
                 )
@@ -193,7 +193,8 @@ def make_learn(
         metrics = rollout_metrics(experience.rollout)
         experience = mask_unscored(experience)
         if state.ref_params is not None:
-            experience = add_reference(policy, state.ref_params, experience, at(temperature, state), updates.parts)
+            reference = bind(state.ref_params, state.frozen)
+            experience = add_reference(policy, reference, experience, at(temperature, state), updates.parts)
         if advantage is not None:
             advantages, reward_metrics = at(advantage, state)(experience)
             experience, metrics = experience._replace(advantages=advantages), metrics | reward_metrics

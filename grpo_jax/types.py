@@ -67,11 +67,11 @@ class Experience(NamedTuple):
 class TrainState(NamedTuple):
     """All that a run must carry from one step to the next."""
 
-    params: Params  # what is differentiated
+    params: Params  # what is trained: differentiated, and known to the optimiser
     opt_state: Any
     key: PRNGKey  # of the run; step n uses fold_in(key, n)
     step: Array  # [] int32
     skipped: Array  # [] int32, updates that the non-finite guard refused
     ref_params: Params | None = None  # the reference policy; None without a KL term
-    frozen: Params | None = None  # the base beside adapters
+    frozen: Params | None = None  # the rest of what the network reads, which nothing changes; see `freezing.bind`
     extra: Any = ()  # whatever else must survive a restart

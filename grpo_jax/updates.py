@@ -1,7 +1,7 @@
 """Gradients to a new state: iterations, minibatches and micro-batches, and the guard against what is not finite."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax import losses, statistics
+from grpo_jax.freezing import bind, is_trainable, named_leaves
 from grpo_jax.protocols import Terms
 from grpo_jax.statistics import Mean
 from grpo_jax.types import Array, Metrics, Number, Params, PRNGKey, TrainState
 
 Batch = Any  # a pytree of arrays with leading axis B
-Evaluate = Callable[[Params, TrainState, Batch], tuple[Terms, Metrics]]
+Evaluate = Callable[[Params, TrainState, Batch], tuple[Terms, Metrics]]  # params with what is frozen
 Learn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Tree = TypeVar("Tree")
 
@@ -76,6 +77,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: PRNGKey,
     *,
+    frozen: Params | None = None,
     reference: bool = False,
     extra: Any = (),
 ) -> TrainState:
@@ -85,10 +87,25 @@ def init_state(
       params: what is trained.
       optimizer: any optax optimiser.
       key: of the whole run; step `n` uses `fold_in(key, n)`.
+      frozen: the rest of what the network reads, see `freezing`: the base of adapters, or what `freezing.partition`
+        has taken out.
       reference: True keeps a copy of `params` as the reference policy, which a KL
-        penalty needs. A copy, since a donated state may not hold an array twice.
+        penalty needs. A copy, since a donated state may not hold an array twice. With what is frozen it is the
+        policy that the run begins with, and costs no more than `params` do.
       extra: whatever else must survive a restart.
+
+    Raises:
+      ValueError: if a parameter is both trained and frozen; if one that is trained is of whole numbers or of 8 bits or
+        fewer, such as the codes of a quantised base.
     """
+    bind(params, frozen)
+    if codes := [
+        f"{path}, of {jnp.result_type(leaf)}" for path, leaf in named_leaves(params) if not is_trainable(leaf)
+    ]:
+        raise ValueError(
+            f"{len(codes)} parameters cannot be trained, such as {codes[0]}: train adapters over a quantised base, "
+            "adapters, base = lora.adapt(policy, params, ...) and init_state(adapters, optimizer, key, frozen=base)"
+        )
     return TrainState(
         params=params,
         opt_state=optimizer.init(params),
@@ -96,6 +113,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         ref_params=jax.tree.map(jnp.copy, params) if reference else None,
+        frozen=frozen,
         extra=extra,
     )
 
@@ -174,7 +192,8 @@ def make_updates(
 
     Args:
       evaluate: `(params, state, batch) -> (terms, metrics)` of a batch or a part of one,
-        as a loss returns them; the counts of the terms may not depend on `params`.
+        as a loss returns them; the counts of the terms may not depend on `params`. These are what the network reads:
+        those of the state, with what is frozen.
       optimizer: any optax optimiser.
       updates: iterations, minibatches, micro-batches and the clipping of gradients.
       has_data: `batch -> [] bool`; False skips the update of a batch that has nothing to learn from, where the
@@ -197,11 +216,15 @@ def make_updates(
             keys = jax.vmap(lambda number: jax.random.fold_in(learn_key, number))(jnp.arange(updates.iterations))
             rows = jax.vmap(lambda key: jax.random.permutation(key, B))(keys)
 
-            def update_rows(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
-                return update_once(state, jax.tree.map(lambda x: x[rows], batch))
+            frozen = state.frozen  # read by the scan, not carried through it
 
-            state, metrics = jax.lax.scan(update_rows, state, rows.reshape(updates.count, -1))
-            metrics = statistics.merge(metrics)
+            def update_rows(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
+                part = jax.tree.map(lambda x: x[rows], batch)
+                state, metrics = update_once(state._replace(frozen=frozen), part)
+                return state._replace(frozen=None), metrics
+
+            state, metrics = jax.lax.scan(update_rows, state._replace(frozen=None), rows.reshape(updates.count, -1))
+            state, metrics = state._replace(frozen=frozen), statistics.merge(metrics)
         return state._replace(step=state.step + 1), metrics
 
     def update_once(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -220,7 +243,8 @@ def make_updates(
             return jax.grad(part_loss, has_aux=True)(state.params, state, batch, None)
         parts = _split(batch, updates.micro_batches)
         # The divisors of the whole come first. They hang on masks alone, so XLA drops the network from this sweep.
-        counts = jax.lax.map(lambda part: tuple(t.count for t in evaluate(state.params, state, part)[0]), parts)
+        whole = bind(state.params, state.frozen)
+        counts = jax.lax.map(lambda part: tuple(t.count for t in evaluate(whole, state, part)[0]), parts)
         counts = tuple(jax.lax.stop_gradient(jnp.sum(count)) for count in counts)
 
         def add(total: Params, part: Batch) -> tuple[Params, tuple[Terms, Metrics]]:
@@ -234,10 +258,33 @@ def make_updates(
     def part_loss(
         params: Params, state: TrainState, part: Batch, counts: tuple[Array, ...] | None
     ) -> tuple[Array, tuple[Terms, Metrics]]:
-        terms, metrics = evaluate(params, state, part)
+        terms, metrics = evaluate(bind(params, state.frozen), state, part)
         return losses.value(terms, counts), (terms, metrics)
 
     return learn
+
+
+def jit_learn(learn: Learn, *, compiler_options: Mapping[str, str | bool] | None = None) -> Learn:
+    """`learn`, jitted, which donates the state that it is given, but not what is frozen: that stays where it is.
+
+    Args:
+      learn: `(state, batch) -> (state, metrics)`.
+      compiler_options: of XLA; `run.compilation.cpu_memory_options()` saves memory on CPUs.
+    """
+
+    def learn_apart(state: TrainState, frozen: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
+        state, metrics = learn(state._replace(frozen=frozen), batch)
+        return state._replace(frozen=None), metrics
+
+    options = None if compiler_options is None else dict(compiler_options)
+    jitted = jax.jit(learn_apart, donate_argnums=0, compiler_options=options)
+
+    def learn_jitted(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        frozen = state.frozen
+        state, metrics = jitted(state._replace(frozen=None), frozen, batch)
+        return state._replace(frozen=frozen), metrics
+
+    return learn_jitted
 
 
 def in_parts(f: Callable[[Batch], Tree], batch: Batch, parts: int) -> Tree:

@@ -19,6 +19,7 @@ import optax
 
 from grpo_jax.advantages import Weights, total_reward
 from grpo_jax.baselines.critic import explained_variance, gae, token_rewards, value_loss, values, whitened
+from grpo_jax.freezing import bind
 from grpo_jax.losses import bnpo, entropy_bonus, kl_k1, plus, token_mean
 from grpo_jax.losses.contract import check_not_negative, check_positive, check_shares, masked_sum
 from grpo_jax.policies import Policy, within
@@ -151,8 +152,8 @@ def make_train_step(
     The values, the returns and the advantages are computed once, before the first update.
 
     Args:
-      policy: the network, whose params are `state.params["policy"]`.
-      critic: the critic's network, whose params with the head's are `state.params["critic"]`.
+      policy: the network, whose params are `state.params["policy"]`, with those of `state.frozen["policy"]` if any.
+      critic: the critic's network, whose params with the head's are `state.params["critic"]`, likewise.
       optimizer: any optax optimiser, of both.
       sampler: as in `train_step.make_train_step`. A group of one is enough, as nothing is compared.
       reward: as in `train_step.make_train_step`.
@@ -169,10 +170,10 @@ def make_train_step(
         if experience.old_log_probs is None:
             raise ValueError("PPO needs the old_log_probs of the policy that sampled; its own `collect` adds them")
         if state.ref_params is not None:
-            now = at(temperature, state)
-            experience = add_reference(policy, state.ref_params, experience, now, updates.parts)
-        rollout = experience.rollout
-        old_values = in_parts(lambda part: values(critic, state.params["critic"], part), rollout, updates.parts)
+            reference, now = bind(state.ref_params, state.frozen), at(temperature, state)
+            experience = add_reference(policy, reference, experience, now, updates.parts)
+        rollout, whole = experience.rollout, bind(state.params, state.frozen)
+        old_values = in_parts(lambda part: values(critic, whole["critic"], part), rollout, updates.parts)
         valued, metrics = advantage(experience, old_values)
         state, update_metrics = learn_from(state, valued)
         return state, rollout_metrics(rollout) | metrics | update_metrics

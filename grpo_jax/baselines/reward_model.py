@@ -57,7 +57,7 @@ def make_learn(
     differences are learned: a constant may be added to all scores.
 
     Args:
-      network: with `state.params` as `heads.init` makes them.
+      network: with `state.params` as `heads.init` makes them, or a part of them and the rest in `state.frozen`.
       optimizer: any optax optimiser.
       label_smoothing: as in `preferences.bradley_terry`.
       updates: as in `train_step.make_learn`.

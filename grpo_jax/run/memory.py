@@ -100,8 +100,8 @@ def plan(
     rows = prompts // updates.parts * group_size
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
     logits = 2 * rows * width * jax.eval_shape(policy.unembed, params, _hidden(policy, params, batch)).shape[-1] * 4
-    step = step.jit(compiler_options=compilation.cpu_memory_options())
-    learning = beside(step.learn, state, experience) + size(experience)
+    learn = jax.jit(step.learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
+    learning = beside(learn, state, experience) + size(experience)
     cast = jax.eval_shape(policy.cast, params)
     same = [leaf.dtype for leaf in jax.tree.leaves(cast)] == [leaf.dtype for leaf in jax.tree.leaves(params)]
     return Plan(
@@ -109,7 +109,7 @@ def plan(
         optimizer=size(state.opt_state),
         reference=size(state.ref_params),
         cast=0 if same else size(cast),
-        sampling=beside(step.collect, state, batch),
+        sampling=beside(jax.jit(step.collect), state, batch),
         learning=learning,
         prompt_cache=size(jax.eval_shape(policy.prefill, params, tokens, lengths)),
         completion_cache=size(jax.eval_shape(functools.partial(policy.init_cache, prompts, group_size, max_tokens))),

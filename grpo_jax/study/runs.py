@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax import statistics
+from grpo_jax.freezing import bind
 from grpo_jax.train_step import Step
 from grpo_jax.types import Array, Params, PRNGKey, Prompts, TrainState
 
@@ -103,7 +104,7 @@ def make_run(
 
     def start(key: PRNGKey, hyper: Hyper) -> tuple[TrainState, dict[str, Array]]:
         state = init(key, hyper)
-        return state, measure(state.params, hyper)
+        return state, measure(bind(state.params, state.frozen), hyper)
 
     def advance(state: TrainState, hyper: Hyper) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:
         train_step = step(hyper)
@@ -113,7 +114,7 @@ def make_run(
             return state, statistics.summary(metrics)
 
         state, steps = jax.lax.scan(one, state, length=chunk_steps)
-        return state, steps, measure(state.params, hyper)
+        return state, steps, measure(bind(state.params, state.frozen), hyper)
 
     return Run(start, advance, num_steps // chunk_steps, chunk_steps)
 
