@@ -28,7 +28,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import optax
 import rich
 import tyro
 from ablations import setting
@@ -36,22 +35,20 @@ from ablations.setting import Config, Hyper, Settings
 
 from grpo_jax import losses
 from grpo_jax.baselines import dpo, preferences, rejection_sampling
-from grpo_jax.policies import Policy
 from grpo_jax.protocols import ExperienceTransform
 from grpo_jax.run import compilation
 from grpo_jax.study import figures, results, tables
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.results import Row
 from grpo_jax.study.runs import Run
-from grpo_jax.train_step import Step, make_collect, make_learn, make_train_step
-from grpo_jax.types import Experience, Metrics, Prompts, TrainState
+from grpo_jax.train_step import Step, make_train_step
+from grpo_jax.types import Experience, Metrics
 
 NAME = "dpo_vs_grpo"
 # The run folder, with its starts, is the ablations'.
 DEFAULT = Config(results=pathlib.Path(__file__).parent / "results")
 LEARNING_RATES = (3e-4, 1e-3)
 BETAS = (0.1, 0.5)
-WEIGHTS = (1.0, 0.1)  # of accuracy and format
 
 
 def experiment(config: Config) -> None:
@@ -77,15 +74,10 @@ def experiment(config: Config) -> None:
 # ------------------------------------------------------------------------- who samples
 
 
-def sampled_by_the_start(policy: Policy, optimizer: optax.GradientTransformation, **settings: Any) -> Step:
+def sampled_by_the_start(*arguments: Any, **settings: Any) -> Step:
     """A step whose completions come from the reference policy, which is the start."""
-    of_collect = {name: settings.pop(name) for name in ("reward", "group_size", "max_tokens", "eos_ids")}
-    collect, learn = make_collect(policy, **of_collect), make_learn(policy, optimizer, **settings)
-
-    def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
-        return learn(state, collect(state._replace(params=state.ref_params), prompts))
-
-    return step
+    step = make_train_step(*arguments, **settings)
+    return Step(lambda state, prompts: step.collect(state._replace(params=state.ref_params), prompts), step.learn)
 
 
 # Both keep the start as the reference; imitation does not look at its scores.
@@ -107,7 +99,7 @@ def pairs(config: Config, who: Settings) -> Run:
 
 def in_pairs(experience: Experience) -> tuple[Experience, Metrics]:
     """A hook. The reference has scored the whole group by then, which takes time and no samples."""
-    return preferences.pairs(experience, weights=WEIGHTS), {}
+    return preferences.pairs(experience, weights=setting.WEIGHTS), {}
 
 
 def imitation(config: Config, who: Settings, hook: ExperienceTransform) -> Run:
@@ -115,7 +107,7 @@ def imitation(config: Config, who: Settings, hook: ExperienceTransform) -> Run:
     return setting.make(config, lambda hyper: {"loss": losses.sft(), "transforms": (setting.measure, hook)}, **who)
 
 
-BEST = rejection_sampling.raft(weights=WEIGHTS)
+BEST = rejection_sampling.raft(weights=setting.WEIGHTS)
 ALL_RIGHT = rejection_sampling.raft(0.5, keep=8, weights=(1.0, 0.0))
 
 

@@ -23,14 +23,10 @@ fastest evaluation, since what else the machine does can only add to them.
 What came of it: `experiments/README.md`.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import multiprocessing
 import os
 import pathlib
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,21 +37,20 @@ import optax
 import transformers
 import tyro
 from ablations import setting
-from ablations.setting import Config
+from ablations.setting import Config, Hyper
 
-from grpo_jax import losses, models, rewards, train_step
-from grpo_jax.advantages import from_rewards
+from grpo_jax import losses, models, sampling
 from grpo_jax.baselines import heads, ppo
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy
-from grpo_jax.run import compilation, memory
-from grpo_jax.study import figures, grid, results, runs, tables
+from grpo_jax.run import compilation
+from grpo_jax.study import figures, footprints, grid, results, runs, tables
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.intervals import bootstrap
 from grpo_jax.study.results import Row
 from grpo_jax.tasks import modular_sums
-from grpo_jax.train_step import Collect, Learn
-from grpo_jax.types import Experience, Params, PRNGKey, Prompts, TrainState
+from grpo_jax.train_step import Step, make_train_step
+from grpo_jax.types import Params, PRNGKey, Prompts, TrainState
 from grpo_jax.updates import Updates, init_state
 
 NAME = "ppo_vs_grpo"
@@ -67,22 +62,21 @@ SECONDS = "seconds of steps"
 
 def experiment(config: Config) -> None:
     """Learning, then memory."""
-    conditions = learning_conditions(config)
     setting.run(
         NAME,
         config,
-        conditions,
+        learning_conditions(config),
         metrics=("greedy", "sampled", "length", "entropy"),
         curves=("greedy", "sampled", "length", "explained_variance"),
         against=GRPO,
     )
     rows = results.read(config.results / f"{NAME}.csv")
     seconds = seconds_per_step(config, results.read(config.run_dir / NAME / grid.TIMING))
-    timed_rows, path = by_second(rows, seconds), config.results / f"{NAME}_by_second.png"
-    figures.curves(timed_rows, ("greedy", "sampled"), path, x=SECONDS)
-    footprints = [footprint(size, method) for size in sizes(config) for method in methods(config)]
-    results.write(config.results / f"{NAME}_memory.csv", footprints)
-    written = [seconds_table(rows, seconds), memory_table(footprints)]
+    timed_rows = [row | {SECONDS: row["step"] * seconds[row["condition"]]} for row in rows]
+    figures.curves(timed_rows, ("greedy", "sampled"), config.results / f"{NAME}_by_second.png", x=SECONDS)
+    lines = [memory_of(size, method) for size in sizes(config) for method in methods(config)]
+    results.write(config.results / f"{NAME}_memory.csv", lines)
+    written = [seconds_table(rows, seconds), memory_table(lines)]
     path = config.results / f"{NAME}.md"
     path.write_text("\n".join([path.read_text(), *written]))
     print("\n".join(written))
@@ -93,19 +87,20 @@ def experiment(config: Config) -> None:
 
 def learning_conditions(config: Config) -> list[Condition]:
     """GRPO, and PPO with either critic; what differs from the first line of each is named."""
-    large = setting.policy, copied
-    small = models.decoder(half(setting.policy.config)), from_nothing
-    guides, undiscounted = {"discount": 0.99, "decay": 0.95}, {"discount": 1.0, "decay": 1.0}
-    once = ppo_run(config, *large, passes=1)
+    large = functools.partial(ppo_run, config, setting.policy, copied)
+    small = functools.partial(ppo_run, config, models.decoder(half(setting.policy.config)), from_nothing)
+    four = setting.make(config, lambda hyper: {"updates": dataclasses.replace(setting.UPDATES, iterations=4)})
+    discounted, undiscounted = {"gamma": 0.99, "gae_lambda": 0.95}, {"gamma": 1.0, "gae_lambda": 1.0}
+    once = large(1)
     found = [
         Condition(GRPO, setting.make(config)),
-        Condition("PPO, large critic, 64 x 1, 1 pass", once, guides),
+        Condition("PPO, large critic, 64 x 1, 1 pass", once, discounted),
         Condition("PPO, large critic, 64 x 1, 1 pass, gamma = lambda = 1", once, undiscounted),
-        Condition("PPO, large critic, 8 x 8, 1 pass", ppo_run(config, *large, passes=1, prompts=8), guides),
-        Condition("PPO, small critic, 64 x 1, 1 pass", ppo_run(config, *small, passes=1), guides),
-        Condition("GRPO, 8 x 8, 4 passes", setting.make(config, lambda hyper: {"passes": 4})),
-        Condition("PPO, large critic, 64 x 1, 4 passes", ppo_run(config, *large, passes=4), guides),
-        Condition("PPO, small critic, 64 x 1, 4 passes", ppo_run(config, *small, passes=4), guides),
+        Condition("PPO, large critic, 8 x 8, 1 pass", large(1, prompts=8), discounted),
+        Condition("PPO, small critic, 64 x 1, 1 pass", small(1), discounted),
+        Condition("GRPO, 8 x 8, 4 passes", four),
+        Condition("PPO, large critic, 64 x 1, 4 passes", large(4), discounted),
+        Condition("PPO, small critic, 64 x 1, 4 passes", small(4), discounted),
     ]
     return [found[0], found[4], found[6]] if config.smoke else found
 
@@ -117,10 +112,8 @@ def ppo_run(
     config: Config,
     critic: Policy,
     init_critic: Callable[[Policy, PRNGKey, Params], Params],
-    *,
-    passes: int,
+    iterations: int,
     prompts: int = COMPLETIONS,
-    **settings: Any,
 ) -> runs.Run:
     """The standard run with PPO in the place of GRPO.
 
@@ -128,31 +121,27 @@ def ppo_run(
       config: of the experiment.
       critic: its network.
       init_critic: `(critic, key, params of the policy) -> params of the critic`.
-      passes: over the completions of a step.
+      iterations: of the updates.
       prompts: of a step, each with its share of the completions.
-      **settings: of `ppo.make_train_step` that are not the standard ones.
     """
     optimizer = optax.adam(setting.LEARNING_RATE, b2=0.99)
 
-    def init(key: PRNGKey, hyper: Mapping[str, Any]) -> TrainState:
+    def init(key: PRNGKey, hyper: Hyper) -> TrainState:
         params = {"policy": hyper["params"], "critic": init_critic(critic, key, hyper["params"])}
         return init_state(params, optimizer, key)
 
-    def step(hyper: Mapping[str, Any]) -> train_step.Step:
-        standard = {
-            "reward": rewards.traced(modular_sums.accuracy(), modular_sums.strict_format()),
-            "reward_weights": (1.0, 0.1),
-            "group_size": COMPLETIONS // prompts,
-            "max_tokens": modular_sums.max_tokens(setting.STANDARD),
-            "eos_ids": (modular_sums.EOS,),
-            "discount": hyper["discount"],
-            "decay": hyper["decay"],
-            "value_weight": 0.5,
-            "entropy_weight": 0.01,
-            "passes": passes,
-            "max_grad_norm": 1.0,
-        }
-        return ppo.make_train_step(setting.policy, critic, optimizer, **standard | settings)
+    def step(hyper: Hyper) -> Step:
+        guide = {"gamma": hyper["gamma"], "gae_lambda": hyper["gae_lambda"]}
+        return ppo.make_train_step(
+            setting.policy,
+            critic,
+            optimizer,
+            setting.sampler(group_size=COMPLETIONS // prompts),
+            reward=setting.reward(),
+            advantage=ppo.gae_advantages(**guide, weights=setting.WEIGHTS),
+            loss=ppo.ppo_loss(value_weight=0.5, entropy_weight=0.01),
+            updates=dataclasses.replace(setting.UPDATES, iterations=iterations),
+        )
 
     return runs.make_run(
         init,
@@ -178,7 +167,7 @@ def seconds_per_step(config: Config, timing: Sequence[Row]) -> dict[str, float]:
     """By condition. The first chunk, which compiles, is left out."""
     evaluate = jax.jit(jax.vmap(functools.partial(setting.evaluate, terms=setting.STANDARD)))
     params = jax.block_until_ready(setting.starts(config))
-    evaluation = min(timed(evaluate, params)[0] for _ in range(10))
+    evaluation = min(footprints.timed(evaluate, params)[0] for _ in range(10))
     chunks: dict[str, list[float]] = {}
     for row in timing:
         if row["chunk"] > 1:
@@ -186,28 +175,15 @@ def seconds_per_step(config: Config, timing: Sequence[Row]) -> dict[str, float]:
     return {name: (min(of_chunks) - evaluation) / (config.steps // 10) for name, of_chunks in chunks.items()}
 
 
-def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Seconds, and the result."""
-    started = time.perf_counter()
-    result = jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - started, result
-
-
-def by_second(rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Row]:
-    """The rows, with the time that their steps took."""
-    return [row | {SECONDS: row["step"] * seconds[row["condition"]]} for row in rows]
-
-
 def seconds_table(rows: Sequence[Row], seconds: Mapping[str, float]) -> str:
     """Seconds a step, and the greedy accuracy when the fastest method has ended."""
-    budget = min(seconds.values()) * max(row["step"] for row in rows)
+    steps = sorted({row["step"] for row in rows})
+    budget = min(seconds.values()) * steps[-1]
     lines = []
     for condition, of_step in seconds.items():
-        curves: dict[int, list[tuple[int, float]]] = {}
-        for row in rows:
-            if row["condition"] == condition:
-                curves.setdefault(row["seed"], []).append((row["step"], row["greedy"]))
-        reached = bootstrap([np.interp(budget / of_step, *zip(*c, strict=True)) for c in curves.values()])
+        of_condition = [row for row in rows if row["condition"] == condition]
+        at_the_end = functools.partial(np.interp, budget / of_step, steps)
+        reached = bootstrap(results.per_seed(of_condition, "greedy", at_the_end)[condition])
         lines.append([condition, f"{of_step:.4f}", f"{of_step / seconds[GRPO]:.2f}", tables.text(reached)])
     return tables.markdown(
         ["condition", "seconds per step", f"times {GRPO}", f"greedy after {budget:.1f} seconds"], lines
@@ -234,14 +210,6 @@ class Method(NamedTuple):
     name: str
     critic: Callable[[DecoderConfig], DecoderConfig] | None = None
     reference: bool = False
-
-
-class Programs(NamedTuple):
-    """A step of a method in its two halves, and the state that it begins with."""
-
-    init: Callable[[PRNGKey], TrainState]
-    collect: Collect
-    learn: Learn
 
 
 def qwen(width: int, layers: int, heads: int, kv_heads: int, inner: int, words: int, tied: bool) -> Any:
@@ -307,19 +275,15 @@ def half(config: DecoderConfig) -> DecoderConfig:
     )
 
 
-def programs(size: Size, method: Method) -> Programs:
-    """One update a step; rewards are put in between the two halves."""
+def programs(size: Size, method: Method) -> tuple[Callable[[PRNGKey], TrainState], Step]:
+    """The state that a step of a method begins with, and the step, of one update and without a reward."""
     policy, optimizer = models.decoder(size.config), optax.adam(1e-6, b2=0.99)
-    of_collect = {"group_size": 8, "max_tokens": size.max_tokens, "eos_ids": ()}
-    of_learn = {"micro_batches": size.micro_batches, "max_grad_norm": 1.0}
+    sampler = sampling.sampler(group_size=8, max_tokens=size.max_tokens, eos_ids=())
+    updates = Updates(micro_batches=size.micro_batches, max_grad_norm=1.0)
     if method.critic is None:
-
-        def init(key: PRNGKey) -> TrainState:
-            return init_state(policy.init(key), optimizer, key, reference=method.reference)
-
         loss = losses.grpo(penalty=losses.k3(0.04) if method.reference else None)
-        learn = train_step.make_learn(policy, optimizer, loss=loss, advantage=from_rewards(), **of_learn)
-        return Programs(init, train_step.make_collect(policy, **of_collect), learn)
+        step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates)
+        return lambda key: init_state(policy.init(key), optimizer, key, reference=method.reference), step
     critic = models.decoder(method.critic(size.config))
 
     def init(key: PRNGKey) -> TrainState:
@@ -328,88 +292,31 @@ def programs(size: Size, method: Method) -> Programs:
         # The policy's alone: `init_state(reference=True)` would keep a copy of the critic as well.
         return state._replace(ref_params={"policy": params["policy"]} if method.reference else None)
 
-    weight = 0.05 if method.reference else None
-    learn = ppo.make_learn(policy, critic, optimizer, kl_weight=weight, updates=Updates(iterations=1), **of_learn)
-    return Programs(init, ppo.make_collect(policy, **of_collect), learn)
+    advantage = ppo.gae_advantages(kl_weight=0.05 if method.reference else None)
+    return init, ppo.make_train_step(policy, critic, optimizer, sampler, advantage=advantage, updates=updates)
 
 
-def on_paper(size: Size, method: Method) -> dict[str, int]:
-    """Bytes of what is kept, and of gradients."""
-    state = jax.eval_shape(programs(size, method).init, jax.eval_shape(lambda: jax.random.key(0)))
-    return {
-        "parameters": memory.size(state.params),
-        "gradients": memory.size(state.params),
-        "Adam": memory.size(state.opt_state),
-        "reference": memory.size(state.ref_params),
-    }
+def random_prompts(size: Size) -> Prompts:
+    """Eight prompts of random tokens."""
+    tokens = np.random.default_rng(0).integers(0, size.config.vocab_size, (8, size.prompt_tokens))
+    return Prompts(jnp.asarray(tokens, jnp.int32), jnp.full(8, size.prompt_tokens, jnp.int32))
 
 
-def footprint(size: Size, method: Method) -> dict[str, Any]:
+def memory_of(size: Size, method: Method) -> dict[str, Any]:
     """One line of the table: on paper, compiled and, where it is run, measured."""
-    paper = on_paper(size, method)
-    kept = paper["parameters"] + paper["Adam"] + paper["reference"]
-    sampling, learning = compiled(size, method)
-    measured = in_a_process(measure, size, method) if jax.default_backend() in size.on else {}
-    return {
-        "size": size.name,
-        "method": method.name,
-        **paper,
-        "on paper": kept + paper["gradients"],
-        "sampling": sampling,
-        "learning": learning,
-        "activations": learning - paper["gradients"],
-        "compiled": kept + max(sampling, learning),
-        **measured,
-    }
+    line = {"size": size.name, "method": method.name}
+    line |= footprints.footprint(*programs(size, method), random_prompts(size))
+    return line | (footprints.in_a_process(measure, size, method) if jax.default_backend() in size.on else {})
 
 
-def compiled(size: Size, method: Method) -> tuple[int, int]:
-    """Bytes that sampling and learning hold beside the state; nothing is allocated."""
-    init, collect, learn = programs(size, method)
-    state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-    array: Callable[..., Any] = jax.ShapeDtypeStruct
-    prompts = Prompts(array((8, size.prompt_tokens), jnp.int32), array((8,), jnp.int32))
-    experience: Experience = jax.eval_shape(collect, state, prompts)
-    experience = experience._replace(rewards=array((8, 8, 1), jnp.float32), reward_mask=array((8, 8, 1), jnp.bool_))
-    learning = memory.beside(jax.jit(learn, donate_argnums=0), state, experience) + memory.size(experience)
-    return memory.beside(jax.jit(collect), state, prompts), learning
-
-
-def measure(size: Size, method: Method, repeats: int = 3) -> dict[str, Any]:
-    """Runs steps: median seconds of sampling and of learning and, where the device tells, the peak of its memory."""
-    init, collect, learn = programs(size, method)
-    state = jax.jit(init)(jax.random.key(0))
-    collect, learn = jax.jit(collect), jax.jit(learn, donate_argnums=0)
-    rng = np.random.default_rng(0)
-    tokens = jnp.array(rng.integers(0, size.config.vocab_size, (8, size.prompt_tokens)), jnp.int32)
-    prompts = Prompts(tokens, jnp.full(8, size.prompt_tokens, jnp.int32))
-    given = {"rewards": rng.random((8, 8, 1), np.float32), "reward_mask": np.ones((8, 8, 1), bool)}
-    sampling, learning = [], []
-    for _ in range(repeats + 1):  # the first ones compile
-        seconds, experience = timed(collect, state, prompts)
-        sampling.append(seconds)
-        seconds, (state, _) = timed(learn, state, experience._replace(**given))
-        learning.append(seconds)
-    found = {
-        "seconds of sampling": statistics.median(sampling[1:]),
-        "seconds of learning": statistics.median(learning[1:]),
-    }
-    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return found if peak is None else found | {"peak": peak}
-
-
-def in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """On a GPU in a process of its own, so that the peak is its own."""
-    if jax.default_backend() != "gpu":
-        return function(*arguments)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+def measure(size: Size, method: Method) -> dict[str, float]:
+    """Seconds, and the peak of the device's memory."""
+    return footprints.measure(*programs(size, method), random_prompts(size))
 
 
 # ------------------------------------------------------------------------------- tables
 
-KEPT = ("parameters", "gradients", "Adam", "reference")  # bytes on paper
+KEPT = ("parameters", "gradients", "optimizer", "reference")  # bytes on paper
 HELD = ("sampling", "learning", "activations")  # bytes by the compiler
 PPO = "PPO, large critic"
 

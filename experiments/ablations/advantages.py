@@ -51,7 +51,7 @@ def experiment(config: Config) -> None:
 
 def make(config: Config, estimator: Estimator, aggregate: Aggregate) -> setting.Run:
     """The standard run on hard sums."""
-    change = {"advantage": setting.accuracy_and_format(estimator), "loss": losses.grpo(aggregate=aggregate)}
+    change = {"advantage": setting.advantage(estimator), "loss": losses.grpo(aggregate=aggregate)}
     return setting.make(config, lambda hyper: change, terms=setting.HARD)
 
 

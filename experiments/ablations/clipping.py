@@ -5,6 +5,8 @@ python experiments/ablations/clipping.py
 Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
+import dataclasses
+
 import setting
 from setting import Condition, Config
 
@@ -23,14 +25,14 @@ BOUNDS = {
 def experiment(config: Config) -> None:
     """Bounds x passes."""
     conditions = []
-    for passes in (1, 2, 4):
-        clipped, dual = make(config, passes, dual=False), make(config, passes, dual=True)
+    for iterations in (1, 2, 4):
+        clipped, dual = make(config, iterations, dual=False), make(config, iterations, dual=True)
         conditions += [
-            Condition(f"{passes} passes, epsilon {name}", clipped, {"low": low, "high": high})
+            Condition(f"{iterations} passes, epsilon {name}", clipped, {"low": low, "high": high})
             for name, (low, high) in BOUNDS.items()
         ]
         bounds = {"low": 0.2, "high": 0.2, "delta": 2.0}
-        conditions.append(Condition(f"{passes} passes, epsilon 0.2, dual clip 2", dual, bounds))
+        conditions.append(Condition(f"{iterations} passes, epsilon 0.2, dual clip 2", dual, bounds))
     setting.run(
         "clipping",
         config,
@@ -41,12 +43,13 @@ def experiment(config: Config) -> None:
     )
 
 
-def make(config: Config, passes: int, *, dual: bool) -> setting.Run:
+def make(config: Config, iterations: int, *, dual: bool) -> setting.Run:
     """A run with its bounds from the condition's numbers."""
 
     def change(hyper: setting.Hyper) -> setting.Settings:
         delta = hyper["delta"] if dual else None
-        return {"loss": losses.grpo(epsilon=hyper["low"], epsilon_high=hyper["high"], delta=delta), "passes": passes}
+        loss = losses.grpo(epsilon=hyper["low"], epsilon_high=hyper["high"], delta=delta)
+        return {"loss": loss, "updates": dataclasses.replace(setting.UPDATES, iterations=iterations)}
 
     return setting.make(config, change)
 

@@ -7,13 +7,12 @@ Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 
 from typing import Any
 
-import optax
 import setting
 from setting import Condition, Config, Metrics, Prompts, TrainState
 
 from grpo_jax.dynamic_sampling import dynamic_sampling, nonzero_variance_of
-from grpo_jax.policies import Policy
-from grpo_jax.train_step import Step, make_collect, make_learn
+from grpo_jax.study.runs import StepFunction
+from grpo_jax.train_step import make_train_step
 
 ROUNDS = 3
 
@@ -37,18 +36,17 @@ def experiment(config: Config) -> None:
     )
 
 
-def filling(policy: Policy, optimizer: optax.GradientTransformation, **settings: Any) -> Step:
-    """A train step with dynamic sampling before it."""
-    of_collect = {name: settings.pop(name) for name in ("reward", "group_size", "max_tokens", "eos_ids")}
-    collect = dynamic_sampling(make_collect(policy, **of_collect), rounds=ROUNDS, keep=nonzero_variance_of((1.0, 0.0)))
-    learn = make_learn(policy, optimizer, **settings)
+def filling(*arguments: Any, **settings: Any) -> StepFunction:
+    """A train step with dynamic sampling in it."""
+    step = make_train_step(*arguments, **settings)
+    collect = dynamic_sampling(step.collect, rounds=ROUNDS, keep=nonzero_variance_of((1.0, 0.0)))
 
-    def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
+    def fill_and_learn(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
         experience, wasted = collect(state, prompts)
-        state, measured = learn(state, experience)
+        state, measured = step.learn(state, experience)
         return state, measured | wasted
 
-    return step
+    return fill_and_learn
 
 
 if __name__ == "__main__":

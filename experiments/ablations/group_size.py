@@ -39,7 +39,8 @@ def sizes(config: Config) -> tuple[int, ...]:
 
 def make(config: Config, terms: int, prompts: int, G: int) -> setting.Run:
     """The standard run with other sizes."""
-    return setting.make(config, lambda hyper: {"group_size": G}, terms=terms, prompts=prompts)
+    sampler = setting.sampler(terms, group_size=G)
+    return setting.make(config, lambda hyper: {"sampler": sampler}, terms=terms, prompts=prompts)
 
 
 if __name__ == "__main__":

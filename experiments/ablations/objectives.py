@@ -5,6 +5,8 @@ python experiments/ablations/objectives.py
 Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
+import dataclasses
+
 import setting
 from setting import Condition, Config
 
@@ -16,9 +18,9 @@ from grpo_jax.protocols import Advantage, Loss
 def experiment(config: Config) -> None:
     """Each objective with its own defaults, and the advantages it was published with."""
     T = setting.modular_sums.max_tokens(setting.STANDARD)
-    group, centered = setting.accuracy_and_format(), setting.accuracy_and_format(centered_advantages)
-    others = setting.accuracy_and_format(leave_one_out_advantages)
-    batch = setting.accuracy_and_format(batch_normalised_advantages)
+    group, centered = setting.advantage(), setting.advantage(centered_advantages)
+    others = setting.advantage(leave_one_out_advantages)
+    batch = setting.advantage(batch_normalised_advantages)
     parts = {
         "grpo": (losses.grpo(), group),
         "bnpo": (losses.bnpo(), group),
@@ -41,7 +43,8 @@ def experiment(config: Config) -> None:
 
 def make(config: Config, loss: Loss, advantage: Advantage) -> setting.Run:
     """Two passes with this objective."""
-    return setting.make(config, lambda hyper: {"loss": loss, "advantage": advantage, "passes": 2})
+    updates = dataclasses.replace(setting.UPDATES, iterations=2)
+    return setting.make(config, lambda hyper: {"loss": loss, "advantage": advantage, "updates": updates})
 
 
 if __name__ == "__main__":

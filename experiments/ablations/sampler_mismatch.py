@@ -16,8 +16,10 @@ from setting import Condition, Config, Metrics, Prompts, TrainState
 
 from grpo_jax import losses, models, transforms
 from grpo_jax.policies import Policy
+from grpo_jax.protocols import Reward, Sampler
 from grpo_jax.scoring import score
-from grpo_jax.train_step import Step, make_collect, make_learn
+from grpo_jax.study.runs import StepFunction
+from grpo_jax.train_step import make_collect, make_learn
 
 STALE = 8  # steps between the copies that sample
 
@@ -70,9 +72,10 @@ STALE_STATE = {"begin": lambda state: state._replace(extra=jax.tree.map(jnp.copy
 def sampled_by(sampling_policy: Policy) -> Any:
     """Makes a step whose completions come from another network, or from the parameters in `extra`."""
 
-    def build(policy: Policy, optimizer: optax.GradientTransformation, **settings: Any) -> Step:
-        of_collect = {name: settings.pop(name) for name in ("reward", "group_size", "max_tokens", "eos_ids")}
-        collect = make_collect(sampling_policy, **of_collect)
+    def build(
+        policy: Policy, optimizer: optax.GradientTransformation, sampler: Sampler, *, reward: Reward, **settings: Any
+    ) -> StepFunction:
+        collect = make_collect(sampling_policy, sampler, reward=reward)
         learn = make_learn(policy, optimizer, **settings)
 
         def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:

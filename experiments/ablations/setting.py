@@ -28,20 +28,23 @@ import tyro
 
 from grpo_jax import losses, models, rewards, sampling, statistics
 from grpo_jax.advantages import from_rewards, group_advantages
-from grpo_jax.protocols import Advantage, Estimator
+from grpo_jax.protocols import Advantage, Estimator, Reward
 from grpo_jax.run import checkpoint, compilation
+from grpo_jax.sampling import PolicySampler
 from grpo_jax.statistics import Mean
 from grpo_jax.study import figures, grid, intervals, results, runs, tables
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.results import Row, Summary
 from grpo_jax.study.runs import Run, make_run
 from grpo_jax.tasks import modular_sums
-from grpo_jax.train_step import Step, make_learn, make_train_step
-from grpo_jax.types import Array, Experience, Metrics, Params, PRNGKey, Prompts, TrainState
+from grpo_jax.train_step import make_learn, make_train_step
+from grpo_jax.types import Array, Experience, Metrics, Number, Params, PRNGKey, Prompts, TrainState
 from grpo_jax.updates import Updates, init_state
 
 EASY, STANDARD, HARD = 4, 5, 6  # terms
 LEARNING_RATE = 3e-4
+WEIGHTS = (1.0, 0.1)  # of accuracy and format
+UPDATES = Updates(max_grad_norm=1.0)
 TEACHER = modular_sums.Teacher(slip=0.6, guess=0.1, check=0.2)
 HERE = pathlib.Path(__file__).parent
 
@@ -87,7 +90,7 @@ def make(
     terms: int = STANDARD,
     prompts: int = 8,
     problems: Callable[..., Prompts] = modular_sums.problems,
-    build: Callable[..., Step] = make_train_step,
+    build: Callable[..., runs.StepFunction] = make_train_step,
     reference: bool = False,
     begin: Callable[[TrainState], TrainState] = lambda state: state,
     after: Callable[[TrainState], TrainState] = lambda state: state,
@@ -100,7 +103,7 @@ def make(
       terms: the dial of the task.
       prompts: of a step.
       problems: makes them, `(key, count, terms=) -> Prompts`.
-      build: `(policy, optimizer, **settings) -> step`.
+      build: `(policy, optimizer, sampler, **settings) -> step`.
       reference: True keeps the start as the reference policy.
       begin: what changes the state before the first step.
       after: what changes the state after each step.
@@ -112,16 +115,14 @@ def make(
     def init(key: PRNGKey, hyper: Hyper) -> TrainState:
         return begin(init_state(hyper["params"], optimizer(hyper), key, reference=reference))
 
-    def step(hyper: Hyper) -> Step:
+    def step(hyper: Hyper) -> runs.StepFunction:
         standard = {
-            "reward": rewards.traced(modular_sums.accuracy(), modular_sums.strict_format()),
-            "advantage": accuracy_and_format(),
+            "sampler": sampler(terms),
+            "reward": reward(),
+            "advantage": advantage(),
             "loss": losses.grpo(),
             "transforms": (measure,),
-            "group_size": 8,
-            "max_tokens": modular_sums.max_tokens(terms),
-            "eos_ids": (modular_sums.EOS,),
-            "max_grad_norm": 1.0,
+            "updates": UPDATES,
         }
         train_step = build(policy, optimizer(hyper), **standard | settings(hyper))
 
@@ -141,9 +142,22 @@ def make(
     )
 
 
-def accuracy_and_format(estimator: Estimator = group_advantages) -> Advantage:
+def sampler(terms: int = STANDARD, *, group_size: int = 8, temperature: Number = 1.0) -> PolicySampler:
+    """Completions as long as a problem of so many terms may need."""
+    max_tokens = modular_sums.max_tokens(terms)
+    return sampling.sampler(
+        group_size=group_size, max_tokens=max_tokens, eos_ids=(modular_sums.EOS,), temperature=temperature
+    )
+
+
+def reward() -> Reward:
+    """Accuracy and format."""
+    return rewards.traced(modular_sums.accuracy(), modular_sums.strict_format())
+
+
+def advantage(estimator: Estimator = group_advantages) -> Advantage:
     """The advantage of accuracy and a tenth of the format."""
-    return from_rewards(estimator, weights=(1.0, 0.1), names=("accuracy", "format"))
+    return from_rewards(estimator, weights=WEIGHTS, names=("accuracy", "format"))
 
 
 def measure(experience: Experience) -> tuple[Experience, Metrics]:
@@ -160,9 +174,9 @@ def measure(experience: Experience) -> tuple[Experience, Metrics]:
 def evaluate(params: Params, terms: int) -> dict[str, Array]:
     """Accuracy on 512 problems that are the same for all runs, greedy and sampled at temperature 1."""
     problems = modular_sums.problems(jax.random.key(2**31 - 1), 512, terms=terms)
-    settings = {"group_size": 1, "max_tokens": modular_sums.max_tokens(terms), "eos_ids": (modular_sums.EOS,)}
-    greedy = dataclasses.replace(sampling.sampler(**settings), greedy=True)(policy, params, problems, jax.random.key(0))
-    sampled = sampling.sampler(**settings)(policy, params, problems, jax.random.key(0))
+    draw = sampler(terms, group_size=1)
+    greedy = dataclasses.replace(draw, greedy=True)(policy, params, problems, jax.random.key(0))
+    sampled = draw(policy, params, problems, jax.random.key(0))
     accuracy = modular_sums.accuracy()
     return {"greedy": accuracy(greedy).mean(), "sampled": accuracy(sampled).mean(), "length": sampled.lengths.mean()}
 
@@ -174,7 +188,7 @@ def warm_up(key: PRNGKey, terms: int, steps: int) -> Params:
     """A model from nothing, after `steps` of supervised learning from the teacher, 128 demonstrations each."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(20, steps // 2), steps, 1.5e-4)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
-    learn = make_learn(policy, optimizer, loss=losses.sft(), updates=Updates(max_grad_norm=1.0))
+    learn = make_learn(policy, optimizer, loss=losses.sft(), updates=UPDATES)
 
     def imitate(state: TrainState, n: Array) -> tuple[TrainState, Array]:
         of_problems, of_teacher = jax.random.split(jax.random.fold_in(runs.prompt_key(key), n))

@@ -13,7 +13,7 @@ TEMPERATURES = (0.6, 0.8, 1.0, 1.2, 1.5)
 
 def experiment(config: Config) -> None:
     """One program for all temperatures."""
-    run = setting.make(config, lambda hyper: {"temperature": hyper["temperature"]})
+    run = setting.make(config, lambda hyper: {"sampler": setting.sampler(temperature=hyper["temperature"])})
     conditions = [Condition(f"temperature {t}", run, {"temperature": t}) for t in TEMPERATURES]
     names = ("greedy", "sampled", "entropy")
     setting.run("temperature", config, conditions, metrics=names, curves=names, against="temperature 1.0")

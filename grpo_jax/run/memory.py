@@ -10,7 +10,7 @@ model's configuration is read, not its weights.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from grpo_jax.protocols import Loss
 from grpo_jax.run import compilation
 from grpo_jax.sampling import PolicySampler
 from grpo_jax.scoring import CHUNK_TOKENS
-from grpo_jax.train_step import make_train_step
+from grpo_jax.train_step import Step, make_train_step
 from grpo_jax.types import Experience, Prompts
 from grpo_jax.updates import Updates, init_state
 
@@ -91,17 +91,11 @@ def plan(
     tokens, lengths = array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32)
     batch = Prompts(tokens, lengths)
     step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates, score_old=score_old)
-    experience: Experience = jax.eval_shape(step.collect, state, batch)
-    rewards = array((prompts, group_size, 1), jnp.float32)
-    reward_mask = array((prompts, group_size, 1), jnp.bool_)
-    experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
-
+    sampling, learning = programs(step, state, batch, compiler_options=compilation.cpu_memory_options())
     of_params = size(params)
     rows = prompts // updates.parts * group_size
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
     logits = 2 * rows * width * jax.eval_shape(policy.unembed, params, _hidden(policy, params, batch)).shape[-1] * 4
-    learn = jax.jit(step.learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
-    learning = beside(learn, state, experience) + size(experience)
     cast = jax.eval_shape(policy.cast, params)
     same = [leaf.dtype for leaf in jax.tree.leaves(cast)] == [leaf.dtype for leaf in jax.tree.leaves(params)]
     return Plan(
@@ -109,7 +103,7 @@ def plan(
         optimizer=size(state.opt_state),
         reference=size(state.ref_params),
         cast=0 if same else size(cast),
-        sampling=beside(jax.jit(step.collect), state, batch),
+        sampling=sampling,
         learning=learning,
         prompt_cache=size(jax.eval_shape(policy.prefill, params, tokens, lengths)),
         completion_cache=size(jax.eval_shape(functools.partial(policy.init_cache, prompts, group_size, max_tokens))),
@@ -117,6 +111,26 @@ def plan(
         logits=logits,
         activations=max(0, learning - of_params - logits),
     )
+
+
+def programs(
+    step: Step, state: Any, prompts: Prompts, *, compiler_options: Mapping[str, str | bool] | None = None
+) -> tuple[int, int]:
+    """Bytes that the programs of sampling and of learning hold at their worst beside the state.
+
+    Args:
+      step: without a reward; one reward of each completion is put in between its halves.
+      state: its shapes, from `jax.eval_shape`, or a state.
+      prompts: theirs.
+      compiler_options: as of `Step.jit`; as there, learning donates the state.
+    """
+    experience: Experience = jax.eval_shape(step.collect, state, prompts)
+    shape = (*experience.rollout.tokens.shape[:2], 1)
+    rewards, reward_mask = jax.eval_shape(lambda: (jnp.zeros(shape), jnp.zeros(shape, bool)))
+    experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
+    options = None if compiler_options is None else dict(compiler_options)
+    learn = jax.jit(step.learn, donate_argnums=0, compiler_options=options)
+    return beside(jax.jit(step.collect), state, prompts), beside(learn, state, experience) + size(experience)
 
 
 def beside(program: Any, *arguments: Any) -> int:

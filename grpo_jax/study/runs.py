@@ -5,7 +5,7 @@
 
     def step(hyper):
         loss = losses.grpo(penalty=losses.k3(hyper["beta"]))
-        return make_train_step(policy, optax.adam(hyper["learning_rate"]), loss=loss, ...)
+        return make_train_step(policy, optax.adam(hyper["learning_rate"]), sampler, loss=loss, reward=reward)
 
     def prompts(key, step, hyper):
         return modular_sums.problems(jax.random.fold_in(key, step), 8, terms=4)
@@ -29,13 +29,13 @@ import jax.numpy as jnp
 
 from grpo_jax import statistics
 from grpo_jax.freezing import bind
-from grpo_jax.train_step import Step
-from grpo_jax.types import Array, Params, PRNGKey, Prompts, TrainState
+from grpo_jax.types import Array, Metrics, Params, PRNGKey, Prompts, TrainState
 
 Hyper = Any  # a pytree of numbers and arrays
 
 Init = Callable[[PRNGKey, Hyper], TrainState]
-MakeStep = Callable[[Hyper], Step]
+StepFunction = Callable[[TrainState, Prompts], tuple[TrainState, Metrics]]  # such as a `train_step.Step`
+MakeStep = Callable[[Hyper], StepFunction]
 MakePrompts = Callable[[PRNGKey, Array, Hyper], Prompts]  # (key of the run's prompts, step, hyper)
 Evaluate = Callable[[Params, Hyper], dict[str, Array]]  # numbers
 

@@ -8,8 +8,9 @@ import sys
 import jax
 import pytest
 
-from grpo_jax import train_step
-from grpo_jax.study import results
+from grpo_jax.sampling import PolicySampler
+from grpo_jax.study import footprints, results
+from grpo_jax.train_step import Step
 from grpo_jax.types import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2] / "experiments"
@@ -35,19 +36,14 @@ class Sampled(Exception):
     """Prompts and completions of each; tracing need not go on."""
 
 
-def make_collect(*arguments, group_size=1, **settings):
-    """Makes a `collect` that raises what it would sample."""
-
-    def collect(state, prompts):
-        raise Sampled(prompts.tokens.shape[0], group_size)
-
-    return collect
+def tell(sampler, policy, params, prompts, key):
+    """In the place of sampling: raises what would be sampled."""
+    raise Sampled(prompts.tokens.shape[0], sampler.group_size)
 
 
 @pytest.mark.parametrize("module", [ppo_vs_grpo, dpo_vs_grpo], ids=lambda module: module.NAME)
 def test_every_condition_samples_64_completions_a_step(monkeypatch, module):
-    for place in (train_step, dpo_vs_grpo, ppo_vs_grpo.ppo):
-        monkeypatch.setattr(place, "make_collect", make_collect)
+    monkeypatch.setattr(PolicySampler, "__call__", tell)
     monkeypatch.setattr(setting, "evaluate", lambda params, terms: {})
     config = setting.Config(steps=10)
     conditions = module.learning_conditions(config) if module is ppo_vs_grpo else module.conditions(config)
@@ -60,10 +56,9 @@ def test_every_condition_samples_64_completions_a_step(monkeypatch, module):
 
 
 def test_offline_the_start_samples_and_the_policy_learns(monkeypatch):
-    monkeypatch.setattr(dpo_vs_grpo, "make_collect", lambda policy, **of_collect: lambda state, prompts: state.params)
-    monkeypatch.setattr(dpo_vs_grpo, "make_learn", lambda policy, optimizer, **settings: lambda *given: given)
-    of_collect = dict.fromkeys(("reward", "group_size", "max_tokens", "eos_ids"))
-    step = dpo_vs_grpo.sampled_by_the_start(None, None, **of_collect)
+    told = Step(lambda state, prompts: state.params, lambda *given: given)
+    monkeypatch.setattr(dpo_vs_grpo, "make_train_step", lambda *given, **settings: told)
+    step = dpo_vs_grpo.sampled_by_the_start()
     state = TrainState("policy", (), None, 0, 0, ref_params="start")
     assert step(state, None) == (state, "start")
 
@@ -97,6 +92,11 @@ def by_name():
     )
 
 
+def on_paper(size, method):
+    init, _ = ppo_vs_grpo.programs(size, method)
+    return footprints.on_paper(init)
+
+
 def weights(width, layers, kv_width, inner, words, *, head):
     """Numbers in a Qwen2.5 by hand: queries, keys, values with biases, output, three matrices, and norms."""
     attention = 2 * width * width + 2 * width * kv_width + width + 2 * kv_width
@@ -111,7 +111,7 @@ SEVEN_B = 7_615_616_512
 def test_on_paper_a_critic_as_large_doubles_what_a_step_keeps():
     sizes, methods = by_name()
     assert weights(896, 24, 128, 4864, 151936, head=False) == HALF_B
-    found = {name: ppo_vs_grpo.on_paper(sizes["Qwen2.5-0.5B"], method) for name, method in methods.items()}
+    found = {name: on_paper(sizes["Qwen2.5-0.5B"], method) for name, method in methods.items()}
     value_head = 896 + 1
     small = weights(448, 12, 64, 2432, 151936, head=False) + 448 + 1
     expected = {  # trained numbers, those of the reference
@@ -126,14 +126,14 @@ def test_on_paper_a_critic_as_large_doubles_what_a_step_keeps():
     for name, (trained, kept) in expected.items():
         line = found[name]
         assert line["parameters"] == line["gradients"] == 4 * trained, name
-        assert line["Adam"] == 2 * 4 * trained + 4, name  # and the count of its steps
+        assert line["optimizer"] == 2 * 4 * trained + 4, name  # and the count of its steps
         assert line["reference"] == 4 * kept, name
 
 
 def test_the_critic_of_a_model_with_a_head_of_its_own_has_none():
     sizes, methods = by_name()
     assert weights(3584, 28, 512, 18944, 152064, head=True) == SEVEN_B
-    line = ppo_vs_grpo.on_paper(sizes["Qwen2.5-7B"], methods["PPO, large critic"])
+    line = on_paper(sizes["Qwen2.5-7B"], methods["PPO, large critic"])
     assert line["parameters"] == 4 * (2 * SEVEN_B - 152064 * 3584 + 3584 + 1)
 
 
@@ -184,6 +184,6 @@ def test_a_smoke_run_leaves_results_table_and_figures_in_the_run_folder(tmp_path
     if module is ppo_vs_grpo:
         with (folder / f"{module.NAME}_memory.csv").open() as file:
             (line,) = csv.DictReader(file)
-        assert int(line["compiled"]) > int(line["parameters"]) + int(line["Adam"])
+        assert int(line["compiled"]) > int(line["parameters"]) + int(line["optimizer"])
         assert 0 < int(line["activations"]) < int(line["learning"])
         assert float(line["seconds of learning"]) > 0
