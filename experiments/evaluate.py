@@ -23,23 +23,21 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import rich
-import tyro
 
-from grpo_jax import data, rewards, sampling
-from grpo_jax.data import TooLong
+from grpo_jax import data, sampling
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint, compilation, metrics
+from grpo_jax.run import checkpoint, command, inputs, metrics
 from grpo_jax.run.names import resolve
+from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.study import evaluation, items
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(data.PromptSettings):
     """Settings of an evaluation."""
 
     model: str
@@ -54,15 +52,7 @@ class Config:
     reward: tuple[str, ...] = ()  # as module:function, of this folder or installed; after the task's verifier
     rows: int | None = None  # the first ones only
 
-    prompt_column: str = "prompt"
-    answer_column: str | None = None  # passed to the rewards as `answer` as well
-    answer_after: str | None = None  # keep of the answer only what follows the last of these, as "####" in GSM8K
-    chat: bool = False  # put prompts that are text through the chat template, as a user's message
-    system: str | None = None  # a system message before each prompt; implies --chat
-    thinking: bool | None = None  # `enable_thinking` of chat templates that know it, such as Qwen3's
     max_prompt_tokens: int = 2048
-    too_long: TooLong = "refuse"  # what to do with longer prompts; to drop them changes the task
-    bucket: int = 64
 
     greedy: bool = True  # one likeliest completion a prompt
     group_size: int = 8  # completions a prompt beside it; 0 for none
@@ -76,7 +66,7 @@ class Config:
     level: float = 0.95  # of the intervals
     seed: int = 0
     batch_size: int = 64  # prompts at a time
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16
 
     filtered: pathlib.Path | None = None  # where to write the rows whose pass rate lies between the next two
     low: float = 0.0
@@ -88,17 +78,18 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     """Evaluates, and returns the summaries by name: `greedy`, `samples`."""
     # Everything that can be wrong with the input is looked at before the model is loaded.
     check(config)
-    rows, functions = read(config)
+    rows, problems, functions = read(config)
     extract = None if config.extract is None else resolve(config.extract)
     model, checkpoints, step = locate(config.model)
     tokenizer = hf.load_tokenizer(model, revision=config.revision)
     eos_ids = hf.eos_ids(model, tokenizer, revision=config.revision)
-    prompts = [encode(tokenizer, row[config.prompt_column], config) for row in rows]
-    kept = data.limit_prompts(prompts, config.max_prompt_tokens, too_long=config.too_long)
-    if len(kept) < len(rows):
-        print(f"dropped {len(rows) - len(kept)} of {len(rows)} prompts, longer than {config.max_prompt_tokens} tokens")
-    prompts, rows = [prompts[i] for i in kept], [rows[i] for i in kept]
-    policy, params = hf.load_pretrained(model, compute_dtype=jnp.dtype(config.compute_dtype), revision=config.revision)
+    as_read = dict(zip(map(id, problems), rows, strict=True))
+    problems = config.encode(tokenizer, problems)
+    inputs.check_arguments(functions, problems.rows[0], prompt_column=config.prompt_column)
+    inputs.check_tokens(model, tokenizer, problems.prompts, max_tokens=config.max_tokens)
+    policy, params = hf.load_pretrained(
+        model, compute_dtype=compute_dtype(config.compute_dtype), revision=config.revision
+    )
     if checkpoints is not None:
         like = jax.eval_shape(lambda tree: tree, params)
         del params  # before as much is read again
@@ -112,7 +103,6 @@ def run(config: Config) -> dict[str, dict[str, float]]:
             group_size=config.group_size, temperature=config.temperature,
             top_k=config.top_k, top_p=config.top_p, **common,
         )  # fmt: skip
-    problems = data.PromptSet([prepared(row, config) for row in rows], prompts)
     evaluates = {
         name: evaluation.make_evaluate(
             policy, sampler, tokenizer, problems, functions,
@@ -140,9 +130,11 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     print(f"items and summary: {config.output}")
     if config.filtered is not None:
         rates = items.pass_rates(scored["samples"])
-        between = items.between(rows, rates, low=config.low, high=config.high)
+        between = items.between(
+            [as_read[id(problem)] for problem in problems.rows], rates, low=config.low, high=config.high
+        )
         config.filtered.write_text("".join(json.dumps(row) + "\n" for row in between), encoding="utf-8")
-        print(f"{len(between)} of {len(rows)} rows have a pass rate between {config.low} and {config.high}: "
+        print(f"{len(between)} of {len(rates)} rows have a pass rate between {config.low} and {config.high}: "
               f"{config.filtered}")  # fmt: skip
     return summaries
 
@@ -179,8 +171,8 @@ def locate(model: str) -> tuple[str, pathlib.Path | None, int | None]:
     return meta["config"]["model"], folder, step
 
 
-def read(config: Config) -> tuple[list[data.Row], list[Callable[..., Any]]]:
-    """The rows to evaluate on, and the reward functions, of which the first says what is right."""
+def read(config: Config) -> tuple[list[data.Row], list[data.Row], list[Callable[..., Any]]]:
+    """The rows as they are, as rewards see them, and the rewards, of which the first says what is right."""
     functions = [resolve(name) for name in config.reward]
     if config.task is not None:
         name = config.task if ":" in config.task else f"grpo_jax.tasks.{config.task}:task"
@@ -188,33 +180,15 @@ def read(config: Config) -> tuple[list[data.Row], list[Callable[..., Any]]]:
         split = config.split or "test"
         if split not in task.splits._fields:
             raise ValueError(f"{config.task} has the splits {', '.join(task.splits._fields)}, not {split!r}")
-        rows, functions = getattr(task.splits, split), [task.verifier, *functions]
+        rows = problems = getattr(task.splits, split)
+        functions = [task.verifier, *functions]
     else:
-        answer = config.answer_column or ("answer" if config.answer_after else None)
-        columns = [config.prompt_column, *([answer] if answer else [])]
-        rows = data.read_rows(config.data, columns, split=config.split, subset=config.subset)
+        problems = config.read(config.data, split=config.split, subset=config.subset)
+        rows = data.read_rows(config.data, split=config.split, subset=config.subset)
     if config.task is not None and config.prompt_column != "prompt":
         raise ValueError(f"the prompt's column of a task is `prompt`, got --prompt-column {config.prompt_column}")
-    names = [rewards.name_of(function) for function in functions]
-    if len(set(names)) < len(names):
-        raise ValueError(f"reward functions have one name each, got {', '.join(names)}")
-    return rows[: config.rows], functions
-
-
-def prepared(row: data.Row, config: Config) -> data.Row:
-    """The row as the reward functions see it."""
-    if config.answer_column is None and config.answer_after is None:
-        return row
-    answer = row[config.answer_column or "answer"]
-    return row | {"answer": answer.rpartition(config.answer_after)[2].strip() if config.answer_after else answer}
-
-
-def encode(tokenizer: Any, prompt: data.Text, config: Config) -> list[int]:
-    """The prompt as tokens."""
-    template = {} if config.thinking is None else {"enable_thinking": config.thinking}
-    if config.system is not None or config.chat:
-        prompt = data.chat(prompt, config.system)
-    return data.encode_prompt(tokenizer, prompt, **template)
+    inputs.check_rewards(functions)
+    return rows[: config.rows], problems[: config.rows], functions
 
 
 def report(summary: dict[str, float]) -> str:
@@ -229,5 +203,4 @@ def report(summary: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    compilation.enable_compilation_cache()
-    run(tyro.cli(Config, description=__doc__))
+    command(run, Config, __doc__)

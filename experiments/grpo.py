@@ -3,9 +3,8 @@
     python experiments/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k.jsonl \
         --prompt-column question --answer-after "####" --chat --reward my_rewards:correct
 
-`--model` is a folder or a repository of the Hugging Face Hub. `--data` is JSONL, CSV or Parquet: one
-prompt per line, as text or as chat messages, with any other columns. `--reward` names
-functions as `module:function`, with the signature that TRL uses:
+`--model` is a folder or a repository of the Hugging Face Hub. `--data` is JSONL, CSV or Parquet: one prompt per line,
+as text or as chat messages, with any other columns. `--reward` names functions as `module:function`, as TRL's:
 
     def correct(prompts, completions, answer, **kwargs) -> list[float | None]
 
@@ -22,9 +21,9 @@ device waiting. It then comes from the policy before the update, which the ratio
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -32,18 +31,16 @@ import optax
 
 from grpo_jax import advantages, data, losses, packing, rewards, run, sampling
 from grpo_jax.models import hf
-from grpo_jax.policies import Policy
 from grpo_jax.protocols import Loss
 from grpo_jax.run import compilation, completions, digests, inputs, measured, memory, metrics, overlap
 from grpo_jax.run.names import make_with, resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
-from grpo_jax.study import evaluation, items
+from grpo_jax.study.evaluation import make_mean_rewards
 from grpo_jax.train_step import make_train_step
-from grpo_jax.types import Params, Prompts, TrainState
+from grpo_jax.types import Params
 from grpo_jax.updates import Updates, init_state
 
-DECAYS = {"constant": None, "linear": learning_rates.linear, "cosine": learning_rates.cosine}
 MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export_every", "show_every", "tensorboard", "wandb", "profile"),
     *("stop_after_skipped", "stop_after_failed", "reward_timeout"),
@@ -51,7 +48,7 @@ MAY_CHANGE = (  # of a run that is resumed
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(data.PromptSettings):
     """Settings of a run."""
 
     model: str
@@ -60,18 +57,6 @@ class Config:
     run_dir: pathlib.Path = pathlib.Path("runs/grpo")
     reward_weights: tuple[float, ...] | None = None  # one per function; 1 each if not given
     reward_timeout: float = 300.0  # seconds after which a reward function that has not returned is reported
-
-    prompt_column: str = "prompt"
-    answer_column: str | None = None  # passed to the rewards as `answer` as well; `outer.inner` is a nested field
-    answer_after: str | None = None  # keep of the answer only the text after the last of these, as "####" in GSM8K
-    rename: dict[str, str] = dataclasses.field(default_factory=dict)  # old and new names of columns
-    chat: bool = False  # put prompts that are text through the chat template, as a user's message
-    system: str | None = None  # a system message before each prompt; implies --chat
-    thinking: bool | None = None  # `enable_thinking` of chat templates that know it, such as Qwen3's
-    date_string: str | None = None  # for chat templates that write today's date, such as Llama 3.2's
-    max_prompt_tokens: int = 512
-    too_long: data.TooLong = "refuse"  # what to do with longer prompts
-    bucket: int = 64  # prompts are padded to a multiple of this, so that few programs compile
 
     loss: str = "grpo"  # of grpo_jax.losses, or your own as module:function
     advantage: str = "group_advantages"  # of grpo_jax.advantages, or your own as module:function
@@ -120,15 +105,20 @@ class Config:
 def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     # Everything that can be wrong with the input is looked at before the weights are read.
+    updates = check(config)
     functions = [resolve(name) for name in config.reward]
     names = [rewards.name_of(function) for function in functions]
-    updates = check(config, functions)
+    group_size = (config.eval_group_size or 1) if config.eval_data or config.eval_rows else None
+    inputs.check_rewards(functions, weights=config.reward_weights, group_size=group_size)
     loss, attention = make_loss(config), resolve(config.attention, "grpo_jax.models.attention")
-    advantage = advantages.from_rewards(
-        resolve(config.advantage, "grpo_jax.advantages"), weights=config.reward_weights, names=names
-    )
+    estimator = resolve(config.advantage, "grpo_jax.advantages")
     tokenizer = hf.load_tokenizer(config.model)
-    prompts, held_out = read_prompts(config, tokenizer)
+    rows, held_out = config.read(config.data), []
+    if config.eval_data is not None:
+        held_out = config.read(config.eval_data)
+    elif config.eval_rows:
+        rows, held_out = data.hold_out(rows, config.eval_rows, seed=config.seed)
+    prompts, held_out = config.encode(tokenizer, rows), config.encode(tokenizer, held_out)
     inputs.check_arguments(functions, prompts.rows[0], prompt_column=config.prompt_column)
     inputs.check_tokens(config.model, tokenizer, [*prompts.prompts, *held_out.prompts], max_tokens=config.max_tokens)
     sampler = sampling.sampler(
@@ -142,12 +132,11 @@ def train(config: Config) -> Params:
         log_metric=logged, report_after=config.reward_timeout,
     )  # fmt: skip
 
-    policy, params = hf.load_pretrained(
-        config.model, compute_dtype=compute_dtype(config.compute_dtype), attention=attention
-    )
+    dtype = compute_dtype(config.compute_dtype)
+    policy, params = hf.load_pretrained(config.model, compute_dtype=dtype, attention=attention)
     rate = learning_rates.learning_rate(
-        config.learning_rate, config.steps, warmup_steps=config.warmup_steps, decay=DECAYS[config.decay],
-        updates_per_step=updates.count,
+        config.learning_rate, config.steps, warmup_steps=config.warmup_steps, updates_per_step=updates.count,
+        decay=resolve(config.decay, "grpo_jax.schedules.learning_rates"),
     )  # fmt: skip
     optimizer = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay)
     width = data.bucket(max(map(len, prompts.prompts)), config.bucket)
@@ -156,38 +145,32 @@ def train(config: Config) -> Params:
             updates, policy, optimizer, sampler, loss=loss, prompts=config.prompts_per_step, prompt_tokens=width,
             reference=config.beta > 0, score_old=config.overlap, budget=int(config.memory_gib * 2**30),
         )  # fmt: skip
-    transforms = (measured.repetition(), measured.unscored(names))
     whole_step = make_train_step(
-        policy, optimizer, sampler, loss=loss, advantage=advantage, transforms=transforms, updates=updates,
-        score_old=config.overlap,
+        policy, optimizer, sampler, loss=loss,
+        advantage=advantages.from_rewards(estimator, weights=config.reward_weights, names=names),
+        transforms=(measured.repetition(), measured.unscored(names)), updates=updates, score_old=config.overlap,
     ).jit(compiler_options=compilation.cpu_memory_options())  # fmt: skip
-    began_with = {
-        "the prompts to train on": digests.of_json(prompts.prompts),
-        "the prompts to evaluate on": digests.of_json(held_out.prompts),
-        "the tokenizer or its template": digests.of_tokenizer(tokenizer),
-        "the weights of the model": digests.of_arrays(params),
-    }
+    evaluate = make_mean_rewards(
+        policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,
+        weights=config.reward_weights, stop_after_failed=config.stop_after_failed, batch_size=config.eval_batch,
+        prompt_column=config.prompt_column, bucket=config.bucket,
+    )  # fmt: skip
+    began_with = digests.of_run(tokenizer, params, prompts=prompts.prompts, held_out=held_out.prompts)
     state = init_state(params, optimizer, jax.random.key(config.seed), reference=config.beta > 0)
     del params
-    evaluate = make_evaluate(config, policy, tokenizer, held_out, functions, sampler)
-
-    def batch(n: int) -> Prompts:
-        return prompts.batch(config.seed, n, config.prompts_per_step, multiple=config.bucket)
-
+    batch = functools.partial(prompts.batch, config.seed, size=config.prompts_per_step, multiple=config.bucket)
     step = overlap.in_turn(whole_step, batch)
     if config.overlap:
-        state = state._replace(extra=overlap.in_flight(whole_step, batch, state, width=width))
-        step = overlap.ahead(whole_step, batch, width=width)
+        step, state = overlap.ahead(whole_step, batch, state, width=width)
 
     def export(name: str) -> None:
         with loop.exporting(name) as folder:
             hf.save_pretrained(policy, loop.state.params, folder, tokenizer=tokenizer, eos_ids=sampler.eos_ids)
 
     def evaluate_and_keep_the_best() -> None:
-        if held_out.rows:
-            loop.log(evaluate(loop.state))
-            if loop.improved("eval/reward"):
-                export("best")
+        loop.log(evaluate(loop.state.params, rewards.TrainerState(loop.step, config.steps)))
+        if loop.improved("eval/reward"):
+            export("best")
 
     keys = ("reward", *(f"reward/{name}" for name in names), "eval/reward", "kl", "entropy", "length")
     allow = MAY_CHANGE if config.decay == "constant" else MAY_CHANGE[1:]  # a decay goes by the number of steps
@@ -213,8 +196,9 @@ def train(config: Config) -> Params:
                 loop.show(completions.lines(experience, tokenizer, prompts.rows, names, column=config.prompt_column))
             experience = packing.trim(experience, multiple=config.completion_bucket)
             if config.pack:
-                packed = packing.pack(experience.rollout, multiple=config.completion_bucket)
-                experience = experience._replace(packing=packed)
+                experience = experience._replace(
+                    packing=packing.pack(experience.rollout, multiple=config.completion_bucket)
+                )
             loop.state, statistics = step.learn(loop.state, experience)
             loop.log(statistics | logged.take() | {"learning_rate": rate(n * updates.count)})
             loop.lap("learn")
@@ -224,86 +208,24 @@ def train(config: Config) -> Params:
     return loop.state.params
 
 
-def make_evaluate(
-    config: Config,
-    policy: Policy,
-    tokenizer: Any,
-    held_out: data.PromptSet,
-    functions: Sequence[rewards.RewardFunction],
-    sampler: sampling.PolicySampler,
-) -> Callable[[TrainState], dict[str, float]]:
-    """`state -> ` the mean rewards on the evaluation split; `eval/reward` is NaN where a reward failed."""
-    logged, names = metrics.Logged(), [rewards.name_of(function) for function in functions]
-    tolerant = [rewards.skip_failed_batches(function, batches=config.stop_after_failed) for function in functions]
-    drawn = sampling.greedy(max_tokens=sampler.max_tokens, eos_ids=sampler.eos_ids)
-    if config.eval_group_size is not None:
-        drawn = dataclasses.replace(sampler, group_size=config.eval_group_size, slots=None)
-    score = evaluation.make_evaluate(
-        policy, drawn, tokenizer, held_out, tolerant, log_metric=logged,
-        prompt_column=config.prompt_column, batch_size=config.eval_batch, bucket=config.bucket,
-    )  # fmt: skip
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        place = rewards.TrainerState(int(state.step), config.steps)
-        summary = items.summarise(score(state.params, trainer_state=place))
-        means = {name: summary[f"reward/{name}"] for name in names}
-        failed = any(value > 0 for name, value in logged.take().items() if name.endswith("/failed"))
-        total = np.nan if failed else float(np.dot(config.reward_weights or np.ones(len(names)), list(means.values())))
-        return {"eval/reward": total} | {f"eval/{name}": mean for name, mean in means.items()}
-
-    return evaluate
-
-
-def read_prompts(config: Config, tokenizer: Any) -> tuple[data.PromptSet, data.PromptSet]:
-    """The prompts to train on and those to evaluate on."""
-    columns = {name: getattr(config, name) for name in ("prompt_column", "answer_column", "answer_after", "rename")}
-    rows, held_out = data.read_problems(config.data, **columns), []
-    if config.eval_data is not None:
-        held_out = data.read_problems(config.eval_data, **columns)
-    elif config.eval_rows:
-        rows, held_out = data.hold_out(rows, config.eval_rows, seed=config.seed)
-    template = {"enable_thinking": config.thinking, "date_string": config.date_string}
-    names = ("prompt_column", "chat", "system", "max_prompt_tokens", "too_long")
-    settings = {name: getattr(config, name) for name in names}
-    settings["template"] = {name: value for name, value in template.items() if value is not None}
-    encoded = data.encode_rows(tokenizer, rows, **settings)
-    evaluated = data.encode_rows(tokenizer, held_out, **settings) if held_out else data.PromptSet([], [])
-    if dropped := len(rows) + len(held_out) - len(encoded.rows) - len(evaluated.rows):
-        print(
-            f"dropped {dropped} of {len(rows) + len(held_out)} prompts, longer than {config.max_prompt_tokens} tokens"
-        )
-    return encoded, evaluated
-
-
-def check(config: Config, functions: Sequence[rewards.RewardFunction]) -> Updates:
+def check(config: Config) -> Updates:
     """Refuses settings that do not go together."""
-    names = [rewards.name_of(function) for function in functions]
-    if len(set(names)) < len(names):
-        raise ValueError(f"reward functions have one name each, got {', '.join(names)}")
-    if config.reward_weights is not None and len(config.reward_weights) != len(names):
-        raise ValueError(f"{len(config.reward_weights)} weights for {len(names)} reward functions")
     if config.memory_gib is not None and config.micro_batches != 1:
         raise ValueError(f"--memory-gib chooses the micro-batches, so give no --micro-batches {config.micro_batches}")
     if config.pack and config.attention in ("cudnn", "splash"):
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
-    evaluated = config.eval_data is not None or config.eval_rows > 0
-    for function in functions if evaluated else ():
-        if (size := rewards.group_size_of(function)) not in (None, config.eval_group_size or 1):
-            raise ValueError(f"{rewards.name_of(function)} compares groups of {size}: give --eval-group-size {size}")
     if config.group_size < 2:
         raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {config.group_size}")
-    updates = Updates(
-        iterations=config.iterations, minibatches=config.minibatches, micro_batches=config.micro_batches,
-        max_grad_norm=config.max_grad_norm,
-    )  # fmt: skip
+    names = ("iterations", "minibatches", "micro_batches", "max_grad_norm")
+    updates = Updates(**{name: getattr(config, name) for name in names})
     updates.check(config.prompts_per_step)
     return updates
 
 
 def make_loss(config: Config) -> Loss:
     """The loss by its name, with the settings that were given; its own defaults for the rest."""
-    penalty = losses.k3(config.beta) if config.beta else None
-    stated = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high, "penalty": penalty}
+    stated = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
+    stated["penalty"] = losses.k3(config.beta) if config.beta else None
     make = resolve(config.loss, "grpo_jax.losses")
     return make_with(make, config.loss, stated, offered={"max_tokens": config.max_tokens})
 

@@ -81,15 +81,12 @@ def train(config: Config) -> Params:
     learn = make_learn(policy, optimizer, loss=losses.sft(), updates=updates)
     learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
     evaluate = make_evaluate(policy, held_out, config)
-    inputs_of_run = {
-        "the demonstrations": digests.of_json([held_out, pairs]),
-        "the weights of the model": digests.of_arrays(params),
-    }
+    began_with = digests.of_run(tokenizer, params, prompts=pairs, held_out=held_out)
     state = init_state(params, optimizer, jax.random.key(config.seed))
     del params
     settings = {"keys": ("loss", "eval/loss", "grad_norm", "length"), "allow": ("save_every",)}
     with run.loop(
-        config, state, steps=steps, save_every=config.save_every, digests=inputs_of_run, **settings
+        config, state, steps=steps, save_every=config.save_every, digests=began_with, **settings
     ) as loop:  # fmt: skip
         del state
         for n in loop:
@@ -133,7 +130,6 @@ def read(config: Config, tokenizer: Any) -> tuple[list[Pair], list[int]]:
     """The demonstrations as tokens, and the tokens that may end a completion, of which they have one."""
     rows = data.read_rows(config.data, [config.prompt_column, config.completion_column])
     template = {"enable_thinking": config.thinking, "date_string": config.date_string}
-    template = {name: value for name, value in template.items() if value is not None}
     eos_ids = list(hf.eos_ids(config.model, tokenizer))
     chat = config.chat or config.system is not None or not isinstance(rows[0][config.prompt_column], str)
     end = tokenizer.convert_tokens_to_ids(config.eos) if config.eos is not None else None

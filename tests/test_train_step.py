@@ -230,10 +230,10 @@ def test_a_step_is_traced_once_whatever_the_batches_hold():
 
     step = make_train_step(POLICY, optimizer, sampling.sampler(**SIZES), reward=reward, loss=grpo())
     chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(lambda *x: step(*x), n=1))
+    jitted = jax.jit(chex.assert_max_traces(lambda *x: step(*x), n=1))
     state = state_of(optimizer)
     for seed in range(3):
-        state, _ = step(state, prompts_of(seed))
+        state, _ = jitted(state, prompts_of(seed))
     assert len(traces) == 1
     assert state.step == 3
 

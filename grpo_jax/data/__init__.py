@@ -30,9 +30,11 @@ from grpo_jax.data.prompts import (
     turn_end,
 )
 from grpo_jax.data.rows import Row, field, read_csv, read_hugging_face, read_json, read_jsonl, read_parquet, read_rows
+from grpo_jax.data.settings import PromptSettings
 
 __all__ = [
     "PromptSet",
+    "PromptSettings",
     "Row",
     "Text",
     "TooLong",

@@ -137,6 +137,8 @@ def encode_rows(
             raise ValueError(f"row {number}: {error}") from error
     limit = max(map(len, prompts), default=0) if max_prompt_tokens is None else max_prompt_tokens
     kept = limit_prompts(prompts, limit, too_long=too_long)
+    if len(kept) < len(rows):
+        print(f"dropped {len(rows) - len(kept)} of {len(rows)} prompts, longer than {limit} tokens")
     return PromptSet([rows[i] for i in kept], [prompts[i] for i in kept])
 
 

@@ -149,7 +149,7 @@ def limit_prompts(prompts: Sequence[list[int]], max_tokens: int, *, too_long: To
         `max_tokens` tokens.
 
     Raises:
-      ValueError: for an empty prompt; for one too long, under `refuse`; if none is left.
+      ValueError: for an empty prompt; for one too long, under `refuse`; if none of them is left.
     """
     if too_long not in get_args(TooLong):
         raise ValueError(f"too_long is one of {get_args(TooLong)}, got {too_long!r}")
@@ -166,7 +166,7 @@ def limit_prompts(prompts: Sequence[list[int]], max_tokens: int, *, too_long: To
             del ids[:-max_tokens]
         if len(ids) <= max_tokens:
             kept.append(i)
-    if not kept:
+    if prompts and not kept:
         raise ValueError(f"all {len(prompts)} prompts are longer than the limit of {max_tokens} tokens")
     return kept
 

@@ -47,7 +47,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
     Args:
       tokenizer: with a chat template.
       messages: of `role` and `content`.
-      template: arguments of the chat template, such as `enable_thinking=False`.
+      template: arguments of the chat template, such as `enable_thinking=False`; None is not given.
 
     Raises:
       ValueError: without a chat template; for a message whose content is not text; where the template refuses the
@@ -62,7 +62,8 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
         if not isinstance(message.get("content"), str):
             raise ValueError(f"the content of a message is text, got {_short(message)}")
     continued = bool(messages) and messages[-1].get("role") == "assistant"
-    template = {"add_generation_prompt": not continued, "continue_final_message": continued} | template
+    given = {name: value for name, value in template.items() if value is not None}
+    template = {"add_generation_prompt": not continued, "continue_final_message": continued} | given
 
     def apply(messages: Messages) -> str:
         try:

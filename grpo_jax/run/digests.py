@@ -1,7 +1,6 @@
 """Digests of what a run depends on beside its settings, so that a resumed run is known to be the same run.
 
-digests = {"prompts": of_json(prompts), "tokenizer": of_tokenizer(tokenizer), "weights": of_arrays(params)}
-with run.loop(config, state, digests=digests, ...) as loop:
+with run.loop(config, state, digests=of_run(tokenizer, params, prompts=prompts), ...) as loop:
 """
 
 import hashlib
@@ -33,6 +32,24 @@ def of_tokenizer(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return of_json([rules, tokenizer.chat_template, str(tokenizer.special_tokens_map)])
+
+
+def of_run(tokenizer: Any, params: Any, *, prompts: Any, held_out: Any = ()) -> dict[str, str]:
+    """Of all inputs of a run, by names that a message can use.
+
+    Args:
+      tokenizer: of the model.
+      params: its weights; None leaves them out.
+      prompts: to train on, encoded, in their order.
+      held_out: to evaluate on.
+    """
+    weights = {} if params is None else {"the weights of the model": of_arrays(params)}
+    return {
+        "the prompts to train on": of_json(prompts),
+        "the prompts to evaluate on": of_json(held_out),
+        "the tokenizer or its template": of_tokenizer(tokenizer),
+        **weights,
+    }
 
 
 def check(saved: Mapping[str, str], current: Mapping[str, str]) -> None:

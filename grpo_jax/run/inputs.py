@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from grpo_jax.rewards import name_of
+from grpo_jax.rewards import group_size_of, name_of
 
 # Arguments that `rewards.host` passes beside the columns of the data.
 _PASSED = {"prompts", "completions", "completion_ids", "prompt_tail", "trainer_state", "log_metric", "log_extra"}
@@ -45,6 +45,36 @@ def check_tokens(model: str, tokenizer: Any, sequences: Iterable[Sequence[int]],
             f"warning: the longest prompt ({longest} tokens) and a completion of {max_tokens} pass the {positions} "
             f"positions that {model} was made for"
         )
+
+
+def check_rewards(
+    functions: Sequence[Callable[..., Any]],
+    *,
+    weights: Sequence[float] | None = None,
+    group_size: int | None = None,
+) -> None:
+    """Checks reward functions against each other and the group that they will see.
+
+    Args:
+      functions: of a run or an evaluation.
+      weights: one each.
+      group_size: completions of a prompt; None where nothing is evaluated.
+
+    Raises:
+      ValueError: for two functions of one name, another number of weights, or a function that compares the completions
+        of a group of another size.
+    """
+    names = [name_of(function) for function in functions]
+    if len(set(names)) < len(names):
+        raise ValueError(f"reward functions have one name each, got {', '.join(names)}: set their __name__")
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(f"{len(weights)} weights for {len(names)} reward functions")
+    for name, function in zip(names, functions, strict=True):
+        if group_size is not None and (size := group_size_of(function)) not in (None, group_size):
+            raise ValueError(
+                f"{name} compares groups of {size} completions and the evaluation draws {group_size} per prompt: let "
+                f"it draw {size} (--eval-group-size {size}), or leave the function out"
+            )
 
 
 def check_arguments(functions: Sequence[Callable[..., Any]], columns: Iterable[str], *, prompt_column: str) -> None:

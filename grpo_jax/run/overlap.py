@@ -1,12 +1,12 @@
 """Sampling ahead: the next batch is sampled while the rewards of this one are computed.
 
-    state = state._replace(extra=overlap.in_flight(step, batch, state, width=512))
-    step = overlap.ahead(step, batch, width=512)                          # or overlap.in_turn(step, batch)
+    halves, state = overlap.ahead(step, batch, state, width=512)          # or halves = overlap.in_turn(step, batch)
     with run.loop(config, state, ...) as loop:
         for n in loop:
-            experience = step.collect(loop.state, n)
+            experience = halves.collect(loop.state, n)
             rewards, reward_mask = reward(experience.rollout)
-            loop.state, metrics = step.learn(loop.state, experience._replace(rewards=rewards, reward_mask=reward_mask))
+            experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
+            loop.state, metrics = halves.learn(loop.state, experience)
             loop.log(metrics)
 
 The policy of every batch but the first is then the one before the last update, which the ratio takes into account: make
@@ -38,17 +38,19 @@ def in_turn(step: Step, batch: Batch) -> NumberedStep:
     return NumberedStep(lambda state, n: step.collect(state, batch(n)), step.learn)
 
 
-def ahead(step: Step, batch: Batch, *, width: int) -> NumberedStep:
+def ahead(step: Step, batch: Batch, state: TrainState, *, width: int) -> tuple[NumberedStep, TrainState]:
     """Samples each batch one step before it is needed.
 
     Args:
       step: jitted, without a reward, made with `score_old=True`.
       batch: the prompts of step `n`, as a function of `n` alone.
+      state: that a run begins with.
       width: of the widest prompts; to that, the prompts of a batch in flight are padded, since the arrays of a state
         have one shape. `collect` takes the padding off.
 
     Returns:
-      Its halves. `learn` puts the next batch into `state.extra`; the run begins with `in_flight` there.
+      The step's halves, of which `learn` puts the next batch into `state.extra`; and the state with room for a batch
+      there.
     """
     waiting: list[Experience] = []
 
@@ -65,13 +67,9 @@ def ahead(step: Step, batch: Batch, *, width: int) -> NumberedStep:
         state, metrics = step.learn(state._replace(extra=()), experience)
         return state._replace(extra=waiting.pop()), metrics
 
-    return NumberedStep(collect, learn)
-
-
-def in_flight(step: Step, batch: Batch, state: TrainState, *, width: int) -> Experience:
-    """An empty batch, for `state.extra` of the state that a run with `ahead` begins with."""
     form = jax.eval_shape(lambda state, prompts: resize_prompts(step.collect(state, prompts), width), state, batch(0))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
+    return NumberedStep(collect, learn), state._replace(extra=empty)
 
 
 def resize_prompts(experience: Experience, width: int) -> Experience:

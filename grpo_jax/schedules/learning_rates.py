@@ -15,10 +15,15 @@ from grpo_jax.types import Array, Number
 
 
 class Decay(Protocol):
-    """The shape of a decay, such as `linear` and `cosine`."""
+    """The shape of a decay: `constant`, `linear`, `cosine`."""
 
     def __call__(self, progress: Array, /) -> Array:
         """Maps progress `[]`, 0 at the end of the warm-up and 1 at the end of the run, to 1 falling to 0."""
+
+
+def constant(progress: Array) -> Array:
+    """1: no decay."""
+    return jnp.ones_like(progress)
 
 
 def linear(progress: Array) -> Array:
@@ -36,7 +41,7 @@ def learning_rate(
     steps: int | None = None,
     *,
     warmup_steps: int = 0,
-    decay: Decay | None = None,
+    decay: Decay = constant,
     final_fraction: Number = 0.0,
     updates_per_step: int = 1,
 ) -> Callable[[Array | int], Array]:
@@ -55,7 +60,7 @@ def learning_rate(
       peak: the full rate, above 0.
       steps: of the whole run, the warm-up included. Only a decay needs them.
       warmup_steps: steps before the full rate; 0 for none.
-      decay: `linear`, `cosine`, or any `progress -> factor`; None keeps the rate constant after the warm-up.
+      decay: `constant`, `linear`, `cosine`, or any `progress -> factor`.
       final_fraction: share of `peak` where the decay ends, from 0 to 1.
       updates_per_step: updates that a step makes of its rollout: iterations times minibatches.
 
@@ -73,15 +78,15 @@ def learning_rate(
         raise ValueError(
             f"warmup_steps is at least 0 and updates_per_step at least 1, got {warmup_steps} and {updates_per_step}"
         )
-    if decay is None and isinstance(final_fraction, int | float) and final_fraction:
+    if decay is constant and isinstance(final_fraction, int | float) and final_fraction:
         raise ValueError(f"final_fraction = {final_fraction} has no effect without a decay")
-    if decay is not None and (steps is None or steps <= warmup_steps):
+    if decay is not constant and (steps is None or steps <= warmup_steps):
         raise ValueError(f"a decay after {warmup_steps} steps of warm-up needs more steps than those, got {steps}")
 
     def schedule(update: Array | int) -> Array:
         n = jnp.asarray(update) // updates_per_step
         rate = peak * jnp.minimum(1.0, (n + 1) / (warmup_steps + 1))
-        if decay is None or steps is None:
+        if decay is constant or steps is None:
             return rate
         progress = jnp.clip((n - warmup_steps) / (steps - warmup_steps), 0.0, 1.0)
         return rate * (final_fraction + (1 - final_fraction) * decay(progress))

@@ -9,8 +9,8 @@
 An item is a dict of plain values, one line of JSON: see `items`.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -19,9 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_jax import data, rewards
 from grpo_jax.policies import Policy
-from grpo_jax.rewards.calling import LogMetric, RewardFunction, group_size_of
-from grpo_jax.sampling import PolicySampler
-from grpo_jax.study.items import Item, judge
+from grpo_jax.rewards.calling import LogMetric, RewardFunction
+from grpo_jax.run import inputs
+from grpo_jax.run.metrics import Logged
+from grpo_jax.sampling import PolicySampler, greedy
+from grpo_jax.study.items import Item, judge, summarise
 from grpo_jax.types import Params, Rollout
 
 
@@ -82,17 +84,10 @@ def make_evaluate(
     names = [rewards.name_of(function) for function in functions]
     if not rows or not names:
         raise ValueError(f"an evaluation needs rows and reward functions, got {len(rows)} and {len(names)}")
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"several reward functions are called {', '.join(repeated)}; set their __name__")
     G = sampler.group_size
     if sampler.greedy and G != 1:
         raise ValueError(f"the {G} greedy completions of a prompt would be equal; group_size is 1 with greedy")
-    for name, function in zip(names, functions, strict=True):
-        if group_size_of(function) not in (None, G):
-            raise ValueError(
-                f"{name} compares groups of {group_size_of(function)} completions and the evaluation draws {G} per "
-                "prompt: give it a sampler of that group_size, or leave the function out"
-            )
+    inputs.check_rewards(functions, group_size=G)
     if prompts is None:
         prompts = [data.encode_prompt(tokenizer, row[prompt_column]) for row in rows]
 
@@ -128,6 +123,55 @@ def make_evaluate(
                     }
                 )
         return judge(items)
+
+    return evaluate
+
+
+def make_mean_rewards(
+    policy: Policy,
+    sampler: PolicySampler,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]] | data.PromptSet,
+    functions: Sequence[RewardFunction],
+    *,
+    group_size: int | None = None,
+    weights: Sequence[float] | None = None,
+    stop_after_failed: int = 1,
+    **settings: Any,
+) -> Callable[[Params, rewards.TrainerState], dict[str, float]]:
+    """Makes `evaluate(params, trainer_state) -> {"eval/reward": ..., "eval/<name>": ...}`, for the middle of a run.
+
+    The mean of each reward over all completions, and their weighted sum, which is NaN if a function failed.
+
+    Args:
+      policy: any.
+      sampler: of the run.
+      tokenizer: of the policy.
+      rows: as `make_evaluate` takes them; none give no numbers.
+      functions: as `rewards.host` takes them. Their failures are counted apart from training's.
+      group_size: completions sampled of each prompt; None takes the one likeliest.
+      weights: of the functions; 1 each if not given.
+      stop_after_failed: a function's exception passes through at this many failed batches in a row.
+      settings: of `make_evaluate`.
+
+    Raises:
+      ValueError: as `make_evaluate`.
+    """
+    if not (rows.rows if isinstance(rows, data.PromptSet) else rows):
+        return lambda params, trainer_state: {}
+    logged, names = Logged(), [rewards.name_of(function) for function in functions]
+    tolerant = [rewards.skip_failed_batches(function, batches=stop_after_failed) for function in functions]
+    drawn = greedy(max_tokens=sampler.max_tokens, eos_ids=sampler.eos_ids)
+    if group_size is not None:
+        drawn = dataclasses.replace(sampler, group_size=group_size, slots=None)
+    score = make_evaluate(policy, drawn, tokenizer, rows, tolerant, log_metric=logged, **settings)
+
+    def evaluate(params: Params, trainer_state: rewards.TrainerState) -> dict[str, float]:
+        summary = summarise(score(params, trainer_state=trainer_state))
+        means = {name: summary[f"reward/{name}"] for name in names}
+        failed = any(value > 0 for name, value in logged.take().items() if name.endswith("/failed"))
+        total = np.nan if failed else float(np.dot(weights or np.ones(len(names)), list(means.values())))
+        return {"eval/reward": total} | {f"eval/{name}": mean for name, mean in means.items()}
 
     return evaluate
 

@@ -56,10 +56,7 @@ class TaskRun:
     @property
     def digests(self) -> dict[str, str]:
         """Of the prompts and the tokenizer, for `run.loop`."""
-        return {
-            "the prompts to train on": digests.of_json(self._prompts.prompts),
-            "the tokenizer or its template": digests.of_tokenizer(self._tokenizer),
-        }
+        return digests.of_run(self._tokenizer, None, prompts=self._prompts.prompts)
 
     def batch(self, seed: int, step: int, size: int) -> Prompts:
         """The prompts of a step."""

@@ -162,7 +162,8 @@ def test_a_task_brings_its_rows_and_its_verifier(files, tmp_path, capsys):
 def test_a_task_of_the_library_is_taken_by_its_name(files, tmp_path, name):
     changes = {"data": None, "reward": (), "answer_after": None, "prompt_column": "prompt", "group_size": 0}
     config = settings(files, tmp_path, task=name, rows=2, model=str(files / "model"), **changes)
-    rows, functions = evaluate.read(config)
+    rows, problems, functions = evaluate.read(config)
+    assert rows == problems
     assert len(rows) == 2
     assert functions == [evaluate.resolve(f"grpo_jax.tasks.{name}:correct")]
 

@@ -356,7 +356,7 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
         ({"eval_rows": 20}, r"20 rows leaves none of the 20 rows"),
         ({"reward": ("my_rewards:wants_more",)}, r"wants_more requires solution, and the data has the columns"),
-        ({"reward": ("my_rewards:compares",), "eval_rows": 4}, r"groups of 2: give --eval-group-size 2"),
+        ({"reward": ("my_rewards:compares",), "eval_rows": 4}, r"groups of 2 completions .* --eval-group-size 2"),
         ({"memory_gib": 1.0, "micro_batches": 2}, r"give no --micro-batches 2"),
         ({"group_size": 1}, r"at least 2 completions to compare, got --group-size 1"),
         ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),

@@ -68,11 +68,14 @@ def test_partial_credit_up_to_one_half_and_punishment_are_no_right_answer():
     assert scores(reward, [""] * 4, completion_ids=[[]] * 4) == [-1.0, 1.0, -1.0, 1.0]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_a_verifier_gives_that_is_no_number_is_refused(value):
-    reward = rewards.cosine_length(lambda **columns: [0.0, value], rewards.cosine_scale(1))
-    with pytest.raises(ValueError, match=f"returned {value} for completion 1"):
-        scores(reward, [""] * 2, completion_ids=[[]] * 2)
+def test_a_verifier_that_returns_infinity_is_refused_and_nan_masks_its_completion():
+    def reward(value):
+        return rewards.cosine_length(lambda **columns: [0.0, value], rewards.cosine_scale(1))
+
+    with pytest.raises(ValueError, match="returned inf for completion 1"):
+        scores(reward(math.inf), [""] * 2, completion_ids=[[]] * 2)
+    with pytest.warns(RuntimeWarning, match="returned NaN for 1 of 2 completions"):
+        assert scores(reward(math.nan), [""] * 2, completion_ids=[[]] * 2) == [-1.0, None]
 
 
 def test_a_verifier_that_returns_too_few_values_is_named():

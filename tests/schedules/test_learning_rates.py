@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from grpo_jax import recipes
-from grpo_jax.schedules.learning_rates import cosine, learning_rate, linear
+from grpo_jax.schedules.learning_rates import constant, cosine, learning_rate, linear
 
 PEAK, STEPS = 3e-4, 20
 
@@ -30,7 +30,7 @@ def by_formula(decay, *, warmup_steps, final_fraction):
 @pytest.mark.parametrize("updates_per_step", [1, 4])
 @pytest.mark.parametrize(
     ("decay", "name", "final_fraction"),
-    [(None, None, 0.0), (linear, "linear", 0.0), (linear, "linear", 0.25), (cosine, "cosine", 0.0)],
+    [(constant, None, 0.0), (linear, "linear", 0.0), (linear, "linear", 0.25), (cosine, "cosine", 0.0)],
 )
 def test_is_the_formula_and_every_update_of_a_step_has_the_same_rate(
     transform, warmup_steps, updates_per_step, decay, name, final_fraction
@@ -49,7 +49,7 @@ def test_is_the_formula_and_every_update_of_a_step_has_the_same_rate(
     np.testing.assert_allclose(rates, np.repeat(expected, updates_per_step), rtol=1e-5, atol=1e-10)
 
 
-@pytest.mark.parametrize("decay", [None, linear, cosine])
+@pytest.mark.parametrize("decay", [constant, linear, cosine])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 10])
 def test_no_step_of_the_run_has_rate_0(decay, warmup_steps):
     rates = jax.vmap(learning_rate(PEAK, STEPS, warmup_steps=warmup_steps, decay=decay))(jnp.arange(STEPS))

@@ -236,7 +236,7 @@ def test_a_checkpoint_is_evaluated_on_chat_messages(tmp_path):
     [
         ({"rows": []}, "needs rows and reward functions, got 0 and 2"),
         ({"functions": []}, "got 200 and 0"),
-        ({"functions": [correct, correct]}, "several reward functions are called correct"),
+        ({"functions": [correct, correct]}, "one name each, got correct, correct"),
         ({"rule": {"accuracy": "format"}}, "one of correct, small, got 'format'"),
         ({"sampler": drawn(greedy=True, group_size=2)}, "the 2 greedy completions of a prompt would be equal"),
         ({"k": (1, 3), "sampler": drawn(group_size=2)}, "k is from 1 to the 2 completions per prompt, got 3"),
