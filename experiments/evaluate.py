@@ -52,7 +52,7 @@ class Config(data.PromptSettings):
     reward: tuple[str, ...] = ()  # as module:function, of this folder or installed; after the task's verifier
     rows: int | None = None  # the first ones only
 
-    max_prompt_tokens: int = 2048
+    max_prompt_tokens: int = dataclasses.field(default=2048, kw_only=True)
 
     greedy: bool = True  # one likeliest completion a prompt
     group_size: int = 8  # completions a prompt beside it; 0 for none

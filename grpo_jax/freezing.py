@@ -56,7 +56,7 @@ def partition(params: Params, pattern: str) -> tuple[Params, Params]:
     paths, leaves = zip(*named_leaves(params), strict=True)
     matched = [found.search(path) is not None for path in paths]
     if not any(matched):
-        raise ValueError(f"{pattern!r} matches no parameter{near(pattern, paths)}")
+        raise ValueError(f"{pattern!r} matches no parameter{near(pattern, list(paths))}")
     if all(matched):
         raise ValueError(f"{pattern!r} matches all {len(paths)} parameters, so that nothing would be trained")
 
