@@ -24,7 +24,7 @@ def load(name):
 
 
 sys.path.insert(0, str(ROOT))  # as for a script there
-ppo_vs_grpo, dpo_vs_grpo = load("ppo_vs_grpo"), load("dpo_vs_grpo")
+ppo_memory, ppo_vs_grpo, dpo_vs_grpo = load("ppo_memory"), load("ppo_vs_grpo"), load("dpo_vs_grpo")
 sys.path.remove(str(ROOT))
 setting = ppo_vs_grpo.setting
 
@@ -46,10 +46,9 @@ def test_every_condition_samples_64_completions_a_step(monkeypatch, module):
     monkeypatch.setattr(PolicySampler, "__call__", tell)
     monkeypatch.setattr(setting, "evaluate", lambda params, terms: {})
     config = setting.Config(steps=10)
-    conditions = module.learning_conditions(config) if module is ppo_vs_grpo else module.conditions(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(setting.policy.init, key)
-    for condition in {condition.run: condition for condition in conditions}.values():
+    for condition in {condition.run: condition for condition in module.conditions(config)}.values():
         with pytest.raises(Sampled) as sampled:
             jax.eval_shape(condition.run, key, {**condition.hyper, "params": params})
         assert sampled.value.args == ((64, 1) if "64 x 1" in condition.name else (8, 8)), condition.name
@@ -85,15 +84,14 @@ def test_every_method_has_a_run_of_each_rate_and_they_share_a_program():
 
 
 def by_name():
-    config = setting.Config()
     return (
-        {size.name: size for size in ppo_vs_grpo.sizes(config)},
-        {method.name: method for method in ppo_vs_grpo.methods(config)},
+        {size.name: size for size in ppo_memory.sizes(smoke=False)},
+        {method.name: method for method in ppo_memory.methods(smoke=False)},
     )
 
 
 def on_paper(size, method):
-    init, _ = ppo_vs_grpo.programs(size, method)
+    init, _ = ppo_memory.programs(size, method)
     return footprints.on_paper(init)
 
 
@@ -138,7 +136,7 @@ def test_the_critic_of_a_model_with_a_head_of_its_own_has_none():
 
 
 def test_shares_are_of_ppo_at_the_same_size():
-    names = [*ppo_vs_grpo.KEPT, *ppo_vs_grpo.HELD]
+    names = [*ppo_memory.KEPT, *ppo_memory.HELD]
     lines = [
         {"size": size, "method": method, **dict.fromkeys(names, 2**30), "on paper": paper, "compiled": compiled}
         for size, method, paper, compiled in (
@@ -148,7 +146,7 @@ def test_shares_are_of_ppo_at_the_same_size():
         )
     ]
     header, _, *cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in ppo_vs_grpo.memory_table(lines).splitlines()
+        [cell.strip() for cell in line.strip("|").split("|")] for line in ppo_memory.table(lines).splitlines()
     ]
     of_ppo = [i for i, name in enumerate(header) if name == "of PPO"]
     assert [[line[i] for i in of_ppo] for line in cells] == [["0.50", "0.25", ""], ["1.00", "1.00", ""], ["", "", ""]]
@@ -176,14 +174,19 @@ def test_a_smoke_run_leaves_results_table_and_figures_in_the_run_folder(tmp_path
     folder = tmp_path / "results"
     written = {f"{module.NAME}{end}" for end in (".csv", ".md", ".png")}
     if module is ppo_vs_grpo:
-        written |= {f"{module.NAME}_by_second.png", f"{module.NAME}_memory.csv"}
+        written |= {f"{module.NAME}_by_second.png"}
     assert {path.name for path in folder.iterdir()} == written
     rows = results.read(folder / f"{module.NAME}.csv")
     assert {row["seed"] for row in rows} == {0, 1}
     assert max(row["step"] for row in rows) == 10
-    if module is ppo_vs_grpo:
-        with (folder / f"{module.NAME}_memory.csv").open() as file:
-            (line,) = csv.DictReader(file)
-        assert int(line["compiled"]) > int(line["parameters"]) + int(line["optimizer"])
-        assert 0 < int(line["activations"]) < int(line["learning"])
-        assert float(line["seconds of learning"]) > 0
+
+
+@pytest.mark.smoke
+def test_a_smoke_run_of_memory_writes_a_line_and_its_table(tmp_path):
+    ppo_memory.experiment(ppo_memory.Config(results=tmp_path, smoke=True))
+    with (tmp_path / "ppo_memory.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert int(line["compiled"]) > int(line["parameters"]) + int(line["optimizer"])
+    assert 0 < int(line["activations"]) < int(line["learning"])
+    assert float(line["seconds of learning"]) > 0
+    assert (tmp_path / "ppo_memory.md").read_text().count("\n") == 3
