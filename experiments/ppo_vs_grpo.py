@@ -44,7 +44,7 @@ from grpo_jax.updates import init_state
 NAME = "ppo_vs_grpo"
 # The run folder, with its starts, is the ablations'.
 DEFAULT = Config(results=pathlib.Path(__file__).parent / "results")
-GRPO = "GRPO, 8 x 8, 1 pass"
+GRPO = "GRPO, 8 x 8, iterations 1"
 SECONDS = "seconds of steps"
 
 
@@ -80,13 +80,13 @@ def conditions(config: Config) -> list[Condition]:
     once = large(1)
     found = [
         Condition(GRPO, setting.make(config)),
-        Condition("PPO, large critic, 64 x 1, 1 pass", once, discounted),
-        Condition("PPO, large critic, 64 x 1, 1 pass, gamma = lambda = 1", once, undiscounted),
-        Condition("PPO, large critic, 8 x 8, 1 pass", large(1, prompts=8), discounted),
-        Condition("PPO, small critic, 64 x 1, 1 pass", small(1), discounted),
-        Condition("GRPO, 8 x 8, 4 passes", four),
-        Condition("PPO, large critic, 64 x 1, 4 passes", large(4), discounted),
-        Condition("PPO, small critic, 64 x 1, 4 passes", small(4), discounted),
+        Condition("PPO, large critic, 64 x 1, iterations 1", once, discounted),
+        Condition("PPO, large critic, 64 x 1, iterations 1, gamma = lambda = 1", once, undiscounted),
+        Condition("PPO, large critic, 8 x 8, iterations 1", large(1, prompts=8), discounted),
+        Condition("PPO, small critic, 64 x 1, iterations 1", small(1), discounted),
+        Condition("GRPO, 8 x 8, iterations 4", four),
+        Condition("PPO, large critic, 64 x 1, iterations 4", large(4), discounted),
+        Condition("PPO, small critic, 64 x 1, iterations 4", small(4), discounted),
     ]
     return [found[0], found[4], found[6]] if config.smoke else found
 

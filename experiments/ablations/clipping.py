@@ -1,4 +1,4 @@
-"""Clipping: bounds of the ratio, with 1, 2 and 4 passes over a rollout, where clipping acts.
+"""Clipping: bounds of the ratio, with 1, 2 and 4 iterations over a rollout, where clipping acts.
 
 python experiments/ablations/clipping.py
 
@@ -23,23 +23,23 @@ BOUNDS = {
 
 
 def experiment(config: Config) -> None:
-    """Bounds x passes."""
+    """Bounds x iterations."""
     conditions = []
     for iterations in (1, 2, 4):
         clipped, dual = make(config, iterations, dual=False), make(config, iterations, dual=True)
         conditions += [
-            Condition(f"{iterations} passes, epsilon {name}", clipped, {"low": low, "high": high})
+            Condition(f"iterations {iterations}, epsilon {name}", clipped, {"low": low, "high": high})
             for name, (low, high) in BOUNDS.items()
         ]
         bounds = {"low": 0.2, "high": 0.2, "delta": 2.0}
-        conditions.append(Condition(f"{iterations} passes, epsilon 0.2, dual clip 2", dual, bounds))
+        conditions.append(Condition(f"iterations {iterations}, epsilon 0.2, dual clip 2", dual, bounds))
     setting.run(
         "clipping",
         config,
         conditions,
         metrics=("greedy", "sampled", "clip_low", "clip_high", "ratio_max", "entropy"),
         curves=("greedy", "sampled", "entropy"),
-        against="1 passes, epsilon 0.2",
+        against="iterations 1, epsilon 0.2",
     )
 
 

@@ -1,4 +1,4 @@
-"""Every objective of the table, at the same budget: 2 passes over each rollout, so that ratios act.
+"""Every objective of the table, at the same budget: 2 iterations over each rollout, so that ratios act.
 
 python experiments/ablations/objectives.py
 
@@ -42,7 +42,7 @@ def experiment(config: Config) -> None:
 
 
 def make(config: Config, loss: Loss, advantage: Advantage) -> setting.Run:
-    """Two passes with this objective."""
+    """Two iterations with this objective."""
     updates = dataclasses.replace(setting.UPDATES, iterations=2)
     return setting.make(config, lambda hyper: {"loss": loss, "advantage": advantage, "updates": updates})
 
