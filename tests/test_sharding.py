@@ -13,10 +13,11 @@ TESTS = pathlib.Path(__file__).parent
 SCRIPT = """
 import jax, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from grpo_jax import losses, types
+from grpo_jax import losses, statistics
 from grpo_jax.advantages import from_rewards
 from grpo_jax.losses import *
 from grpo_jax.train_step import make_learn
+from grpo_jax.updates import Updates
 from test_train_step import POLICY, experience_of, state_of, with_other_reference
 
 assert jax.device_count() == 4
@@ -37,7 +38,8 @@ state = with_other_reference(state_of(optax.sgd(1.0)))
 def learn(state, experience, micro_batches):
     found = []
     for loss in OBJECTIVES:
-        step = make_learn(POLICY, optax.sgd(1.0), loss=loss, advantage=from_rewards(), micro_batches=micro_batches)
+        updates = Updates(micro_batches=micro_batches)
+        step = make_learn(POLICY, optax.sgd(1.0), loss=loss, advantage=from_rewards(), updates=updates)
         after, metrics = step(state, experience)
         found.append((after.params["table"], statistics.summary(metrics)))
     return found
@@ -57,19 +59,19 @@ A_DECODERS_STEP = """
 import dataclasses
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from grpo_jax import losses, models, testing
+from grpo_jax import losses, models, sampling, testing
 from grpo_jax.advantages import from_rewards
 from grpo_jax.models import attention
 from grpo_jax.train_step import make_collect, make_learn
-from grpo_jax.updates import init_state
+from grpo_jax.updates import Updates, init_state
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 optimizer, prompts = optax.sgd(1.0), testing.random_prompts(0, 8, 6)
 config = dataclasses.replace(testing.tiny_policy("qwen2").config, attention=attention.reference)
 policy = models.decoder(config)
-collect = make_collect(policy, group_size=2, max_tokens=6, eos_ids=(0,), score_old=True)
+collect = make_collect(policy, sampling.sampler(group_size=2, max_tokens=6, eos_ids=(0,)), score_old=True)
 loss, advantage = losses.grpo(penalty=losses.k3(0.1)), from_rewards()
-learn = make_learn(policy, optimizer, loss=loss, advantage=advantage, micro_batches=2)
+learn = make_learn(policy, optimizer, loss=loss, advantage=advantage, updates=Updates(micro_batches=2))
 
 @jax.jit
 def step(state, prompts):
