@@ -59,7 +59,7 @@ class Config(data.PromptSettings):
     reward_timeout: float = 300.0  # seconds after which a reward function that has not returned is reported
 
     loss: str = "grpo"  # of grpo_jax.losses, or your own as module:function
-    advantage: str = "group_advantages"  # of grpo_jax.advantages, or your own as module:function
+    advantage: str = "group_advantages"  # of grpo_jax.advantages, or your own as module:function; see from_function
     epsilon: float | None = None  # the loss's own, if not given
     epsilon_high: float | None = None
     beta: float = 0.0  # weight of the KL term (k3); above 0, the first policy is kept as the reference
@@ -111,7 +111,9 @@ def train(config: Config) -> Params:
     group_size = (config.eval_group_size or 1) if config.eval_data or config.eval_rows else None
     inputs.check_rewards(functions, weights=config.reward_weights, group_size=group_size)
     loss, attention = make_loss(config), resolve(config.attention, "grpo_jax.models.attention")
-    estimator = resolve(config.advantage, "grpo_jax.advantages")
+    advantage = advantages.from_function(
+        resolve(config.advantage, "grpo_jax.advantages"), weights=config.reward_weights, names=names
+    )
     tokenizer = hf.load_tokenizer(config.model)
     rows, held_out = config.read(config.data), []
     if config.eval_data is not None:
@@ -146,9 +148,8 @@ def train(config: Config) -> Params:
             reference=config.beta > 0, score_old=config.overlap, budget=int(config.memory_gib * 2**30),
         )  # fmt: skip
     whole_step = make_train_step(
-        policy, optimizer, sampler, loss=loss,
-        advantage=advantages.from_rewards(estimator, weights=config.reward_weights, names=names),
-        transforms=(measured.repetition(), measured.unscored(names)), updates=updates, score_old=config.overlap,
+        policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates, score_old=config.overlap,
+        transforms=(measured.repetition(), measured.unscored(names)),
     ).jit(compiler_options=compilation.cpu_memory_options())  # fmt: skip
     evaluate = make_mean_rewards(
         policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,

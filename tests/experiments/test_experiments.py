@@ -66,6 +66,13 @@ def asks_where(completions, trainer_state, log_metric):
 
 def too_few(prompts, completions, **kwargs):
     return [1.0]
+
+def equal(completions):
+    return [1.0] * len(completions)
+
+def by_surprise(rewards, mask, experience):
+    surprise = -experience.rollout.log_probs.mean(-1)
+    return surprise - surprise.mean(-1, keepdims=True)
 """
 
 
@@ -204,6 +211,19 @@ def test_rewards_see_the_place_in_the_run_and_groups_are_evaluated_as_groups(fil
     assert [line.get("place") for line in lines] == [pytest.approx(0.2), pytest.approx(1.2), None]
     assert [line["eval/compares"] for line in lines] == [0.5] * 3
     assert not (tmp_path / metrics.COMPLETIONS_FILE).exists()
+
+
+def test_an_advantage_of_ones_own_may_see_log_probs(files, tmp_path):
+    """All rewards are equal, so that without the log-probs nothing would be learned."""
+    sys.modules.pop("my_rewards", None)
+    equal = {"reward": ("my_rewards:equal",), "show_every": 0, "steps": 3}
+    grpo.train(settings(files, tmp_path / "log_probs", advantage="my_rewards:by_surprise", **equal))
+    grpo.train(settings(files, tmp_path / "rewards", **equal))
+    learned = [
+        [line["grad_norm"] > 0 for line in metrics.read(tmp_path / name)[:3]] for name in ("log_probs", "rewards")
+    ]
+    assert any(learned[0])
+    assert not any(learned[1])
 
 
 def test_a_warm_up_of_0_trains_at_the_full_rate_from_the_first_update(files, tmp_path):

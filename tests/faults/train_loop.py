@@ -18,6 +18,7 @@ import pathlib
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def die_at_file_event(run_dir: pathlib.Path, kill_at: int) -> None:
     sys.addaudithook(on_event)
 
 
-def start(run_dir: pathlib.Path, plan: str) -> int:
+def start(train: Callable[..., object], run_dir: pathlib.Path, plan: str) -> int:
     if (process := os.fork()) != 0:
         return process
     os.dup2(2, 1)  # the output of this program is the report
@@ -94,8 +95,8 @@ def start(run_dir: pathlib.Path, plan: str) -> int:
     os._exit(0)
 
 
-def follow(run_dir: pathlib.Path, plan: str) -> int:
-    process = start(run_dir, plan)
+def follow(train: Callable[..., object], run_dir: pathlib.Path, plan: str) -> int:
+    process = start(train, run_dir, plan)
     while plan == "writing":
         if any(run_dir.glob(f"checkpoints/*{ocp.utils.TMP_DIR_SUFFIX}/state*/ocdbt*")):
             os.kill(process, signal.SIGKILL)
@@ -108,13 +109,18 @@ def follow(run_dir: pathlib.Path, plan: str) -> int:
     return status
 
 
-if __name__ == "__main__":
-    for argument in sys.argv[2:]:
+def carry_out(train: Callable[..., object], folder: str, plans: Sequence[str]) -> None:
+    """Runs `train(run_dir, stop_in)` by each plan."""
+    for argument in plans:
         name, plan = argument.split("=")
-        run_dir = pathlib.Path(sys.argv[1]) / name
+        run_dir = pathlib.Path(folder) / name
         kind, *numbers = plan.split(":")
         if kind == "files":
             first, stride = map(int, numbers)
-            next(at for at in itertools.count(first, stride) if follow(run_dir, f"file:{at}") == 0)
+            next(at for at in itertools.count(first, stride) if follow(train, run_dir, f"file:{at}") == 0)
         else:
-            follow(run_dir, plan)
+            follow(train, run_dir, plan)
+
+
+if __name__ == "__main__":
+    carry_out(train, sys.argv[1], sys.argv[2:])
