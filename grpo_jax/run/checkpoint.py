@@ -23,6 +23,7 @@ import os
 import pathlib
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,14 +78,16 @@ def save(
 ) -> None:
     """Writes the state as checkpoint `state.step`, and returns when it is on disk.
 
-    Takes the time of a copy to the host, one SHA-256 of it and the writing; the host holds the state once meanwhile.
+    Takes the time of a copy to the host, one SHA-256 of it and the writing; the host holds what is written once
+    meanwhile. What is not written is digested a leaf at a time, and not again while the arrays are the same ones.
 
     Args:
       checkpoints: from `manager`.
       state: any pytree in each field; keys are typed ones.
       meta: what else a resumed run needs, such as its config and position in the data; must be JSON.
-      initial: fields that are still as they were when the run began. They are not written, only their digest is, and
-        `restore` takes them from its `like`. Pass `("frozen",)` in a run that updates its reference.
+      initial: fields that are still as they were when the run began, such as the base of adapters. They are not
+        written, only their digest is, and `restore` takes them from its `like`. Pass `("frozen",)` in a run that
+        updates its reference.
 
     Raises:
       FileExistsError: if this step is saved already. (One that does not verify is replaced: it is what a resumed run
@@ -94,15 +97,15 @@ def save(
     step = int(state.step)
     _make_room(checkpoints, step, state)
     leaves = _leaves(state)
-    arrays = {path: _to_host(leaf) for path, leaf in leaves.items()}
-    facts = {path: _facts(leaf, arrays[path]) for path, leaf in leaves.items()}
     unwritten = sorted(path for path in leaves if path.partition("/")[0] in initial)
+    arrays = {path: _to_host(leaf) for path, leaf in leaves.items() if path not in unwritten}
+    facts = {path: _facts(leaf, arrays[path]) if path in arrays else _facts_of(leaf) for path, leaf in leaves.items()}
     content = {"meta": meta, "leaves": facts, "initial": unwritten, "made_with": _made_with(leaves)}
     content = json.loads(json.dumps(content))  # as it will be read: tuples are lists, keys are strings
     if checkpoints.all_steps():
         _refuse_changed_initial(checkpoints, content)
     # Orbax refuses arrays without elements; they are made anew from their shape.
-    written = {path: array for path, array in arrays.items() if path not in unwritten and array.size}
+    written = {path: _stored(array) for path, array in arrays.items() if array.size}
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(written),
         meta=ocp.args.JsonSave({"content": content, "sha256": _json_digest(content)}),
@@ -274,6 +277,24 @@ def _facts(leaf: jax.Array, array: np.ndarray) -> dict[str, Any]:
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "sha256": _digest(array), **kind}
 
 
+_KNOWN: dict[int, tuple[weakref.ref[jax.Array], dict[str, Any]]] = {}  # id of an array, which may be another's later
+
+
+def _facts_of(leaf: jax.Array) -> dict[str, Any]:
+    """`_facts` of an array that stays what it is for a whole run."""
+    known = _KNOWN.get(id(leaf))
+    if known is None or known[0]() is not leaf:
+        place = id(leaf)
+        known = weakref.ref(leaf, lambda _: _KNOWN.pop(place, None)), _facts(leaf, _to_host(leaf))
+        _KNOWN[place] = known
+    return known[1]
+
+
+def _stored(array: np.ndarray) -> np.ndarray:
+    """The array as Orbax can save it: a code of 4 bits without a sign as a byte."""
+    return array.view(np.uint8) if array.dtype == jnp.uint4 else array
+
+
 def _digest(array: np.ndarray) -> str:
     digest = hashlib.sha256(f"{array.dtype} {array.shape}\n".encode())
     digest.update(np.ascontiguousarray(array).view(np.uint8).data)
@@ -322,7 +343,7 @@ def _refuse_other_initial(unwritten: dict[str, tuple[Any, dict[str, Any]]]) -> N
     for path, (leaf, fact) in unwritten.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"{path} was not written, so `like` must hold its array")
-        if _digest(_to_host(leaf)) != fact["sha256"]:
+        if _facts_of(leaf)["sha256"] != fact["sha256"]:
             raise ValueError(f"{path} was not written, and that of `like` is not what the run began with")
 
 
@@ -363,8 +384,11 @@ def _read_arrays(
     # Read as NumPy arrays: the devices and shardings of the run that saved then play no part.
     forms = {path: _host_form(leaf) for path, leaf in leaves.items()}
     arrays = {path: np.zeros(form.shape, form.dtype) for path, form in forms.items()}
-    written = {path: array for path, array in arrays.items() if array.size}
-    arrays |= _from_orbax(checkpoints, step, state=args(written))
+    written = {path: _stored(array) for path, array in arrays.items() if array.size}
+    read = _from_orbax(checkpoints, step, state=args(written))
+    arrays |= {
+        path: array.view(arrays[path].dtype) if array.dtype == np.uint8 else array for path, array in read.items()
+    }
     if broken := [path for path, array in arrays.items() if _digest(array) != facts[path]["sha256"]]:
         raise CheckpointCorruptError(f"step {step} (the digest of {', '.join(broken)} differs)")
     return {path: _place(arrays[path], leaf, facts[path]) for path, leaf in leaves.items()}

@@ -37,7 +37,8 @@ def initial_state() -> TrainState:
     key = jax.random.key(7)
     extra = {"schedule": (), "coefficient": jnp.asarray(0.5)}
     reference = jax.tree.map(jnp.copy, params)
-    return TrainState(params, OPTIMIZER.init(params), key, jnp.int32(0), jnp.int32(0), reference, extra=extra)
+    frozen = {"codes": jnp.arange(6).astype(jnp.uint4), "scale": jnp.float32(0.3)}
+    return TrainState(params, OPTIMIZER.init(params), key, jnp.int32(0), jnp.int32(0), reference, frozen, extra)
 
 
 @jax.jit
@@ -46,7 +47,8 @@ def train_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
 
     def loss(params):
         drift = optax.tree.norm(optax.tree.sub(params, state.ref_params), squared=True)
-        return jnp.mean((x @ params["w"] + params["b"] - x[:, 0]) ** 2) + state.extra["coefficient"] * drift
+        w = params["w"] + state.frozen["scale"] * state.frozen["codes"].astype(jnp.float32)
+        return jnp.mean((x @ w + params["b"] - x[:, 0]) ** 2) + state.extra["coefficient"] * drift
 
     value, gradient = jax.value_and_grad(loss)(state.params)
     updates, opt_state = OPTIMIZER.update(gradient, state.opt_state, state.params)

@@ -39,6 +39,8 @@ def make_state(step: int = 2, *, reference: bool = True) -> TrainState:
         "keys": jax.random.split(jax.random.key(3, impl="rbg"), 2),
         "flags": jnp.array([True, False]),
         "small": jnp.arange(-3, 3).astype(jnp.int4),
+        "codes": jnp.arange(16).astype(jnp.uint4),  # which Orbax cannot save
+        "eighths": jnp.linspace(-1, 1, 9).astype(jnp.float8_e4m3fn),
         "committed": jax.device_put(jnp.arange(3), jax.devices()[0]),
     }
     ref_params = jax.tree.map(jnp.copy, params) if reference else None
@@ -237,6 +239,52 @@ def test_another_reference_than_the_initial_one_is_refused(tmp_path):
     like.ref_params["layers"][0]["w"] = like.ref_params["layers"][0]["w"].at[0, 0].add(1e-6)
     with pytest.raises(ValueError, match=r"ref_params/layers/0/w .* is not what the run began with"):
         restore(tmp_path, like)
+
+
+# The base beside adapters
+
+
+def over_a_base(step, frozen):
+    """A state of which little is trained."""
+    params = {"a": jax.random.normal(jax.random.key(step), (256, 16))}
+    moments = jax.tree.map(lambda x: x + 1e-3 * params["a"] if x.ndim else x, OPTIMIZER.init(params))  # no zeros
+    return TrainState(params, moments, jax.random.key(0), jnp.int32(step), jnp.int32(0), frozen=frozen)
+
+
+def base():
+    return {"w": jax.random.normal(jax.random.key(1), (512, 512)), "codes": jnp.arange(16).astype(jnp.uint4)}
+
+
+def test_a_checkpoint_over_a_frozen_base_takes_the_bytes_of_what_is_trained_and_its_moments(tmp_path):
+    frozen = base()
+    with checkpoint.manager(tmp_path) as checkpoints:
+        for step in (2, 4):
+            checkpoint.save(checkpoints, over_a_base(step, frozen), {})
+    for step in ("2", "4"):
+        written = sum(file.stat().st_size for file in (tmp_path / step / "state").rglob("d/*"))
+        assert written == pytest.approx(3 * 256 * 16 * 4, rel=0.1)
+    assert_same(restore(tmp_path, over_a_base(0, frozen))[0], over_a_base(4, frozen))
+
+
+def test_a_base_is_digested_once_while_it_is_the_same_arrays(tmp_path, monkeypatch):
+    digested = []
+    digest = checkpoint._digest
+    monkeypatch.setattr(checkpoint, "_digest", lambda array: digested.append(array.shape) or digest(array))
+    frozen = base()
+    with checkpoint.manager(tmp_path) as checkpoints:
+        for step in (2, 4, 6):
+            checkpoint.save(checkpoints, over_a_base(step, frozen), {})
+        assert digested.count((512, 512)) == 1
+        with pytest.raises(ValueError, match="must be written, see `initial`: frozen/w"):
+            checkpoint.save(checkpoints, over_a_base(8, frozen | {"w": frozen["w"] + 1}), {})
+
+
+def test_adapters_are_not_restored_over_another_base(tmp_path):
+    with checkpoint.manager(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, over_a_base(2, base()), {})
+    other = base() | {"codes": jnp.arange(16)[::-1].astype(jnp.uint4)}
+    with pytest.raises(ValueError, match="frozen/codes was not written, and that of `like` is not what the run began"):
+        restore(tmp_path, over_a_base(0, other))
 
 
 # Damage
