@@ -11,6 +11,7 @@ what is frozen costs its own bytes and nothing else. Adapters are one more case:
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -79,7 +80,7 @@ def is_trainable(leaf: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
 
 
-def near(name: str, names: list[str]) -> str:
+def near(name: str, names: Sequence[str]) -> str:
     """`"; near it are ..."`, for a message on a name that is not one of `names`, which may be paths."""
     parts = {part: None for path in names for part in [path, *path.split("/")]}
     words = [word for word in re.split(r"[^\w/]+", name) if word]

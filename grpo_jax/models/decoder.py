@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import rope
+from grpo_jax.models import lora, quantized, rope
 from grpo_jax.models.attention import KeyValues, MaskInputs
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy, reset_rows
@@ -50,15 +50,34 @@ class RMSNorm(nn.Module):
         return scale.astype(self.config.dtype) * normed.astype(self.config.dtype)
 
 
-def _linear(config: DecoderConfig, features: int, use_bias: bool, name: str) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=nn.initializers.normal(config.initializer_range),
-        name=name,
-    )
+class Linear(nn.Module):
+    """`x @ kernel + bias`; the kernel may be quantised, and what adapters beside it add is added."""
+
+    config: DecoderConfig
+    features: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, x = self.config, x.astype(self.config.dtype)
+        kernel: Any = self.get_variable("params", "kernel")
+        if not quantized.is_quantized(kernel):
+            initializer = nn.initializers.normal(c.initializer_range)
+            kernel = self.param("kernel", initializer, (x.shape[-1], self.features), c.param_dtype)
+        y = self._product(x, kernel)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype).astype(c.dtype)
+        if self.has_variable("params", lora.A):
+            y = y + lora.delta(x, *(self.get_variable("params", name) for name in (lora.A, lora.B, lora.SCALE)))
+        return y
+
+    def _product(self, x: Array, kernel: Any) -> Array:
+        def product(x: Array, kernel: Any) -> Array:
+            return x @ quantized.dequantize(kernel).astype(self.config.dtype)
+
+        # For the backward pass codes are kept, not floats; with rematerialisation neither is.
+        apart = quantized.is_quantized(kernel) and not self.config.remat
+        return (jax.checkpoint(product) if apart else product)(x, kernel)
 
 
 class Attention(nn.Module):
@@ -81,7 +100,7 @@ class Attention(nn.Module):
         heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
         rows = x.reshape(-1, c.hidden_size)  # gradients of plain matrix products are faster on CPUs
         query, key, value = (
-            _linear(c, number * c.head_dim, c.qkv_bias, name)(rows).reshape(*x.shape[:-1], number, c.head_dim)
+            Linear(c, number * c.head_dim, c.qkv_bias, name=name)(rows).reshape(*x.shape[:-1], number, c.head_dim)
             for name, number in heads.items()
         )
         if c.qk_norm:
@@ -105,7 +124,7 @@ class Attention(nn.Module):
             own = jax.tree.map(lambda all_layers: read(all_layers)[0].astype(key.dtype), stored)
 
         out = c.attention(query, own, prompt, mask_inputs)
-        out = _linear(c, c.hidden_size, c.o_bias, "o_proj")(out.reshape(-1, c.num_heads * c.head_dim))
+        out = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(out.reshape(-1, c.num_heads * c.head_dim))
         return out.reshape(x.shape), stored, new
 
 
@@ -118,9 +137,9 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         rows = x.reshape(-1, c.hidden_size)
-        gate = _linear(c, c.intermediate_size, c.mlp_bias, "gate_proj")(rows)
-        up = _linear(c, c.intermediate_size, c.mlp_bias, "up_proj")(rows)
-        return _linear(c, c.hidden_size, c.mlp_bias, "down_proj")(nn.silu(gate) * up).reshape(x.shape)
+        gate = Linear(c, c.intermediate_size, c.mlp_bias, name="gate_proj")(rows)
+        up = Linear(c, c.intermediate_size, c.mlp_bias, name="up_proj")(rows)
+        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(nn.silu(gate) * up).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -224,11 +243,13 @@ def decoder(config: DecoderConfig) -> Policy:
         return module.init(key, tokens, MaskInputs(tokens, tokens), None, None, None)["params"]
 
     def cast(params: Params) -> Params:
-        def cast_leaf(path: tuple[Any, ...], leaf: Array) -> Array:
+        def cast_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+            if quantized.is_quantized(leaf):
+                return leaf
             head = "embed_tokens" if config.tie_embeddings else "lm_head"
             return leaf.astype(config.logits_dtype if path[0].key == head else config.dtype)
 
-        return jax.tree_util.tree_map_with_path(cast_leaf, params)
+        return jax.tree_util.tree_map_with_path(cast_leaf, params, is_leaf=quantized.is_quantized)
 
     def prefill(params: Params, tokens: Array, lengths: Array) -> PromptCache:
         tokens = tokens[:, None, :-1]  # the last column can only hold a last token, which `extend` reads

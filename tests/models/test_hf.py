@@ -622,7 +622,7 @@ def test_what_no_export_wrote_is_not_replaced(kind, tiny, tmp_path):
     else:
         shutil.copytree(FOLDER / "qwen2", path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(FileExistsError, match="was not written by save_pretrained"):
+    with pytest.raises(FileExistsError, match="was not written by an export"):
         hf.save_pretrained(*tiny, path)
     assert sorted(tmp_path.rglob("*")) == before
 

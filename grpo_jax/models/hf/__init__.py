@@ -3,13 +3,23 @@
 Only safetensors is read: no pickle is opened and no code of a repository is run.
 
     reading      load_pretrained, load_reward_model
+    adapters     load_adapters, save_adapters: PEFT's folders
     writing      save_pretrained, into a folder that takes an earlier one's place whole (`replacing`)
     tokenizers   load_tokenizer, eos_ids
     layout       which tensors a parameter is made of
 """
 
+from grpo_jax.models.hf.adapters import load_adapters, save_adapters
 from grpo_jax.models.hf.reading import load_pretrained, load_reward_model
 from grpo_jax.models.hf.tokenizers import eos_ids, load_tokenizer
 from grpo_jax.models.hf.writing import save_pretrained
 
-__all__ = ["eos_ids", "load_pretrained", "load_reward_model", "load_tokenizer", "save_pretrained"]
+__all__ = [
+    "eos_ids",
+    "load_adapters",
+    "load_pretrained",
+    "load_reward_model",
+    "load_tokenizer",
+    "save_adapters",
+    "save_pretrained",
+]

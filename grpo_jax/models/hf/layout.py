@@ -25,6 +25,11 @@ class Leaf(NamedTuple):
     transposed: bool
 
     @property
+    def is_kernel(self) -> bool:
+        """Whether it is that of a linear layer, one for each of the decoder's."""
+        return self.stacked and self.transposed
+
+    @property
     def tensor_shape(self) -> tuple[int, ...]:
         shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape

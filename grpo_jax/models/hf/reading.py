@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import transformers
 from jax.typing import DTypeLike
 
 from grpo_jax import models
+from grpo_jax.models import quantized
 from grpo_jax.models.attention import Attention, auto
 from grpo_jax.models.hf.folders import TEXT_FILES, local_folder, open_shard, read_config, read_json, short, weight_map
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
@@ -25,6 +28,9 @@ from grpo_jax.types import Array, Params
 _BLOCK = 2**22  # numbers read at a time; the host holds two copies of them
 _EMBEDDING = "model.embed_tokens.weight"
 _NAMED = 20  # offending tensors in a message
+_QUANTIZED_NAME = re.compile(
+    r"[-_](unsloth-)?(bnb-4bit|bnb-8bit|gptq|awq|fp8|int[48]|4bit|8bit|w4a16).*$", re.IGNORECASE
+)
 
 
 def load_pretrained(
@@ -34,6 +40,7 @@ def load_pretrained(
     compute_dtype: DTypeLike | None = None,
     cache_dtype: DTypeLike | None = None,
     logits_dtype: DTypeLike = jnp.float32,
+    quantize: quantized.Kind | None = None,
     attention: Attention = auto,
     remat: bool | Callable[..., bool] = True,
     revision: str | None = None,
@@ -51,6 +58,9 @@ def load_pretrained(
       cache_dtype: of the keys and values of completions while they are sampled; None for
         `compute_dtype`. A narrower one saves memory and moves sampled log-probs away from scored ones.
       logits_dtype: of the operands of the last product.
+      quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"` quantises the kernels of the layers while they are read, a
+        layer at a time, so that neither host nor device ever holds them as floats; see `models.quantized`. They are
+        then to be frozen, and adapters trained. A checkpoint that is quantised already is refused.
       attention: how attention is computed, one of `models.attention` (`cudnn` and `splash` for
         long rows on GPUs and TPUs) or a function like them; they agree to rounding.
       remat: recompute a layer in the backward pass instead of keeping its activations. A
@@ -66,9 +76,13 @@ def load_pretrained(
       ValueError: for a config that the decoder does not honour, a file that cannot
         be read, or tensors that do not fit the config; all of them are named.
     """
+    if quantize is not None:
+        quantized.check(quantize)
     folder = local_folder(path_or_repo, revision, [*TEXT_FILES, "*.safetensors"])
+    hf_config = read_config(folder)
+    _refuse_quantized(hf_config, os.fspath(path_or_repo))
     config = models.from_hf_config(
-        read_config(folder),
+        hf_config,
         param_dtype=dtype,
         dtype=dtype if compute_dtype is None else compute_dtype,
         cache_dtype=cache_dtype,
@@ -79,7 +93,7 @@ def load_pretrained(
     )
     policy = models.decoder(config)
     shapes = shapes_of(policy)
-    params = _read(folder, leaves_of(shapes), config.tie_embeddings)
+    params = _read(folder, leaves_of(shapes), config.tie_embeddings, quantize)
     return policy, jax.tree.unflatten(jax.tree.structure(shapes), params)
 
 
@@ -117,7 +131,20 @@ def load_reward_model(
     return policy, jax.tree.unflatten(jax.tree.structure(shapes), params), weight
 
 
-def _read(folder: Path, leaves: list[Leaf], tied: bool) -> list[Array]:
+def _refuse_quantized(hf_config: transformers.PretrainedConfig, path_or_repo: str) -> None:
+    """Says which model to load in place of one that is quantised already."""
+    if not (found := getattr(hf_config, "quantization_config", None)):
+        return
+    method = (found if isinstance(found, dict) else found.to_dict()).get("quant_method", "an unnamed method")
+    name = _QUANTIZED_NAME.sub("", path_or_repo)
+    whole = f" (by its name, {name})" if name != path_or_repo else ""
+    raise ValueError(
+        f"{path_or_repo} is quantised already, by {getattr(method, 'value', method)}, whose codes are not read: load "
+        f'the model that it was made of{whole}, with quantize="nf4" for 4 bits or quantize="int8" for 8'
+    )
+
+
+def _read(folder: Path, leaves: list[Leaf], tied: bool, quantize: quantized.Kind | None = None) -> list[Any]:
     """The parameters, if the folder's tensors are exactly theirs."""
     with contextlib.ExitStack() as stack:
         places = weight_map(folder)
@@ -127,7 +154,12 @@ def _read(folder: Path, leaves: list[Leaf], tied: bool) -> list[Array]:
             more = sum(1 for _ in offenders)
             named += [f"and {more} more"] if more else []
             raise ValueError("\n  ".join([f"{folder} does not hold the tensors of its config.json:", *named]))
-        filled = [_fill(leaf, shards, places) for leaf in leaves]
+        filled = [
+            _fill_quantized(leaf, shards, places, quantize)
+            if quantize and leaf.is_kernel
+            else _fill(leaf, shards, places)
+            for leaf in leaves
+        ]
     if wrong := [name for _, names in filled for name in names]:
         raise ValueError(
             f"{folder} holds weights that are NaN or infinite, in {len(wrong)} tensors: "
@@ -191,6 +223,19 @@ def _fill(leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str]) 
             if not finite:  # and waits: else many blocks are on their way at a time
                 wrong[name] = None
     return buffer, list(wrong)
+
+
+def _fill_quantized(
+    leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str], kind: quantized.Kind
+) -> tuple[Any, list[str]]:
+    """`_fill` of a quantised kernel; one layer of it is held as floats."""
+    stack, wrong = quantized.empty(leaf.shape, kind), []
+    for layer, name in enumerate(leaf.names):
+        one = Leaf([name], leaf.shape[1:], np.dtype(np.float32), stacked=False, transposed=leaf.transposed)
+        kernel, of_layer = _fill(one, shards, weight_map)
+        stack = quantized.put(stack, jnp.asarray(layer), kernel, kind)
+        wrong += of_layer
+    return stack, wrong
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(4, 5))

@@ -14,7 +14,7 @@ from pathlib import Path
 from grpo_jax.models.hf.folders import TEXT_FILES, open_shard, short, sync
 
 MARK = {"written_by": "grpo_jax"}  # in the metadata of a shard: what an export may replace
-_EXPORTED_FILES = [*TEXT_FILES, "additional_chat_templates", "model*.safetensors"]
+_EXPORTED_FILES = [*TEXT_FILES, "additional_chat_templates", "model*.safetensors", "adapter_model.safetensors"]
 
 
 @contextlib.contextmanager
@@ -88,13 +88,11 @@ def _check_replaceable(path: Path) -> None:
         return
     marks = []
     if path.is_dir():
-        for shard in path.glob("model*.safetensors"):
+        for shard in path.glob("*model*.safetensors"):
             with open_shard(shard) as opened:
                 marks.append((opened.metadata() or {}).items() >= MARK.items())
     if not marks or not all(marks):
-        raise FileExistsError(f"{path} exists and was not written by save_pretrained; choose another path")
+        raise FileExistsError(f"{path} exists and was not written by an export; choose another path")
     is_exported = lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in _EXPORTED_FILES)  # noqa: E731
     if added := sorted(name for name in os.listdir(path) if not is_exported(name)):
-        raise FileExistsError(
-            f"{path} also holds what save_pretrained did not write: {short(added)}; choose another path"
-        )
+        raise FileExistsError(f"{path} also holds what no export wrote: {short(added)}; choose another path")

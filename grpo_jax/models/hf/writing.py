@@ -18,6 +18,8 @@ import safetensors.numpy
 import transformers
 from jax.typing import DTypeLike
 
+from grpo_jax.freezing import named_leaves
+from grpo_jax.models import lora
 from grpo_jax.models.hf.folders import INDEX, WEIGHTS, write_json
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
 from grpo_jax.models.hf.replacing import MARK, replacing
@@ -54,13 +56,18 @@ def save_pretrained(
     Raises:
       FileExistsError: if `path` holds what no export wrote.
       AssertionError: if the params are not those of the policy.
-      ValueError: if the tokenizer has more tokens than the model.
+      ValueError: if the tokenizer has more tokens than the model, or the params hold adapters or codes.
     """
     fields = json.loads(getattr(policy.config, "hf_config", None) or "null")
     if fields is None:
         raise ValueError("the policy has no Hugging Face config; make it by models.from_hf_config")
     if tokenizer is not None and len(tokenizer) > fields["vocab_size"]:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {fields['vocab_size']}")
+    if special := [name for name, _ in named_leaves(params) if name.endswith((lora.A, lora.SCALE, "qvalue"))]:
+        raise ValueError(
+            f"the params hold what an export has no place for, such as {special[0]}: pass lora.merge(state.params, "
+            "state.frozen), or write the adapters alone by save_adapters"
+        )
     shapes = shapes_of(policy)
     chex.assert_trees_all_equal_shapes(params, shapes)
     leaves, arrays = leaves_of(shapes), jax.tree.leaves(params)
@@ -114,11 +121,11 @@ def _write_shards(
     for file, shard in zip(files, shards, strict=True):
         tensors = {name: tensor(*place) for name, place in shard.items()}
         safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"} | MARK)
-        _sort_metadata(folder / file)
+        sort_metadata(folder / file)
         shutil.copymode(folder / "config.json", folder / file)  # safetensors gives it to its owner alone
 
 
-def _sort_metadata(file: Path) -> None:
+def sort_metadata(file: Path) -> None:
     """Orders the metadata of a safetensors file in place, which safetensors orders by chance."""
     with open(file, "r+b") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))

@@ -1,0 +1,230 @@
+"""LoRA: small trained matrices beside the frozen kernels of a decoder.
+
+    y = x @ kernel + scale * (x @ lora_a) @ lora_b,   scale = alpha / rank
+
+Hu et al. 2021, arXiv:2106.09685, section 4.1. The adapters are what is trained, and the base, quantised or not, is what
+is frozen (`grpo_jax.freezing`):
+
+    adapters, base = lora.adapt(policy, params, rank=16, alpha=32, key=key)
+    state = init_state(adapters, optimizer, key, frozen=base, reference=True)     # the reference: adapters alone
+    ...
+    hf.save_pretrained(policy, lora.merge(state.params, state.frozen), folder)    # or hf.save_adapters
+
+The policy stays the same one: where its decoder finds adapters beside a kernel, it uses them. As `lora_b` begins at 0,
+a run begins with the base's own outputs, bit for bit.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.freezing import bind, near, partition
+from grpo_jax.models import quantized
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.policies import Policy
+from grpo_jax.types import Array, Params, PRNGKey
+
+A, B, SCALE = "lora_a", "lora_b", "lora_scale"  # [L, in, r] and [L, r, out], trained; [L], frozen
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of the decoder
+
+
+def adapt(
+    policy: Policy,
+    params: Params,
+    *,
+    key: PRNGKey,
+    rank: int | Mapping[str, int] = 16,
+    alpha: float = 32.0,
+    targets: Sequence[str] | None = None,
+    rslora: bool = False,
+) -> tuple[Params, Params]:
+    """Makes adapters for a decoder's linear layers.
+
+    `lora_a` is uniform within `1 / sqrt(in)`, as in PEFT, and `lora_b` is 0. Both are float32 and cast where they
+    are used, so that small updates are kept whatever the base's dtype.
+
+    Args:
+      policy: a decoder.
+      params: its parameters, quantised or not; not copied.
+      key: of `lora_a`. That of a layer does not depend on which others have adapters.
+      rank: `r`, of all targets or by target, `{"q_proj": 8, "down_proj": 32}`. 8 to 64 are usual in supervised
+        fine-tuning; reinforcement learning needs less.
+      alpha: of the scale; 32 with a rank of 16 is PEFT's and TRL's usual choice.
+      targets: names of linear layers, such as `("q_proj", "v_proj")`; None for all of them (those of `rank`, if it
+        is by target), which is best (Dettmers et al. 2023, arXiv:2305.14314, figure 2).
+      rslora: scale by `alpha / sqrt(r)`, so that the size of an update does not fall with the rank (Kalajdzievski
+        2023, arXiv:2312.03732).
+
+    Returns:
+      `(adapters, base)`, to be trained and to be frozen. The base is `params` with the scales.
+
+    Raises:
+      ValueError: for a policy that is no decoder, an unknown target, with near names, params that have adapters
+        already, or a rank or alpha out of range. A rank that is above a layer's width is a warning: it holds no more
+        than a smaller one.
+    """
+    modules = linear_layers(policy, params)
+    if held := [path[-1] for path, module in modules if A in module]:
+        raise ValueError(f"{held[0]} has adapters already; adapt the base, or `merge` them first")
+    ranks = ranks_of(rank, targets)
+    if not alpha > 0:
+        raise ValueError(f"alpha is above 0, got {alpha}")
+    adapters: Params = {}
+    scales: Params = {}
+    for number, (path, module) in enumerate(modules):
+        if (r := ranks.get(path[-1])) is None:
+            continue
+        layers, inputs, outputs = module["kernel"].shape
+        if r > min(inputs, outputs):
+            warnings.warn(
+                f"rank {r} of {path[-1]} is above the {min(inputs, outputs)} that its kernel of {inputs} x {outputs} "
+                "has itself: train the kernel, or take a smaller rank",
+                stacklevel=2,
+            )
+        bound = inputs**-0.5
+        a = jax.random.uniform(jax.random.fold_in(key, number), (layers, inputs, r), jnp.float32, -bound, bound)
+        put(adapters, path, {A: a, B: jnp.zeros((layers, r, outputs), jnp.float32)})
+        put(scales, path, {SCALE: jnp.full((layers,), alpha / (r**0.5 if rslora else r), jnp.float32)})
+    return adapters, bind(params, scales)
+
+
+def merge(params: Params, frozen: Params | None = None, *, dtype: Any = None) -> Params:
+    """The parameters of a model without adapters that computes the same: what an export is made of.
+
+        kernel + scale * lora_a @ lora_b
+
+    summed in float32, a layer at a time.
+
+    Args:
+      params: adapters, or a tree that holds them, such as `{"policy": ..., "critic": ...}`.
+      frozen: the base.
+      dtype: of merged kernels; None for that of the base, whose quantised kernels become float32.
+
+    Raises:
+      ValueError: if there are no adapters.
+    """
+    whole = bind(params, frozen)
+    if not any(A in module for _, module in _modules(whole)):
+        raise ValueError("there are no adapters to be merged: pass merge(state.params, state.frozen)")
+    return _merged(whole, None if dtype is None else jnp.dtype(dtype))
+
+
+def stack(several: Sequence[tuple[Params, Params]]) -> tuple[Params, Params, Params]:
+    """Adapters of different ranks and scales over one base, to be mapped over in one program.
+
+        adapters, scales, base = lora.stack([lora.adapt(policy, params, rank=r, key=key) for r in (1, 4, 16)])
+        run = lambda adapters, scales, base: train(init_state(adapters, ..., frozen=bind(scales, base)))
+        jax.vmap(run, (0, 0, None))(adapters, scales, base)
+
+    Args:
+      several: `N` pairs of `adapt`, of the same targets and the same base.
+
+    Returns:
+      The adapters with a leading axis `N`, filled with zeros up to the largest rank, which stay zeros in training;
+      their scales, likewise; and the base without scales.
+
+    Raises:
+      ValueError: if the targets differ.
+    """
+    targets = [sorted(path[-1] for path, _ in _modules(adapters)) for adapters, _ in several]
+    if not targets or any(names != targets[0] for names in targets):
+        raise ValueError(f"adapters that are mapped over have the same targets, got {targets}")
+    parts = [partition(frozen, f"{SCALE}$") for _, frozen in several]
+
+    def stacked(*leaves: Array) -> Array:
+        shape = tuple(max(sizes) for sizes in zip(*(leaf.shape for leaf in leaves), strict=True))
+        pad = [[(0, size - own) for size, own in zip(shape, leaf.shape, strict=True)] for leaf in leaves]
+        return jnp.stack([jnp.pad(leaf, widths) for leaf, widths in zip(leaves, pad, strict=True)])
+
+    adapters = jax.tree.map(stacked, *(adapters for adapters, _ in several))
+    return adapters, jax.tree.map(stacked, *(scales for _, scales in parts)), parts[0][0]
+
+
+def delta(x: Array, a: Array, b: Array, scale: Array) -> Array:
+    """What adapters add to a layer's output: `scale * (x @ a) @ b`, in the dtype of `x [..., in]`."""
+    return scale.astype(x.dtype) * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+
+
+def linear_layers(policy: Policy, params: Params) -> list[tuple[tuple[str, ...], Params]]:
+    """The linear layers of a decoder, as `(path, {"kernel": [L, in, out], ...})` in a fixed order.
+
+    Raises:
+      ValueError: for a policy that is no decoder, or params of another.
+    """
+    if not isinstance(policy.config, DecoderConfig):
+        raise ValueError("adapters are for models.decoder: another policy computes its products itself")
+    wanted = {path: module["kernel"].shape for path, module in _modules(jax.eval_shape(policy.init, jax.random.key(0)))}
+    found = [(path, module) for path, module in _modules(params) if "kernel" in module]
+    if wanted != {path: module["kernel"].shape for path, module in found}:
+        raise ValueError(
+            "the params are not this policy's: their linear layers are "
+            + ", ".join(f"{path[-1]} {list(module['kernel'].shape)}" for path, module in found)
+        )
+    return found
+
+
+def ranks_of(rank: int | Mapping[str, int], targets: Sequence[str] | None) -> dict[str, int]:
+    """The rank of each target.
+
+    Raises:
+      ValueError: as `adapt`, which needs no weights for it.
+    """
+    if isinstance(rank, Mapping):
+        if targets is not None and set(targets) != rank.keys():
+            raise ValueError(f"rank has {sorted(rank)} and targets are {sorted(targets)}: leave out targets")
+        ranks = dict(rank)
+    else:
+        ranks = dict.fromkeys(LAYERS if targets is None else targets, rank)
+    if not ranks:
+        raise ValueError(f"no targets: name some of {', '.join(LAYERS)}")
+    for name, r in ranks.items():
+        if name not in LAYERS:
+            raise ValueError(f"{name!r} is no linear layer of the decoder{near(name, LAYERS)}")
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"the rank of {name} is a whole number from 1 on, got {r!r}")
+    return ranks
+
+
+def _modules(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Params]]:
+    """Dicts that hold a linear layer's kernel or adapters, with their paths."""
+    if not isinstance(tree, dict):
+        return
+    if "kernel" in tree or A in tree:
+        yield path, tree
+        return
+    for name in sorted(tree):
+        yield from _modules(tree[name], (*path, name))
+
+
+def put(tree: Params, path: Sequence[str], leaves: Params) -> None:
+    """Puts leaves into nested dicts at a path, making the dicts on the way."""
+    for name in path:
+        tree = tree.setdefault(name, {})
+    tree |= leaves
+
+
+def _merged(tree: Any, dtype: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    if A not in tree:
+        return {name: _merged(child, dtype) for name, child in tree.items()}
+    if missing := {"kernel", B, SCALE} - tree.keys():
+        raise ValueError(f"adapters without their base: {', '.join(sorted(missing))} is missing; pass frozen=")
+    rest = {name: leaf for name, leaf in tree.items() if name not in (A, B, SCALE)}
+    return rest | {"kernel": _sum(tree["kernel"], tree[A], tree[B], tree[SCALE], dtype)}
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _sum(kernel: Any, a: Array, b: Array, scale: Array, dtype: Any) -> Array:
+    dtype = dtype or (jnp.float32 if quantized.is_quantized(kernel) else kernel.dtype)
+
+    def layer(parts: tuple[Any, Array, Array, Array]) -> Array:
+        kernel, a, b, scale = parts
+        product = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+        return (quantized.dequantize(kernel).astype(jnp.float32) + scale * product).astype(dtype)
+
+    return jax.lax.map(layer, (kernel, a, b, scale))

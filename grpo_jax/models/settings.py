@@ -1,0 +1,98 @@
+"""The settings of scripts that say which weights are trained, and in what form they are written.
+
+@dataclasses.dataclass(frozen=True)
+class Config(WeightSettings):
+    model: str
+
+policy, params, frozen = config.load(config.model, compute_dtype=dtype, seed=config.seed)
+state = init_state(params, optimizer, key, frozen=frozen)
+config.save(policy, state, folder, base_model=config.model, tokenizer=tokenizer, eos_ids=eos_ids)
+"""
+
+import dataclasses
+import os
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import transformers
+from jax.typing import DTypeLike
+
+from grpo_jax.models import hf, lora, quantized
+from grpo_jax.policies import Policy
+from grpo_jax.types import Params, PRNGKey, TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightSettings:
+    """Whole weights, or adapters over a base that is frozen.
+
+    Raises:
+      ValueError: for settings of adapters without a rank, and for an unknown target.
+    """
+
+    lora_rank: int | None = None  # train adapters of this rank (LoRA) in place of the weights; 8 to 64 are usual
+    lora_alpha: float = 32.0  # adapters are scaled by alpha / rank
+    lora_targets: tuple[str, ...] | None = None  # linear layers with adapters, such as q_proj v_proj; all if not given
+    quantize: quantized.Kind | None = None  # the frozen weights under adapters to few bits
+    export: Literal["merged", "adapters"] = "merged"  # as a whole model, or as a folder that PEFT reads
+
+    def __post_init__(self) -> None:
+        if self.lora_rank is not None:
+            lora.ranks_of(self.lora_rank, self.lora_targets)
+            return
+        without = {"lora_targets": None, "quantize": None, "export": "merged"}
+        if given := [name for name, value in without.items() if getattr(self, name) != value]:
+            named = ", ".join(f"--{name.replace('_', '-')} {getattr(self, name)}" for name in given)
+            raise ValueError(f"{named} is of adapters: give a --lora-rank, too, such as 16")
+
+    def rate(self, given: float | None, whole: float) -> float:
+        """The peak learning rate: the one given, or `whole`, of whole weights, or ten times that, of adapters.
+
+        Adapters take about ten times the rate (Schulman et al. 2025, "LoRA Without Regret").
+        """
+        return given if given is not None else whole if self.lora_rank is None else 10 * whole
+
+    def load(
+        self, model: str | os.PathLike[str], *, compute_dtype: DTypeLike, seed: int, **settings: Any
+    ) -> tuple[Policy, Params, Params | None]:
+        """Reads a model and divides its weights; `settings` are those of `hf.load_pretrained`.
+
+        Trained weights are float32. Frozen ones are of the compute dtype, or quantised.
+
+        Returns:
+          The policy, what is trained, and what is frozen, if anything is.
+        """
+        if self.lora_rank is None:
+            return *hf.load_pretrained(model, compute_dtype=compute_dtype, **settings), None
+        policy, params = hf.load_pretrained(
+            model, dtype=compute_dtype, compute_dtype=compute_dtype, quantize=self.quantize, **settings
+        )
+        key = jax.random.fold_in(jax.random.key(seed), jnp.uint32(2**32 - 2))  # no step's
+        return policy, *self.divide(policy, params, key)
+
+    def divide(self, policy: Policy, params: Params, key: PRNGKey) -> tuple[Params, Params | None]:
+        """What is trained, and what is frozen, of params that are quantised already where they are to be."""
+        if self.lora_rank is None:
+            return params, None
+        return lora.adapt(
+            policy, params, rank=self.lora_rank, alpha=self.lora_alpha, targets=self.lora_targets, key=key
+        )
+
+    def save(
+        self,
+        policy: Policy,
+        state: TrainState,
+        folder: str | os.PathLike[str],
+        *,
+        base_model: str | os.PathLike[str],
+        tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+        **settings: Any,
+    ) -> None:
+        """Writes the trained model, or its adapters; `settings` are those of `hf.save_pretrained`."""
+        if self.export == "adapters":
+            base = os.fspath(base_model)
+            hf.save_adapters(policy, state.params, state.frozen, folder, base_model=base, tokenizer=tokenizer)
+            return
+        params = state.params if self.lora_rank is None else lora.merge(state.params, state.frozen)
+        hf.save_pretrained(policy, params, folder, tokenizer=tokenizer, **settings)

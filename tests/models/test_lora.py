@@ -1,0 +1,289 @@
+"""Adapters against the dense model that they are merged into."""
+
+import dataclasses
+import functools
+import operator
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax import losses, models, packing, sampling
+from grpo_jax.freezing import bind
+from grpo_jax.models import attention, lora
+from grpo_jax.models.config import from_hf_config
+from grpo_jax.policies import from_logits_fn
+from grpo_jax.run import memory
+from grpo_jax.scoring import score
+from grpo_jax.testing import random_prompts, tiny_hf_config, tiny_policy
+from grpo_jax.train_step import make_learn, make_train_step
+from grpo_jax.types import Experience, Rollout
+from grpo_jax.updates import init_state
+
+SGD = optax.sgd(0.1)
+
+
+@functools.cache
+def base(family="qwen3", dtype=jnp.float32):
+    policy = tiny_policy(family, dtype=dtype)
+    return policy, jax.jit(policy.init)(jax.random.key(0))
+
+
+def random_adapters(policy, params, seed=1, **settings):
+    """Adapters in the middle of a run: `lora_b` is not 0."""
+    adapters, frozen = lora.adapt(policy, params, key=jax.random.key(seed), **{"rank": 4} | settings)
+    noise = iter(jax.random.split(jax.random.key(seed + 1), 99))
+    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), adapters)
+    return moved, frozen
+
+
+def rollout_of(seed=0, B=2, G=3, T=6):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, T + 1, (B, G))
+    mask = np.arange(T) < lengths[..., None]
+    tokens = np.where(mask, rng.integers(2, 61, (B, G, T)), 0)
+    rollout = Rollout(random_prompts(seed, B, 5), tokens, lengths, mask, np.zeros((B, G, T)), lengths == T)
+    return jax.tree.map(jnp.asarray, rollout)
+
+
+def last_even(rollout):
+    even = jnp.sum(rollout.mask & (rollout.tokens % 2 == 0), axis=-1) / jnp.maximum(rollout.lengths, 1)
+    return even[..., None], jnp.ones((*even.shape, 1), bool)
+
+
+# ------------------------------------------------------------------- what the network computes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_a_run_begins_with_the_outputs_of_the_base_bit_for_bit(dtype):
+    policy, params = base("qwen2", dtype)  # with biases
+    adapters, frozen = lora.adapt(policy, params, key=jax.random.key(1))
+    assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.float32)}
+    before, after = (score(policy, p, rollout_of()).log_probs for p in (params, bind(adapters, frozen)))
+    chex.assert_trees_all_equal(before, after)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_log_probs_and_gradients_are_those_of_the_merged_model(family):
+    """By the chain rule `dL/da = scale * dL/dW @ b.T` and `dL/db = scale * a.T @ dL/dW`, W the merged kernel."""
+    policy, params = base(family)
+    adapters, frozen = random_adapters(policy, params, alpha=6.0)
+    merged = lora.merge(adapters, frozen)
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, params)
+
+    def loss(params):
+        return jnp.sum(score(policy, params, rollout_of()).log_probs)
+
+    ours, expected = (jax.jit(jax.value_and_grad(f)) for f in (lambda x, y: loss(bind(x, y)), loss))
+    value, grads = ours(adapters, frozen)
+    of_merged, dense = expected(merged)
+    np.testing.assert_allclose(value, of_merged, rtol=1e-5)
+    for path, module in lora.linear_layers(policy, bind(adapters, frozen)):
+        d_kernel, found = (functools.reduce(operator.getitem, path, tree) for tree in (dense, grads))
+        a, b, dW = (np.asarray(x, np.float64) for x in (module[lora.A], module[lora.B], d_kernel["kernel"]))
+        scale = 6.0 / 4
+        np.testing.assert_allclose(found[lora.A], scale * dW @ b.swapaxes(1, 2), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found[lora.B], scale * a.swapaxes(1, 2) @ dW, rtol=1e-3, atol=1e-4)
+
+
+def test_a_merged_kernel_is_the_sum_in_numpy():
+    policy, params = base()
+    adapters, frozen = random_adapters(policy, params, rank={"down_proj": 3}, alpha=12.0)
+    module = adapters["layers"]["mlp"]["down_proj"]
+    kernel = np.asarray(params["layers"]["mlp"]["down_proj"]["kernel"], np.float64)
+    expected = kernel + 12.0 / 3 * np.asarray(module[lora.A], np.float64) @ np.asarray(module[lora.B], np.float64)
+    merged = lora.merge(adapters, frozen)
+    np.testing.assert_allclose(merged["layers"]["mlp"]["down_proj"]["kernel"], expected, rtol=1e-5, atol=1e-6)
+    assert merged["layers"]["mlp"]["up_proj"]["kernel"] is params["layers"]["mlp"]["up_proj"]["kernel"]
+
+
+@pytest.mark.parametrize("slots", [None, 3], ids=["together", "in slots"])
+def test_sampled_log_probs_are_those_scored(slots):
+    policy, params = base()
+    whole = bind(*random_adapters(policy, params))
+    sampler = sampling.sampler(group_size=4, max_tokens=12, eos_ids=(1,))
+    sampler = dataclasses.replace(sampler, slots=slots)
+    rollout = sampler(policy, whole, random_prompts(3, 3, 6), jax.random.key(5))
+    scored = score(policy, whole, rollout).log_probs
+    np.testing.assert_allclose(rollout.log_probs, scored, rtol=0, atol=1e-4)
+    assert np.max(np.abs(scored - score(policy, params, rollout).log_probs)) > 0.1  # the adapters matter
+
+
+@pytest.mark.parametrize("kernel", [attention.reference, attention.blockwise], ids=lambda f: f.__name__)
+def test_packed_completions_under_each_attention_score_as_those_of_the_merged_model(kernel):
+    policy = models.decoder(from_hf_config(tiny_hf_config("qwen3"), attention=kernel))
+    adapters, frozen = random_adapters(policy, base()[1])
+    rollout = rollout_of(T=8)
+    packed = packing.pack(rollout, multiple=8)
+    ours = score(policy, bind(adapters, frozen), rollout, packing=packed).log_probs
+    np.testing.assert_allclose(ours, score(policy, lora.merge(adapters, frozen), rollout).log_probs, atol=1e-4)
+
+
+def test_gradients_are_float32_under_bfloat16_arithmetic():
+    policy, params = base("qwen3", jnp.bfloat16)
+    adapters, frozen = random_adapters(policy, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    grads = jax.jit(jax.grad(lambda x, y: jnp.sum(score(policy, bind(x, y), rollout_of()).log_probs)))(adapters, frozen)
+    chex.assert_trees_all_equal_dtypes(grads, adapters)
+    assert all(np.any(x != 0) for x in jax.tree.leaves(grads))
+
+
+# ------------------------------------------------------------------------------- settings
+
+
+def test_each_target_has_its_rank_and_the_rest_no_adapter():
+    policy, params = base()
+    adapters, frozen = lora.adapt(policy, params, rank={"q_proj": 2, "down_proj": 5}, key=jax.random.key(0))
+    assert jax.tree.map(jnp.shape, adapters) == {
+        "layers": {
+            "self_attn": {"q_proj": {"lora_a": (2, 32, 2), "lora_b": (2, 2, 32)}},
+            "mlp": {"down_proj": {"lora_a": (2, 48, 5), "lora_b": (2, 5, 32)}},
+        }
+    }
+    assert {path[-1] for path, module in lora.linear_layers(policy, frozen) if lora.SCALE in module} == {
+        "q_proj", "down_proj"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 32 / 4), (True, 32 / 2)])
+def test_all_linear_layers_have_adapters_of_the_scale(rslora, scale):
+    policy, params = base()
+    adapters, frozen = lora.adapt(policy, params, rank=4, alpha=32, rslora=rslora, key=jax.random.key(0))
+    modules = lora.linear_layers(policy, bind(adapters, frozen))
+    assert sorted(path[-1] for path, _ in modules) == sorted(lora.LAYERS)
+    for _, module in modules:
+        np.testing.assert_array_equal(module[lora.SCALE], np.full(2, scale, np.float32))
+        bound = module["kernel"].shape[1] ** -0.5  # PEFT's: Kaiming's uniform with a = sqrt(5)
+        assert 0.7 * bound < np.max(np.abs(module[lora.A])) <= bound
+
+
+def test_the_adapters_of_a_layer_do_not_depend_on_the_other_targets():
+    policy, params = base()
+    alone, among = (
+        lora.adapt(policy, params, targets=targets, key=jax.random.key(0))[0] for targets in (("up_proj",), None)
+    )
+    chex.assert_trees_all_equal(alone["layers"]["mlp"]["up_proj"], among["layers"]["mlp"]["up_proj"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ("q_proj", "gate")}, "'gate' is no linear layer of the decoder; near it are gate_proj"),
+        ({"targets": ("c_attn",)}, "'c_attn' is no linear layer of the decoder; there are .*q_proj"),
+        ({"targets": ()}, "no targets: name some of"),
+        ({"rank": 0}, "rank of .* from 1 on, got 0"),
+        ({"rank": {"q_proj": 2}, "targets": ("k_proj",)}, "leave out targets"),
+        ({"alpha": 0}, "alpha is above 0, got 0"),
+    ],
+)
+def test_a_wrong_setting_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lora.adapt(*base(), key=jax.random.key(0), **settings)
+
+
+def test_a_rank_above_the_width_is_a_warning():
+    with pytest.warns(UserWarning, match="rank 33 of q_proj is above the 32"):
+        lora.adapt(*base(), rank=33, targets=("q_proj",), key=jax.random.key(0))
+
+
+def test_adapters_are_refused_on_what_they_do_not_fit():
+    policy, params = base()
+    adapters, frozen = lora.adapt(policy, params, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="has adapters already"):
+        lora.adapt(policy, bind(adapters, frozen), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="the params are not this policy's"):
+        lora.adapt(tiny_policy(hidden_size=16), params, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"adapters are for models\.decoder"):
+        lora.adapt(from_logits_fn(lambda params, tokens, mask: tokens), {}, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="no adapters to be merged"):
+        lora.merge(params)
+    with pytest.raises(ValueError, match="adapters without their base: kernel, lora_scale is missing"):
+        lora.merge(adapters)
+
+
+# -------------------------------------------------------------------------------- training
+
+
+def grpo_step(policy, optimizer=SGD, **settings):
+    sampler = sampling.sampler(group_size=4, max_tokens=6, eos_ids=(1,))
+    return make_train_step(
+        policy, optimizer, sampler, reward=last_even, loss=losses.grpo(penalty=losses.k3(0.1)), **settings
+    )
+
+
+def test_a_step_measures_what_the_merged_model_does_and_keeps_a_reference_of_the_adapters_alone():
+    policy, params = base()
+    adapters, frozen = random_adapters(policy, params)
+    state = init_state(adapters, SGD, jax.random.key(2), frozen=frozen, reference=True)
+    assert memory.size(state.ref_params) == memory.size(adapters) < memory.size(params) / 2
+    step = jax.jit(grpo_step(policy))
+    whole = init_state(lora.merge(adapters, frozen), SGD, jax.random.key(2), reference=True)
+    prompts = random_prompts(0, 4, 5)
+    ours, measured = step(state, prompts)
+    _, expected = step(whole, prompts)
+    for name in ("reward", "kl", "loss", "entropy"):
+        np.testing.assert_allclose(measured[name].sum, expected[name].sum, rtol=1e-3, atol=1e-4, err_msg=name)
+    ours, measured = step(ours, prompts)
+    assert measured["kl"].sum > 1e-3  # the reference stays behind
+    chex.assert_trees_all_equal(ours.ref_params, adapters)
+    chex.assert_trees_all_equal(ours.frozen, frozen)
+
+
+def wide_policy():
+    return tiny_policy(hidden_size=256, intermediate_size=384, num_hidden_layers=4, head_dim=64)
+
+
+def test_learning_takes_less_than_whole_training_by_gradients_and_moments_and_no_merged_stack_is_made():
+    policy = wide_policy()
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    adapters, frozen = jax.eval_shape(lambda p: lora.adapt(policy, p, rank=4, key=jax.random.key(0)), params)
+    adam, rollout = optax.adam(1e-3), rollout_of()
+    learn = make_learn(policy, adam, loss=losses.sft())
+
+    def program(params, frozen=None):
+        init = functools.partial(init_state, optimizer=adam, key=jax.random.key(0))
+        state = jax.eval_shape(lambda params, frozen: init(params, frozen=frozen), params, frozen)
+        compiled = jax.jit(learn, donate_argnums=0).lower(state, Experience(rollout)).compile()
+        found = compiled.memory_analysis()
+        held = found.argument_size_in_bytes + found.temp_size_in_bytes
+        return held + found.output_size_in_bytes - found.alias_size_in_bytes, compiled.as_text()
+
+    (ours, text), (full, _) = program(adapters, frozen), program(params)
+    saved = 3 * (memory.size(params) - memory.size(adapters))  # gradients and two moments
+    assert ours < full - 0.95 * saved
+    stacks = {",".join(map(str, x["kernel"].shape)) for _, x in lora.linear_layers(policy, frozen)}
+    for shape in stacks:
+        made = [
+            line for line in text.splitlines() if re.search(rf"= f32\[{shape}\]\S* (dot|add|fusion|multiply)", line)
+        ]
+        assert not made, made
+
+
+def test_many_adapters_over_one_base_train_as_each_alone():
+    policy, params = base()
+    ranks = (1, 3)
+    several = [random_adapters(policy, params, seed, rank=r, alpha=8.0) for seed, r in enumerate(ranks)]
+    adapters, scales, shared = lora.stack(several)
+    assert adapters["layers"]["mlp"]["up_proj"]["lora_a"].shape == (2, 2, 32, 3)
+
+    def train(adapters, scales, shared, rate):
+        optimizer = optax.sgd(rate)
+        state = init_state(adapters, optimizer, jax.random.key(2), frozen=bind(scales, shared), reference=True)
+        for n in range(2):
+            state, _ = grpo_step(policy, optimizer)(state, random_prompts(n, 2, 5))
+        return state.params
+
+    rates = jnp.array([0.1, 0.3])
+    together = jax.jit(jax.vmap(train, (0, 0, None, 0)))(adapters, scales, shared, rates)
+    for i, (alone, frozen) in enumerate(several):
+        state = jax.jit(train)(alone, {}, frozen, rates[i])
+        for path, module in lora.linear_layers(policy, bind(state, frozen)):
+            found = functools.reduce(operator.getitem, path, together)
+            r = ranks[i]
+            np.testing.assert_allclose(found[lora.A][i][..., :r], module[lora.A], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found[lora.B][i][:, :r], module[lora.B], rtol=1e-4, atol=1e-5)
+            assert not np.any(found[lora.A][i][..., r:])
+            assert not np.any(found[lora.B][i][:, r:])

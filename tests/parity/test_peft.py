@@ -1,0 +1,106 @@
+"""Adapters beside those of PEFT, in torch: what either writes, the other reads to the same logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+import transformers  # noqa: E402
+
+from grpo_jax.freezing import bind  # noqa: E402
+from grpo_jax.models import hf, lora  # noqa: E402
+from grpo_jax.testing import tiny_checkpoint  # noqa: E402
+
+TOKENS = np.random.default_rng(0).integers(3, 250, (2, 9))
+RANKS = {"q_proj": 3, "o_proj": 8, "up_proj": 8, "down_proj": 8}
+
+# PEFT asks torch for what torch calls old.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def folder(request, tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("base") / request.param, request.param)
+
+
+def in_torch(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits_in_torch(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(policy, params):
+    """After each token but the first."""
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+    cache = policy.prefill(params, tokens[:, :2], jnp.full(2, 2))
+    positions = jnp.broadcast_to(jnp.arange(1, tokens.shape[1]), (2, 1, tokens.shape[1] - 1))
+    hidden, _ = policy.extend(params, tokens[:, None, 1:], positions, cache)
+    return policy.unembed(params, hidden)[:, 0]
+
+
+def random_adapters(policy, params, **settings):
+    adapters, base = lora.adapt(policy, params, key=jax.random.key(0), **settings)
+    noise = iter(jax.random.split(jax.random.key(1), 99))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), adapters), base
+
+
+@pytest.mark.parametrize("settings", [{"rank": 4}, {"rank": RANKS, "alpha": 7.0}, {"rank": 4, "rslora": True}], ids=str)
+def test_peft_reads_what_is_written_here_to_the_same_logits(folder, tmp_path, settings):
+    policy, params = hf.load_pretrained(folder)
+    adapters, base = random_adapters(policy, params, **settings)
+    hf.save_adapters(policy, adapters, base, tmp_path / "adapters", base_model=str(folder))
+    model = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "adapters")
+    ours = logits(policy, bind(adapters, base))
+    assert np.max(np.abs(ours - logits(policy, params))) > 0.1
+    np.testing.assert_allclose(ours, logits_in_torch(model)[:, 1:], rtol=0, atol=2e-4)
+
+
+def test_what_is_written_here_is_read_here_to_the_bit(folder, tmp_path):
+    policy, params = hf.load_pretrained(folder)
+    adapters, base = random_adapters(policy, params, rank=RANKS, alpha=7.0)
+    hf.save_adapters(policy, adapters, base, tmp_path / "adapters", base_model=str(folder))
+    read, base_of_read = hf.load_adapters(policy, params, tmp_path / "adapters")
+    jax.tree.map(np.testing.assert_array_equal, (read, base_of_read), (adapters, base))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "target_modules": "all-linear", "lora_alpha": 8},
+        {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_rslora": True, "lora_dropout": 0.1},
+        {
+            "r": 4,
+            "target_modules": ["v_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 2, "layers.1.self_attn.v_proj": 6},
+            "alpha_pattern": {"v_proj": 3, "^model.layers.0.mlp.up_proj": 5},
+        },
+    ],
+    ids=["all", "rslora", "patterns"],
+)
+def test_what_peft_writes_is_read_here_to_the_same_logits(folder, tmp_path, settings):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    model = peft.get_peft_model(in_torch(folder), config).eval()
+    model.save_pretrained(tmp_path)
+    policy, params = hf.load_pretrained(folder)
+    adapters, base = hf.load_adapters(policy, params, tmp_path)
+    expected = logits_in_torch(model)[:, 1:]
+    np.testing.assert_allclose(logits(policy, bind(adapters, base)), expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(logits(policy, lora.merge(adapters, base)), expected, rtol=0, atol=2e-4)
+
+
+def test_transformers_reads_a_merged_model_to_the_same_logits(folder, tmp_path):
+    policy, params = hf.load_pretrained(folder)
+    adapters, base = random_adapters(policy, params, rank=4)
+    hf.save_pretrained(policy, lora.merge(adapters, base), tmp_path / "merged")
+    ours = logits(policy, bind(adapters, base))
+    np.testing.assert_allclose(ours, logits_in_torch(in_torch(tmp_path / "merged"))[:, 1:], rtol=0, atol=2e-4)
