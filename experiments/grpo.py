@@ -16,6 +16,9 @@ trains (another program). A batch that a reward function raises on is masked, wi
 out; the same command goes on where the run stopped, to the same bits. The model is exported as a Hugging Face folder
 every `--export-every` steps, after the last one, and to `best` whenever the evaluation is better than ever before.
 
+`--lora-rank 16` trains adapters in place of the weights, and `--quantize nf4` holds the weights in 4 bits meanwhile.
+`--export adapters` writes a folder that PEFT reads, in place of a whole model.
+
 With `--overlap` the next batch is sampled while the rewards of this one are computed, for verifiers that keep the
 device waiting. It then comes from the policy before the update, which the ratio takes into account.
 """
@@ -30,7 +33,9 @@ import numpy as np
 import optax
 
 from grpo_jax import advantages, data, losses, packing, rewards, run, sampling
+from grpo_jax.freezing import bind
 from grpo_jax.models import hf
+from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Loss
 from grpo_jax.run import compilation, completions, digests, inputs, measured, memory, metrics, overlap
 from grpo_jax.run.names import make_with, resolve
@@ -42,13 +47,13 @@ from grpo_jax.types import Params
 from grpo_jax.updates import Updates, init_state
 
 MAY_CHANGE = (  # of a run that is resumed
-    *("steps", "save_every", "export_every", "show_every", "tensorboard", "wandb", "profile"),
+    *("steps", "save_every", "export", "export_every", "show_every", "tensorboard", "wandb", "profile"),
     *("stop_after_skipped", "stop_after_failed", "reward_timeout"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(data.PromptSettings):
+class Config(data.PromptSettings, WeightSettings):
     """Settings of a run."""
 
     model: str
@@ -77,7 +82,7 @@ class Config(data.PromptSettings):
     memory_gib: float | None = None  # of the device: in place of --micro-batches, the fewest with which a step fits
     completion_bucket: int = 256  # to learn, completions are cut to the longest, up to a multiple of this
     pack: bool = False  # and several are laid into a row of such a length; more programs, less padding
-    learning_rate: float = 1e-6
+    learning_rate: float | None = None  # 1e-6 of whole weights and 1e-5 of adapters, if not given
     warmup_steps: int = 10
     decay: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate after the warm-up
     weight_decay: float = 0.0
@@ -135,17 +140,18 @@ def train(config: Config) -> Params:
     )  # fmt: skip
 
     dtype = compute_dtype(config.compute_dtype)
-    policy, params = hf.load_pretrained(config.model, compute_dtype=dtype, attention=attention)
+    policy, params, frozen = config.load(config.model, compute_dtype=dtype, seed=config.seed, attention=attention)
     rate = learning_rates.learning_rate(
-        config.learning_rate, config.steps, warmup_steps=config.warmup_steps, updates_per_step=updates.count,
-        decay=resolve(config.decay, "grpo_jax.schedules.learning_rates"),
+        config.rate(config.learning_rate, 1e-6), config.steps, warmup_steps=config.warmup_steps,
+        updates_per_step=updates.count, decay=resolve(config.decay, "grpo_jax.schedules.learning_rates"),
     )  # fmt: skip
     optimizer = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay)
     width = data.bucket(max(map(len, prompts.prompts)), config.bucket)
     if config.memory_gib is not None:
         updates = memory.fit(
             updates, policy, optimizer, sampler, loss=loss, prompts=config.prompts_per_step, prompt_tokens=width,
-            reference=config.beta > 0, score_old=config.overlap, budget=int(config.memory_gib * 2**30),
+            reference=config.beta > 0, params=params, frozen=frozen, score_old=config.overlap,
+            budget=int(config.memory_gib * 2**30),
         )  # fmt: skip
     whole_step = make_train_step(
         policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates, score_old=config.overlap,
@@ -156,8 +162,9 @@ def train(config: Config) -> Params:
         weights=config.reward_weights, stop_after_failed=config.stop_after_failed, batch_size=config.eval_batch,
         prompt_column=config.prompt_column, bucket=config.bucket,
     )  # fmt: skip
-    began_with = digests.of_run(tokenizer, params, prompts=prompts.prompts, held_out=held_out.prompts)
-    state = init_state(params, optimizer, jax.random.key(config.seed), reference=config.beta > 0)
+    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=held_out.prompts)
+    key = jax.random.key(config.seed)
+    state = init_state(params, optimizer, key, frozen=frozen, reference=config.beta > 0)
     del params
     batch = functools.partial(prompts.batch, config.seed, size=config.prompts_per_step, multiple=config.bucket)
     step = overlap.in_turn(whole_step, batch)
@@ -166,10 +173,12 @@ def train(config: Config) -> Params:
 
     def export(name: str) -> None:
         with loop.exporting(name) as folder:
-            hf.save_pretrained(policy, loop.state.params, folder, tokenizer=tokenizer, eos_ids=sampler.eos_ids)
+            config.save(
+                policy, loop.state, folder, base_model=config.model, tokenizer=tokenizer, eos_ids=sampler.eos_ids
+            )
 
     def evaluate_and_keep_the_best() -> None:
-        loop.log(evaluate(loop.state.params, rewards.TrainerState(loop.step, config.steps)))
+        loop.log(evaluate(bind(loop.state.params, frozen), rewards.TrainerState(loop.step, config.steps)))
         if loop.improved("eval/reward"):
             export("best")
 

@@ -22,6 +22,7 @@ result of its own yet.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -29,7 +30,8 @@ from typing import Any
 import jax
 
 from grpo_jax import data, recipes, rewards, run, sampling, testing
-from grpo_jax.models import hf
+from grpo_jax.freezing import bind
+from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import compilation
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.study.task_runs import TaskRun
@@ -39,7 +41,7 @@ from grpo_jax.updates import init_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(WeightSettings):
     """Settings of a run; None is the recipe's."""
 
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -53,7 +55,7 @@ class Config:
     group_size: int | None = None
     max_tokens: int | None = None
     minibatches: int | None = None
-    learning_rate: float | None = None
+    learning_rate: float | None = None  # of adapters, ten times the recipe's
     micro_batches: int = 16
     format_weight: float = 0.1
     validation_rows: int = 500
@@ -72,6 +74,9 @@ def make_recipe(config: Config) -> recipes.Recipe:
     if make not in recipes.ALL:
         raise ValueError(f"{config.recipe!r} is no recipe; there are {', '.join(f.__name__ for f in recipes.ALL)}")
     recipe = dataclasses.replace(make(), **given)
+    if recipe.learning_rate is not None:
+        rate = config.rate(config.learning_rate, recipe.learning_rate)
+        recipe = dataclasses.replace(recipe, learning_rate=rate)
     if missing := [name for name in names[:3] if getattr(recipe, name) is None]:
         raise ValueError(f"{recipe.name} leaves open, and so asks for: {', '.join(missing)}")
 
@@ -109,12 +114,14 @@ def train(config: Config) -> dict[str, float]:
     used = TaskRun(task, functions, config.model, config.run_dir, max_tokens=recipe.max_tokens)
     print(f"{recipe.name} leaves to you:\n  " + "\n  ".join(recipe.leaves))
 
-    policy, params = hf.load_pretrained(config.model, compute_dtype=compute_dtype(config.compute_dtype))
+    policy, params, frozen = config.load(
+        config.model, compute_dtype=compute_dtype(config.compute_dtype), seed=config.seed
+    )
     step = make_step(recipe, config, policy, used.eos_ids).jit(compiler_options=compilation.cpu_memory_options())
     after = jax.jit(recipe.after)  # renews the reference or moves an entropy bonus, where the recipe does
     with run.loop(
         config,
-        init_state(params, recipe.optimizer, jax.random.key(config.seed), **recipe.initial),
+        init_state(params, recipe.optimizer, jax.random.key(config.seed), frozen=frozen, **recipe.initial),
         steps=config.steps,
         save_every=config.save_every,
         allow=("steps",),
@@ -126,14 +133,15 @@ def train(config: Config) -> dict[str, float]:
         del params
         for n in loop:
             if n % config.evaluate_every == 0:
-                loop.log(used.evaluate(policy, loop.state.params, "validation"))
+                loop.log(used.evaluate(policy, bind(loop.state.params, frozen), "validation"))
             experience = step.collect(loop.state, used.batch(config.seed, n, recipe.prompts))
             given, mask = used.reward(experience.rollout)
             state, metrics = step.learn(loop.state, experience._replace(rewards=given, reward_mask=mask))
             loop.state = after(state, metrics)
             loop.log(metrics | used.logged.take())
-        loop.log(used.evaluate(policy, loop.state.params, "validation"))
-    results = used.finish(policy, loop.state.params, config.samples)
+        loop.log(used.evaluate(policy, bind(loop.state.params, frozen), "validation"))
+    save = functools.partial(config.save, policy, loop.state, base_model=config.model)
+    results = used.finish(policy, bind(loop.state.params, frozen), config.samples, save=save)
     print(f"please cite:\n{recipes.citation(recipe)}")
     return results
 

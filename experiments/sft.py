@@ -6,6 +6,8 @@ Each row of the data has a `prompt`, as text or as chat messages, and a `complet
 as text or as a list of one message. The loss counts the completion's tokens and the end of its turn, and nothing
 of the prompt. The trained model is exported as a Hugging Face folder, from which
 `experiments/grpo.py` goes on; a run that was killed goes on with the same command.
+
+`--lora-rank 16` trains adapters in place of the weights, and `--quantize nf4` holds the weights in 4 bits meanwhile.
 """
 
 import dataclasses
@@ -18,7 +20,9 @@ import numpy as np
 import optax
 
 from grpo_jax import data, losses, run, scoring
+from grpo_jax.freezing import bind
 from grpo_jax.models import hf
+from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
 from grpo_jax.run import compilation, digests, inputs
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
@@ -26,13 +30,13 @@ from grpo_jax.schedules import learning_rates
 from grpo_jax.statistics import Mean
 from grpo_jax.train_step import make_learn
 from grpo_jax.types import Experience, Params, Rollout
-from grpo_jax.updates import Updates, init_state
+from grpo_jax.updates import Updates, init_state, jit_learn
 
 Pair = tuple[list[int], list[int]]  # a prompt and its completion
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(WeightSettings):
     """Settings of a run."""
 
     model: str
@@ -51,7 +55,7 @@ class Config:
     epochs: float = 1.0
     batch_size: int = 32
     micro_batches: int = 1  # parts in which an update is computed, to save memory
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None  # 1e-5 of whole weights and 1e-4 of adapters, if not given
     warmup_fraction: float = 0.05
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -72,17 +76,22 @@ def train(config: Config) -> Params:
         raise ValueError(f"{len(pairs)} rows to train on do not fill a batch of {config.batch_size}")
     steps = int(config.epochs * len(pairs) / config.batch_size)
 
-    policy, params = hf.load_pretrained(config.model, compute_dtype=compute_dtype(config.compute_dtype))
+    policy, params, frozen = config.load(
+        config.model, compute_dtype=compute_dtype(config.compute_dtype), seed=config.seed
+    )
     rate = learning_rates.learning_rate(
-        config.learning_rate, steps, warmup_steps=int(config.warmup_fraction * steps), decay=learning_rates.cosine
+        config.rate(config.learning_rate, 1e-5),
+        steps,
+        warmup_steps=int(config.warmup_fraction * steps),
+        decay=learning_rates.cosine,
     )
     optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
     updates = Updates(micro_batches=config.micro_batches, max_grad_norm=config.max_grad_norm)
     learn = make_learn(policy, optimizer, loss=losses.sft(), updates=updates)
-    learn = jax.jit(learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
+    learn = jit_learn(learn, compiler_options=compilation.cpu_memory_options())
     evaluate = make_evaluate(policy, held_out, config)
-    began_with = digests.of_run(tokenizer, params, prompts=pairs, held_out=held_out)
-    state = init_state(params, optimizer, jax.random.key(config.seed))
+    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs, held_out=held_out)
+    state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen)
     del params
     settings = {"keys": ("loss", "eval/loss", "grad_norm", "length"), "allow": ("save_every",)}
     with run.loop(
@@ -91,14 +100,14 @@ def train(config: Config) -> Params:
         del state
         for n in loop:
             if held_out and n % config.save_every == 0:
-                loop.log(evaluate(loop.state.params))
+                loop.log(evaluate(bind(loop.state.params, frozen)))
             rows = data.batch_indices(config.seed, n, len(pairs), config.batch_size)
             loop.state, metrics = learn(loop.state, Experience(batch([pairs[row] for row in rows], config)))
             loop.log(metrics | {"learning_rate": rate(n)})
         if held_out:
-            loop.log(evaluate(loop.state.params))
+            loop.log(evaluate(bind(loop.state.params, frozen)))
         with loop.exporting("model") as folder:
-            hf.save_pretrained(policy, loop.state.params, folder, tokenizer=tokenizer, eos_ids=eos_ids)
+            config.save(policy, loop.state, folder, base_model=config.model, tokenizer=tokenizer, eos_ids=eos_ids)
     print(f"model: {folder}")
     return loop.state.params
 

@@ -69,6 +69,7 @@ _MODULES = (
     "freezing",
     "losses",
     "models",
+    "optimizers",
     "packing",
     "policies",
     "protocols",

@@ -45,9 +45,11 @@ def tiny_hf_config(family: str = "qwen3", **fields: Any) -> transformers.Pretrai
     return _CONFIGS[family](**(sizes | fields))
 
 
-def tiny_policy(family: str = "qwen3", *, dtype: Any = jnp.float32, **fields: Any) -> Policy:
+def tiny_policy(
+    family: str = "qwen3", *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, **fields: Any
+) -> Policy:
     """A policy of `tiny_hf_config`."""
-    return models.decoder(models.from_hf_config(tiny_hf_config(family, **fields), dtype=dtype))
+    return models.decoder(models.from_hf_config(tiny_hf_config(family, **fields), dtype=dtype, param_dtype=param_dtype))
 
 
 # What a tokenizer of a few hundred tokens is trained on: the words of small tasks.

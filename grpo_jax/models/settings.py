@@ -63,13 +63,26 @@ class WeightSettings:
         Returns:
           The policy, what is trained, and what is frozen, if anything is.
         """
-        if self.lora_rank is None:
-            return *hf.load_pretrained(model, compute_dtype=compute_dtype, **settings), None
+        dtype = self.param_dtype(compute_dtype)
         policy, params = hf.load_pretrained(
-            model, dtype=compute_dtype, compute_dtype=compute_dtype, quantize=self.quantize, **settings
+            model, dtype=dtype, compute_dtype=compute_dtype, quantize=self.quantize, **settings
         )
         key = jax.random.fold_in(jax.random.key(seed), jnp.uint32(2**32 - 2))  # no step's
         return policy, *self.divide(policy, params, key)
+
+    def param_dtype(self, compute_dtype: DTypeLike) -> DTypeLike:
+        """The dtype that a model's weights are kept in: no wider than the arithmetic, where they are frozen."""
+        return jnp.float32 if self.lora_rank is None else compute_dtype
+
+    def shapes(self, policy: Policy) -> tuple[Params, Params | None]:
+        """The shapes of what is trained and of what is frozen, of a policy made with `param_dtype`."""
+
+        def made() -> tuple[Params, Params | None]:
+            params = policy.init(jax.random.key(0))
+            params = params if self.quantize is None else quantized.quantize(params, self.quantize)
+            return self.divide(policy, params, jax.random.key(0))
+
+        return jax.eval_shape(made)
 
     def divide(self, policy: Policy, params: Params, key: PRNGKey) -> tuple[Params, Params | None]:
         """What is trained, and what is frozen, of params that are quantised already where they are to be."""

@@ -1,6 +1,7 @@
 """How much memory a step takes, before it is run.
 
     python -m grpo_jax.run.memory --model Qwen/Qwen2.5-0.5B --group-size 16 --prompts 32 --device-gib 80
+    python -m grpo_jax.run.memory --model Qwen/Qwen2.5-7B --lora-rank 16 --quantize nf4 --device-gib 24
 
 Nothing is allocated: sizes of what is kept come from `jax.eval_shape`, and those of what a step needs
 beside it from the compiled programs of `collect` and `learn`. They are of the backend that this runs on: a plan for a
@@ -20,27 +21,32 @@ import transformers
 import tyro
 
 from grpo_jax import losses, models, sampling
+from grpo_jax.freezing import bind
+from grpo_jax.models import quantized
+from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Loss
 from grpo_jax.run import compilation
 from grpo_jax.sampling import PolicySampler
 from grpo_jax.scoring import CHUNK_TOKENS
 from grpo_jax.train_step import Step, make_train_step
-from grpo_jax.types import Experience, Prompts
+from grpo_jax.types import Experience, Params, Prompts
 from grpo_jax.updates import Updates, init_state
 
 
 class Plan(NamedTuple):
     """Bytes of a step.
 
-    The first four are there all the time. `sampling` and `learning` are what those programs hold at
-    their worst beside them, rollout included; the others say what is in those two.
+    The first four are there all the time; moments, reference and gradients are of what is trained alone. `sampling` and
+    `learning` are what those programs hold at their worst beside them, rollout included; the others say what is in
+    those two.
     """
 
-    parameters: int
+    parameters: int  # what is trained
+    frozen: int  # and what is not; 0 without adapters
     optimizer: int
     reference: int  # 0 without one
-    cast: int  # the sampler's copy of the parameters in the compute dtype; 0 where it is the same
+    cast: int  # in sampling: copies of the parameters, trained or frozen, that are not in the compute dtype
     sampling: int
     learning: int
     prompt_cache: int  # in sampling: keys and values, once a prompt
@@ -52,7 +58,8 @@ class Plan(NamedTuple):
     @property
     def peak(self) -> int:
         """Bytes at the worst moment of a step."""
-        return self.parameters + self.optimizer + self.reference + max(self.sampling, self.learning)
+        kept = self.parameters + self.frozen + self.optimizer + self.reference
+        return kept + max(self.sampling, self.learning)
 
 
 def plan(
@@ -64,6 +71,8 @@ def plan(
     prompts: int,
     prompt_tokens: int,
     reference: bool,
+    params: Params | None = None,
+    frozen: Params | None = None,
     updates: Updates = Updates(),
     score_old: bool = False,
 ) -> Plan:
@@ -80,14 +89,17 @@ def plan(
       prompts: `B`.
       prompt_tokens: `P`, what prompts are padded to.
       reference: whether a reference policy is kept.
+      params: what is trained, or its shapes; None for all of the policy's.
+      frozen: the rest of what the network reads, such as the base of adapters, or its shapes.
       updates: of the step.
       score_old: as of `make_train_step`.
     """
     group_size, max_tokens = sampler.group_size, sampler.max_tokens
     array: Callable[..., Any] = jax.ShapeDtypeStruct
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(policy.init, key)
-    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer, reference=reference), params, key=key)
+    params = jax.eval_shape(policy.init, key) if params is None else jax.eval_shape(lambda: params)
+    init = functools.partial(init_state, optimizer=optimizer, reference=reference)
+    state = jax.eval_shape(lambda params, frozen, key: init(params, frozen=frozen, key=key), params, frozen, key)
     tokens, lengths = array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32)
     batch = Prompts(tokens, lengths)
     step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates, score_old=score_old)
@@ -95,17 +107,18 @@ def plan(
     of_params = size(params)
     rows = prompts // updates.parts * group_size
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
-    logits = 2 * rows * width * jax.eval_shape(policy.unembed, params, _hidden(policy, params, batch)).shape[-1] * 4
-    cast = jax.eval_shape(policy.cast, params)
-    same = [leaf.dtype for leaf in jax.tree.leaves(cast)] == [leaf.dtype for leaf in jax.tree.leaves(params)]
+    whole = bind(params, state.frozen)
+    logits = 2 * rows * width * jax.eval_shape(policy.unembed, whole, _hidden(policy, whole, batch)).shape[-1] * 4
+    before, cast = jax.tree.leaves(whole), jax.tree.leaves(jax.eval_shape(policy.cast, whole))
     return Plan(
         parameters=of_params,
+        frozen=size(state.frozen),
         optimizer=size(state.opt_state),
         reference=size(state.ref_params),
-        cast=0 if same else size(cast),
+        cast=size([new for old, new in zip(before, cast, strict=True) if new.dtype != old.dtype]),
         sampling=sampling,
         learning=learning,
-        prompt_cache=size(jax.eval_shape(policy.prefill, params, tokens, lengths)),
+        prompt_cache=size(jax.eval_shape(policy.prefill, whole, tokens, lengths)),
         completion_cache=size(jax.eval_shape(functools.partial(policy.init_cache, prompts, group_size, max_tokens))),
         gradients=of_params,
         logits=logits,
@@ -140,8 +153,13 @@ def beside(program: Any, *arguments: Any) -> int:
 
 
 def size(tree: Any) -> int:
-    """Bytes of the arrays of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of the arrays of a tree; two codes of 4 bits take one."""
+    return sum(leaf.size * bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
+
+
+def bits(dtype: Any) -> int:
+    """Of a number on a device."""
+    return 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
 
 
 def fewest_micro_batches(bytes_of: Callable[[int], int], prompts: int, budget: int) -> int:
@@ -210,7 +228,7 @@ def gib(number: float) -> str:
 def table(found: Plan) -> str:
     """A line an item; what lies within another is set in."""
     of_sampling, of_learning = ("cast", "prompt_cache", "completion_cache"), ("gradients", "logits", "activations")
-    names = ["parameters", "optimizer", "reference", "sampling"]
+    names = ["parameters", "frozen", "optimizer", "reference", "sampling"]
     names += [*(f"  {name}" for name in of_sampling), "learning", *(f"  {name}" for name in of_learning)]
     lines = [f"{name:<20}{gib(getattr(found, name.strip())):>12}" for name in names]
     return "\n".join([*lines, f"{'peak of a step':<20}{gib(found.peak):>12}"])
@@ -236,14 +254,22 @@ class Config:
     beta: float = 0.0  # above 0, a reference policy is kept
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: bool = True
+    lora_rank: int | None = None  # of adapters, over a base in the compute dtype
+    lora_targets: tuple[str, ...] | None = None  # all linear layers if not given
+    quantize: quantized.Kind | None = None  # the base under adapters
     device_gib: float | None = None  # of the device: says how many prompts fit, and in how many micro-batches
 
 
 def main(config: Config) -> Plan:
     """Prints and returns the plan."""
     hf_config = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
-    settings = {"dtype": jnp.dtype(config.compute_dtype), "remat": config.remat}
+    weights = WeightSettings(
+        lora_rank=config.lora_rank, lora_targets=config.lora_targets, quantize=config.quantize
+    )  # fmt: skip
+    dtype = jnp.dtype(config.compute_dtype)
+    settings = {"dtype": dtype, "param_dtype": weights.param_dtype(dtype), "remat": config.remat}
     policy = models.decoder(models.from_hf_config(hf_config, **settings))
+    params, frozen = weights.shapes(policy)
     loss = losses.grpo(penalty=losses.k3(config.beta)) if config.beta else losses.grpo()
 
     @functools.cache
@@ -256,6 +282,8 @@ def main(config: Config) -> Plan:
             prompts=prompts,
             prompt_tokens=config.prompt_tokens,
             reference=config.beta > 0,
+            params=params,
+            frozen=frozen,
             updates=Updates(micro_batches=micro_batches),
         )
 

@@ -7,9 +7,10 @@ rewards, reward_mask = used.reward(experience.rollout)
 loop.log(metrics | used.logged.take())
 """
 
+import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from grpo_jax import data, rewards, sampling
 from grpo_jax.models import hf
@@ -84,17 +85,26 @@ class TaskRun:
         items.write_items(self._run_dir / f"{split}.jsonl", scored)
         return {f"{split}/{name}": value for name, value in summary.items()}
 
-    def finish(self, policy: Policy, params: Params, samples: int) -> dict[str, float]:
+    def finish(
+        self, policy: Policy, params: Params, samples: int, *, save: Callable[..., None] | None = None
+    ) -> dict[str, float]:
         """The results: greedy on the test split, and pass@k on it and on the out-of-distribution split.
 
         They are printed and written to `results.json`, and the model is exported to `model`.
+
+        Args:
+          policy: the network.
+          params: its parameters, adapters and base together.
+          samples: completions of a prompt, beside the greedy one.
+          save: writes the model, `save(folder, tokenizer=, eos_ids=)`; `hf.save_pretrained` of the params if not given.
         """
         results = {f"greedy/{k}": v for k, v in self.evaluate(policy, params, "test").items()}
         for split in ("test", "ood") if self._task.splits.ood else ("test",):
             results |= self.evaluate(policy, params, split, group_size=samples, k=(1, samples))
         write_results(self._run_dir / "results.json", results)
         folder = self._run_dir / "model"
-        hf.save_pretrained(policy, params, folder, tokenizer=self._tokenizer, eos_ids=self.eos_ids)
+        save = functools.partial(hf.save_pretrained, policy, params) if save is None else save
+        save(folder, tokenizer=self._tokenizer, eos_ids=self.eos_ids)
         print(f"model: {folder}")
         return results
 

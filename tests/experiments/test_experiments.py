@@ -18,7 +18,8 @@ import pytest
 import safetensors.numpy
 
 from grpo_jax import testing
-from grpo_jax.models import hf
+from grpo_jax.models import hf, lora
+from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import checkpoint, metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -386,6 +387,13 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"loss": "ppo"}, r"grpo_jax.losses has no function 'ppo'"),
         ({"attention": "flash"}, r"grpo_jax.models.attention has no function 'flash'"),
         ({"attention": "splash", "pack": True}, r"--attention splash .* leave out --pack"),
+        (
+            {"lora_rank": 4, "lora_targets": ("gate",)},
+            r"'gate' is no linear layer of the decoder; near it are gate_proj",
+        ),
+        ({"lora_rank": 0}, r"the rank of q_proj is a whole number from 1 on, got 0"),
+        ({"quantize": "nf4"}, r"--quantize nf4 is of adapters: give a --lora-rank, too"),
+        ({"export": "adapters"}, r"--export adapters is of adapters"),
         ({"model": "no/such folder"}, r"neither a folder nor the id of a repository"),
     ],
 )
@@ -428,6 +436,48 @@ def test_supervised_learning_lowers_the_loss_on_completions_and_exports(files, t
     again = sft.train(config)  # is finished, and does nothing
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
+
+
+def test_supervised_learning_of_adapters_exports_the_merged_model(files, tmp_path):
+    config = sft.Config(
+        model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, epochs=8, batch_size=4, bucket=8,
+        max_prompt_tokens=16, max_tokens=8, eval_rows=4, compute_dtype="float32", save_every=40, lora_rank=8,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    adapters = sft.train(config)
+    losses = [line["eval/loss"] for line in metrics.read(tmp_path) if "eval/loss" in line]
+    assert losses[-1] < losses[0]
+    policy, base = hf.load_pretrained(files / "model")
+    key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 2))
+    _, frozen = config.divide(policy, base, key)
+    chex.assert_trees_all_equal(hf.load_pretrained(tmp_path / "model")[1], lora.merge(adapters, frozen))
+
+
+def test_adapters_take_ten_times_the_rate_unless_one_is_given():
+    whole, adapters = WeightSettings(), WeightSettings(lora_rank=8)
+    assert (whole.rate(None, 1e-6), adapters.rate(None, 1e-6), adapters.rate(3e-6, 1e-6)) == (1e-6, 10 * 1e-6, 3e-6)
+
+
+def test_adapters_over_a_quantised_base_are_exported_and_a_run_goes_on_to_the_same_bits(files, tmp_path):
+    settings_of = {
+        "lora_rank": 2,
+        "quantize": "nf4",
+        "export": "adapters",
+        "beta": 0.01,
+        "eval_rows": 4,
+        "save_every": 1,
+    }
+    grpo.train(settings(files, tmp_path / "stopped", steps=2, **settings_of))
+    resumed = grpo.train(settings(files, tmp_path / "stopped", steps=3, **settings_of))
+    whole = grpo.train(settings(files, tmp_path / "whole", steps=3, **settings_of))
+    chex.assert_trees_all_equal(resumed, whole)
+    assert "eval/reward" in metrics.read(tmp_path / "whole")[-1]
+    policy, base = hf.load_pretrained(files / "model", quantize="nf4")
+    read, _ = hf.load_adapters(policy, base, tmp_path / "whole" / "step_3")
+    chex.assert_trees_all_equal(read, whole)
+    with pytest.raises(ValueError, match=r"was trained on another base.*model'\. any_base=True"):
+        hf.load_adapters(*hf.load_pretrained(files / "model"), tmp_path / "whole" / "step_3")
+    hf.load_adapters(*hf.load_pretrained(files / "model"), tmp_path / "whole" / "step_3", any_base=True)
 
 
 def test_supervised_learning_refuses_a_completion_that_does_not_fit(files, tmp_path):

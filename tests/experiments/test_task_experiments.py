@@ -79,6 +79,13 @@ def test_gsm8k_trains_under_a_recipe_whose_reference_is_renewed_and_goes_on(tmp_
     assert "resumed at step 3 of 3" in capsys.readouterr().out
 
 
+def test_gsm8k_trains_adapters_at_ten_times_the_rate_of_the_recipe(tmp_path):
+    config = gsm8k.Config(run_dir=tmp_path / "run", smoke=True, lora_rank=2, export="adapters")
+    assert gsm8k.make_recipe(gsm8k.Config(lora_rank=2)).learning_rate == pytest.approx(1e-5)
+    gsm8k.main(config)
+    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+
+
 def test_gsm8k_scores_the_old_policy_in_as_many_parts_as_it_learns_in(monkeypatch):
     """In one piece, it would take the memory that micro-batches are there to save."""
     config = gsm8k.Config(recipe="dapo", prompts=8, group_size=2, max_tokens=4, minibatches=2, micro_batches=2)

@@ -56,7 +56,13 @@ def test_a_kernel_becomes_what_the_definition_says(kind):
     kernel = kernel_of()
     found = quantized.dequantize(quantized.quantize_kernel(jnp.asarray(kernel), kind))
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, in_numpy(kernel, kind), rtol=1e-3, atol=2e-3)
+    # Of whole numbers, the negative largest lies halfway between two codes, and rounding decides.
+    largest = np.abs(kernel.reshape(-1, 64 if kind == "int4" else 128, 6)).max(1)
+    halfway = kernel == -np.repeat(largest, len(kernel) // len(largest), axis=0) if "int" in kind else np.zeros(1, bool)
+    np.testing.assert_allclose(np.where(halfway, 0, found), np.where(halfway, 0, in_numpy(kernel, kind)), rtol=1e-3)
+    assert (
+        np.max(np.abs(found - kernel)) < {"nf4": 0.16, "int4": 0.08, "int8": 0.005, "fp8": 0.04}[kind] * largest.max()
+    )
 
 
 @pytest.mark.parametrize(("kind", "error"), [("nf4", 0.09), ("int4", 0.10), ("int8", 0.01), ("fp8", 0.03)])

@@ -11,6 +11,8 @@ import optax
 import pytest
 
 from grpo_jax import losses, models, sampling, testing
+from grpo_jax.models import lora
+from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import memory
 from grpo_jax.updates import Updates, init_state
 
@@ -41,7 +43,8 @@ def test_what_is_kept_has_the_size_of_the_arrays(planned):
     assert planned.parameters == nbytes(state.params)
     assert planned.optimizer == nbytes(state.opt_state)
     assert planned.reference == nbytes(state.ref_params)
-    assert planned.cast == nbytes(POLICY.cast(params)) < planned.parameters
+    cast = jax.tree.leaves(POLICY.cast(params))
+    assert planned.cast == nbytes([x for x in cast if x.dtype == jnp.bfloat16]) < planned.parameters
     assert planned.prompt_cache == nbytes(POLICY.prefill(params, prompts.tokens, prompts.lengths))
     assert planned.completion_cache == nbytes(POLICY.init_cache(4, 2, 16))
     assert planned.logits == 2 * 4 * 2 * 16 * POLICY.config.vocab_size * 4
@@ -49,6 +52,21 @@ def test_what_is_kept_has_the_size_of_the_arrays(planned):
     assert planned.peak == kept + max(planned.sampling, planned.learning)
     assert planned.sampling > planned.prompt_cache + planned.completion_cache + planned.cast
     assert planned.learning >= planned.gradients + planned.logits
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_adapters_have_moments_gradients_and_reference_of_their_own_size_alone(kind, planned):
+    weights = WeightSettings(lora_rank=2, quantize=kind)
+    policy = testing.tiny_policy("qwen2", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    params, frozen = weights.shapes(policy)
+    found = plan(policy, params=params, frozen=frozen)
+    adapters = 4 * sum(2 * sum(x["kernel"].shape[1:]) * 2 for _, x in lora.linear_layers(policy, frozen))  # two layers
+    assert found.parameters == found.gradients == found.reference == adapters
+    assert found.optimizer == 2 * adapters + 4  # and the count
+    count = lambda x: x.size * (0.5 if x.dtype == jnp.uint4 else x.dtype.itemsize)  # noqa: E731
+    assert found.frozen == sum(map(count, jax.tree.leaves(frozen)))
+    assert found.peak == found.frozen + 2 * adapters + found.optimizer + max(found.sampling, found.learning)
+    assert found.peak < planned.peak
 
 
 def test_the_old_policy_is_scored_in_the_parts_of_the_updates():
