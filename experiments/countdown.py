@@ -92,10 +92,10 @@ def train(config: Config) -> dict[str, float]:
         transforms=(measured.repetition(), measured.unscored(used.names)),
         updates=updates,
     ).jit(compiler_options=compilation.cpu_memory_options())
-    state = init_state(params, optimizer, jax.random.key(config.seed), reference=True)
+    state, began_with = init_state(params, optimizer, jax.random.key(config.seed), reference=True), used.digests(params)
     del params
     keys = ("reward", *(f"reward/{name}" for name in used.names), "validation/accuracy")
-    settings = {"save_every": config.save_every, "allow": ("steps",), "digests": used.digests, "keys": keys}
+    settings = {"save_every": config.save_every, "allow": ("steps",), "digests": began_with, "keys": keys}
     with run.loop(config, state, steps=config.steps, **settings) as loop:
         del state
         for n in loop:

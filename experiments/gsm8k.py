@@ -125,7 +125,7 @@ def train(config: Config) -> dict[str, float]:
         steps=config.steps,
         save_every=config.save_every,
         allow=("steps",),
-        digests=used.digests,
+        digests=used.digests(bind(params, frozen)),
         # A reference that is renewed belongs to what changes.
         initial=("frozen",) if recipe.reference_updates else ("frozen", "ref_params"),
         keys=("reward", "reward/0", "reward/1", "kl", "validation/accuracy"),

@@ -39,16 +39,15 @@ def of_run(tokenizer: Any, params: Any, *, prompts: Any, held_out: Any = ()) -> 
 
     Args:
       tokenizer: of the model.
-      params: its weights; None leaves them out.
+      params: its weights.
       prompts: to train on, encoded, in their order.
       held_out: to evaluate on.
     """
-    weights = {} if params is None else {"the weights of the model": of_arrays(params)}
     return {
         "the prompts to train on": of_json(prompts),
         "the prompts to evaluate on": of_json(held_out),
         "the tokenizer or its template": of_tokenizer(tokenizer),
-        **weights,
+        "the weights of the model": of_arrays(params),
     }
 
 

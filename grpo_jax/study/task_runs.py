@@ -54,10 +54,9 @@ class TaskRun:
             functions, task.splits.train, self._tokenizer, eos_ids=self.eos_ids, log_metric=self.logged
         )
 
-    @property
-    def digests(self) -> dict[str, str]:
-        """Of the prompts and the tokenizer, for `run.loop`."""
-        return digests.of_run(self._tokenizer, None, prompts=self._prompts.prompts)
+    def digests(self, params: Params) -> dict[str, str]:
+        """Of the prompts, the tokenizer and the weights that the run begins with, for `run.loop`."""
+        return digests.of_run(self._tokenizer, params, prompts=self._prompts.prompts)
 
     def batch(self, seed: int, step: int, size: int) -> Prompts:
         """The prompts of a step."""
