@@ -22,8 +22,8 @@ def muon(
         update = -learning_rate * 0.2 * sqrt(max(in, out)) * orthogonalised(momentum)
 
     optax's own choice is by the number of axes, which is the wrong way round here: kernels are stacks `[L, in, out]`,
-    and the matrices `[vocabulary, D]` are embedding and head, which Muon's authors leave to Adam. Each layer's matrix is
-    orthogonalised by itself. Adam's momentum is Nesterov's, too.
+    and the matrices `[vocabulary, D]` are embedding and head, which Muon's authors leave to Adam. Each layer's matrix
+    is orthogonalised by itself. Adam's momentum is Nesterov's, too.
 
     Args:
       params: what is trained, or its shapes; adapters are stacks of matrices, too.
