@@ -92,6 +92,7 @@ def make(
     problems: Callable[..., Prompts] = modular_sums.problems,
     build: Callable[..., runs.StepFunction] = make_train_step,
     reference: bool = False,
+    initial: Callable[[PRNGKey, Hyper, optax.GradientTransformation], TrainState] | None = None,
     begin: Callable[[TrainState], TrainState] = lambda state: state,
     after: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Run:
@@ -105,6 +106,7 @@ def make(
       problems: makes them, `(key, count, terms=) -> Prompts`.
       build: `(policy, optimizer, sampler, **settings) -> step`.
       reference: True keeps the start as the reference policy.
+      initial: `(key, hyper, optimizer) -> state`, if another than one that trains all of `hyper["params"]`.
       begin: what changes the state before the first step.
       after: what changes the state after each step.
     """
@@ -113,6 +115,8 @@ def make(
         return optax.adam(hyper.get("learning_rate", LEARNING_RATE), b2=0.99)
 
     def init(key: PRNGKey, hyper: Hyper) -> TrainState:
+        if initial is not None:
+            return begin(initial(key, hyper, optimizer(hyper)))
         return begin(init_state(hyper["params"], optimizer(hyper), key, reference=reference))
 
     def step(hyper: Hyper) -> runs.StepFunction:

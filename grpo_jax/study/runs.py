@@ -77,6 +77,7 @@ def make_run(
     num_steps: int,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
+    frozen: Callable[[Hyper], Params] | None = None,
 ) -> Run:
     """A run of `num_steps` as a pure function `(key, hyper) -> (state, history)`.
 
@@ -91,6 +92,8 @@ def make_run(
       num_steps: of the run.
       evaluate: `(params, hyper) -> {name: number}`, traced.
       evaluate_every: steps between evaluations, and of a chunk; `num_steps` unless given.
+      frozen: `hyper -> ` what the network reads beside `state.params`, such as the base of adapters, which `init`
+        then leaves out. The states of the run are without it, so that runs that are mapped over share one.
 
     Raises:
       ValueError: if `evaluate_every` does not divide `num_steps`.
@@ -99,22 +102,27 @@ def make_run(
     if num_steps < 1 or chunk_steps < 1 or num_steps % chunk_steps:
         raise ValueError(f"a run is made of whole chunks: {num_steps} steps are no multiple of {chunk_steps}")
 
-    def measure(params: Params, hyper: Hyper) -> dict[str, Array]:
-        return {} if evaluate is None else evaluate(params, hyper)
+    def whole(state: TrainState, hyper: Hyper) -> TrainState:
+        return state if frozen is None else state._replace(frozen=frozen(hyper))
+
+    def measure(state: TrainState, hyper: Hyper) -> dict[str, Array]:
+        state = whole(state, hyper)
+        return {} if evaluate is None else evaluate(bind(state.params, state.frozen), hyper)
 
     def start(key: PRNGKey, hyper: Hyper) -> tuple[TrainState, dict[str, Array]]:
         state = init(key, hyper)
-        return state, measure(bind(state.params, state.frozen), hyper)
+        return state, measure(state, hyper)
 
     def advance(state: TrainState, hyper: Hyper) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:
         train_step = step(hyper)
 
         def one(state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:
-            state, metrics = train_step(state, prompts(prompt_key(state.key), state.step, hyper))
-            return state, statistics.summary(metrics)
+            made = prompts(prompt_key(state.key), state.step, hyper)
+            after, metrics = train_step(whole(state, hyper), made)
+            return after._replace(frozen=state.frozen), statistics.summary(metrics)
 
         state, steps = jax.lax.scan(one, state, length=chunk_steps)
-        return state, steps, measure(bind(state.params, state.frozen), hyper)
+        return state, steps, measure(state, hyper)
 
     return Run(start, advance, num_steps // chunk_steps, chunk_steps)
 

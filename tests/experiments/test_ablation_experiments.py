@@ -28,8 +28,8 @@ def load(monkeypatch):
     sys.modules.pop("setting", None)
 
 
-def test_there_are_nine():
-    assert len(NAMES) == 9
+def test_there_are_ten():
+    assert len(NAMES) == 10
 
 
 @pytest.mark.smoke

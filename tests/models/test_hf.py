@@ -568,7 +568,7 @@ def test_a_field_that_is_a_note_refuses_no_model_and_another_says_what_to_do(che
     ("fields", "advice"),
     [
         ({"logit_cap": 30.0}, r"If logit_cap of config.json changes nothing in .* delete it there"),
-        ({"quantization_config": {"bits": 4}}, r"Load the repository that has these weights unquantised"),
+        ({"quantization_config": {"bits": 4}}, r"is quantised already, by an unnamed method"),
         ({"x" * 100_000: "y" * 100_000}, r"delete it there"),
     ],
 )
@@ -606,7 +606,7 @@ def test_an_export_may_be_replaced_and_nothing_else_is_touched(tiny, tmp_path):
     before = (path / "model.safetensors").read_bytes()
 
     (path / "notes.md").write_text("mine")
-    with pytest.raises(FileExistsError, match=re.escape("did not write: ['notes.md']")):
+    with pytest.raises(FileExistsError, match=re.escape("no export wrote: ['notes.md']")):
         hf.save_pretrained(policy, params, path)
     assert (path / "model.safetensors").read_bytes() == before
 

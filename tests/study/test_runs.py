@@ -242,3 +242,39 @@ def test_rows_are_a_function_of_the_key_and_the_step():
 def test_a_batch_that_the_data_set_cannot_fill_is_refused(batch):
     with pytest.raises(ValueError, match=f"the data set's 10 rows, got {batch}$"):
         shuffled_rows(jax.random.key(0), 0, 10, batch)
+
+
+# ------------------------------------------------------------------------- a shared base
+
+OVER_A_BASE = from_logits_fn(lambda params, tokens, mask: (params["table"] + params["base"])[tokens])
+
+
+def over_a_base():
+    """Runs that train a table over a base, which `hyper` holds."""
+    sampler = sampling.sampler(group_size=4, max_tokens=5, eos_ids=(modular_sums.EOS,))
+    return make_run(
+        lambda key, hyper: init_state({"table": jnp.zeros((V, V))}, optax.sgd(hyper["learning_rate"]), key),
+        lambda hyper: make_train_step(
+            OVER_A_BASE, optax.sgd(hyper["learning_rate"]), sampler, reward=even_tokens, loss=grpo()
+        ),
+        prompts,
+        num_steps=STEPS,
+        evaluate=lambda params, hyper: {"of the base": params["base"].sum(), "moved": jnp.abs(params["table"]).sum()},
+        evaluate_every=EVERY,
+        frozen=lambda hyper: {"base": hyper["base"]},
+    )
+
+
+def test_runs_that_are_mapped_over_share_one_base_and_are_the_separate_runs():
+    run, rates = over_a_base(), jnp.array([1.0, 0.3])
+    base = jax.random.normal(jax.random.key(5), (V, V))
+    keys = jax.random.split(jax.random.key(0), 2)
+    mapped = jax.vmap(run, (0, {"learning_rate": 0, "base": None}))
+    states, histories = jax.jit(mapped)(keys, {"learning_rate": rates, "base": base})
+    assert states.frozen is None
+    assert np.all(histories.evaluations["moved"][:, -1] > 0)
+    np.testing.assert_allclose(histories.evaluations["of the base"], np.full((2, 4), base.sum()), rtol=1e-5)
+    for i, rate in enumerate(rates):
+        state, history = jax.jit(run)(keys[i], {"learning_rate": rate, "base": base})
+        np.testing.assert_allclose(states.params["table"][i], state.params["table"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(histories.steps["reward"][i], history.steps["reward"], rtol=1e-5)
