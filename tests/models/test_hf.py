@@ -22,6 +22,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from grpo_jax import models
 from grpo_jax.models import hf
+from grpo_jax.models.hf import writing
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.testing import tiny_checkpoint, tiny_hf_config, tiny_tokenizer
 
@@ -635,7 +636,7 @@ def test_a_save_that_fails_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     def full(*arguments, **settings):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    monkeypatch.setattr(writing, "write_shard", full)
     for name in ("model", "new"):
         with pytest.raises(OSError, match="no space left"):
             hf.save_pretrained(policy, jax.tree.map(jnp.zeros_like, params), tmp_path / name)

@@ -17,14 +17,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 import transformers
 
 from grpo_jax.freezing import bind, named_leaves
 from grpo_jax.models import lora
 from grpo_jax.models.hf.folders import local_folder, open_shard, read_json, short, write_json
-from grpo_jax.models.hf.replacing import MARK, replacing
-from grpo_jax.models.hf.writing import sort_metadata
+from grpo_jax.models.hf.replacing import replacing
+from grpo_jax.models.hf.shards import held, write_shard
 from grpo_jax.policies import Policy
 from grpo_jax.types import Params
 
@@ -115,9 +114,9 @@ def save_adapters(
     }
     with replacing(Path(path).expanduser().resolve()) as folder:
         write_json(folder / CONFIG, config)
-        metadata = {"format": "pt", _DIGEST: _digest(base)} | MARK
-        safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata=metadata)
-        sort_metadata(folder / WEIGHTS)
+        write_shard(
+            folder / WEIGHTS, {name: held(tensor) for name, tensor in tensors.items()}, {_DIGEST: _digest(base)}
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 

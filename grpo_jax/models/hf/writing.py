@@ -2,10 +2,7 @@
 
 import functools
 import json
-import math
 import os
-import shutil
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 import transformers
 from jax.typing import DTypeLike
 
@@ -22,7 +18,8 @@ from grpo_jax.freezing import named_leaves
 from grpo_jax.models import lora
 from grpo_jax.models.hf.folders import INDEX, WEIGHTS, write_json
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
-from grpo_jax.models.hf.replacing import MARK, replacing
+from grpo_jax.models.hf.replacing import replacing
+from grpo_jax.models.hf.shards import Tensor, write_shard
 from grpo_jax.models.hf.tokenizers import ids_of
 from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Params
@@ -51,7 +48,7 @@ def save_pretrained(
       tokenizer: saved beside the weights.
       eos_ids: tokens that end a completion, beside those of the config and the tokenizer.
       dtype: of the tensors; None for that of the params.
-      max_shard_bytes: the largest file, unless one tensor is larger; the host holds one at a time.
+      max_shard_bytes: the largest file, unless one tensor is larger. The host holds one tensor at a time.
 
     Raises:
       FileExistsError: if `path` holds what no export wrote.
@@ -97,21 +94,17 @@ def _write_shards(
     folder: Path, leaves: list[Leaf], arrays: list[Array], dtypes: list[np.dtype], max_shard_bytes: int
 ) -> None:
     """Writes the weights into one file, or into several with an index."""
-    shards: list[dict[str, tuple[int, int]]] = [{}]  # name -> leaf, layer
+    shards: list[dict[str, Tensor]] = [{}]
     room, total = max_shard_bytes, 0
-    for number, leaf in enumerate(leaves):
-        size = math.prod(leaf.tensor_shape) * dtypes[number].itemsize
+    for leaf, array, dtype in zip(leaves, arrays, dtypes, strict=True):
         for layer, name in enumerate(leaf.names):
-            if size > room and shards[-1]:
+            make = functools.partial(_make, array, layer, leaf, dtype)
+            tensor = Tensor(leaf.tensor_shape, dtype, make)
+            if tensor.size > room and shards[-1]:
                 shards.append({})
                 room = max_shard_bytes
-            shards[-1][name] = (number, layer)
-            room, total = room - size, total + size
-
-    def tensor(number: int, layer: int) -> np.ndarray:
-        leaf = leaves[number]
-        # safetensors writes another array's numbers, without a word, where one is not contiguous.
-        return np.ascontiguousarray(_get(arrays[number], layer, leaf.stacked, leaf.transposed, dtypes[number]))
+            shards[-1][name] = tensor
+            room, total = room - tensor.size, total + tensor.size
 
     files = [WEIGHTS]
     if len(shards) > 1:
@@ -119,23 +112,11 @@ def _write_shards(
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for file, shard in zip(files, shards, strict=True):
-        tensors = {name: tensor(*place) for name, place in shard.items()}
-        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"} | MARK)
-        sort_metadata(folder / file)
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors gives it to its owner alone
+        write_shard(folder / file, shard)
 
 
-def sort_metadata(file: Path) -> None:
-    """Orders the metadata of a safetensors file in place, which safetensors orders by chance."""
-    with open(file, "r+b") as opened:
-        (size,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
-        if len(text) != size:
-            raise ValueError(f"{file}: its header is not written as it was read")
-        opened.seek(8)
-        opened.write(text)
+def _make(array: Array, layer: int, leaf: Leaf, dtype: np.dtype) -> np.ndarray:
+    return np.asarray(_get(array, layer, leaf.stacked, leaf.transposed, dtype))
 
 
 def _exported_config(fields: dict[str, Any], dtype: str) -> dict[str, Any]:

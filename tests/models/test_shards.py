@@ -1,0 +1,56 @@
+"""The safetensors files that an export writes."""
+
+import weakref
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from grpo_jax.models.hf.shards import Tensor, held, write_shard
+
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "half": RNG.normal(size=(3,)).astype(np.float16),
+    "transposed": RNG.normal(size=(4, 3)).astype(np.float32).T,
+    "bfloat16": np.asarray(jnp.asarray(RNG.normal(size=(2, 5)), jnp.bfloat16)),
+    "wide": RNG.normal(size=(2, 2)),
+    "scalar": np.float32(3.5).reshape(()),
+    "empty": np.zeros((0, 4), np.float32),
+}
+
+
+def test_safetensors_reads_the_same_bits_and_the_same_tensors_give_the_same_bytes(tmp_path):
+    tensors = {name: held(array) for name, array in ARRAYS.items()}
+    write_shard(tmp_path / "a", tensors)
+    read = safetensors.numpy.load_file(tmp_path / "a")
+    assert read.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        assert read[name].tobytes() == array.tobytes()
+    with safetensors.safe_open(tmp_path / "a", "numpy") as opened:
+        assert opened.metadata() == {"format": "pt", "written_by": "grpo_jax"}
+    write_shard(tmp_path / "b", dict(reversed(tensors.items())))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    made = []
+
+    def make():
+        assert all(array() is None for array in made)
+        array = np.ones((5, 7), np.float32)
+        made.append(weakref.ref(array))
+        return array
+
+    write_shard(tmp_path / "shard", {name: Tensor((5, 7), np.dtype(np.float32), make) for name in "abc"})
+    assert len(made) == 3
+
+
+def test_a_tensor_that_is_not_made_as_announced_and_other_dtypes_are_refused(tmp_path):
+    array = np.zeros((2, 3), np.float32)
+    with pytest.raises(ValueError, match=r"a was announced as float32\[3, 2\] and made as float32\[2, 3\]"):
+        write_shard(tmp_path / "shard", {"a": Tensor((3, 2), array.dtype, lambda: array)})
+    with pytest.raises(ValueError, match="not int32"):
+        write_shard(tmp_path / "shard", {"a": held(array.astype(np.int32))})
