@@ -1,0 +1,143 @@
+"""What adapters and quantised bases save: seconds and bytes of a step, and which models fit which devices.
+
+    python -m benchmarks.adapters steps          # whole weights, adapters, adapters over int8 and nf4, on W1 and small
+    python -m benchmarks.adapters fits           # 0.5B to 7B: the peak of a step, and the devices that it fits
+
+`steps` runs the variants in turn, so that what else the machine does falls on all of them. `fits` runs nothing: the
+programs are compiled, for the backend that it runs on, from the sizes of Qwen2.5.
+"""
+
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import cells
+from benchmarks.cells import Cell, Model
+from benchmarks.ours import MICRO_BATCHES, prompts_of
+from grpo_jax import losses, models, sampling
+from grpo_jax.models import quantized
+from grpo_jax.models.settings import WeightSettings
+from grpo_jax.run import compilation, memory
+from grpo_jax.study.footprints import timed
+from grpo_jax.train_step import make_train_step
+from grpo_jax.types import Experience
+from grpo_jax.updates import Updates, init_state
+
+VARIANTS = {
+    "whole weights": WeightSettings(),
+    "LoRA, rank 16": WeightSettings(lora_rank=16),
+    "LoRA, rank 16, int8": WeightSettings(lora_rank=16, quantize="int8"),
+    "LoRA, rank 16, nf4": WeightSettings(lora_rank=16, quantize="nf4"),
+}
+QWEN = {  # Qwen2.5; tied is what it says of its embeddings
+    "0.5B": Model(896, 24, 14, 2, 4864, 151936, tied=True),
+    "1.5B": Model(1536, 28, 12, 2, 8960, 151936, tied=True),
+    "3B": Model(2048, 36, 16, 2, 11008, 151936, tied=True),
+    "7B": Model(3584, 28, 28, 4, 18944, 152064),
+}
+DEVICES = (16, 24, 80)  # GB
+FITS = {"prompts": 8, "group": 8, "prompt_tokens": 512, "completion_tokens": 512}
+
+
+def steps(cell: Cell, repeats: int = 7) -> Iterator[dict[str, Any]]:
+    """Seconds of `collect` and `learn`, and bytes by the compiler, in float32 with a reference; a line a variant."""
+    policy = models.decoder(models.from_hf_config(cells.hf_config(cell.model)))
+    whole = jax.jit(policy.init)(jax.random.key(0))
+    optimizer = optax.adamw(cells.LEARNING_RATE, weight_decay=0.0)
+    step = make_train_step(
+        policy,
+        optimizer,
+        sampling.sampler(group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=()),
+        loss=losses.grpo(penalty=losses.k3(cells.BETA)),
+        updates=Updates(max_grad_norm=1.0, micro_batches=min(MICRO_BATCHES, cell.prompts)),
+    )
+    options = compilation.cpu_memory_options()
+    jitted, states, prompts = step.jit(compiler_options=options), {}, prompts_of(cell, 0)
+    for name, weights in VARIANTS.items():
+        params = whole if weights.quantize is None else quantized.quantize(whole, weights.quantize)
+        trained, frozen = weights.divide(policy, jax.tree.map(jnp.copy, params), jax.random.key(1))
+        states[name] = init_state(trained, optimizer, jax.random.key(0), frozen=frozen, reference=True)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+    rng = np.random.default_rng(0)
+    for _ in range(repeats + 1):
+        for name, state in states.items():
+            sampling_took, experience = timed(jitted.collect, state, prompts)
+            learning_took, (states[name], _) = timed(jitted.learn, state, _rewarded(experience, rng))
+            seconds[name].append((sampling_took, learning_took))
+    for name, state in states.items():
+        sampled, learned = (statistics.median(times) for times in zip(*seconds[name][1:], strict=True))
+        of_sampling, of_learning = memory.programs(step, state, prompts, compiler_options=options)
+        kept = memory.size(state.params) + memory.size(state.opt_state) + memory.size(state.ref_params)
+        yield {
+            "cell": cell.name,
+            "variant": name,
+            "collect s": round(sampled, 3),
+            "learn s": round(learned, 3),
+            "trained MiB": round(kept / 2**20, 1),
+            "frozen MiB": round(memory.size(state.frozen) / 2**20, 1),
+            "collect MiB": round(of_sampling / 2**20, 1),
+            "learn MiB": round(of_learning / 2**20, 1),
+        }
+
+
+def _rewarded(experience: Experience, rng: np.random.Generator) -> Experience:
+    shape = (*experience.rollout.tokens.shape[:2], 1)
+    rewards = jnp.asarray(rng.random(shape, np.float32))
+    return experience._replace(rewards=rewards, reward_mask=jnp.ones(shape, bool))
+
+
+def fits() -> Iterator[dict[str, Any]]:
+    """GB of a step of 8 prompts x 8 completions, 512 + 512 tokens, in bfloat16, learned one prompt at a time."""
+    for size, model in QWEN.items():
+        for name, weights in VARIANTS.items():
+            if weights.quantize == "int8":
+                continue
+            settings: Mapping[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": weights.param_dtype(jnp.bfloat16)}
+            policy = models.decoder(models.from_hf_config(cells.hf_config(model), **settings))
+            params, frozen = weights.shapes(policy)
+            plan = memory.plan(
+                policy,
+                optax.adamw(1e-6),
+                sampling.sampler(group_size=FITS["group"], max_tokens=FITS["completion_tokens"], eos_ids=()),
+                loss=losses.grpo(),
+                prompts=FITS["prompts"],
+                prompt_tokens=FITS["prompt_tokens"],
+                reference=False,
+                params=params,
+                frozen=frozen,
+                updates=Updates(micro_batches=FITS["prompts"]),
+            )
+            kept = plan.parameters + plan.frozen + plan.optimizer
+            yield {
+                "model": size,
+                "variant": name,
+                "kept GB": round(kept / 1e9, 1),
+                "collect GB": round(plan.sampling / 1e9, 1),
+                "learn GB": round(plan.learning / 1e9, 1),
+                "peak GB": round(plan.peak / 1e9, 1),
+                "fits": ", ".join(str(device) for device in DEVICES if plan.peak <= device * 1e9) or "none",
+            }
+
+
+def main(what: str) -> None:
+    """Prints a table, a line as soon as it is there."""
+
+    def of_cells() -> Iterator[dict[str, Any]]:
+        for name in ("W1", "small"):
+            yield from steps(cells.CELLS[name])
+
+    rows = {"fits": fits, "steps": of_cells}[what]()
+    for number, row in enumerate(rows):
+        if number == 0:
+            print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
+        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
