@@ -15,7 +15,6 @@ leaf is kept beside the state, and names, shapes and dtypes are compared here. `
 One process drives all devices; several hosts are refused rather than half supported.
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -24,17 +23,21 @@ import pathlib
 import shutil
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
 
+from grpo_jax.run import compilation
 from grpo_jax.types import Params, TrainState
 
 _ABSENT = "(absent)"
+_CHUNK, _FILE = 2**24, 2**26  # bytes of a piece of an array, and of a file of a checkpoint
+_PART = 2**27  # bytes that are read at a time
 
 
 class CheckpointCorruptError(RuntimeError):
@@ -66,7 +69,19 @@ def manager(
         read_only=read_only,
         enable_async_checkpointing=False,  # an asynchronous save reports a full disk only at the next one
     )
-    return ocp.CheckpointManager(folder, options=options)
+    return ocp.CheckpointManager(folder, options=options, handler_registry=_handlers())
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Orbax's own, but for the arrays of a state, of which no copy is made: nothing changes them meanwhile."""
+    arrays = type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, type_handlers.ArrayHandler())
+    )
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    of_state = ocp.PyTreeCheckpointHandler(type_handler_registry=arrays)
+    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        handlers.add("state", args, of_state)
+    return handlers
 
 
 def save(
@@ -79,7 +94,8 @@ def save(
     """Writes the state as checkpoint `state.step`, and returns when it is on disk.
 
     Takes the time of a copy to the host, one SHA-256 of it and the writing; the host holds what is written once
-    meanwhile. What is not written is digested a leaf at a time, and not again while the arrays are the same ones.
+    meanwhile, or not at all where it is the device, and some 300 MB of it compressed. What is not written is digested
+    a leaf at a time, and not again while the arrays are the same ones.
 
     Args:
       checkpoints: from `manager`.
@@ -106,13 +122,16 @@ def save(
         _refuse_changed_initial(checkpoints, content)
     # Orbax refuses arrays without elements; they are made anew from their shape.
     written = {path: _stored(array) for path, array in arrays.items() if array.size}
+    # In pieces: Orbax holds what it has compressed until a file is full, and a whole array while it compresses it.
+    pieces = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK) for path in written}
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(written),
+        state=ocp.args.PyTreeSave(written, save_args=pieces, ocdbt_target_data_file_size=_FILE),
         meta=ocp.args.JsonSave({"content": content, "sha256": _json_digest(content)}),
     )
     below_a_broken_one = step < max(checkpoints.all_steps(), default=0)  # where Orbax would skip it
     saved = checkpoints.save(step, args=items, force=below_a_broken_one)
     checkpoints.wait_until_finished()
+    compilation.give_back_freed()
     if not saved:
         raise RuntimeError(f"Orbax did not save step {step} in {checkpoints.directory}; was it opened read-only?")
 
@@ -197,8 +216,7 @@ def restore_params(directory: str | os.PathLike[str], like: Params, *, step: int
         facts = {path: fact for path, fact in saved.items() if path.partition("/")[0] == "params"}
         leaves = _leaves({"params": like})
         _refuse_mismatch(facts, leaves, f"step {step} in {checkpoints.directory}")
-        partly = functools.partial(ocp.args.PyTreeRestore, partial_restore=True)
-        arrays = _read_arrays(checkpoints, step, leaves, facts, partly)
+        arrays = _read_arrays(checkpoints, step, leaves, facts)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in leaves])
 
 
@@ -369,29 +387,45 @@ def _read(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> tu
     _refuse_mismatch(facts, leaves, f"step {step} in {checkpoints.directory}")
     _refuse_other_initial({path: (leaves[path], facts[path]) for path in content["initial"]})
     wanted = {path: leaf for path, leaf in leaves.items() if path not in content["initial"]}
-    leaves |= _read_arrays(checkpoints, step, wanted, facts, ocp.args.StandardRestore)
+    leaves |= _read_arrays(checkpoints, step, wanted, facts)
     return jax.tree.unflatten(jax.tree.structure(like), list(leaves.values())), content
 
 
 def _read_arrays(
-    checkpoints: ocp.CheckpointManager,
-    step: int,
-    leaves: dict[str, Any],
-    facts: dict[str, Any],
-    args: Callable[[dict[str, np.ndarray]], Any],
+    checkpoints: ocp.CheckpointManager, step: int, leaves: dict[str, Any], facts: dict[str, Any]
 ) -> dict[str, jax.Array]:
-    """What was saved of the leaves, verified, on their devices."""
-    # Read as NumPy arrays: the devices and shardings of the run that saved then play no part.
-    forms = {path: _host_form(leaf) for path, leaf in leaves.items()}
-    arrays = {path: np.zeros(form.shape, form.dtype) for path, form in forms.items()}
-    written = {path: _stored(array) for path, array in arrays.items() if array.size}
-    read = _from_orbax(checkpoints, step, state=args(written))
-    arrays |= {
-        path: array.view(arrays[path].dtype) if array.dtype == np.uint8 else array for path, array in read.items()
-    }
-    if broken := [path for path, array in arrays.items() if _digest(array) != facts[path]["sha256"]]:
+    """What was saved of the leaves, verified, on their devices; the host holds some of them at a time."""
+    placed: dict[str, jax.Array] = {}
+    broken: list[str] = []
+    for part in _parts({path: _host_form(leaf) for path, leaf in leaves.items()}):
+        # Read as NumPy arrays: the devices and shardings of the run that saved then play no part.
+        arrays = {path: np.zeros(form.shape, form.dtype) for path, form in part.items()}
+        written = {path: _stored(array) for path, array in arrays.items() if array.size}
+        if written:
+            read = _from_orbax(checkpoints, step, state=ocp.args.PyTreeRestore(written, partial_restore=True))
+            arrays |= {path: x.view(arrays[path].dtype) if x.dtype == np.uint8 else x for path, x in read.items()}
+            del read
+        broken += [path for path, array in arrays.items() if _digest(array) != facts[path]["sha256"]]
+        if not broken:
+            placed |= {path: _place(arrays.pop(path), leaves[path], facts[path]) for path in part}
+        compilation.give_back_freed()
+    if broken:
         raise CheckpointCorruptError(f"step {step} (the digest of {', '.join(broken)} differs)")
-    return {path: _place(arrays[path], leaf, facts[path]) for path, leaf in leaves.items()}
+    return placed
+
+
+def _parts(forms: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The leaves in parts of at most `_PART` bytes, or of one leaf."""
+    part: dict[str, Any] = {}
+    room = _PART
+    for path, form in forms.items():
+        size = form.size * form.dtype.itemsize
+        if part and size > room:
+            yield part
+            part, room = {}, _PART
+        part[path] = form
+        room -= size
+    yield part
 
 
 def _place(array: np.ndarray, like: Any, fact: dict[str, Any]) -> jax.Array:

@@ -68,10 +68,16 @@ def trim_malloc(seconds: float = 0.1) -> None:
     Args:
       seconds: programs that compile faster leave little and are passed over; giving back takes milliseconds.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if trim is not None and event == _COMPILED and duration_secs >= seconds:
-            trim(ctypes.c_size_t(0))
+        if event == _COMPILED and duration_secs >= seconds:
+            give_back_freed()
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def give_back_freed() -> None:
+    """Gives freed memory that the GNU C library keeps back to the system, in milliseconds; nothing with another one."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))

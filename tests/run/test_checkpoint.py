@@ -1,4 +1,5 @@
 import importlib.metadata
+import os
 import pathlib
 import resource
 import shutil
@@ -528,3 +529,41 @@ def test_an_allowed_change_passes_and_is_returned_for_the_record(allowed):
     assert checkpoint.check_config(CONFIG, changed, allow=(allowed,)) == changes
     with pytest.raises(ValueError, match="seed: 0 -> 1"):
         checkpoint.check_config(CONFIG, changed | {"seed": 1}, allow=(allowed,))
+
+
+MEMORY = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from grpo_jax.run import checkpoint
+from grpo_jax.types import TrainState
+
+def status(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) / 1024
+
+def growth(f):
+    before = status("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    f()
+    return status("VmHWM") - before
+
+params = [jax.random.normal(jax.random.key(i), (2**12, 2**12)) for i in range(8)]
+state = TrainState(params, (), jax.random.key(0), jnp.int32(1), jnp.int32(0))
+jax.block_until_ready(state)
+with checkpoint.manager(sys.argv[1]) as checkpoints:
+    print(growth(lambda: checkpoint.save(checkpoints, state, {})))
+    print(growth(lambda: checkpoint.restore(checkpoints, state)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems tell a process less of its memory")
+def test_a_save_holds_no_copy_of_the_state_and_a_restore_little_more_than_one(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "run"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    save, restore = map(float, done.stdout.split())  # MiB, of a state of 512
+    print(f"save {save:.0f} MiB, restore {restore:.0f} MiB")
+    assert save < 420
+    assert restore < 1.8 * 512
