@@ -12,7 +12,7 @@ import pytest
 from grpo_jax import testing, train_step
 from grpo_jax.models import hf
 from grpo_jax.run import metrics
-from grpo_jax.study import evaluation
+from grpo_jax.study import task_runs
 from grpo_jax.updates import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_the_format_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(t
         return judge
 
     monkeypatch.setattr(module.rewards, "strict_format", strict_format)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *arguments, **settings: ({}, []))
+    monkeypatch.setattr(task_runs.TaskRun, "evaluate", lambda *arguments, **settings: {})
     module.main(module.Config(run_dir=tmp_path / "run", smoke=True, format_weight=0.5))
     for line in metrics.read(tmp_path / "run"):
         correct, formed = (line[f"reward/{name}"] for name in NAMES[module])
