@@ -147,7 +147,7 @@ given = jnp.zeros((8, 8, 1)), jnp.ones((8, 8, 1), bool)
 experience = experience._replace(rewards=given[0], reward_mask=given[1])
 make = make.lower(jax.random.key(0)).compile()
 collect = jax.jit(step.collect).lower(abstract, prompts).compile()
-learn = step.jit(compiler_options=compilation.cpu_memory_options()).learn
+learn = jax.jit(step.learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
 learn = learn.lower(abstract, experience).compile()
 before = status("VmRSS")
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
