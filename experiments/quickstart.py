@@ -13,7 +13,7 @@ rewards right answers (1.0) and the format (0.1), and nobody shows it anything m
 So this is elicitation: what GRPO does here is to move probability from a way that
 was taught and is wrong to one that was taught and is right.
 
-Greedy accuracy on the test split goes from about 0.3 to 0.98 or more for each of seeds
+Greedy accuracy on the test split goes from about 0.3 to 0.99 or more for each of seeds
 0 to 4, in about 40 s on 2 CPU cores with Python 3.11 and jax 0.10.2; the README has the
 table.
 
