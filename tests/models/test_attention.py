@@ -217,7 +217,8 @@ def gradient_of_log_probs(**settings):
 @pytest.mark.parametrize("form", [attention.blockwise, attention.from_causal_kernel(causal_rows)])
 def test_the_attention_is_an_argument_of_the_network(form):
     (program, params), (reference, _) = (gradient_of_log_probs(attention=f) for f in (form, attention.reference))
-    check_gradients(jit(program)(params), jit(reference)(params))
+    # Several layers' rounding adds up, by how much depends on the processor: 2.9e-6 was met.
+    check_gradients(jit(program)(params), jit(reference)(params), tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
