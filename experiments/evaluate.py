@@ -86,7 +86,9 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     as_read = dict(zip(map(id, problems), rows, strict=True))
     problems = config.encode(tokenizer, problems)
     inputs.check_arguments(functions, problems.rows[0], prompt_column=config.prompt_column)
-    inputs.check_tokens(model, tokenizer, problems.prompts, max_tokens=config.max_tokens)
+    inputs.check_tokens(
+        model, tokenizer, problems.prompts, max_tokens=config.max_tokens, revision=config.revision
+    )  # fmt: skip
     policy, params = hf.load_pretrained(
         model, compute_dtype=compute_dtype(config.compute_dtype), revision=config.revision
     )
@@ -168,6 +170,8 @@ def locate(model: str) -> tuple[str, pathlib.Path | None, int | None]:
     step, meta = checkpoint.read_meta(folder, step=step)
     if "model" not in meta.get("config", {}):
         raise ValueError(f"the checkpoints in {folder} do not say which model they began from; evaluate an export")
+    if meta["config"].get("lora_rank") is not None:
+        raise ValueError(f"the checkpoints in {folder} are of adapters, without their base; evaluate an export")
     return meta["config"]["model"], folder, step
 
 
@@ -187,7 +191,8 @@ def read(config: Config) -> tuple[list[data.Row], list[data.Row], list[Callable[
         rows = data.read_rows(config.data, split=config.split, subset=config.subset)
     if config.task is not None and config.prompt_column != "prompt":
         raise ValueError(f"the prompt's column of a task is `prompt`, got --prompt-column {config.prompt_column}")
-    inputs.check_rewards(functions)
+    for group_size in (*([1] if config.greedy else []), *([config.group_size] if config.group_size else [])):
+        inputs.check_rewards(functions, group_size=group_size)
     return rows[: config.rows], problems[: config.rows], functions
 
 

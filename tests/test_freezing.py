@@ -159,8 +159,9 @@ def test_optimiser_reference_norm_and_donation_know_what_is_trained_alone():
     params, frozen = partition(jax.jit(policy.init)(jax.random.key(0)), pattern)
     adam = optax.adam(1e-2)
     state = init_state(params, adam, jax.random.key(1), frozen=frozen, reference=True)
-    sizes = lambda tree: sorted(x.shape for x in jax.tree.leaves(tree))  # noqa: E731
-    assert sizes(state.opt_state[0].mu) == sizes(state.ref_params) == sizes(params)
+    kept = (state.opt_state[0].mu, state.ref_params, params)
+    moments, reference, trained = (sorted(x.shape for x in jax.tree.leaves(tree)) for tree in kept)
+    assert moments == reference == trained
     learn = make_train_step(policy, adam, sampling.sampler(**SIZES), loss=losses.grpo()).jit().learn
     experience = pairs_of(0)._replace(rewards=jnp.array([[[0.0], [1.0]]] * 4), reward_mask=jnp.ones((4, 2, 1), bool))
     after, _ = learn(state, experience)

@@ -14,6 +14,7 @@ stay as they are, as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 """
 
 import functools
+import importlib.util
 from typing import Any, Literal, get_args
 
 import jax
@@ -98,7 +99,5 @@ def check(kind: str) -> None:
     """
     if kind not in get_args(Kind):
         raise ValueError(f"{kind!r} is no way to quantise; there are {', '.join(get_args(Kind))}")
-    try:
-        import qwix  # noqa: F401
-    except ImportError:
-        raise ImportError("quantised bases need qwix: pip install 'grpo-jax[quantize]'") from None
+    if importlib.util.find_spec("qwix") is None:
+        raise ImportError("quantised bases need qwix: pip install 'grpo-jax[quantize]'")

@@ -41,7 +41,7 @@ class WeightSettings:
         if self.lora_rank is not None:
             lora.ranks_of(self.lora_rank, self.lora_targets)
             return
-        without = {"lora_targets": None, "quantize": None, "export": "merged"}
+        without = {"lora_alpha": 32.0, "lora_targets": None, "quantize": None, "export": "merged"}
         if given := [name for name, value in without.items() if getattr(self, name) != value]:
             named = ", ".join(f"--{name.replace('_', '-')} {getattr(self, name)}" for name in given)
             raise ValueError(f"{named} is of adapters: give a --lora-rank, too, such as 16")

@@ -141,6 +141,7 @@ def restore(
     like: TrainState,
     *,
     step: int | None = None,
+    check: Callable[[dict[str, Any]], Any] | None = None,
     report: Callable[[str], Any] = warnings.warn,
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """Reads a checkpoint into the structure and onto the devices of `like`, verified to the bit.
@@ -150,6 +151,7 @@ def restore(
       like: arrays, or `jax.ShapeDtypeStruct`s (with a sharding where it matters), so that a large state need not be
         held twice. Fields that were not written are taken from it and must be arrays; they are shared, not copied.
       step: None for the newest checkpoint that verifies, reporting which newer ones were passed over.
+      check: called with a checkpoint's `meta` before its arrays are read, to refuse it by raising.
       report: takes one line on checkpoints passed over, or on what keeps the resumed run from being bit-exact.
 
     Returns:
@@ -168,7 +170,7 @@ def restore(
     failures = []
     for candidate in steps:
         try:
-            state, content = _read(checkpoints, candidate, like)
+            state, content = _read(checkpoints, candidate, like, check)
         except CheckpointCorruptError as error:
             failures.append(str(error))
             continue
@@ -381,8 +383,15 @@ def _read_content(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, An
     return read["content"]
 
 
-def _read(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def _read(
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    like: TrainState,
+    check: Callable[[dict[str, Any]], Any] | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
     content = _read_content(checkpoints, step)
+    if check is not None:
+        check(content["meta"])
     facts, leaves = content["leaves"], _leaves(like)
     _refuse_mismatch(facts, leaves, f"step {step} in {checkpoints.directory}")
     _refuse_other_initial({path: (leaves[path], facts[path]) for path in content["initial"]})

@@ -40,12 +40,12 @@ def of_run(tokenizer: Any, params: Any, *, prompts: Any, held_out: Any = ()) -> 
     Args:
       tokenizer: of the model.
       params: its weights.
-      prompts: to train on, encoded, in their order.
+      prompts: to train on, encoded, in their order; of demonstrations with their completions.
       held_out: to evaluate on.
     """
     return {
-        "the prompts to train on": of_json(prompts),
-        "the prompts to evaluate on": of_json(held_out),
+        "the data to train on": of_json(prompts),
+        "the data to evaluate on": of_json(held_out),
         "the tokenizer or its template": of_tokenizer(tokenizer),
         "the weights of the model": of_arrays(params),
     }

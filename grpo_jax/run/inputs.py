@@ -12,7 +12,14 @@ from grpo_jax.rewards import group_size_of, name_of
 _PASSED = {"prompts", "completions", "completion_ids", "prompt_tail", "trainer_state", "log_metric", "log_extra"}
 
 
-def check_tokens(model: str, tokenizer: Any, sequences: Iterable[Sequence[int]], *, max_tokens: int = 0) -> None:
+def check_tokens(
+    model: str,
+    tokenizer: Any,
+    sequences: Iterable[Sequence[int]],
+    *,
+    max_tokens: int = 0,
+    revision: str | None = None,
+) -> None:
     """Checks tokens against the configuration of the model that will read them.
 
     A warning is printed if the longest sequence and its completion pass the positions that the model was made for.
@@ -22,11 +29,13 @@ def check_tokens(model: str, tokenizer: Any, sequences: Iterable[Sequence[int]],
       tokenizer: of the model.
       sequences: prompts as tokens, or whole texts.
       max_tokens: of a completion after them.
+      revision: of a repository.
 
     Raises:
       ValueError: if the tokenizer has more tokens than the model, or a sequence has one that the model does not.
     """
-    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    config = config.get_text_config()
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and {model} only {config.vocab_size}: use the model's own "
@@ -73,7 +82,8 @@ def check_rewards(
         if group_size is not None and (size := group_size_of(function)) not in (None, group_size):
             raise ValueError(
                 f"{name} compares groups of {size} completions and the evaluation draws {group_size} per prompt: let "
-                f"it draw {size} (--eval-group-size {size}), or leave the function out"
+                f"it draw {size} (grpo.py --eval-group-size {size}, evaluate.py --no-greedy --group-size {size}), or "
+                "leave the function out"
             )
 
 

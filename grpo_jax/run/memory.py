@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import transformers
-import tyro
 
 from grpo_jax import losses, models, sampling
 from grpo_jax.freezing import bind
@@ -26,7 +25,7 @@ from grpo_jax.models import quantized
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Loss
-from grpo_jax.run import compilation
+from grpo_jax.run import command, compilation
 from grpo_jax.sampling import PolicySampler
 from grpo_jax.scoring import CHUNK_TOKENS
 from grpo_jax.train_step import Step, make_train_step
@@ -305,4 +304,4 @@ def main(config: Config) -> Plan:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -24,7 +24,12 @@ def newest(
     Raises:
       ValueError: if the checkpoint is another run's, or if there are metrics of steps whose checkpoint is gone.
     """
-    restored = checkpoint.restore(checkpoints, state)
+
+    def check(saved: Mapping[str, Any]) -> None:
+        checkpoint.check_config(saved["config"], meta["config"], allow=allow)
+        digests.check(saved.get("digests", {}), meta["digests"])
+
+    restored = checkpoint.restore(checkpoints, state, check=check)
     if restored is None:
         lines = metrics.read(folder)
         if lines and lines[-1]["step"] >= save_every:
@@ -36,9 +41,7 @@ def newest(
             print(f"begins anew: the run was killed in step {lines[-1]['step'] + 1}, before its first checkpoint")
         metrics.truncate(folder, 0)
         return state
-    state, saved = restored
-    checkpoint.check_config(saved["config"], meta["config"], allow=allow)
-    digests.check(saved.get("digests", {}), meta["digests"])
+    state, _ = restored
     first = int(state.step)
     print(f"resumed at step {first} of {steps}" + (": nothing to do" if first >= steps else ""))
     metrics.truncate(folder, first)

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import transformers
 
 from grpo_jax import data, sampling, testing
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint
+from grpo_jax.run import checkpoint, inputs
 from grpo_jax.study.items import pass_rates, summarise
 from grpo_jax.updates import init_state
 
@@ -30,6 +31,14 @@ def even(prompts, completions, answer, **kwargs):
 
 def vowels(completions):
     return [float(sum(c in "aeiou" for c in completion)) for completion in completions]
+
+def best_of_four(completions):
+    return [0.0] * len(completions)
+
+best_of_four.group_size = 4
+
+def wants_target(completions, target):
+    return [0.0] * len(completions)
 
 def first_letter(completion):
     return completion[:1] or None
@@ -194,6 +203,8 @@ def test_the_command_line_evaluates_and_shows_the_samples(files, tmp_path):
         ({"reward": ("verifiers:absent",)}, "verifiers has no function 'absent'"),
         ({"reward": ("even",)}, r"named module:function, or .*got 'even'"),
         ({"reward": ("verifiers:even", "verifiers:even")}, "one name each, got even, even"),
+        ({"reward": ("verifiers:best_of_four",)}, "groups of 4 completions and the evaluation draws 1 .* --no-greedy"),
+        ({"reward": ("verifiers:wants_target",)}, "wants_target requires target, and the data has the columns"),
         ({"prompt_column": "text"}, r"rows.jsonl:1: no column text"),
         ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
     ],
@@ -206,6 +217,19 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(
     with pytest.raises(ValueError, match=message):
         evaluate.run(settings(files, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_and_tokens_are_looked_at_as_in_training(files, tmp_path, monkeypatch):
+    """Columns under other names, and the configuration of the revision that is evaluated."""
+    rows, problems, _ = evaluate.read(settings(files, tmp_path, rename={"answer": "target"}, rows=2))
+    assert [row["target"] for row in problems] == [row["answer"] for row in rows]
+    assert [row["answer"] for row in problems] == ["1", "2"]
+    model, tokenizer = str(files / "model"), hf.load_tokenizer(files / "model")
+    asked = []
+    read = transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *a, **k: asked.append(k) or read(*a, **k))
+    inputs.check_tokens(model, tokenizer, [[0]], revision="main")
+    assert [settings["revision"] for settings in asked] == ["main"]
 
 
 def test_a_checkpoint_is_evaluated_as_the_export_of_its_step_is(files, tmp_path, capsys):
@@ -254,3 +278,11 @@ def test_prompts_that_are_too_long_can_be_dropped_with_their_rows(files, tmp_pat
     assert "dropped 2 of 4 prompts" in capsys.readouterr().out
     items = data.read_jsonl(tmp_path / "out" / "greedy.jsonl")
     assert [item["prompt"] for item in items] == ["why ", "why "]
+
+
+def test_checkpoints_of_adapters_are_refused_since_they_have_no_base(files, tmp_path):
+    state = init_state({"w": jnp.zeros(2)}, optax.sgd(1e-3), jax.random.key(0))
+    with checkpoint.manager(tmp_path / "checkpoints") as checkpoints:
+        checkpoint.save(checkpoints, state, {"config": {"model": str(files / "model"), "lora_rank": 8}})
+    with pytest.raises(ValueError, match="are of adapters, without their base; evaluate an export"):
+        evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "checkpoints")))

@@ -253,7 +253,7 @@ def test_a_run_is_not_resumed_on_other_inputs_under_the_same_names(files, tmp_pa
         template = tmp_path / "model" / "chat_template.jinja"
         template.write_text(template.read_text() + "\n")
     said = {
-        "data": "the prompts to train on", "weights": "the weights of the model",
+        "data": "the data to train on", "weights": "the weights of the model",
         "template": "the tokenizer or its template",
     }[changed]  # fmt: skip
     with pytest.raises(ValueError, match=f"not what the run began with: {said}"):
@@ -394,6 +394,7 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"lora_rank": 0}, r"the rank of q_proj is a whole number from 1 on, got 0"),
         ({"quantize": "nf4"}, r"--quantize nf4 is of adapters: give a --lora-rank, too"),
         ({"export": "adapters"}, r"--export adapters is of adapters"),
+        ({"lora_alpha": 16.0}, r"--lora-alpha 16.0 is of adapters"),
         ({"model": "no/such folder"}, r"neither a folder nor the id of a repository"),
     ],
 )

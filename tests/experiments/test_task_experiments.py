@@ -8,6 +8,7 @@ import sys
 import jax
 import optax
 import pytest
+import safetensors.numpy
 
 from grpo_jax import testing, train_step
 from grpo_jax.models import hf
@@ -42,6 +43,16 @@ def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys):
     hf.load_pretrained(tmp_path / "run" / "model")
     assert countdown.main(config) == results  # nothing is left to train, and the evaluation repeats itself
     assert "resumed at step 4 of 4" in capsys.readouterr().out
+
+
+def test_a_run_on_a_task_is_not_resumed_on_other_weights(tmp_path):
+    config = countdown.Config(run_dir=tmp_path / "run", smoke=True)
+    countdown.main(config)
+    file = tmp_path / "run" / "tiny" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({name: 2 * tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(ValueError, match="not what the run began with: the weights of the model"):
+        countdown.main(config)
 
 
 NAMES = {countdown: ("correct", "judge"), gsm8k: ("0", "1")}  # of rewards in the metrics

@@ -130,10 +130,16 @@ def without_remat():
 def test_the_samplers_copy_leaves_codes_and_scales_alone(kind):
     policy = tiny_policy(dtype=jnp.bfloat16)
     params = quantized.quantize(jax.jit(policy.init)(jax.random.key(0)), kind)
-    kernel = lambda tree: tree["layers"]["mlp"]["up_proj"]["kernel"]  # noqa: E731
     cast = policy.cast(params)
-    chex.assert_trees_all_equal(kernel(cast), kernel(params))
+    kernels = [tree["layers"]["mlp"]["up_proj"]["kernel"] for tree in (cast, params)]
+    chex.assert_trees_all_equal(*kernels)
     assert cast["layers"]["input_layernorm"]["scale"].dtype == jnp.bfloat16
+
+
+def test_what_is_to_be_installed_is_said(monkeypatch):
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'grpo-jax\[quantize\]'"):
+        quantized.check("nf4")
 
 
 @pytest.mark.parametrize("kind", KINDS)

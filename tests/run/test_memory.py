@@ -63,8 +63,8 @@ def test_adapters_have_moments_gradients_and_reference_of_their_own_size_alone(k
     adapters = 4 * sum(2 * sum(x["kernel"].shape[1:]) * 2 for _, x in lora.linear_layers(policy, frozen))  # two layers
     assert found.parameters == found.gradients == found.reference == adapters
     assert found.optimizer == 2 * adapters + 4  # and the count
-    count = lambda x: x.size * (0.5 if x.dtype == jnp.uint4 else x.dtype.itemsize)  # noqa: E731
-    assert found.frozen == sum(map(count, jax.tree.leaves(frozen)))
+    sizes = [x.size * (0.5 if x.dtype == jnp.uint4 else x.dtype.itemsize) for x in jax.tree.leaves(frozen)]
+    assert found.frozen == sum(sizes)
     assert found.peak == found.frozen + 2 * adapters + found.optimizer + max(found.sampling, found.learning)
     assert found.peak < planned.peak
 

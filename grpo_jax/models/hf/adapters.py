@@ -164,7 +164,7 @@ def load_adapters(
         raise ValueError(f"{folder / CONFIG} asks for what adapters here do not do: {named}")
     with open_shard(folder / WEIGHTS) as shard:
         trained_on = (shard.metadata() or {}).get(_DIGEST)
-        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+        tensors = {name: shard.get_tensor(name) for name in sorted(shard.keys())}
     modules = dict(lora.linear_layers(policy, params))
     if offenders := list(_offenders(tensors, modules)):
         raise ValueError("\n  ".join([f"{folder} does not hold adapters of this base:", *map(short, offenders[:20])]))

@@ -179,7 +179,7 @@ def _offenders(
 ) -> Iterator[str]:
     """A line for each tensor that is missing, superfluous, twice there or of another shape or dtype."""
     wanted = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
-    held = {(name, file) for file, shard in shards.items() for name in shard.keys()}  # noqa: SIM118
+    held = {(name, file) for file, shard in shards.items() for name in sorted(shard.keys())}
     for name, file in sorted(weight_map.items() - held):
         yield f"{name}: the index puts it in {file}, where it is not"
     for name, file in sorted(held - weight_map.items()):

@@ -93,6 +93,6 @@ def _check_replaceable(path: Path) -> None:
                 marks.append((opened.metadata() or {}).items() >= MARK.items())
     if not marks or not all(marks):
         raise FileExistsError(f"{path} exists and was not written by an export; choose another path")
-    is_exported = lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in _EXPORTED_FILES)  # noqa: E731
-    if added := sorted(name for name in os.listdir(path) if not is_exported(name)):
+    exported = {name for pattern in _EXPORTED_FILES for name in fnmatch.filter(os.listdir(path), pattern)}
+    if added := sorted({*os.listdir(path)} - exported):
         raise FileExistsError(f"{path} also holds what no export wrote: {short(added)}; choose another path")
