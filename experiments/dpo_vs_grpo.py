@@ -29,14 +29,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import rich
-import tyro
 from ablations import setting
 from ablations.setting import Config, Hyper, Settings
 
 from grpo_jax import losses
 from grpo_jax.baselines import dpo, preferences, rejection_sampling
 from grpo_jax.protocols import ExperienceTransform
-from grpo_jax.run import compilation
 from grpo_jax.study import figures, results, tables
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.results import Row
@@ -148,5 +146,4 @@ def best_rates(rows: Sequence[Row]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    compilation.enable_compilation_cache()
-    experiment(setting.configured(tyro.cli(Config, default=DEFAULT, description=__doc__)))
+    setting.main(experiment, __doc__, default=DEFAULT)

@@ -26,12 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import transformers
-import tyro
 
 from grpo_jax import losses, models, sampling
 from grpo_jax.baselines import heads, ppo
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.run import compilation
+from grpo_jax.run import command
 from grpo_jax.study import footprints, results, tables
 from grpo_jax.train_step import Step, make_train_step
 from grpo_jax.types import PRNGKey, Prompts, TrainState
@@ -213,5 +212,4 @@ def gib(number: int | None) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is measured has a process of its own
-    compilation.enable_compilation_cache()
-    experiment(tyro.cli(Config, description=__doc__))
+    command(experiment, Config, __doc__)

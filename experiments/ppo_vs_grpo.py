@@ -24,14 +24,12 @@ import jax
 import numpy as np
 import optax
 import ppo_memory
-import tyro
 from ablations import setting
 from ablations.setting import Config, Hyper
 
 from grpo_jax import models
 from grpo_jax.baselines import heads, ppo
 from grpo_jax.policies import Policy
-from grpo_jax.run import compilation
 from grpo_jax.study import figures, footprints, grid, results, runs, tables
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.intervals import bootstrap
@@ -180,5 +178,4 @@ def seconds_table(rows: Sequence[Row], seconds: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    compilation.enable_compilation_cache()
-    experiment(setting.configured(tyro.cli(Config, default=DEFAULT, description=__doc__)))
+    setting.main(experiment, __doc__, default=DEFAULT)

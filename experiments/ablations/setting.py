@@ -24,12 +24,11 @@ import numpy as np
 import optax
 import rich
 import transformers
-import tyro
 
 from grpo_jax import losses, models, rewards, sampling, statistics
 from grpo_jax.advantages import from_rewards, group_advantages
 from grpo_jax.protocols import Advantage, Estimator, Reward
-from grpo_jax.run import checkpoint, compilation
+from grpo_jax.run import checkpoint, command
 from grpo_jax.sampling import PolicySampler
 from grpo_jax.statistics import Mean
 from grpo_jax.study import figures, grid, intervals, results, runs, tables
@@ -279,10 +278,9 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str], *, against: str) -> S
     return summary
 
 
-def main(experiment: Callable[[Config], Any], description: str | None) -> None:
+def main(experiment: Callable[[Config], Any], description: str | None, default: Config | None = None) -> None:
     """The command line of an ablation."""
-    compilation.enable_compilation_cache()
-    experiment(configured(tyro.cli(Config, description=description)))
+    command(lambda config: experiment(configured(config)), Config, description, default=default)
 
 
 def configured(config: Config) -> Config:

@@ -52,3 +52,10 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
 def test_on_a_cpu_the_default_is_float32():
     assert compute_dtype() == "float32"
     assert compute_dtype("bfloat16") == "bfloat16"
+
+
+def test_settings_change_the_default_that_is_given(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["script"])
+    run.command(seen.append, Config, default=Config(7))
+    assert seen == [Config(7)]
