@@ -14,13 +14,6 @@ from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.types import Prompts
 
-_CONFIGS = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-}
-
 
 def tiny_hf_config(family: str = "qwen3", **fields: Any) -> transformers.PretrainedConfig:
     """A Hugging Face config of two narrow layers; `fields` replace its fields."""
@@ -42,7 +35,7 @@ def tiny_hf_config(family: str = "qwen3", **fields: Any) -> transformers.Pretrai
         del sizes["head_dim"]
     if family == "mistral":
         sizes["sliding_window"] = None
-    return _CONFIGS[family](**(sizes | fields))
+    return transformers.AutoConfig.for_model(family, **(sizes | fields))
 
 
 def tiny_policy(

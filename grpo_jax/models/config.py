@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import transformers
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from grpo_jax.models import rope
 from grpo_jax.models.attention import Attention, auto
+from grpo_jax.models.families import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of each query and key head before the rotation (Qwen3)
+    qk_norm: Literal["head"] | None = None  # RMSNorm of queries and keys before the rotation, of each head
     windows: tuple[int | None, ...] | None = None  # a layer: see that many last tokens, the own included; None: all
     initializer_range: float = 0.02
     param_dtype: DTypeLike = jnp.float32  # of `init`
@@ -83,26 +84,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "is_causal": (True, None),  # transformers attends both ways when it is False
 }
 
-_COMMON = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "head_dim",
-}
-_WINDOWED = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
-_FAMILIES = {
-    "llama": _COMMON | {"attention_bias", "mlp_bias"},
-    "mistral": _COMMON | {"sliding_window"},
-    "qwen2": _COMMON | _WINDOWED,
-    "qwen3": _COMMON | _WINDOWED | {"attention_bias"},
-}
-
 _OFF: tuple[Any, ...] = (None, False, "", [], {})  # an unknown field that is off asks for nothing; 0 == False
 
 
@@ -115,47 +96,26 @@ def from_hf_config(hf_config: transformers.PretrainedConfig, **settings: Any) ->
     """
     fields = hf_config.to_dict()
     fields.pop("_name_or_path", None)  # equal models are equal wherever they lie
-    family = fields["model_type"]
-    if family not in _FAMILIES:
-        raise ValueError(f"model_type = {family!r} is not supported; supported are {sorted(_FAMILIES)}")
-    known = _FAMILIES[family] | _NEUTRAL
+    model_type = fields["model_type"]
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type = {model_type!r} is not supported; supported are {sorted(FAMILIES)}")
+    family = FAMILIES[model_type]
+    known, fixed = family.honours | _NEUTRAL, _FIXED | dict(family.only)
     refused = {
         name: value
         for name, value in fields.items()
-        if (value not in _FIXED[name] if name in _FIXED else name not in known and value not in _OFF)
+        if (value not in fixed[name] if name in fixed else name not in known and value not in _OFF)
         and not (_NOTES.fullmatch(name) and isinstance(value, str | int | float))
     }
     if refused:
         named = ", ".join(
             f"{_short(name)} = {_short(repr(value))}" for name, value in itertools.islice(sorted(refused.items()), 20)
         )
-        raise ValueError(f"this {family} config asks for what the decoder does not do: {named}{_remedies(refused)}")
+        raise ValueError(f"this {model_type} config asks for what the decoder does not do: {named}{_remedies(refused)}")
     _check_sizes(fields)
 
-    num_heads = fields["num_attention_heads"]
-    head_dim = fields.get("head_dim") or fields["hidden_size"] // num_heads
-    num_kv_heads = fields.get("num_key_value_heads") or num_heads
-    if num_heads % num_kv_heads:
-        raise ValueError(f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}")
-    if head_dim % 2:
-        raise ValueError(f"head_dim = {head_dim} is odd; the rotation turns pairs")
-    bias = bool(fields.get("attention_bias"))
     return DecoderConfig(
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        intermediate_size=fields["intermediate_size"],
-        num_layers=fields["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=rope.from_parameters(fields["rope_parameters"], head_dim, fields["max_position_embeddings"]),
-        rms_norm_eps=fields["rms_norm_eps"],
-        tie_embeddings=fields["tie_word_embeddings"],
-        qkv_bias=bias or family == "qwen2",
-        o_bias=bias,
-        mlp_bias=bool(fields.get("mlp_bias")),
-        qk_norm=family == "qwen3",
-        windows=_windows(fields),
+        **family.decoder(fields),
         initializer_range=fields["initializer_range"],
         hf_config=json.dumps(fields, sort_keys=True),
         **settings,
@@ -188,6 +148,11 @@ def _check_sizes(fields: dict[str, Any]) -> None:
             f"hidden_size = {fields['hidden_size']} of the config is less than num_attention_heads = "
             f"{fields['num_attention_heads']}"
         )
+    num_heads, num_kv_heads = fields["num_attention_heads"], fields.get("num_key_value_heads")
+    if num_kv_heads and num_heads % num_kv_heads:
+        raise ValueError(f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim = {head_dim} is odd; the rotation turns pairs")
     width = 3 * fields["intermediate_size"] + 2 * fields["num_attention_heads"] * head_dim
     parameters = fields["hidden_size"] * (fields["vocab_size"] + fields["num_hidden_layers"] * width)
     if fields["num_hidden_layers"] > 10_000 or parameters > 2**43:
@@ -198,18 +163,3 @@ def _check_sizes(fields: dict[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"
-
-
-def _windows(fields: dict[str, Any]) -> tuple[int | None, ...] | None:
-    """The window of each layer; None if every layer sees everything."""
-    window = fields.get("sliding_window")
-    kinds = fields.get("layer_types")
-    if kinds is None:  # a family with one kind of layer
-        kinds = ["full_attention" if window is None else "sliding_attention"] * fields["num_hidden_layers"]
-    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
-        raise ValueError(f"layer_types = {sorted(unknown)} are not supported")
-    if "sliding_attention" not in kinds:
-        return None
-    if window is None or window < 1:
-        raise ValueError(f"layer_types has sliding_attention with sliding_window = {window!r}; it is at least 1")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -105,7 +105,7 @@ OPTIONS = {
     "output bias": ("qwen3_bias", {}, without("o_proj", "bias")),
     "gate bias": ("llama_mlp_bias", {}, without("gate_proj", "bias")),
     "down bias": ("llama_mlp_bias", {}, without("down_proj", "bias")),
-    "query norm": ("qwen3", {"qk_norm": False}, None),
+    "query norm": ("qwen3", {"qk_norm": None}, None),
     "epsilon of the norms": ("qwen3_bias", {"rms_norm_eps": 1e-6}, None),
     "window": ("mistral_window", {"windows": None}, None),
     "width of the window": ("qwen2_tied_window", {"windows": (5, 5)}, None),

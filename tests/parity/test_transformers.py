@@ -39,7 +39,7 @@ def random_model(case, seed, folder, **settings):
     if "layer_types" in fields:
         fields["layer_types"] = [*fields["layer_types"], "sliding_attention"]
     torch.manual_seed(seed)
-    config = MAKE["CONFIGS"][family](**fields)
+    config = transformers.AutoConfig.for_model(family, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config).to(config.dtype or torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,7 +1,8 @@
 """Where each parameter is in a Hugging Face checkpoint.
 
-Names are mechanical. The decoder's modules are called what transformers calls
-them; its layers are stacked on axis 0, and its kernels are transposed:
+Most names are mechanical. The decoder's modules are called what transformers calls
+them; its layers are stacked on axis 0, and its kernels are transposed. What is named otherwise, its family says
+(`models.families`).
 
     params["layers"]["self_attn"]["q_proj"]["kernel"][i] = model.layers.{i}.self_attn.q_proj.weight.T
 """
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from grpo_jax.models import families
 from grpo_jax.policies import Policy
 from grpo_jax.types import Params
 
@@ -39,15 +41,15 @@ def shapes_of(policy: Policy) -> Params:
     return jax.eval_shape(policy.init, jax.random.key(0))
 
 
-def leaves_of(shapes: Params) -> list[Leaf]:
-    return [leaf_of([key.key for key in path], leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
+def leaves_of(policy: Policy) -> list[Leaf]:
+    return [
+        leaf_of(tuple(key.key for key in path), leaf, policy.config.hf_config)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(policy))
+    ]
 
 
-def leaf_of(path: list[str], leaf: jax.ShapeDtypeStruct) -> Leaf:
+def leaf_of(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, hf_config: str) -> Leaf:
     stacked, transposed = path[0] == "layers", path[-1] in ("kernel", "lm_head")
-    if path == ["lm_head"]:
-        return Leaf(["lm_head.weight"], leaf.shape, leaf.dtype, stacked, transposed)
-    kind = "bias" if path[-1] == "bias" else "weight"
-    modules = [f"layers.{layer}" for layer in range(leaf.shape[0])] if stacked else [path[0]]
-    names = [".".join(["model", module, *path[1:-1], kind]) for module in modules]
+    place = families.place(path, hf_config)
+    names = [place.name.format(layer=layer) for layer in range(leaf.shape[0])] if stacked else [place.name]
     return Leaf(names, leaf.shape, leaf.dtype, stacked, transposed)

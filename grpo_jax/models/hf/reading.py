@@ -93,7 +93,7 @@ def load_pretrained(
     )
     policy = models.decoder(config)
     shapes = shapes_of(policy)
-    params = _read(folder, leaves_of(shapes), config.tie_embeddings, quantize)
+    params = _read(folder, leaves_of(policy), config.tie_embeddings, quantize)
     return policy, jax.tree.unflatten(jax.tree.structure(shapes), params)
 
 
@@ -127,7 +127,7 @@ def load_reward_model(
     policy = models.decoder(models.from_hf_config(hf_config, param_dtype=dtype, dtype=compute))
     shapes = shapes_of(policy)
     head = Leaf(["score.weight"], (hf_config.hidden_size, 1), np.dtype(dtype), stacked=False, transposed=True)
-    *params, weight = _read(folder, [*leaves_of(shapes), head], tied=False)
+    *params, weight = _read(folder, [*leaves_of(policy), head], tied=False)
     return policy, jax.tree.unflatten(jax.tree.structure(shapes), params), weight
 
 

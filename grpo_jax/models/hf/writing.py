@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from grpo_jax.freezing import named_leaves
 from grpo_jax.models import lora
+from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.hf.folders import INDEX, WEIGHTS, write_json
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
 from grpo_jax.models.hf.replacing import replacing
@@ -67,7 +68,7 @@ def save_pretrained(
         )
     shapes = shapes_of(policy)
     chex.assert_trees_all_equal_shapes(params, shapes)
-    leaves, arrays = leaves_of(shapes), jax.tree.leaves(params)
+    leaves, arrays = leaves_of(policy), jax.tree.leaves(params)
     dtypes = [jnp.dtype(array.dtype if dtype is None else dtype) for array in arrays]
 
     with replacing(Path(path).expanduser().resolve()) as folder:
@@ -124,7 +125,7 @@ def _exported_config(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
     rope = fields["rope_parameters"]
     scaled = rope.get("rope_type", "default") != "default"
     replaced = {
-        "architectures": [fields["model_type"].capitalize() + "ForCausalLM"],
+        "architectures": [FAMILIES[fields["model_type"]].architecture],
         "dtype": dtype,
         "torch_dtype": dtype,
         "transformers_version": transformers.__version__,

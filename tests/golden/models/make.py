@@ -23,12 +23,6 @@ import torch
 import transformers
 
 FOLDER = Path(__file__).parent
-CONFIGS = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-}
 SIZES = {
     "vocab_size": 31,
     "hidden_size": 16,
@@ -110,7 +104,7 @@ def make(name: str, family: str, fields: dict, seed: int) -> None:
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(seed)
-    config = CONFIGS[family](**(SIZES | fields))
+    config = transformers.AutoConfig.for_model(family, **(SIZES | fields))
     model = transformers.AutoModelForCausalLM.from_config(config).to(config.dtype or torch.float32).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

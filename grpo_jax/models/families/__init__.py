@@ -1,0 +1,27 @@
+"""Families of models, one file each: which fields of a Hugging Face config are honoured, and what they are here.
+
+    family      what a family is, and the parts that several have
+
+A family is data. What the decoder does not do yet becomes a field of `DecoderConfig` that is one idea, never a branch
+on the family's name. CONTRIBUTING says what a new one needs.
+"""
+
+import json
+
+from grpo_jax.models.families import llama, mistral, qwen2, qwen3
+from grpo_jax.models.families.family import Family, Fields, Place
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
+
+__all__ = ["FAMILIES", "Family", "Place", "place"]
+
+
+def place(path: tuple[str, ...], hf_config: str) -> Place:
+    """Where the parameter at a path of the decoder's is in a checkpoint with that config, which is JSON."""
+    fields: Fields = json.loads(hf_config)
+    return FAMILIES[fields["model_type"]].place(path, fields)
