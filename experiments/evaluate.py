@@ -61,6 +61,7 @@ class Config(data.PromptSettings):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    stop: tuple[str, ...] = ()  # texts that end a completion, beside the end-of-sequence tokens
     extract: str | None = "grpo_jax.rewards:answer_of"  # completion -> answer, for the majority
     threshold: float = 1.0  # of the first reward, from which on a completion is right
     level: float = 0.95  # of the intervals
@@ -98,7 +99,8 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         params = checkpoint.restore_params(checkpoints, like, step=step)
         print(f"the parameters of step {step} in {checkpoints}")
 
-    common = {"max_tokens": config.max_tokens, "eos_ids": eos_ids}
+    stop = sampling.stop_strings(tokenizer, config.stop) if config.stop else None
+    common: dict[str, Any] = {"max_tokens": config.max_tokens, "eos_ids": eos_ids, "stop": stop}
     samplers = {"greedy": sampling.greedy(**common)} if config.greedy else {}
     if config.group_size:
         samplers["samples"] = sampling.sampler(

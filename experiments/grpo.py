@@ -76,6 +76,7 @@ class Config(data.PromptSettings, WeightSettings):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    stop: tuple[str, ...] = ()  # texts that end a completion, such as "</answer>", beside the end-of-sequence tokens
     iterations: int = 1  # over each rollout
     minibatches: int = 1  # updates in an iteration
     micro_batches: int = 1  # parts in which an update is computed, to save memory
@@ -131,6 +132,7 @@ def train(config: Config) -> Params:
     sampler = sampling.sampler(
         group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=hf.eos_ids(config.model, tokenizer),
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        stop=sampling.stop_strings(tokenizer, config.stop) if config.stop else None,
     )  # fmt: skip
     logged = metrics.Logged()
     tolerant = [rewards.skip_failed_batches(function, batches=config.stop_after_failed) for function in functions]

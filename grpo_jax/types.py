@@ -32,7 +32,7 @@ class Rollout(NamedTuple):
     lengths: Array  # [B, G] int32, the end-of-sequence token included
     mask: Array  # [B, G, T] bool, what the loss counts; the end-of-sequence token does
     log_probs: Array  # [B, G, T] float32, of the distribution that was drawn from; 0 on padding
-    truncated: Array  # [B, G] bool, True where no end-of-sequence token came
+    truncated: Array  # [B, G] bool, True where neither an end-of-sequence token nor a stop string came
 
 
 class Scores(NamedTuple):

@@ -4,10 +4,12 @@ samplers.py  sampler, continuous, greedy: made values, called `(policy, params, 
 batch.py     all completions of a batch decoded together
 slots.py     continuous batching: slots that are refilled
 drawing.py   logits to tokens
+stopping.py  strings that end a completion
 engines.py   rollouts of an inference engine
 """
 
 from grpo_jax.sampling.engines import from_engine
 from grpo_jax.sampling.samplers import PolicySampler, continuous, greedy, sampler
+from grpo_jax.sampling.stopping import StopStrings, stop_strings
 
-__all__ = ["PolicySampler", "continuous", "from_engine", "greedy", "sampler"]
+__all__ = ["PolicySampler", "StopStrings", "continuous", "from_engine", "greedy", "sampler", "stop_strings"]

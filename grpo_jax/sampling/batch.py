@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Cache, Policy
+from grpo_jax.sampling import stopping
 from grpo_jax.sampling.drawing import completion_keys, is_any, next_token
 from grpo_jax.types import Array, Params, PRNGKey, Prompts, Rollout
 
@@ -23,6 +24,7 @@ class _Decoding(NamedTuple):
     tokens: Array  # [B, G, T] int32
     log_probs: Array  # [B, G, T] float32
     lengths: Array  # [B, G] int32
+    stopping: Array | None  # [B, G] int32, what of a stop string has come
     cache: Cache
 
 
@@ -47,13 +49,15 @@ def decode_together(
         )
         token, log_prob = next_token(policy, sampler, params, hidden[:, :, 0], keys, state.t)
         token = jnp.where(state.ended, 0, token)
+        stop_state, stopped = stopping.follow(sampler.stop, state.stopping, token)
         return _Decoding(
             t=state.t + 1,
             last=token,
-            ended=state.ended | is_any(token, sampler.eos_ids),
+            ended=state.ended | is_any(token, sampler.eos_ids) | stopped,
             tokens=state.tokens.at[:, :, state.t].set(token),
             log_probs=state.log_probs.at[:, :, state.t].set(jnp.where(state.ended, 0.0, log_prob)),
             lengths=state.lengths + ~state.ended,
+            stopping=stop_state,
             cache=cache,
         )
 
@@ -65,6 +69,7 @@ def decode_together(
         tokens=jnp.zeros((B, G, T), jnp.int32),
         log_probs=jnp.zeros((B, G, T), jnp.float32),
         lengths=jnp.zeros((B, G), jnp.int32),
+        stopping=stopping.start(sampler.stop, (B, G)),
         cache=policy.init_cache(B, G, T),
     )
     for columns in live_columns(T):

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.sampling.stopping import StopStrings, first_stop
 from grpo_jax.types import Prompts, Rollout
 
 
@@ -39,6 +40,7 @@ def from_engine(
     eos_ids: Sequence[int],
     max_tokens: int,
     truncated: Sequence[Sequence[bool]] | None = None,
+    stop: StopStrings | None = None,
 ) -> Rollout:
     """Pads what an engine returned for `B` prompts with `G` completions each.
 
@@ -49,11 +51,12 @@ def from_engine(
       eos_ids: tokens that end a completion.
       max_tokens: `T`, the width of the result.
       truncated: whether each completion was cut at its limit; if not given, those are
-        cut that do not end in one of `eos_ids`. An engine that stops at strings has to say.
+        cut that end neither in one of `eos_ids` nor with a string of `stop`.
+      stop: the strings that the engine stops at (vLLM's `stop`, which it takes as text), as `stop_strings` makes them.
 
     Raises:
       ValueError: if counts do not fit, or for a completion that is empty, too long,
-        goes on after its end, or has a log-prob that is not finite or above 0. It names
+        goes on after its end or a stop string, or has a log-prob that is not finite or above 0. It names
         the prompt and the completion.
     """
     B, G = prompts.tokens.shape[0], len(completions[0]) if completions else 0
@@ -77,10 +80,13 @@ def from_engine(
         ends = np.flatnonzero(np.isin(ids, np.asarray(eos_ids, ids.dtype)))
         if len(ends) and ends[0] < len(ids) - 1:
             raise ValueError(f"{where} goes on after its end-of-sequence token {ids[ends[0]]} at place {ends[0]}")
+        stopped = first_stop(stop, ids)
+        if stopped is not None and stopped < len(ids) - 1:
+            raise ValueError(f"{where} goes on after the stop string that its token at place {stopped} completes")
         if not np.all(np.isfinite(of_ids) & (of_ids <= 1e-4)):  # an engine's rounding may pass 0
             wrong = of_ids[~(np.isfinite(of_ids) & (of_ids <= 1e-4))][0]
             raise ValueError(f"{where} has the log-prob {wrong}; log-probs are finite and at most 0")
         tokens[b, g, : len(ids)], values[b, g, : len(ids)], lengths[b, g] = ids, of_ids, len(ids)
-        cut[b, g] = not len(ends) if truncated is None else truncated[b][g]
+        cut[b, g] = not len(ends) and stopped is None if truncated is None else truncated[b][g]
     mask = np.arange(max_tokens) < lengths[..., None]
     return Rollout(prompts, *(jnp.asarray(x) for x in (tokens, lengths, mask, values, cut)))

@@ -9,6 +9,7 @@ import jax
 from grpo_jax.policies import Policy
 from grpo_jax.sampling.batch import decode_together
 from grpo_jax.sampling.slots import decode_in_slots
+from grpo_jax.sampling.stopping import StopStrings
 from grpo_jax.types import Number, Params, PRNGKey, Prompts, Rollout
 
 
@@ -21,8 +22,8 @@ def _static(**default: Any) -> Any:
 class PolicySampler:
     """Draws completions by decoding the policy; made by `sampler`, `continuous` and `greedy`.
 
-    A pytree whose leaves are the numbers, so that it may hold traced ones. `dataclasses.replace(sampler, top_p=0.9)`
-    makes another.
+    A pytree whose leaves are the numbers and the tables of `stop`, so that it may hold traced ones.
+    `dataclasses.replace(sampler, top_p=0.9)` makes another.
 
     Raises:
       ValueError: for a setting out of range; traced ones cannot be checked and pass.
@@ -35,6 +36,7 @@ class PolicySampler:
     top_k: int | None = _static(default=None)
     top_p: Number | None = None
     min_p: Number | None = None
+    stop: StopStrings | None = None
     greedy: bool = _static(default=False)
     slots: int | None = _static(default=None)  # completions decoded at a time; None decodes all of them together
 
@@ -50,6 +52,8 @@ class PolicySampler:
                 raise ValueError(f"{name} is above 0 and at most 1, got {value}; None keeps every token")
         if self.slots is not None and self.slots < 1:
             raise ValueError(f"slots is at least 1, got {self.slots}")
+        if isinstance(self.stop, str | tuple | list) and not isinstance(self.stop, StopStrings):
+            raise ValueError(f"stop is what stop_strings(tokenizer, {self.stop!r}) makes: a table of the tokenizer's")
 
     def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
         """Draws `group_size` completions for each prompt.
@@ -73,6 +77,7 @@ def sampler(
     top_k: int | None = None,
     top_p: Number | None = None,
     min_p: Number | None = None,
+    stop: StopStrings | None = None,
 ) -> PolicySampler:
     """A sampler that decodes all completions of a batch together, until every one of them has ended.
 
@@ -91,6 +96,8 @@ def sampler(
       top_p: keep the most likely tokens that together reach `top_p` (Holtzman et al. 2019, arXiv:1904.09751), always
         at least one.
       min_p: keep tokens at least `min_p` times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
+      stop: `stop_strings(tokenizer, ("</answer>",))`: strings that end a completion, with the token in which one of
+        them is completed; such a completion is not truncated.
 
     Returns:
       A sampler. Its rollout's log-probs are those of the distribution that was drawn from, the truncated one under
@@ -107,6 +114,7 @@ def sampler(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        stop=stop,
     )
 
 
@@ -130,7 +138,7 @@ def continuous(*, slots: int, **settings: Any) -> PolicySampler:
     return dataclasses.replace(sampler(**settings), slots=slots)
 
 
-def greedy(*, max_tokens: int, eos_ids: Sequence[int]) -> PolicySampler:
+def greedy(*, max_tokens: int, eos_ids: Sequence[int], stop: StopStrings | None = None) -> PolicySampler:
     """A sampler of the one likeliest completion per prompt.
 
     Its own log-probs would all be 0; the rollout's are those of the distribution passed over, `softmax(logits)`.
@@ -138,8 +146,9 @@ def greedy(*, max_tokens: int, eos_ids: Sequence[int]) -> PolicySampler:
     Args:
       max_tokens: `T`, the longest completion.
       eos_ids: tokens that end a completion.
+      stop: as in `sampler`.
 
     Raises:
       ValueError: for a setting out of range.
     """
-    return PolicySampler(group_size=1, max_tokens=max_tokens, eos_ids=tuple(eos_ids), greedy=True)
+    return PolicySampler(group_size=1, max_tokens=max_tokens, eos_ids=tuple(eos_ids), stop=stop, greedy=True)

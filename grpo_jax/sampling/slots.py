@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Cache, Policy, PromptCache
+from grpo_jax.sampling import stopping
 from grpo_jax.sampling.drawing import completion_keys, is_any, next_token
 from grpo_jax.types import Array, Params, PRNGKey, Prompts, Rollout
 
@@ -21,6 +22,7 @@ class _Slots(NamedTuple):
     completion: Array  # [N] int32, in the slot; B G where it is idle
     t: Array  # [N] int32, its tokens so far
     last: Array  # [N] int32, the token to be read next
+    stopping: Array | None  # [N] int32, what of a stop string has come
     waiting: Array  # [] int32, the first completion of the queue
     tokens: Array  # [B G, T] int32
     log_probs: Array  # [B G, T] float32
@@ -55,6 +57,7 @@ def decode_in_slots(
             completion=completion,
             t=jnp.where(idle, 0, state.t),
             last=jnp.where(idle, last_of_prompt[prompt_of(completion)], state.last),
+            stopping=None if state.stopping is None else jnp.where(idle, 0, state.stopping),
             waiting=jnp.minimum(state.waiting + jnp.sum(idle), count),
             cache=policy.reset_rows(state.cache, idle[:, None]),
         )
@@ -67,12 +70,14 @@ def decode_in_slots(
         )
         slot_keys = keys[jnp.minimum(state.completion, count - 1)]
         token, log_prob = next_token(policy, sampler, params, hidden[:, 0, 0], slot_keys, state.t)
-        ended = is_any(token, sampler.eos_ids)
+        stop_state, stopped = stopping.follow(sampler.stop, state.stopping, token)
+        ended = is_any(token, sampler.eos_ids) | stopped
         # What an idle slot computes has no place and is dropped.
         return state._replace(
             completion=jnp.where(busy & ~ended & (state.t + 1 < T), state.completion, count),
             t=state.t + 1,
             last=token,
+            stopping=stop_state,
             tokens=state.tokens.at[state.completion, state.t].set(token, mode="drop"),
             log_probs=state.log_probs.at[state.completion, state.t].set(log_prob, mode="drop"),
             lengths=state.lengths.at[state.completion].set(state.t + 1, mode="drop"),
@@ -103,6 +108,7 @@ def decode_in_slots(
             completion=state.completion[rows],
             t=state.t[rows],
             last=state.last[rows],
+            stopping=None if state.stopping is None else state.stopping[rows],
             cache=policy.gather_rows(state.cache, rows),
         )
 
@@ -110,6 +116,7 @@ def decode_in_slots(
         completion=jnp.full((N,), count, jnp.int32),
         t=jnp.zeros((N,), jnp.int32),
         last=jnp.zeros((N,), jnp.int32),
+        stopping=stopping.start(sampler.stop, (N,)),
         waiting=jnp.zeros((), jnp.int32),
         tokens=jnp.zeros((count, T), jnp.int32),
         log_probs=jnp.zeros((count, T), jnp.float32),

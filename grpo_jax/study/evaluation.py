@@ -161,7 +161,7 @@ def make_mean_rewards(
         return lambda params, trainer_state: {}
     logged, names = Logged(), [rewards.name_of(function) for function in functions]
     tolerant = [rewards.skip_failed_batches(function, batches=stop_after_failed) for function in functions]
-    drawn = greedy(max_tokens=sampler.max_tokens, eos_ids=sampler.eos_ids)
+    drawn = greedy(max_tokens=sampler.max_tokens, eos_ids=sampler.eos_ids, stop=sampler.stop)
     if group_size is not None:
         drawn = dataclasses.replace(sampler, group_size=group_size, slots=None)
     score = make_evaluate(policy, drawn, tokenizer, rows, tolerant, log_metric=logged, **settings)
