@@ -32,6 +32,12 @@ OBJECTIVES: dict[str, tuple[Loss, Array]] = {
     "sapo": (losses.sapo(), WIDE),
     "vespo": (losses.vespo(), WIDE),
     "reinforce": (losses.reinforce(), WIDE),
+    "dppo": (losses.dppo(), WIDE),
+    "drpo": (losses.drpo(), WIDE),
+    "dro": (losses.dro(beta=0.5), WIDE),
+    "pspo": (losses.pspo(), WIDE),
+    "m2po": (losses.m2po(), WIDE),
+    "kl_cov": (losses.kl_cov(), WIDE),
 }
 
 
@@ -51,7 +57,13 @@ def push(loss: Loss, log_ratio: Array, advantages: Array, mask: Array, log_ref: 
     old = jnp.full(mask.shape, -3.0)  # any value: only differences count
     rollout = Rollout(None, None, mask.sum(-1), mask, old, None)  # type: ignore[arg-type]
     log_probs = old + log_ratio
-    experience = Experience(rollout, old_log_probs=old, advantages=advantages, ref_log_probs=log_probs - log_ref)
+    experience = Experience(
+        rollout,
+        old_log_probs=old,
+        advantages=advantages,
+        ref_log_probs=log_probs - log_ref,
+        high_covariance=jnp.zeros(mask.shape, bool),
+    )
     return -jax.grad(lambda x: losses.value(loss(Scores(x), experience)[0]))(log_probs)
 
 

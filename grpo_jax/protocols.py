@@ -141,6 +141,13 @@ class Loss(Protocol):
         """
 
 
+class Anchor(Protocol):
+    """The log-probs that a ratio is taken against, such as `losses.old_policy` and `losses.sampler`."""
+
+    def __call__(self, scores: Scores, experience: Experience, /) -> Array:
+        """Picks or computes log-probs `[B, G, T]`; anything where the mask is False."""
+
+
 class Ratio(Protocol):
     """The level at which the policy is compared with the old policy, such as `losses.sequence_ratio`."""
 
@@ -191,6 +198,13 @@ class KLEstimate(Protocol):
 
     def __call__(self, log_probs: Array, ref_log_probs: Array, /) -> Array:
         """Estimates the KL divergence at each token, `[B, G, T]` nats."""
+
+
+class Divergence(Protocol):
+    """How far the probability of the token drawn has moved, such as `losses.total_variation`."""
+
+    def __call__(self, log_probs: Array, old_log_probs: Array, /) -> Array:
+        """Measures the distance `[B, G, T]` of two policies by the log-probs of the token that was drawn."""
 
 
 class Aggregate(Protocol):

@@ -8,11 +8,17 @@ A mask leaves a token out of numerators and denominators alike, the penalty's in
 weight scales the gain of the policy and nothing else.
 """
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 
-from grpo_jax.losses.contract import per_token
+from grpo_jax.advantages import has_variance, total_reward
+from grpo_jax.losses import token_mean
+from grpo_jax.losses.contract import check_positive, difference, masked_sum, per_token
 from grpo_jax.protocols import ExperienceTransform
-from grpo_jax.types import Array, Experience, Metrics
+from grpo_jax.statistics import Mean
+from grpo_jax.types import Array, Experience, Metrics, Number
 
 
 def mask_truncated(experience: Experience) -> tuple[Experience, Metrics]:
@@ -59,8 +65,7 @@ def top_entropy(share: float | Array) -> ExperienceTransform:
     Raises:
       ValueError: for a share out of range.
     """
-    if isinstance(share, int | float) and not 0 < share <= 1:
-        raise ValueError(f"share is above 0 and at most 1, got {share}")
+    _check_share(share)
 
     def hook(experience: Experience) -> tuple[Experience, Metrics]:
         mask, entropy = experience.rollout.mask, experience.old_entropy
@@ -82,6 +87,145 @@ def drop_weightless(experience: Experience) -> tuple[Experience, Metrics]:
     return _with_mask(experience, experience.rollout.mask & (experience.weights != 0)), {}
 
 
+def clip_cov(share: Number = 2e-4, *, low: Number = 1.0, high: Number = 5.0) -> ExperienceTransform:
+    """Takes a few tokens of high covariance out of the policy's gain (Clip-Cov, Cui et al. 2025, arXiv:2505.22617).
+
+        covariance[t] = (log p_old[t] - mean(log p_old)) * (A[t] - mean(A))                  (equation 10)
+        weight[t]     = 0 for `share` of all tokens, drawn from those with low < covariance < high; else 1
+
+    The entropy falls by the covariance (the paper's theorem 1), and few tokens have most of it. Means are over the
+    rollout's tokens that count. The covariance is that of the policy that sampled, computed once; verl takes that of
+    the policy that learns, over a micro-batch, which is the same in the first update of an unsplit rollout, and leaves
+    out tokens that the clip has taken already. At least one token is drawn where there is one in the band. The draw
+    is a function of the rollout, so that a resumed run repeats it.
+
+    Args:
+      share: of all tokens, above 0 and at most 1; 2e-4 in the paper.
+      low: the least covariance; 1 in verl.
+      high: the greatest; 5 in verl.
+
+    Returns:
+      A hook with the metric `clip_cov`, the share of tokens taken; it needs `make_train_step(..., score_old=True)`.
+
+    Raises:
+      ValueError: for a share out of range, or a band that is empty.
+    """
+    _check_share(share)
+    if isinstance(low, int | float) and isinstance(high, int | float) and not low < high:
+        raise ValueError(f"low is below high = {high}, got {low}")
+
+    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+        mask = experience.rollout.mask
+        covariance, old = _covariance("clip_cov", experience)
+        within = mask & (covariance > low) & (covariance < high)
+        key = jax.random.key(jnp.sum(jax.lax.bitcast_convert_type(jnp.where(mask, old, 0.0), jnp.uint32)))
+        order = jnp.where(within, jax.random.uniform(key, mask.shape), -1.0)
+        taken = within & _largest(order, _count(share, mask))
+        weights = jnp.where(taken, 0.0, 1.0 if experience.weights is None else experience.weights)
+        return experience._replace(weights=weights), {"clip_cov": Mean(jnp.sum(taken), jnp.sum(mask))}
+
+    return hook
+
+
+def high_covariance(share: Number = 2e-3) -> ExperienceTransform:
+    """Marks the tokens of largest covariance for `losses.kl_cov` (Cui et al. 2025, arXiv:2505.22617, equation 12).
+
+    The covariance is that of `clip_cov`, whatever its size. At least one token is marked.
+
+    Args:
+      share: of all tokens, above 0 and at most 1. The paper has 2e-3 for 7B and 2e-4 for 32B, verl 2e-4.
+
+    Returns:
+      A hook, which needs `make_train_step(..., score_old=True)`.
+
+    Raises:
+      ValueError: for a share out of range.
+    """
+    _check_share(share)
+
+    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+        mask = experience.rollout.mask
+        covariance, _ = _covariance("high_covariance", experience)
+        marked = mask & _largest(jnp.where(mask, covariance, -jnp.inf), _count(share, mask))
+        return experience._replace(high_covariance=marked), {}
+
+    return hook
+
+
+def second_moment(threshold: Number = 0.04) -> ExperienceTransform:
+    """Takes the tokens that have drifted most out of the policy's gain (M2PO, Zheng et al. 2025, arXiv:2510.01161).
+
+        weight[t] = 0 for the fewest tokens of largest d[t]^2 for which mean(d^2 of the others) < threshold, else 1
+
+    with `d = log p_old - log p_sampler`, over the rollout's tokens that count. It is for stale rollouts: their sampler
+    is a policy some updates ago. The rule is AReaL's, computed once before the first update; the authors' own code
+    looks at the policy that learns, at the tokens that move in the direction of their advantage only, and turns the
+    threshold into a clip. One token is left in any case.
+
+    Args:
+      threshold: in nats squared, above 0; 0.04 in the paper.
+
+    Returns:
+      A hook with the metric `second_moment`, the mean of `d^2` before; it needs
+      `make_train_step(..., score_old=True)`.
+
+    Raises:
+      ValueError: for a threshold that is not above 0.
+    """
+    check_positive(threshold=threshold)
+
+    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+        mask = experience.rollout.mask
+        if experience.old_log_probs is None:
+            raise ValueError("second_moment needs old_log_probs: make_train_step(..., score_old=True) adds them")
+        square = difference(experience.old_log_probs, experience.rollout.log_probs, mask) ** 2
+        ascending = jnp.sort(jnp.where(mask, square, jnp.inf), axis=None)
+        count = jnp.arange(1, mask.size + 1)
+        means = jnp.cumsum(jnp.where(count <= jnp.sum(mask), ascending, 0.0)) / count
+        kept = jnp.sum((means < threshold) & (count <= jnp.sum(mask)))  # the means rise
+        last = ascending[jnp.maximum(kept, 1) - 1]
+        weights = jnp.where(mask & (square > last), 0.0, 1.0 if experience.weights is None else experience.weights)
+        return experience._replace(weights=weights), {"second_moment": token_mean(square, mask)}
+
+    return hook
+
+
+def reward_variance(share: Number = 0.9, *, weights: Sequence[float | Array] | None = None) -> ExperienceTransform:
+    """Keeps the groups that carry `share` of the variance of the rewards (SNR-aware filter, RAGEN-2, arXiv:2604.06268).
+
+        keep the fewest groups of largest var(r[b]) whose variances add up to at least share * sum_b var(r[b])
+
+    Groups without variance are left out at any share. The others leave the loss and its denominators; their rewards
+    have been in the advantages. Ties go to the earlier group. In RAGEN-2 and in TRL's and verl's requests the variance
+    is that of the sample, which keeps the same groups where all have the same size.
+
+    Args:
+      share: of the variance, above 0 and at most 1; 0.9 in RAGEN-2.
+      weights: of the reward functions, as in `advantages.from_rewards`.
+
+    Returns:
+      A hook with the metric `kept_groups`, the share of groups kept.
+
+    Raises:
+      ValueError: for a share out of range.
+    """
+    _check_share(share)
+
+    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+        rewards, scored = total_reward(experience, weights)
+        count = jnp.maximum(jnp.sum(scored, axis=1), 1)
+        centered = jnp.where(scored, rewards - (jnp.sum(jnp.where(scored, rewards, 0.0), 1) / count)[:, None], 0.0)
+        variance = jnp.where(has_variance(rewards, scored), jnp.sum(centered**2, axis=1) / count, 0.0)
+        order = jnp.argsort(-variance, stable=True)
+        largest = variance[order]
+        before = jnp.cumsum(largest) - largest
+        kept = jnp.zeros(variance.shape, bool).at[order].set((before < share * jnp.sum(variance)) & (largest > 0))
+        masked = _with_mask(experience, experience.rollout.mask & kept[:, None, None])
+        return masked, {"kept_groups": Mean(jnp.sum(kept), jnp.asarray(kept.size))}
+
+    return hook
+
+
 def old_from_sampler(experience: Experience) -> tuple[Experience, Metrics]:
     """Takes ratios against the sampler's own log-probs instead of the trainer's for the same params.
 
@@ -95,6 +239,35 @@ def share_tokens(experience: Experience) -> tuple[Experience, Metrics]:
     """Records how many tokens count, for `losses.normalize_by_rollout_tokens`; comes after transforms that mask."""
     mask = experience.rollout.mask
     return experience._replace(token_share=jnp.full(mask.shape[0], jnp.sum(mask) / mask.shape[0])), {}
+
+
+def _check_share(share: Number) -> None:
+    if isinstance(share, int | float) and not 0 < share <= 1:
+        raise ValueError(f"share is above 0 and at most 1, got {share}")
+
+
+def _covariance(name: str, experience: Experience) -> tuple[Array, Array]:
+    """Of each token's log-prob and advantage, about their means over the tokens that count; and the log-probs."""
+    mask, old, advantages = experience.rollout.mask, experience.old_log_probs, experience.advantages
+    if old is None:
+        raise ValueError(f"{name} needs old_log_probs: make_train_step(..., score_old=True) adds them")
+    if advantages is None:
+        raise ValueError(f"{name} needs advantages: make_learn(..., advantage=) adds them before the hooks")
+    spread = jnp.broadcast_to(per_token(advantages), mask.shape)
+    of_log_probs, of_advantages = (
+        jnp.where(mask, x, 0.0) - masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1) for x in (old, spread)
+    )
+    return of_log_probs * of_advantages, old
+
+
+def _count(share: Number, mask: Array) -> Array:
+    return jnp.maximum(jnp.floor(share * jnp.sum(mask)).astype(jnp.int32), 1)
+
+
+def _largest(x: Array, count: Array) -> Array:
+    """Where the `count` largest of all elements are; ties go to the earlier."""
+    order = jnp.argsort(-x, axis=None, stable=True)
+    return jnp.zeros(x.size, bool).at[order].set(jnp.arange(x.size) < count).reshape(x.shape)
 
 
 def _with_mask(experience: Experience, mask: Array) -> Experience:

@@ -61,6 +61,8 @@ class Experience(NamedTuple):
     old_entropy: Array | None = None  # [B, G, T] float32 nats, of the policy that sampled
     weights: Array | None = None  # [B, G, T] float32, what the gain of each token is multiplied by
     token_share: Array | None = None  # [B] float32, tokens of the rollout that count over prompts
+    high_covariance: Array | None = None  # [B, G, T] bool, tokens that the entropy falls by: `losses.covariant_kl`
+    environment_mask: Array | None = None  # [B, G, T] bool, tokens that the policy did not write: `losses.echo`
     packing: Packing | None = None  # how to lay out the completions for the network; a row each, if None
 
 

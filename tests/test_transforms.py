@@ -13,10 +13,14 @@ from grpo_jax.statistics import summary
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_collect, make_learn, make_train_step
 from grpo_jax.transforms import (
+    clip_cov,
     drop_weightless,
+    high_covariance,
     mask_truncated,
     mask_zero_variance_groups,
     old_from_sampler,
+    reward_variance,
+    second_moment,
     share_tokens,
     top_entropy,
 )
@@ -235,3 +239,138 @@ def test_refuses_a_share_out_of_range(share):
 def test_refuses_to_drop_what_has_no_weights():
     with pytest.raises(ValueError, match="after a hook that makes weights"):
         drop_weightless(experience_of())
+
+
+# ------------------------------------------------------- what needs the whole rollout
+
+
+def covariance_of(experience):
+    """Of each token that counts, in NumPy; `[N]`, and their places."""
+    mask = np.asarray(experience.rollout.mask)
+    log_probs = np.asarray(experience.old_log_probs, np.float64)[mask]
+    advantages = np.broadcast_to(np.asarray(experience.advantages, np.float64)[..., None], mask.shape)[mask]
+    return (log_probs - log_probs.mean()) * (advantages - advantages.mean()), mask
+
+
+def test_clip_cov_takes_its_share_of_tokens_from_the_band_and_repeats_itself():
+    experience = experience_of()
+    covariance, mask = covariance_of(experience)
+    low, high = np.quantile(covariance, [0.3, 0.9])
+    within = (covariance > low) & (covariance < high)
+    all_taken, metrics = clip_cov(1.0, low=float(low), high=float(high))(experience)
+    np.testing.assert_array_equal(np.asarray(all_taken.weights)[mask], np.where(within, 0.0, 1.0))
+    assert summary(metrics)["clip_cov"] == pytest.approx(within.mean())
+    some = clip_cov(0.2, low=float(low), high=float(high))
+    taken = np.asarray(some(experience)[0].weights) == 0
+    assert taken.sum() == int(0.2 * mask.sum())
+    assert not (taken & (np.asarray(all_taken.weights) == 1)).any()
+    np.testing.assert_array_equal(taken, np.asarray(jax.jit(some)(experience)[0].weights) == 0)
+    others = experience._replace(old_log_probs=experience.old_log_probs - 0.01)  # the same covariances
+    assert (taken != (np.asarray(some(others)[0].weights) == 0)).any()
+    nothing, _ = clip_cov(0.2, low=1e3, high=1e4)(experience)
+    assert np.all(np.asarray(nothing.weights) == 1)
+
+
+def test_clip_cov_keeps_the_weights_that_are_there():
+    experience = experience_of()._replace(weights=jnp.full((B, G, T), 0.25))
+    taken, _ = clip_cov(0.2, low=0.0)(experience)
+    assert set(np.asarray(taken.weights).ravel().tolist()) == {0.0, 0.25}
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 1.0])
+def test_high_covariance_marks_the_largest(share):
+    experience = experience_of()
+    covariance, mask = covariance_of(experience)
+    marked, _ = high_covariance(share)(experience)
+    count = max(1, int(share * len(covariance)))
+    expected = covariance >= np.sort(covariance)[-count]
+    np.testing.assert_array_equal(np.asarray(marked.high_covariance)[mask], expected)
+    assert not np.asarray(marked.high_covariance)[~mask].any()
+
+
+def by_areal_rule(square, threshold):
+    """Tokens that stay, written from AReaL's: the largest leave one by one until the mean of the rest is below."""
+    kept = list(np.argsort(square))
+    while len(kept) > 1 and np.mean(square[kept]) >= threshold:
+        kept.pop()
+    return np.isin(np.arange(len(square)), kept)
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 0.3, 1.0, 100.0])
+def test_second_moment_leaves_out_the_fewest_tokens(threshold):
+    experience = experience_of()
+    mask = np.asarray(experience.rollout.mask)
+    square = np.asarray(experience.old_log_probs - experience.rollout.log_probs, np.float64)[mask] ** 2
+    actual, metrics = second_moment(threshold)(experience)
+    np.testing.assert_array_equal(np.asarray(actual.weights)[mask] == 1, by_areal_rule(square, threshold))
+    assert summary(metrics)["second_moment"] == pytest.approx(square.mean(), rel=1e-6)
+
+
+def by_top_share(variances, share):
+    """RAGEN-2's rule in plain Python."""
+    kept, total = set(), 0.0
+    for b in sorted(range(len(variances)), key=lambda b: (-variances[b], b)):
+        if variances[b] > 0 and total < share * sum(variances):
+            kept.add(b)
+            total += variances[b]
+    return [b in kept for b in range(len(variances))]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_reward_variance_keeps_the_groups_that_carry_their_share(share):
+    experience = experience_of()
+    rewards = np.asarray(experience.rewards).copy()
+    rewards[2] = 1.1  # a group without variance
+    rewards[3] = rewards[1]  # a tie
+    given = np.ones(rewards.shape, bool)
+    given[0, 1] = False
+    experience = experience._replace(rewards=jnp.asarray(rewards), reward_mask=jnp.asarray(given))
+    variances = [np.var(np.asarray(rewards, np.float64)[b, given[b, :, 0], 0]) for b in range(B)]
+    variances[2] = 0.0
+    expected = by_top_share(variances, share)
+    actual, metrics = reward_variance(share)(experience)
+    kept = np.asarray(actual.rollout.mask).any((1, 2))
+    np.testing.assert_array_equal(kept, expected)
+    np.testing.assert_array_equal(actual.rollout.mask, experience.rollout.mask & kept[:, None, None])
+    assert summary(metrics)["kept_groups"] == pytest.approx(np.mean(expected))
+
+
+def test_reward_variance_is_of_the_weighted_sum():
+    experience = experience_of()
+    rewards = jnp.concatenate([experience.rewards, jnp.zeros((B, G, 1)).at[1, 0].set(100.0)], -1)
+    experience = experience._replace(rewards=rewards, reward_mask=jnp.ones(rewards.shape, bool))
+    kept = [
+        np.asarray(reward_variance(0.5, weights=weights)(experience)[0].rollout.mask).any((1, 2))
+        for weights in (None, (1.0, 0.0))
+    ]
+    np.testing.assert_array_equal(kept[0], [False, True, False, False])
+    assert (kept[0] != kept[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "missing", "message"),
+    [
+        (clip_cov, {"old_log_probs": None}, "clip_cov needs old_log_probs"),
+        (clip_cov, {"advantages": None}, "clip_cov needs advantages"),
+        (high_covariance, {"old_log_probs": None}, "high_covariance needs old_log_probs"),
+        (second_moment, {"old_log_probs": None}, "second_moment needs old_log_probs"),
+        (reward_variance, {"rewards": None}, "no rewards"),
+    ],
+)
+def test_a_transform_without_what_it_needs_says_what_to_do(make, missing, message):
+    with pytest.raises(ValueError, match=message):
+        make()(experience_of()._replace(**missing))
+
+
+@pytest.mark.parametrize("make", [clip_cov, high_covariance, reward_variance])
+@pytest.mark.parametrize("share", [0, 1.5, -0.1])
+def test_a_share_of_tokens_or_variance_is_from_0_to_1(make, share):
+    with pytest.raises(ValueError, match=f"share is above 0 and at most 1, got {share}"):
+        make(share)
+
+
+def test_refuses_an_empty_band_and_a_threshold_of_0():
+    with pytest.raises(ValueError, match=r"low is below high = 5\.0, got 6"):
+        clip_cov(low=6)
+    with pytest.raises(ValueError, match="threshold is above 0, got 0"):
+        second_moment(0)

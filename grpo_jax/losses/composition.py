@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.losses.aggregates import token_mean
+from grpo_jax.losses.anchors import old_policy
 from grpo_jax.losses.contract import difference, per_token
 from grpo_jax.losses.ratios import token_ratio
-from grpo_jax.protocols import Aggregate, Loss, Penalty, PerToken, Ratio, Surrogate, Terms, Weight
+from grpo_jax.protocols import Aggregate, Anchor, Loss, Penalty, PerToken, Ratio, Surrogate, Terms, Weight
 from grpo_jax.statistics import Max, Mean
 from grpo_jax.types import Array, Experience, Metrics, Scores
 
@@ -26,6 +27,7 @@ class Parts(TypedDict, total=False):
     ratio: Ratio
     weight: Weight | None
     penalty: Penalty | None
+    anchor: Anchor
 
 
 def policy_loss(
@@ -35,10 +37,11 @@ def policy_loss(
     ratio: Ratio = token_ratio,
     weight: Weight | None = None,
     penalty: Penalty | None = None,
+    anchor: Anchor = old_policy,
 ) -> Loss:
     """Composes an objective.
 
-        loss = aggregate(-weight * surrogate(ratio(log_probs - old_log_probs), A)) + aggregate(penalty)
+        loss = aggregate(-weight * surrogate(ratio(log_probs - anchor), A)) + aggregate(penalty)
 
     Args:
       surrogate: the objective to maximise, a function of the log-ratio and the advantages.
@@ -49,6 +52,7 @@ def policy_loss(
         there are some, multiply it as well. Neither is differentiated, and the penalty
         is exempt from both.
       penalty: None for no second term.
+      anchor: what the ratio is taken against; the old policy, or the sampler itself.
 
     Returns:
       A loss with the metrics `policy_loss`, `ratio_max`, `entropy` if it was scored,
@@ -58,7 +62,7 @@ def policy_loss(
     def level(log_ratio: Array, mask: Array, advantages: Array) -> PerToken:
         return ratio(log_ratio, mask), {}
 
-    return compose(level, surrogate, aggregate, weight, penalty)
+    return compose(level, surrogate, aggregate, weight, penalty, anchor)
 
 
 def compose(
@@ -67,6 +71,7 @@ def compose(
     aggregate: Aggregate,
     weight: Weight | None,
     penalty: Penalty | None,
+    anchor: Anchor = old_policy,
 ) -> Loss:
     """`policy_loss` for a ratio that also sees the advantages.
 
@@ -76,17 +81,14 @@ def compose(
       aggregate: see there.
       weight: see there.
       penalty: see there.
+      anchor: see there.
     """
 
     def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
         mask = experience.rollout.mask
         if experience.advantages is None:
             raise ValueError("a policy loss needs advantages; make_learn(..., advantage=) adds them")
-        if experience.old_log_probs is None:
-            raise ValueError(
-                "several updates of a rollout need the old_log_probs of the policy that sampled: "
-                "make_train_step(..., score_old=True) adds them"
-            )
+        anchored = jax.lax.stop_gradient(anchor(scores, experience))
         weights, weight_metrics = weight(scores, experience) if weight is not None else (jnp.ones(()), {})
         if experience.weights is not None:
             weights = weights * experience.weights
@@ -94,7 +96,7 @@ def compose(
         counted = mask & (weights != 0)  # tokens that the policy's term is made of
 
         advantages = per_token(experience.advantages)
-        log_ratio, level_metrics = level(difference(scores.log_probs, experience.old_log_probs, mask), mask, advantages)
+        log_ratio, level_metrics = level(difference(scores.log_probs, anchored, mask), mask, advantages)
         # Tokens left out are 0 before an exponential or a product sees them: inf * 0 is NaN.
         log_ratio = jnp.where(counted, log_ratio, 0.0)
         log_probs = jnp.where(counted, scores.log_probs, 0.0)

@@ -14,18 +14,24 @@ from grpo_jax.losses.aggregates import (
     constant_length,
     token_mean,
 )
+from grpo_jax.losses.anchors import old_policy, sampler
 from grpo_jax.losses.composition import Parts, compose, policy_loss
 from grpo_jax.losses.contract import check_positive
+from grpo_jax.losses.penalties import covariant_kl
 from grpo_jax.losses.ratios import product_ratio, sequence_ratio, sequence_token_ratio
 from grpo_jax.losses.surrogates import (
     clipped_importance,
     gamma_weight,
+    importance,
     pessimistic_clip,
     policy_gradient,
     ppo_clip,
+    smoothed_importance,
     soft_gate,
+    squared_policy_gradient,
 )
-from grpo_jax.protocols import Loss, PerToken, Terms
+from grpo_jax.losses.trust_regions import divergence_mask, quadratic_shift, total_variation
+from grpo_jax.protocols import Divergence, Loss, PerToken, Terms
 from grpo_jax.types import Array, Experience, Metrics, Number, Scores
 
 # ------------------------------------------------------------- clipped token ratios
@@ -46,7 +52,7 @@ def grpo(
       epsilon: as in `ppo_clip`.
       epsilon_high: as in `ppo_clip`.
       delta: as in `ppo_clip`.
-      **parts: replace `ratio`, `aggregate`, `weight` or `penalty`; see `policy_loss`.
+      **parts: replace `ratio`, `aggregate`, `weight`, `penalty` or `anchor`; see `policy_loss`.
     """
     return policy_loss(ppo_clip(epsilon, epsilon_high, delta), **Parts(aggregate=completion_mean) | parts)
 
@@ -162,7 +168,14 @@ def gmpo(*, epsilon: Number = 0.4, epsilon_high: Number | None = None, **parts: 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
         return jnp.exp(log_ratio) * advantages, {}
 
-    return compose(level, surrogate, parts["aggregate"], parts.get("weight"), parts.get("penalty"))
+    return compose(
+        level,
+        surrogate,
+        parts["aggregate"],
+        parts.get("weight"),
+        parts.get("penalty"),
+        parts.get("anchor", old_policy),
+    )
 
 
 # ---------------------------------------------------------------------- no hard clip
@@ -181,10 +194,10 @@ def reinforce(**parts: Unpack[Parts]) -> Loss:
       **parts: replace `aggregate`, `weight` or `penalty`.
 
     Raises:
-      ValueError: for a `ratio`, which there is none of.
+      ValueError: for a `ratio` or an `anchor`, which there is none of.
     """
-    if "ratio" in parts:
-        raise ValueError("reinforce has no ratio to replace; grpo(ratio=...) has one")
+    if "ratio" in parts or "anchor" in parts:
+        raise ValueError("reinforce has no ratio, so none to replace; grpo(ratio=..., anchor=...) has one")
     return policy_loss(policy_gradient(), **Parts(aggregate=completion_sum) | parts)
 
 
@@ -224,7 +237,8 @@ def vespo(
     """VESPO (2026, arXiv:2602.10693): a gamma-shaped weight of the whole completion's ratio, mean over tokens.
 
     TRL adds the logarithm of the truncated weight between trainer and sampler to the
-    ratio; `transforms.old_from_sampler` takes the ratio against the sampler itself.
+    ratio: `anchor=corrected(truncated_importance(3.0))`; `anchor=sampler` takes the ratio
+    against the sampler itself.
 
     Args:
       k_pos: as in `gamma_weight`.
@@ -235,6 +249,106 @@ def vespo(
     """
     surrogate = gamma_weight(k_pos, lambda_pos, k_neg, lambda_neg)
     return policy_loss(surrogate, **Parts(aggregate=token_mean, ratio=product_ratio) | parts)
+
+
+# --------------------------------------------- trust regions other than a band of the ratio
+
+
+def dppo(
+    *,
+    low: Number = 0.2,
+    high: Number | None = None,
+    divergence: Divergence = total_variation,
+    max_ratio: Number = 20.0,
+    **parts: Unpack[Parts],
+) -> Loss:
+    """DPPO (Qi et al. 2026, arXiv:2602.04879): the score function inside a trust region of the token's probability.
+
+    The ratio and the region are taken against the sampler, as in the paper; `anchor=old_policy` takes them against
+    the trainer's own log-probs. prime-rl's default is `dppo(penalty=squared_log_ratio(1e-3))` with
+    `centered_advantages`.
+
+    Args:
+      low: as in `divergence_mask`.
+      high: as in `divergence_mask`.
+      divergence: as in `divergence_mask`; `binary_kl` needs smaller bounds.
+      max_ratio: as in `divergence_mask`.
+      **parts: replace `aggregate`, `weight`, `penalty` or `anchor`.
+
+    Raises:
+      ValueError: for a `ratio`: the region is that of single tokens.
+    """
+    _refuse_ratio("dppo", parts)
+    surrogate = divergence_mask(low, high, divergence=divergence, max_ratio=max_ratio)
+    return policy_loss(surrogate, **Parts(aggregate=token_mean, anchor=sampler) | parts)
+
+
+def drpo(*, delta: Number = 0.2, **parts: Unpack[Parts]) -> Loss:
+    """DRPO (Yao et al. 2026, arXiv:2606.09821): DPPO's region as a smooth penalty, against the sampler.
+
+    Args:
+      delta: as in `quadratic_shift`.
+      **parts: as in `dppo`.
+
+    Raises:
+      ValueError: for a `ratio`: the shift is that of single tokens.
+    """
+    _refuse_ratio("drpo", parts)
+    return policy_loss(quadratic_shift(delta), **Parts(aggregate=token_mean, anchor=sampler) | parts)
+
+
+def dro(*, beta: Number = 0.05, **parts: Unpack[Parts]) -> Loss:
+    """DRO as verl has it: the score function less a square of the log-ratio, mean over tokens.
+
+    Args:
+      beta: as in `squared_policy_gradient`.
+      **parts: as in `grpo`.
+    """
+    return policy_loss(squared_policy_gradient(beta), **Parts(aggregate=token_mean) | parts)
+
+
+def pspo(*, alpha: Number = 0.1, **parts: Unpack[Parts]) -> Loss:
+    """GR-PSPO (Dwyer et al. 2025, arXiv:2509.21282): the ratio of a smoothed policy and no clip, mean over completions.
+
+    Args:
+      alpha: as in `smoothed_importance`.
+      **parts: as in `grpo`.
+    """
+    return policy_loss(smoothed_importance(alpha), **Parts(aggregate=completion_mean) | parts)
+
+
+def m2po(**parts: Unpack[Parts]) -> Loss:
+    """M2PO (Zheng et al. 2025, arXiv:2510.01161): the ratio to the sampler without a clip, mean over tokens.
+
+    Its trust region is `transforms.second_moment(0.04)`, which goes into the step with it.
+
+    Args:
+      **parts: as in `grpo`.
+    """
+    return policy_loss(importance(), **Parts(aggregate=token_mean, anchor=sampler) | parts)
+
+
+def kl_cov(*, coefficient: Number = 1.0, **parts: Unpack[Parts]) -> Loss:
+    """KL-Cov (Cui et al. 2025, arXiv:2505.22617): no clip, and a pull on the tokens of highest covariance.
+
+    Goes with `transforms.high_covariance(2e-3)`, which marks them. Clip-Cov of the same paper is a transform in
+    front of a clipped loss: `bnpo()` with `transforms.clip_cov()`.
+
+    Args:
+      coefficient: as in `covariant_kl`.
+      **parts: replace `ratio`, `aggregate`, `weight` or `anchor`; a penalty joins by `plus` and `penalty_loss`.
+
+    Raises:
+      ValueError: for a `penalty`, which would replace its own.
+    """
+    if "penalty" in parts:
+        raise ValueError("kl_cov has a penalty of its own; plus(kl_cov(), penalty_loss(...)) adds another")
+    return policy_loss(importance(), **Parts(aggregate=token_mean, penalty=covariant_kl(coefficient)) | parts)
+
+
+def _refuse_ratio(name: str, given: Parts) -> None:
+    if "ratio" in given:
+        raise ValueError(f"{name} looks at the probability of single tokens and has no ratio to replace")
 
 
 # ------------------------------------------------------------------- beside the policy

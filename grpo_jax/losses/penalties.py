@@ -18,11 +18,13 @@ of the reward (`advantages.kl_cost`) it is the value that counts, and the policy
 does the rest. A test enumerates a distribution and checks each line.
 """
 
+import jax
 import jax.numpy as jnp
 
 from grpo_jax.losses.aggregates import token_mean
+from grpo_jax.losses.anchors import old_policy, sampler
 from grpo_jax.losses.contract import check_not_negative, difference, log_ratio, weighted
-from grpo_jax.protocols import Aggregate, KLEstimate, Loss, Penalty, PerToken, Ratio, Terms
+from grpo_jax.protocols import Aggregate, Anchor, KLEstimate, Loss, Penalty, PerToken, Ratio, Terms
 from grpo_jax.types import Array, Experience, Metrics, Number, Scores
 
 
@@ -96,6 +98,55 @@ def _kl(estimate: KLEstimate, beta: Number, correction: Ratio | None) -> Penalty
     return penalty
 
 
+def squared_log_ratio(tau: Number, *, anchor: Anchor = sampler) -> Penalty:
+    """`tau * (log p - log anchor)^2`, a pull back to the policy that sampled (Kimi K2.5, 2026, arXiv:2602.02276).
+
+    prime-rl adds it to DPPO with `tau` 1e-3. It is twice `k2` with another reference.
+
+    Args:
+      tau: at least 0.
+      anchor: `sampler`, or `old_policy`.
+
+    Raises:
+      ValueError: for a `tau` below 0.
+    """
+    check_not_negative(tau=tau)
+
+    def penalty(scores: Scores, experience: Experience) -> PerToken:
+        mask = experience.rollout.mask
+        anchored = jax.lax.stop_gradient(anchor(scores, experience))
+        square = 2 * kl_k2(jnp.where(mask, scores.log_probs, 0.0), jnp.where(mask, anchored, 0.0))
+        return tau * square, {"squared_log_ratio": square}
+
+    return penalty
+
+
+def covariant_kl(coefficient: Number = 1.0) -> Penalty:
+    """`coefficient * |log p - log p_old|` on the tokens that `transforms.high_covariance` has marked, 0 elsewhere.
+
+    The penalty of KL-Cov (Cui et al. 2025, arXiv:2505.22617, equation 12), which holds the few tokens that the
+    entropy falls by. verl's coefficient is 1; there a weight of the rollout multiplies the penalty, too.
+
+    Args:
+      coefficient: at least 0.
+
+    Raises:
+      ValueError: for a coefficient below 0; when called, without marks.
+    """
+    check_not_negative(coefficient=coefficient)
+
+    def penalty(scores: Scores, experience: Experience) -> PerToken:
+        marked = experience.high_covariance
+        if marked is None:
+            raise ValueError("covariant_kl needs make_learn(..., transforms=(transforms.high_covariance(),))")
+        marked = marked & experience.rollout.mask
+        gap = difference(scores.log_probs, old_policy(scores, experience), marked)
+        distance = jax.lax.stop_gradient(jnp.sign(gap)) * gap  # of slope 0 at 0, where jnp.abs has 1
+        return coefficient * distance, {"high_covariance": marked}
+
+    return penalty
+
+
 def penalty_loss(penalty: Penalty, aggregate: Aggregate) -> Loss:
     """A penalty as a loss of its own, with its own aggregate, to be joined by `plus`."""
 
@@ -103,6 +154,33 @@ def penalty_loss(penalty: Penalty, aggregate: Aggregate) -> Loss:
         mask = experience.rollout.mask
         cost, metrics = penalty(scores, experience)
         return (aggregate(cost, mask),), {name: token_mean(x, mask) for name, x in metrics.items()}
+
+    return loss
+
+
+def echo(coefficient: Number = 0.1, *, aggregate: Aggregate = token_mean) -> Loss:
+    """Cross-entropy of what the policy did not write, as a loss of its own to be joined by `plus` (ECHO of prime-rl).
+
+        loss = coefficient * aggregate(-log_prob) over the tokens of experience.environment_mask
+
+    A policy that reads what tools answer learns to foresee it, also where no advantage teaches it. The tokens are
+    those of `environment_mask`, which the policy's own loss leaves out, and have a denominator of their own.
+
+    Args:
+      coefficient: 0.1 in prime-rl.
+      aggregate: how those tokens count.
+
+    Raises:
+      ValueError: for a coefficient below 0; when called, without an `environment_mask`.
+    """
+    check_not_negative(coefficient=coefficient)
+
+    def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
+        mask = experience.environment_mask
+        if mask is None:
+            raise ValueError("echo needs the experience's environment_mask [B, G, T]: the tokens that others wrote")
+        cost = aggregate(-scores.log_probs, mask)
+        return (cost._replace(sum=coefficient * cost.sum),), {"echo": token_mean(-scores.log_probs, mask)}
 
     return loss
 

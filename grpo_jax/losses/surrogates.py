@@ -8,7 +8,7 @@ ratio leaves 1; `notebooks/02_objectives.ipynb` draws them.
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.losses.contract import check_not_negative, check_positive, weighted
+from grpo_jax.losses.contract import check_not_negative, check_positive, check_shares, weighted
 from grpo_jax.protocols import PerToken, Surrogate
 from grpo_jax.types import Array, Number
 
@@ -177,5 +177,70 @@ def gamma_weight(
         weight = jnp.where(vanishes & (k > 0), 0.0, jnp.exp(k * log_ratio - rate * jnp.expm1(log_ratio)))
         weight = jax.lax.stop_gradient(weight)
         return weighted(weight * advantages, log_probs), {"importance": weight}
+
+    return surrogate
+
+
+def importance() -> Surrogate:
+    """The ratio without a bound, the surrogate that clipping bounds (Schulman et al. 2015, arXiv:1502.05477).
+
+        gain = ratio * A
+
+    A log-ratio above 20 counts as 20.
+    """
+
+    def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
+        del log_probs
+        return jnp.exp(jnp.minimum(log_ratio, _LARGEST)) * advantages, {}
+
+    return surrogate
+
+
+def smoothed_importance(alpha: Number = 0.1) -> Surrogate:
+    """The ratio of a policy that is mixed with the old one (PSPO, Dwyer et al. 2025, arXiv:2509.21282).
+
+        p~   = (1 - alpha) p + alpha p_old
+        gain = p~ / p_old * A = ((1 - alpha) ratio + alpha) * A
+
+    The ratio comes nearer to 1 and the gradient is that of `importance` times `1 - alpha`: no token's gradient is
+    dropped, and none is bounded. A log-ratio above 20 counts as 20.
+
+    Args:
+      alpha: share of the old policy, from 0 to 1; 0.1 is what the authors propose for TRL.
+
+    Raises:
+      ValueError: for a share out of range.
+    """
+    check_shares(alpha=alpha)
+
+    def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
+        del log_probs
+        ratio = jnp.exp(jnp.minimum(log_ratio, _LARGEST))
+        return ((1 - alpha) * ratio + alpha) * advantages, {}
+
+    return surrogate
+
+
+def squared_policy_gradient(beta: Number) -> Surrogate:
+    """The score function less a square of the log-ratio (DRO, Richemond et al. 2024, arXiv:2405.19107).
+
+        gain = A * log_prob - beta / 2 * (log ratio)^2
+
+    The weight of a token's gradient is `1 - beta * log_ratio / A`: the gain is largest where the log-ratio is
+    `A / beta`. The form is that of verl's and Tinker's `dro`. (The paper learns the baseline of `A` as a value.)
+    A weight of the rollout multiplies both terms, as in verl.
+
+    Args:
+      beta: in units of the advantage per nat, above 0. verl has no default.
+
+    Raises:
+      ValueError: for a `beta` that is not above 0.
+    """
+    check_positive(beta=beta)
+
+    def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
+        infinite = jnp.isinf(log_ratio)  # the square wins
+        square = jnp.where(infinite, jnp.inf, jnp.where(infinite, 0.0, log_ratio) ** 2)
+        return weighted(advantages, jnp.where(infinite, 0.0, log_probs)) - beta / 2 * square, {}
 
     return surrogate

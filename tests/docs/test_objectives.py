@@ -38,7 +38,12 @@ def test_the_line_that_composes_an_objective_is_that_objective(name, line):
     old, noise = -rng.exponential(2.0, (3, 4, T)), rng.normal(size=(3, 4, T))
     prompts = Prompts(jnp.zeros((3, 1), jnp.int32), jnp.ones(3, jnp.int32))
     rollout = Rollout(prompts, jnp.zeros(mask.shape, jnp.int32), mask.sum(-1), mask, jnp.asarray(old), mask.all(-1))
-    experience = Experience(rollout, old_log_probs=jnp.asarray(old), advantages=jnp.asarray(rng.normal(size=(3, 4))))
+    experience = Experience(
+        rollout,
+        old_log_probs=jnp.asarray(old),
+        advantages=jnp.asarray(rng.normal(size=(3, 4))),
+        high_covariance=mask & (rng.random(mask.shape) < 0.5),
+    )
 
     def gradient(loss):
         return jax.grad(lambda x: losses.value(loss(Scores(x), experience)[0]))(jnp.asarray(old + noise))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from grpo_jax import data, losses, rewards, sampling
+from grpo_jax import data, losses, rewards, sampling, transforms
 from grpo_jax.advantages import (
     batch_normalised_advantages,
     centered_advantages,
@@ -50,6 +50,12 @@ OBJECTIVES = {
     "cispo": (losses.cispo(), group_advantages),
     "sapo": (losses.sapo(), group_advantages),
     "vespo": (losses.vespo(), group_advantages),
+    "dppo": (losses.dppo(), centered_advantages),
+    "drpo": (losses.drpo(), centered_advantages),
+    "dro": (losses.dro(), group_advantages),
+    "pspo": (losses.pspo(), group_advantages),
+    "m2po": (losses.m2po(), group_advantages),
+    "kl_cov": (losses.kl_cov(), group_advantages),
     "rloo": (losses.reinforce(), leave_one_out_advantages),
     "reinforce_plus_plus": (losses.reinforce(), batch_normalised_advantages),
 }
@@ -115,6 +121,7 @@ def run():
         reward=rewards.traced(arithmetic.accuracy(tokenizer), arithmetic.strict_format(tokenizer)),
         advantage=Scheduled(advantage),
         loss=Scheduled(chosen),
+        transforms=(transforms.high_covariance(),),
         updates=Updates(minibatches=2, max_grad_norm=1.0),
     )
     rows = jnp.stack([data.batch_indices(0, n, len(splits.train), PROMPTS) for n in range(STEPS)])

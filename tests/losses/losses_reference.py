@@ -35,6 +35,7 @@ class Case(NamedTuple):
     mask: Any  # [B, G, T]
     token_share: Any  # [B]
     weights: Any = None  # [B, G, T]
+    high_covariance: Any = None  # [B, G, T] bool
 
 
 class Term(NamedTuple):
@@ -149,6 +150,48 @@ def gamma(k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0):
     return gain
 
 
+def unclipped():
+    """The importance weight."""
+    return lambda ratio, held, A, log_prob: (ratio * A, ratio * A, 0.0)
+
+
+def smoothed(alpha):
+    """PSPO: the ratio of a policy mixed with the old one."""
+    return lambda ratio, held, A, log_prob: (((1 - alpha) * ratio + alpha) * A, (1 - alpha) * ratio * A, 0.0)
+
+
+def binary_divergence(kind, p, q):
+    """Of the two distributions (p, 1 - p) and (q, 1 - q) over two outcomes, `q` the old one."""
+    if kind == "total_variation":
+        return (abs(p - q) + abs((1 - p) - (1 - q))) / 2
+    return q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
+
+
+def region(low, high, kind="total_variation", cap=20.0):
+    """DPPO, equations 11 and 12; `p_old` is the log-prob over the ratio, and both stay where they were."""
+
+    def gain(ratio, held, A, log_prob):
+        old = np.exp(log_prob) / ratio
+        p = old * held
+        outside = binary_divergence(kind, p, old) > (high if A > 0 else low)
+        leaving = p > old if A > 0 else p < old
+        weight = 0.0 if outside and leaving else min(held, cap)
+        return weight * A * log_prob, 0.0, weight * A
+
+    return gain
+
+
+def shift(delta):
+    """DRPO: `r A - |A| / (2 delta) p_old (r - 1)^2`."""
+
+    def gain(ratio, held, A, log_prob):
+        old = np.exp(log_prob) / ratio
+        value = ratio * A - abs(A) / (2 * delta) * old * (ratio - 1) ** 2
+        return value, ratio * A - abs(A) / delta * old * (ratio - 1) * ratio, 0.0
+
+    return gain
+
+
 # ---------------------------------------------- weights of one completion, row -> [n]
 
 
@@ -192,12 +235,27 @@ def weigh(row, correction):
 # ----------------------------------------------------------------- costs of one completion
 
 
-def policy(gain, level="token", correction=None):
+def to_old(row):
+    """The ratio is taken against the old policy."""
+    return row.old
+
+
+def to_sampler(row):
+    """The ratio is taken against the sampler."""
+    return row.sampler
+
+
+def to_corrected(correction):
+    """The ratio is multiplied by a weight."""
+    return lambda row: row.old - np.log(np.maximum(correction(row), 1e-8))
+
+
+def policy(gain, level="token", correction=None, anchor=to_old):
     """Of a gain of each token."""
 
     def cost(row, held):
         n, weight = len(row.log_probs), weigh(held, correction)
-        ratios, held_ratios, slopes = levels(level, row.log_probs - row.old, held.log_probs - row.old)
+        ratios, held_ratios, slopes = levels(level, row.log_probs - anchor(row), held.log_probs - anchor(row))
         costs, by_log_probs = np.zeros(n), np.zeros((n, n))
         for t in range(n):
             value, by_log_ratio, by_log_prob = gain(ratios[t], held_ratios[t], row.advantages[t], row.log_probs[t])
@@ -209,7 +267,7 @@ def policy(gain, level="token", correction=None):
     return cost
 
 
-def geometric(low=0.4, high=0.4, level="sequence", correction=None):
+def geometric(low=0.4, high=0.4, level="sequence", correction=None, anchor=to_old):
     """GMPO, equation 4: each ratio is clipped to (e^-low, e^high), and their geometric mean taken.
 
     The paper's `min(ratio * A, clip(ratio) * A)`, stripped of `A`. The paper has no weights: here the mean is over all
@@ -220,7 +278,7 @@ def geometric(low=0.4, high=0.4, level="sequence", correction=None):
         n, weight = len(row.log_probs), weigh(held, correction)
         clipped, moves = np.ones(n), np.zeros(n)
         for t in range(n):
-            ratio, A = np.exp(row.log_probs[t] - row.old[t]), row.advantages[t]
+            ratio, A = np.exp(row.log_probs[t] - anchor(row)[t]), row.advantages[t]
             bounded = min(max(ratio, np.exp(-low)), np.exp(high))
             moves[t] = ratio * A <= bounded * A
             clipped[t] = ratio if moves[t] else bounded
@@ -236,6 +294,27 @@ def likelihood(row, held):
     """The negative log-likelihood of the completion."""
     n = len(row.log_probs)
     return -row.log_probs, -np.eye(n), np.zeros(n)
+
+
+def square(tau, anchor=to_sampler, *, weighted=False):
+    """A square of the log-ratio."""
+
+    def cost(row, held):
+        d = row.log_probs - anchor(row)
+        weight = tau * (weigh(held, None) if weighted else np.ones(len(d)))
+        return weight * d * d, np.diag(2 * weight * d), np.zeros(len(d))
+
+    return cost
+
+
+def distance_of_marked(coefficient):
+    """KL-Cov: `|log p - log p_old|` on marked tokens."""
+
+    def cost(row, held):
+        d, weight = row.log_probs - row.old, coefficient * row.high_covariance
+        return weight * abs(d), np.diag(weight * np.sign(d)), np.zeros(len(d))
+
+    return cost
 
 
 def bonus(coefficient):
@@ -346,7 +425,8 @@ def case_of(seed=69, *, full=False, precision=np.float64):
         weights = np.where(mask, rng.choice([0.0, 1.0, 0.25, 1.75], (B, G, T)), 0.0)
     token_share = rng.uniform(4.0, 20.0, B)
     numbers = [np.where(mask, x, 0.0) for x in (log_probs, old, ref, sampler, entropy)]
-    case = Case(*numbers, advantages, mask, token_share, weights)
+    high_covariance = mask & (rng.random((B, G, T)) < 0.3)
+    case = Case(*numbers, advantages, mask, token_share, weights, high_covariance)
     return jax.tree.map(lambda x: x if x.dtype == bool else x.astype(precision).astype(np.float64), case)
 
 
@@ -363,6 +443,7 @@ def experience_of(case):
         advantages=case.advantages,
         weights=case.weights,
         token_share=case.token_share,
+        high_covariance=case.high_covariance,
     )
 
 

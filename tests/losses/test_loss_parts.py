@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_reference import KLS, MAX_TOKENS, Case, case_of, evaluate, experience_of, importance, row_of, token_weights
+from losses_reference import KLS, MAX_TOKENS, Case, case_of, evaluate, experience_of, row_of, token_weights
+from losses_reference import importance as importance_of
 
 from grpo_jax import losses, statistics
 from grpo_jax.losses import (
@@ -20,15 +21,22 @@ from grpo_jax.losses import (
     completion_sum,
     constant_length,
     dapo,
+    divergence_mask,
+    dppo,
     dr_grpo,
+    dro,
+    drpo,
+    echo,
     entropy_bonus,
     gamma_weight,
     gmpo,
     grpo,
     gspo,
+    importance,
     k1,
     k2,
     k3,
+    kl_cov,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -43,12 +51,15 @@ from grpo_jax.losses import (
     product,
     product_ratio,
     prompt_mean,
+    pspo,
+    quadratic_shift,
     reinforce,
     sapo,
     sequence_ratio,
     sequence_token_ratio,
     sft,
     soft_gate,
+    squared_log_ratio,
     token_mean,
     token_ratio,
     truncated_importance,
@@ -88,6 +99,15 @@ TOKEN_WEIGHTS = {
     "policy_gradient": (policy_gradient(), lambda r, good: 1.0),
     "clipped_importance": (clipped_importance(1.28, 0.5), lambda r, good: min(max(r, 0.5), 1.28)),
     "soft_gate": (soft_gate(), _of_gate),
+    "importance": (importance(), lambda r, good: r),
+    "divergence_mask": (  # the old probability is e^-4, which a shift of 0.004 leaves at ratios 0.78 and 1.22
+        divergence_mask(0.004, max_ratio=1.1),
+        lambda r, good: 0.0 if (r > 1.22 if good else r < 0.78) else min(r, 1.1),
+    ),
+    "quadratic_shift": (
+        quadratic_shift(0.01),
+        lambda r, good: r * (1 - (1 if good else -1) * np.exp(-4) * (r - 1) / 0.01),
+    ),
     "gamma_weight": (gamma_weight(), lambda r, good: r**2 * np.exp(3 - 3 * r) if good else r**3 * np.exp(2 - 2 * r)),
 }
 
@@ -469,6 +489,7 @@ METRICS = {
         {"off_policy", "correction", "correction_bounded"},
     ),
     "plus": (plus(sapo(), entropy_bonus(0.1), sft()), set()),
+    "dppo": (dppo(penalty=squared_log_ratio(0.1)), {"clip_low", "clip_high", "squared_log_ratio"}),
 }
 
 
@@ -476,6 +497,24 @@ METRICS = {
 def test_an_objective_reports_the_metrics_of_its_parts(name):
     loss, expected = METRICS[name]
     assert set(metrics_of(loss)) == expected | {"policy_loss", "ratio_max", "entropy"}
+
+
+def test_echo_is_the_cross_entropy_of_the_tokens_that_others_wrote_over_those_tokens():
+    """In NumPy; the policy's own tokens have no say, and no gradient."""
+    case = case_of()
+    written = ~case.mask & (np.arange(8) < 6)
+    log_probs = np.where(case.mask, case.log_probs, -np.random.default_rng(0).exponential(2.0, case.mask.shape))
+    experience = experience_of(case)._replace(environment_mask=jnp.asarray(written))
+
+    def value(log_probs):
+        return losses.value(echo(0.3)(Scores(log_probs), experience)[0])
+
+    actual, gradient = jax.value_and_grad(value)(jnp.asarray(log_probs))
+    np.testing.assert_allclose(actual, -0.3 * log_probs[written].mean(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, np.where(written, -0.3 / written.sum(), 0.0), rtol=1e-5)
+    both = losses.value(plus(dapo(), echo(0.3))(Scores(jnp.asarray(log_probs)), experience)[0])
+    alone = losses.value(dapo()(Scores(jnp.asarray(log_probs)), experience)[0])
+    np.testing.assert_allclose(both, alone + actual, rtol=1e-5)
 
 
 def test_sft_reports_nothing_beside_its_loss():
@@ -498,7 +537,7 @@ def test_an_importance_weight_is_old_over_sampler_of_its_level_within_the_bounds
     truncated_weight, _ = bare(truncated_importance(1.25, low=0.8, ratio=ratio), case)
     masked_weight, _ = bare(masked_importance(0.8, 1.25, ratio=ratio), case)
     for b, g in np.argwhere(case.mask.any(-1)):
-        expected = importance(row_of(case, b, g), level)
+        expected = importance_of(row_of(case, b, g), level)
         kept = case.mask[b, g]
         np.testing.assert_allclose(truncated_weight[b, g, kept], np.clip(expected, 0.8, 1.25), rtol=1e-5)
         inside = (expected >= 0.8) & (expected <= 1.25)
@@ -561,6 +600,21 @@ REFUSED = {
     r"beta is at least 0, got -0.1": lambda: k1(-0.1),
     r"beta is at least 0, got -1": lambda: k2(-1),
     r"beta is at least 0, got nan": lambda: k3(NAN),
+    r"low is at least 0, got -0.2": lambda: dppo(low=-0.2),
+    r"high is at least 0, got -0.3": lambda: dppo(high=-0.3),
+    r"max_ratio is above 0, got -2": lambda: dppo(max_ratio=-2),
+    r"delta is above 0, got 0": lambda: drpo(delta=0),
+    r"beta is above 0, got 0": lambda: dro(beta=0),
+    r"alpha is from 0 to 1, got 1.5": lambda: pspo(alpha=1.5),
+    r"tau is at least 0, got -1": lambda: squared_log_ratio(-1),
+    r"coefficient is at least 0, got -1": lambda: kl_cov(coefficient=-1),
+    r"coefficient is at least 0, got -2": lambda: echo(-2),
+    r"dppo looks at the probability of single tokens and has no ratio to replace": lambda: dppo(ratio=sequence_ratio),
+    r"drpo looks at the probability of single tokens and has no ratio to replace": lambda: drpo(ratio=sequence_ratio),
+    r"kl_cov has a penalty of its own; plus(kl_cov(), penalty_loss(...)) adds another": lambda: kl_cov(penalty=k3(0.1)),
+    r"reinforce has no ratio, so none to replace; grpo(ratio=..., anchor=...) has one": lambda: reinforce(
+        anchor=losses.sampler
+    ),
     r"limit is above 0, got 0": lambda: truncated_importance(0),
     r"low is at least 0, got -0.1": lambda: truncated_importance(low=-0.1),
     r"low is below limit = 2.0, got 2.0": lambda: truncated_importance(2.0, low=2.0),
@@ -584,6 +638,8 @@ NEEDED = {
         f"reference_{f.__name__}": (grpo(penalty=f(0.1)), {"ref_log_probs": None}, r"reference=True")
         for f in (k1, k2, k3)
     },
+    "marks": (kl_cov(), {"high_covariance": None}, r"transforms.high_covariance\(\)"),
+    "environment": (echo(), {"environment_mask": None}, "environment_mask"),
     "token_share": (
         normalize_by_rollout_tokens(lambda mean: dapo(aggregate=mean)),
         {"token_share": None},

@@ -23,6 +23,7 @@ from losses_reference import (
     cispo_weight,
     clip,
     completion_losses,
+    distance_of_marked,
     evaluate,
     experience_of,
     gamma,
@@ -33,24 +34,38 @@ from losses_reference import (
     near_policy,
     policy,
     reference,
+    region,
     row_of,
     run,
     score,
+    shift,
+    smoothed,
     soft,
+    square,
+    to_corrected,
+    to_old,
+    to_sampler,
     token_weights,
     truncated,
+    unclipped,
 )
 
 from grpo_jax import losses, statistics
 from grpo_jax.losses import (
+    binary_kl,
     bnpo,
     cispo,
     completion_mean,
     completion_mean_of_all,
     completion_sum,
     constant_length,
+    corrected,
+    covariant_kl,
     dapo,
+    dppo,
     dr_grpo,
+    dro,
+    drpo,
     entropy_bonus,
     gmpo,
     grpo,
@@ -59,11 +74,14 @@ from grpo_jax.losses import (
     k1,
     k2,
     k3,
+    kl_cov,
     kl_k3,
     luspo,
+    m2po,
     masked_importance,
     normalize_by_rollout_tokens,
     off_policy_mask,
+    old_policy,
     penalty_loss,
     per_prompt_count,
     plus,
@@ -72,10 +90,13 @@ from grpo_jax.losses import (
     product,
     product_ratio,
     prompt_mean,
+    pspo,
     reinforce,
+    sampler,
     sapo,
     sequence_ratio,
     sft,
+    squared_log_ratio,
     token_mean,
     token_ratio,
     truncated_importance,
@@ -156,6 +177,48 @@ OBJECTIVES = {
         detached=True,
     ),
     "vespo_by_token": row(vespo(ratio=token_ratio), "token", policy(gamma(), "token"), detached=True),
+    # the ratio against something else
+    "vespo_corrected": row(
+        vespo(anchor=corrected(truncated_importance(2.0, low=0.5))),
+        *("token", policy(gamma(), "product", anchor=to_corrected(truncated(2.0, 0.5)))),
+        detached=True,
+    ),
+    "grpo_to_sampler": row(grpo(anchor=sampler), "completion", policy(clip(0.2, 0.2), anchor=to_sampler)),
+    "gmpo_to_sampler": row(gmpo(anchor=sampler), "completion", geometric(anchor=to_sampler)),
+    # trust regions other than a band of the ratio
+    "dppo": row(dppo(), "token", policy(region(0.2, 0.2), anchor=to_sampler), detached=True),
+    "dppo_old_capped": row(
+        dppo(low=0.05, high=0.1, max_ratio=1.5, anchor=old_policy),
+        *("token", policy(region(0.05, 0.1, cap=1.5))),
+        detached=True,
+    ),
+    "dppo_kl": row(
+        dppo(low=0.02, high=0.05, divergence=binary_kl),
+        *("token", policy(region(0.02, 0.05, "binary_kl"), anchor=to_sampler)),
+        detached=True,
+    ),
+    "dppo_prime_rl": row(
+        dppo(penalty=squared_log_ratio(1e-3)),
+        *("token", policy(region(0.2, 0.2), anchor=to_sampler), other("token", square(1e-3))),
+        detached=True,
+    ),
+    "squared_log_ratio_old": row(
+        grpo(penalty=squared_log_ratio(0.3, anchor=old_policy)),
+        *("completion", PPO, other("completion", square(0.3, to_old))),
+    ),
+    "drpo": row(drpo(), "token", policy(shift(0.2), anchor=to_sampler)),
+    "drpo_old": row(drpo(delta=0.05, anchor=old_policy), "token", policy(shift(0.05))),
+    "dro": row(dro(), "token", policy(score()), other("token", square(0.025, to_old, weighted=True))),
+    "dro_sampler": row(
+        dro(beta=0.5, anchor=sampler), "token", policy(score()), other("token", square(0.25, weighted=True))
+    ),
+    "pspo": row(pspo(), "completion", policy(smoothed(0.1))),
+    "pspo_half_by_token": row(pspo(alpha=0.5, aggregate=token_mean), "token", policy(smoothed(0.5))),
+    "m2po": row(m2po(), "token", policy(unclipped(), anchor=to_sampler)),
+    "kl_cov": row(kl_cov(), "token", policy(unclipped()), other("token", distance_of_marked(1.0))),
+    "covariant_kl": row(
+        grpo(penalty=covariant_kl(0.3)), "completion", PPO, other("completion", distance_of_marked(0.3))
+    ),
     # how tokens count
     "completion_mean_of_all": row(grpo(aggregate=completion_mean_of_all), "completion_of_all", PPO),
     "completion_sum": row(grpo(aggregate=completion_sum), "completion_sum", PPO),
@@ -326,8 +389,10 @@ def test_the_table_says_which_objectives_hold_something_still(name):
 
 def test_the_table_has_every_objective_and_every_part():
     """A function of the package without a row would go unchecked."""
-    in_other_tests = {"value", "kl_k1", "kl_k2", "kl_k3"}
+    in_other_tests = {"value", "kl_k1", "kl_k2", "kl_k3", "echo", "total_variation"}
     of_objectives = {"ppo_clip", "policy_loss", "clipped_importance", "soft_gate", "gamma_weight", "policy_gradient"}
+    of_objectives |= {"importance", "smoothed_importance", "squared_policy_gradient"}
+    of_objectives |= {"divergence_mask", "quadratic_shift"}
     source = inspect.getsource(inspect.getmodule(Objective))
     table = source[source.index("OBJECTIVES = {") : source.index("every_objective =")]
     for name in set(losses.__all__) - in_other_tests - of_objectives - {"sequence_token_ratio", "constant_length"}:
@@ -345,6 +410,10 @@ def edges_of(case):
     mean, total = (of_tokens(lambda r, f=f: f(r.log_probs - r.old)) for f in (np.mean, np.sum))
     mean_gap, total_gap = (of_tokens(lambda r, f=f: f(r.old - r.sampler)) for f in (np.mean, np.sum))
     drift = of_tokens(lambda r: np.mean(r.sampler - r.log_probs))
+
+    def shift_of(anchor):
+        return of_tokens(lambda r: np.exp(r.log_probs) - np.exp(anchor(r)))
+
     edges = [
         *((np.exp(log_ratio), bounds) for bounds in ([0.8, 1.2], [0.8, 1.28], [0.9, 1.4], [0.7, 1.3], [0.7, 1.1])),
         *((np.exp(log_ratio), bounds) for bounds in ([1.28, 5.0], [0.5, 1.28])),
@@ -355,6 +424,8 @@ def edges_of(case):
         (np.exp(mean_gap), [0.8, 1.25]),
         (np.exp(total_gap), [0.5, 2.0]),
         (drift, [0.1]),
+        *((shift_of(lambda r: r.sampler), bounds) for bounds in ([-0.2, 0.2],)),
+        *((shift_of(lambda r: r.old), bounds) for bounds in ([-0.05, 0.1],)),
     ]
     return np.concatenate([r.advantages for r in rows]), edges, log_ratio
 
@@ -522,6 +593,12 @@ SETTINGS = {
     "cispo": (cispo, {"max_ratio": 1.5, "min_ratio": 0.7}),
     "sapo": (sapo, {"tau_pos": 2.0, "tau_neg": 2.0}),
     "vespo": (vespo, {"k_pos": 1.0, "lambda_pos": 1.0, "k_neg": 1.0, "lambda_neg": 1.0}),
+    "dppo": (dppo, {"low": 0.05, "high": 0.05, "divergence": binary_kl, "max_ratio": 1.5}),
+    "drpo": (drpo, {"delta": 0.05}),
+    "dro": (dro, {"beta": 0.5}),
+    "pspo": (pspo, {"alpha": 0.5}),
+    "m2po": (m2po, {}),
+    "kl_cov": (kl_cov, {"coefficient": 0.5}),
 }
 # Those of `policy_loss`, which every objective passes on.
 PARTS = {
@@ -529,6 +606,14 @@ PARTS = {
     "ratio": product_ratio,
     "weight": truncated_importance(1.5),
     "penalty": k3(0.5),
+    "anchor": corrected(truncated_importance(1.5)),
+}
+WITHOUT = {  # what an objective refuses, has none of, or already is
+    "reinforce": {"ratio", "anchor"},
+    "vespo": {"ratio"},
+    "dppo": {"ratio"},
+    "drpo": {"ratio"},
+    "kl_cov": {"penalty"},
 }
 OF_WEIGHTS = {
     "truncated_importance": (truncated_importance, {"limit": 1.2, "low": 0.8, "ratio": product_ratio}),
@@ -538,6 +623,12 @@ OF_WEIGHTS = {
 OF_PENALTIES = {
     name: (lambda f=f, **changed: f(**{"beta": 0.5} | changed), {"beta": 0.4, "correction": token_ratio})
     for name, f in (("k1", k1), ("k2", k2), ("k3", k3))
+} | {
+    "squared_log_ratio": (
+        lambda **changed: squared_log_ratio(**{"tau": 0.5} | changed),
+        {"tau": 0.4, "anchor": old_policy},
+    ),
+    "covariant_kl": (covariant_kl, {"coefficient": 0.4}),
 }
 OF_ENTROPY = (
     lambda **changed: plus(grpo(), entropy_bonus(**{"coefficient": 0.5} | changed)),
@@ -552,7 +643,7 @@ def list_settings():
         for setting, value in changes.items():
             yield f"{name}-{setting}", base, make(**{setting: value})
         for part, value in PARTS.items():
-            if part != "ratio" or name not in ("reinforce", "vespo"):  # which has none, and has this one
+            if part not in WITHOUT.get(name, ()):
                 yield f"{name}-{part}", base, make(**{part: value})
     for argument, table in (("weight", OF_WEIGHTS), ("penalty", OF_PENALTIES)):
         for name, (make, changes) in table.items():
@@ -737,6 +828,7 @@ def test_equal_policies_have_ratio_1_and_the_gradient_of_the_plain_policy_gradie
         terms = (terms[0]._replace(count="completion_sum"),)
     plain = [t._replace(cost=policy(score())) if t.of_policy else t for t in terms]
     _, expected = reference(plain, case)
+    expected = expected * {"pspo": 0.9, "pspo_half_by_token": 0.5}.get(name, 1.0)  # 1 - alpha of it
     np.testing.assert_allclose(gradient.sum(2), expected.sum(2), atol=1e-6 * np.abs(expected).max() * 8)
 
 
@@ -941,6 +1033,13 @@ TRACED = {
     "limit": (lambda x: grpo(weight=truncated_importance(x)), 2.0, grpo(weight=truncated_importance(2.0))),
     "low": (lambda x: grpo(weight=masked_importance(x)), 0.8, grpo(weight=masked_importance(0.8))),
     "threshold": (lambda x: grpo(weight=off_policy_mask(x)), 0.1, grpo(weight=off_policy_mask(0.1))),
+    "low_of_dppo": (lambda x: dppo(low=x), 0.1, dppo(low=0.1)),
+    "cap_of_dppo": (lambda x: dppo(max_ratio=x), 1.5, dppo(max_ratio=1.5)),
+    "delta_of_drpo": (lambda x: drpo(delta=x), 0.1, drpo(delta=0.1)),
+    "beta_of_dro": (lambda x: dro(beta=x), 0.3, dro(beta=0.3)),
+    "alpha": (lambda x: pspo(alpha=x), 0.3, pspo(alpha=0.3)),
+    "tau": (lambda x: grpo(penalty=squared_log_ratio(x)), 0.3, grpo(penalty=squared_log_ratio(0.3))),
+    "coefficient_of_kl_cov": (lambda x: kl_cov(coefficient=x), 0.3, kl_cov(coefficient=0.3)),
     "count": (lambda x: grpo(aggregate=per_prompt_count(x)), 7.0, grpo(aggregate=per_prompt_count(7.0))),
 }
 

@@ -9,7 +9,7 @@
 - TRL's entropy filter looks at the policy that learns, ours at the one that sampled; here both are given the same.
 - The filter is a weight of 0 that stays in denominators in both, but TRL takes the tokens out of GMPO's geometric mean
   and of the mean of the entropy bonus, and out of no KL: `drop_weightless` for the one term, `plus` for the other.
-- TRL adds the logarithm of the bounded rollout weight to VESPO's log-ratio instead of multiplying by the weight.
+- TRL adds the logarithm of the bounded rollout weight to VESPO's log-ratio: `corrected`.
 - TRL's VESPO has the ratio of the whole completion at either `importance_sampling_level`; that of its KL follows it.
 - TRL's GMPO ignores `use_bias_correction_kl`.
 """
@@ -29,6 +29,7 @@ from grpo_jax.losses import (
     bnpo,
     cispo,
     completion_mean_of_all,
+    corrected,
     dapo,
     dr_grpo,
     entropy_bonus,
@@ -38,6 +39,7 @@ from grpo_jax.losses import (
     luspo,
     masked_importance,
     off_policy_mask,
+    old_policy,
     penalty_loss,
     per_prompt_count,
     plus,
@@ -97,10 +99,8 @@ def objective(s):
     elif kind == "vespo":
         shape = {"k_pos": s["vespo_k_pos"], "lambda_pos": s["vespo_lambda_pos"]}
         shape |= {"k_neg": s["vespo_k_neg"], "lambda_neg": s["vespo_lambda_neg"]}
-        loss = vespo(**shape, penalty=penalty)
-        if corrects_rollout(s):
-            assert penalty is None  # a corrected one would see the changed old log-probs, too
-            loss = after(divide_old_by(rollout_weight(s)), loss=loss)
+        anchor = corrected(rollout_weight(s)) if corrects_rollout(s) else old_policy
+        loss = vespo(**shape, penalty=penalty, anchor=anchor)
     elif kind == "gmpo":
         assert parts["weight"] is None
         assert not (s["beta"] and s["use_bias_correction_kl"])
@@ -164,16 +164,6 @@ def after(*hooks, loss):
 def only_top_entropy(s):
     """The filter as a mask instead of a weight."""
     return transforms.top_entropy(s["top_entropy_quantile"]), transforms.drop_weightless
-
-
-def divide_old_by(rollout_weight):
-    """The ratio times the bounded weight, as `log p - (log old - log w)`; TRL takes a weight of 0 for 1e-8."""
-
-    def hook(experience):
-        bounded, _ = rollout_weight(None, experience)
-        return experience._replace(old_log_probs=experience.old_log_probs - jnp.log(jnp.maximum(bounded, 1e-8))), {}
-
-    return hook
 
 
 # ---------------------------------------------------------------------------- evaluation
