@@ -66,6 +66,7 @@ _MODULES = (
     "baselines",
     "data",
     "dynamic_sampling",
+    "environments",
     "freezing",
     "losses",
     "models",

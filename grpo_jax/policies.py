@@ -46,6 +46,8 @@ class Policy(NamedTuple):
       gather_prompts: `(prompt_cache, rows [N]) -> prompt_cache` of those rows.
       reset_rows: `(cache, rows [B, G] bool) -> cache` that is empty in those rows.
       gather_rows: `(cache, rows [N]) -> cache` of those of its `B` rows, in that order.
+      compact: `(cache, ends [B, G]) -> cache` that keeps of each row the tokens at positions before its end, in
+        order, in its first columns; writing goes on after the longest row.
     """
 
     config: Any
@@ -58,6 +60,7 @@ class Policy(NamedTuple):
     gather_prompts: Callable[[PromptCache, Array], PromptCache]
     reset_rows: Callable[[Cache, Array], Cache]
     gather_rows: Callable[[Cache, Array], Cache]
+    compact: Callable[[Cache, Array], Cache]
 
 
 class TokenCache(NamedTuple):
@@ -124,6 +127,10 @@ def from_logits_fn(
         chex.assert_shape(logits, (B * G, S, None))
         return jnp.take_along_axis(logits.reshape(B, G, S, -1), positions[..., None], axis=2), cache
 
+    def compact(cache: TokenCache, ends: Array) -> TokenCache:
+        order, positions, column = kept_columns(cache.positions, ends)
+        return TokenCache(jnp.take_along_axis(cache.tokens, order, axis=-1), positions, column)
+
     def init_cache(B: int, G: int, T: int) -> TokenCache:
         return TokenCache(jnp.zeros((B, G, T), jnp.int32), jnp.full((B, G, T), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -138,6 +145,7 @@ def from_logits_fn(
         gather_prompts=lambda prompt_cache, rows: Prompts(prompt_cache.tokens[rows], prompt_cache.lengths[rows]),
         reset_rows=reset_rows,
         gather_rows=lambda cache, rows: cache._replace(tokens=cache.tokens[rows], positions=cache.positions[rows]),
+        compact=compact,
     )
 
 
@@ -160,6 +168,20 @@ def within(policy: Policy, name: str) -> Policy:
 def reset_rows(cache: Any, rows: Array) -> Any:
     """Empties rows of a cache that tells by its `positions [B, G, C]` which columns hold a token."""
     return cache._replace(positions=jnp.where(rows[..., None], -1, cache.positions))
+
+
+def kept_columns(positions: Array, ends: Array) -> tuple[Array, Array, Array]:
+    """For `compact`: where each column is taken from, its position, and the next column to be written.
+
+    Args:
+      positions: `[B, G, C]`, -1 where empty.
+      ends: `[B, G]`; what stands at these positions or later goes.
+    """
+    kept = (positions >= 0) & (positions < ends[..., None])
+    order = jnp.argsort(jnp.where(kept, positions, jnp.iinfo(jnp.int32).max), axis=-1)
+    count = jnp.sum(kept, axis=-1, keepdims=True)
+    moved = jnp.take_along_axis(positions, order, axis=-1)
+    return order, jnp.where(jnp.arange(positions.shape[-1]) < count, moved, -1), jnp.max(count).astype(jnp.int32)
 
 
 def _pack(prompts: Prompts, tokens: Array, positions: Array) -> tuple[Array, Array]:

@@ -250,10 +250,14 @@ def add_reference(
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-    """How long the completions are, and how many were cut off."""
+    """How long the completions are, and how many were cut off; of conversations, their turns and failures as well."""
     lengths, completions = rollout.lengths, jnp.sum(rollout.lengths > 0)  # 0 where there is none
-    return {
+    metrics: Metrics = {
         "length": Mean(jnp.sum(lengths), completions),
         "length_max": Max(jnp.max(lengths)),
         "truncated": Mean(jnp.sum(rollout.truncated), completions),
     }
+    if rollout.turns is not None:
+        metrics["turns"] = Mean(jnp.sum(rollout.turns.ends > 0), completions)
+        metrics["environment_failed"] = Mean(jnp.sum(rollout.turns.failed), completions)
+    return metrics

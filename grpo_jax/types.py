@@ -24,6 +24,15 @@ class Prompts(NamedTuple):
     info: Any = ()  # pytree of arrays with leading axis B: answers as tokens, data-set rows
 
 
+class Turns(NamedTuple):
+    """The turns of conversations; `K` is the most that one may have."""
+
+    ends: Array  # [B, G, K] int32, the place after the last token that the policy wrote in a turn; 0 for no such turn
+    rewards: Array  # [B, G, K] float32, for each turn; 0 where there is none
+    mask: Array  # [B, G, K] bool, True where the environment gave a reward
+    failed: Array  # [B, G] bool, True where the environment failed; nothing of the conversation counts
+
+
 class Rollout(NamedTuple):
     """Prompts with a group of sampled completions each."""
 
@@ -33,6 +42,7 @@ class Rollout(NamedTuple):
     mask: Array  # [B, G, T] bool, what the loss counts; the end-of-sequence token does
     log_probs: Array  # [B, G, T] float32, of the distribution that was drawn from; 0 on padding
     truncated: Array  # [B, G] bool, True where neither an end-of-sequence token nor a stop string came
+    turns: Turns | None = None  # of conversations; what the policy did not write has mask False and log-prob 0
 
 
 class Scores(NamedTuple):

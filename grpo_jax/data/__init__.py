@@ -4,6 +4,7 @@
     hold_out            rows -> rows to train on, held-out rows
     encode_rows         rows -> PromptSet: the rows and the tokens of their prompts       prompts
     PromptSet.batch     (seed, step, size) -> the prompts of a step                       batches
+    between_turns       what an environment says -> the tokens that follow those of the policy
     encode_demonstrations, make_demonstrations: the same for completions that are given, for supervised learning
 
 Nothing here holds a position: the rows of a batch follow from the seed and the step, so that a resumed run goes on
@@ -18,6 +19,7 @@ from grpo_jax.data.batches import (
     make_prompts,
     pad,
 )
+from grpo_jax.data.between_turns import Between, between_texts, between_turns
 from grpo_jax.data.prompt_sets import PromptSet, encode_demonstrations, encode_rows, hold_out, read_problems
 from grpo_jax.data.prompts import (
     Text,
@@ -33,6 +35,7 @@ from grpo_jax.data.rows import Row, field, read_csv, read_hugging_face, read_jso
 from grpo_jax.data.settings import PromptSettings
 
 __all__ = [
+    "Between",
     "PromptSet",
     "PromptSettings",
     "Row",
@@ -40,6 +43,8 @@ __all__ = [
     "TooLong",
     "batch_indices",
     "batch_rows_by_length",
+    "between_texts",
+    "between_turns",
     "bucket",
     "chat",
     "encode_demonstration",

@@ -38,7 +38,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Text, **template
         template refuses.
     """
     if not isinstance(prompt, str):
-        return _encode_rendered(tokenizer, render(tokenizer, prompt, **template))
+        return encode_rendered(tokenizer, render(tokenizer, prompt, **template))
     ids = _encode(tokenizer, prompt)
     before, after = _added(tokenizer)
     overlap = next((n for n in range(len(before), 0, -1) if before[-n:] == ids[:n]), 0)
@@ -84,7 +84,7 @@ def encode_demonstration(
         messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + text}]
     closed = render(tokenizer, messages, **template, add_generation_prompt=False, continue_final_message=False)
     if closed.text.startswith(opened.text) and text.strip() in closed.text[len(opened.text) :]:
-        whole = _encode_rendered(tokenizer, closed)
+        whole = encode_rendered(tokenizer, closed)
         if whole[: len(ids)] == ids:
             rest = whole[len(ids) :]
             return ids, [*(rest[: rest.index(end)] if end in rest else rest), end]
@@ -93,8 +93,7 @@ def encode_demonstration(
         if repeated and text.startswith(repeated):
             text = text[len(repeated) :].lstrip()
             break
-    encode = _encode_after_special if ids[-1] in special_tokens(tokenizer).values() else _encode_after_text
-    return ids, [*_without_special(tokenizer, encode(tokenizer, text, split_special_tokens=True)), end]
+    return ids, [*encode_after(tokenizer, text, ids[-1]), end]
 
 
 def turn_end(tokenizer: "PreTrainedTokenizerBase", **template: Any) -> int | None:
@@ -182,7 +181,7 @@ def _added(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(plain) :]
 
 
-def _encode_rendered(tokenizer: "PreTrainedTokenizerBase", rendered: Rendered) -> list[int]:
+def encode_rendered(tokenizer: "PreTrainedTokenizerBase", rendered: Rendered) -> list[int]:
     """Token ids of a chat's text: the template's special tokens are tokens, those of messages are text."""
     if rendered.text == rendered.masked:
         return _encode(tokenizer, rendered.text)
@@ -198,6 +197,12 @@ def _encode_rendered(tokenizer: "PreTrainedTokenizerBase", rendered: Rendered) -
             ids += _without_special(tokenizer, encode(tokenizer, part, split_special_tokens=True))
             done = end
     return ids + _encode(tokenizer, rendered.text[done:])
+
+
+def encode_after(tokenizer: "PreTrainedTokenizerBase", text: str, last: int) -> list[int]:
+    """Token ids of a text as it stands after the token `last`; special tokens in it stay text."""
+    encode = _encode_after_special if last in special_tokens(tokenizer).values() else _encode_after_text
+    return _without_special(tokenizer, encode(tokenizer, text, split_special_tokens=True))
 
 
 def _encode_after_special(tokenizer: "PreTrainedTokenizerBase", text: str, **settings: Any) -> list[int]:

@@ -18,7 +18,7 @@ import numpy as np
 from grpo_jax.models import lora, quantized, rope
 from grpo_jax.models.attention import KeyValues, MaskInputs
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.policies import Policy, reset_rows
+from grpo_jax.policies import Policy, kept_columns, reset_rows
 from grpo_jax.types import Array, Params, PRNGKey
 
 
@@ -296,4 +296,12 @@ def decoder(config: DecoderConfig) -> Policy:
         layers = jax.tree.map(lambda layers: layers[:, rows], cache.layers)
         return cache._replace(layers=layers, positions=cache.positions[rows])
 
-    return Policy(config, init, cast, prefill, init_cache, extend, unembed, gather_prompts, reset_rows, gather_rows)
+    def compact(cache: Cache, ends: Array) -> Cache:
+        order, positions, column = kept_columns(cache.positions, ends)
+        order = order[None, ..., None, None]
+        layers = jax.tree.map(lambda layers: jnp.take_along_axis(layers, order, axis=3), cache.layers)
+        return Cache(layers, positions, column)
+
+    return Policy(
+        config, init, cast, prefill, init_cache, extend, unembed, gather_prompts, reset_rows, gather_rows, compact
+    )

@@ -5,11 +5,24 @@ batch.py     all completions of a batch decoded together
 slots.py     continuous batching: slots that are refilled
 drawing.py   logits to tokens
 stopping.py  strings that end a completion
+turns.py     conversations with an environment
 engines.py   rollouts of an inference engine
 """
 
 from grpo_jax.sampling.engines import from_engine
 from grpo_jax.sampling.samplers import PolicySampler, continuous, greedy, sampler
 from grpo_jax.sampling.stopping import StopStrings, stop_strings
+from grpo_jax.sampling.turns import ConversationSampler, conversations, turn_rewards
 
-__all__ = ["PolicySampler", "StopStrings", "continuous", "from_engine", "greedy", "sampler", "stop_strings"]
+__all__ = [
+    "ConversationSampler",
+    "PolicySampler",
+    "StopStrings",
+    "continuous",
+    "conversations",
+    "from_engine",
+    "greedy",
+    "sampler",
+    "stop_strings",
+    "turn_rewards",
+]

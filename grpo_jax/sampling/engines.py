@@ -89,4 +89,6 @@ def from_engine(
         tokens[b, g, : len(ids)], values[b, g, : len(ids)], lengths[b, g] = ids, of_ids, len(ids)
         cut[b, g] = not len(ends) and stopped is None if truncated is None else truncated[b][g]
     mask = np.arange(max_tokens) < lengths[..., None]
-    return Rollout(prompts, *(jnp.asarray(x) for x in (tokens, lengths, mask, values, cut)))
+    return Rollout(
+        prompts, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask), jnp.asarray(values), jnp.asarray(cut)
+    )

@@ -1,0 +1,94 @@
+"""What a chat template writes between the policy's turns, as token ids that continue those that were sampled."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from grpo_jax.data.prompts import encode_after, encode_rendered, turn_end
+from grpo_jax.data.templates import render, special_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ASKED = {"role": "user", "content": "Shall we begin?"}
+SAID = "Yes, let us begin."
+REASONED = "<think>\nI may as well.\n</think>\n\n" + SAID
+
+
+class Between(Protocol):
+    """Encodes what comes between two turns of the policy."""
+
+    def __call__(self, messages: Sequence[Mapping[str, str]], last: int) -> list[int]:
+        """Token ids that follow the policy's turn up to where its next one begins.
+
+        Args:
+          messages: of the environment: `role` and `content`.
+          last: the token that the policy's turn ended with. Where it is not the template's own end of a turn, as
+            after a stop string, that comes first.
+        """
+
+
+def between_turns(
+    tokenizer: "PreTrainedTokenizerBase", *, role: str = "user", keep_history: bool = False, **template: Any
+) -> Between:
+    """Makes the encoder of what an environment says, in the words of a chat template.
+
+    The template is rendered with the messages after a short exchange, and what it writes after the policy's turn is
+    taken over, so that nothing that was sampled is encoded again. Special tokens in messages stay text, as in
+    `encode_prompt`: a tool that prints the end of a turn does not end one.
+
+    Args:
+      tokenizer: with a chat template.
+      role: of the messages, to be checked here: `user`, or `tool`.
+      keep_history: True goes on with the tokens as they were sampled where the template would write earlier turns
+        anew. The policy then sees what a server that applies the template would not show it.
+      template: arguments of the chat template.
+
+    Raises:
+      ValueError: if the template does not take such messages, does not end the policy's turn with a special token,
+        or writes earlier turns otherwise than they were, as those of reasoning models do that strip what was thought.
+    """
+    opened = render(tokenizer, [ASKED], **template)
+    end = turn_end(tokenizer, **template)
+    end_text = next((text for text, i in special_tokens(tokenizer).items() if i == end), None)
+    if not keep_history:
+        for said in (SAID, REASONED):
+            whole = render(tokenizer, _exchange(said, [{"role": role, "content": SAID}]), **template).text
+            if whole.startswith(opened.text) and whole[len(opened.text) :].lstrip().startswith(said):
+                continue
+            what = "strips the reasoning of" if "<think>" in said else "does not keep"
+            raise ValueError(
+                f"the chat template {what} earlier turns, so that the tokens of a conversation are not those that its "
+                f"next turn would be sampled after: {opened.text + said!r} becomes the beginning of {whole!r}. Give "
+                "the tokenizer a template that keeps them (tokenizer.chat_template = ...); or keep_history=True, and "
+                "the policy goes on after what it wrote"
+            )
+
+    def encode(messages: Sequence[Mapping[str, str]], last: int) -> list[int]:
+        rendered = render(tokenizer, _exchange(SAID, messages), **template)
+        before, _, after = rendered.text.partition(SAID)
+        if end_text is None or not after.lstrip().startswith(end_text):
+            raise ValueError(
+                f"the chat template does not end the policy's turn with a special token, which would tell where the "
+                f"environment's begins: {rendered.text!r}"
+            )
+        ids = encode_rendered(tokenizer, rendered)
+        # Special tokens of messages are spelled out, so that these are the template's own.
+        ends = [place for place, token in enumerate(ids) if token == end]
+        place = ends[rendered.masked[: len(before)].count(end_text)]
+        return ids[place + 1 :] if last == end else ids[place:]
+
+    encode([{"role": role, "content": "Go."}], 0)
+    return encode
+
+
+def between_texts(tokenizer: "PreTrainedTokenizerBase") -> Between:
+    """The same for prompts that are plain text, which the environment's text follows; special tokens stay text."""
+
+    def encode(messages: Sequence[Mapping[str, str]], last: int) -> list[int]:
+        return encode_after(tokenizer, "".join(message["content"] for message in messages), last)
+
+    return encode
+
+
+def _exchange(said: str, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    return [ASKED, {"role": "assistant", "content": said}, *messages]

@@ -1,0 +1,162 @@
+"""What answers the policy: plain functions that see a conversation and say what comes next.
+
+    def respond(row, messages):
+        guess = int(messages[-1]["content"])
+        if guess == row["number"]:
+            return Turn(None, reward=1.0)                 # the conversation is over
+        return Turn("higher" if guess < row["number"] else "lower")
+
+They may be `async`. `sampling.conversations` calls one for all conversations that wait, together.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import math
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Message = Mapping[str, str]  # role and content
+Row = dict[str, Any]
+THREADS = 64  # plain functions that are called at a time
+
+
+class Turn(NamedTuple):
+    """What an environment answers."""
+
+    content: str | Sequence[Message] | None  # text of the user's role; messages of other roles; None ends it all
+    reward: float | None = None  # for the policy's turn that is answered
+
+
+Respond = Callable[[Row, list[Message]], Any]  # (row, messages) -> Turn | None, plain or async
+
+
+class Failure(NamedTuple):
+    """Why an environment gave no answer."""
+
+    message: str
+
+
+def answers(
+    respond: Respond, conversations: Sequence[tuple[Row, list[Message]]], *, timeout: float
+) -> list[Turn | Failure]:
+    """Calls an environment for several conversations together.
+
+    Plain functions run in threads; `async` ones on one event loop. A function that has not returned in time is left
+    behind, since Python cannot stop it.
+
+    Args:
+      respond: `(row, messages) -> Turn | None`; None is `Turn(None)`.
+      conversations: rows, which a function may change, and the messages so far.
+      timeout: seconds for each.
+
+    Returns:
+      An answer or a failure for each: an exception, no answer in time, or something else than a turn.
+    """
+    outcomes: dict[int, Any] = {}
+    run = _run_async if inspect.iscoroutinefunction(respond) else _run_in_threads
+    run(respond, conversations, timeout, outcomes)
+    late = Failure(f"it has not answered within {timeout:g} s")
+    return [_checked(outcomes.get(i, late)) for i in range(len(conversations))]
+
+
+def _run_in_threads(
+    respond: Respond, conversations: Sequence[tuple[Row, list[Message]]], timeout: float, outcomes: dict[int, Any]
+) -> None:
+    changed, waiting, deadlines = threading.Condition(), iter(range(len(conversations))), dict[int, float]()
+    given_up: set[int] = set()
+
+    def work() -> None:
+        while True:
+            with changed:
+                i = next(waiting, None)
+                if i is None:
+                    return
+                deadlines[i] = time.monotonic() + timeout
+                changed.notify()
+            outcome = _attempt(respond, conversations[i])
+            with changed:
+                if i in given_up:
+                    return
+                del deadlines[i]
+                outcomes[i] = outcome
+                changed.notify()
+
+    def start() -> None:
+        # Daemons, so that one that hangs does not keep the program from ending.
+        threading.Thread(target=work, name="environment", daemon=True).start()
+
+    for _ in range(min(THREADS, len(conversations))):
+        start()
+    with changed:
+        while len(outcomes) + len(given_up) < len(conversations):
+            changed.wait(max(0.0, min(deadlines.values(), default=math.inf) - time.monotonic()) if deadlines else None)
+            for i in [i for i, deadline in deadlines.items() if deadline <= time.monotonic()]:
+                del deadlines[i]
+                given_up.add(i)
+                start()
+
+
+def _run_async(
+    respond: Respond, conversations: Sequence[tuple[Row, list[Message]]], timeout: float, outcomes: dict[int, Any]
+) -> None:
+    async def one(i: int) -> None:
+        with contextlib.suppress(TimeoutError):  # its own TimeoutError is a failure below
+            async with asyncio.timeout(timeout):
+                outcomes[i] = await _attempt_async(respond, conversations[i])
+
+    async def together() -> None:
+        await asyncio.gather(*map(one, range(len(conversations))))
+
+    # A notebook has an event loop already, and one that never yields must not hold this thread.
+    thread = threading.Thread(target=asyncio.run, args=(together(),), name="environment", daemon=True)
+    thread.start()
+    thread.join(timeout + 1.0)
+
+
+def _attempt(respond: Respond, conversation: tuple[Row, list[Message]]) -> Any:
+    try:
+        return respond(*conversation)
+    except (Exception, SystemExit):
+        return Failure(f"it raised\n{traceback.format_exc()}")
+
+
+async def _attempt_async(respond: Respond, conversation: tuple[Row, list[Message]]) -> Any:
+    try:
+        return await respond(*conversation)
+    except (Exception, SystemExit):
+        return Failure(f"it raised\n{traceback.format_exc()}")
+
+
+def _checked(outcome: Any) -> Turn | Failure:
+    if outcome is None:
+        return Turn(None)
+    if isinstance(outcome, Failure):
+        return outcome
+    if not isinstance(outcome, Turn):
+        return Failure(f"it returned {type(outcome).__name__}, and not a Turn or None")
+    content, reward = outcome
+    if isinstance(content, str):
+        content = [{"role": "user", "content": content}]
+    if content is not None:
+        fits = isinstance(content, Sequence) and all(isinstance(message, Mapping) for message in content)
+        if not fits or not any(message.get("content") for message in content):
+            return Failure(f"it returned no text: {outcome.content!r}; Turn(None) or None ends a conversation")
+        for message in content:
+            if not isinstance(message.get("content"), str) or message.get("role") in (None, "assistant", "system"):
+                return Failure(f"a message of it is not a text of another role than the policy's: {message!r}")
+    if reward is not None:
+        if isinstance(reward, str) or not math.isfinite(number := _number(reward)):
+            return Failure(f"its reward is {reward!r}, and not a finite number or None")
+        reward = number
+    return Turn(content, reward)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

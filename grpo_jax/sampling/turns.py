@@ -1,0 +1,450 @@
+"""Conversations: the policy and an environment write in turns, tokens in and tokens out.
+
+The device decodes until the policies' turns have ended; the host asks the environment; the tokens of its answers are
+read into the same cache, and decoding goes on. What was sampled is never decoded and encoded again, so that the
+log-probs are those of the tokens that are trained on.
+"""
+
+import copy
+import dataclasses
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.data.batches import bucket
+from grpo_jax.data.between_turns import Between, between_texts
+from grpo_jax.environments import Failure, Message, Respond, Turn, answers
+from grpo_jax.policies import Cache, Policy, PromptCache
+from grpo_jax.sampling import stopping
+from grpo_jax.sampling.batch import live_columns
+from grpo_jax.sampling.drawing import completion_keys, is_any, next_token
+from grpo_jax.sampling.samplers import PolicySampler
+from grpo_jax.types import Array, Number, Params, PRNGKey, Prompts, Rollout, Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversationSampler:
+    """Draws conversations of the policy with an environment; made by `conversations`."""
+
+    sampler: PolicySampler
+    respond: Respond
+    tokenizer: "PreTrainedTokenizerBase"
+    rows: Sequence[Mapping[str, Any]]
+    prompt_column: str
+    between: Between | None
+    max_turns: int
+    max_answer_tokens: int
+    timeout: float
+
+    @property
+    def temperature(self) -> Number:
+        """That of the sampler."""
+        return self.sampler.temperature
+
+    def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
+        """Draws `group_size` conversations for each prompt, on the host between programs.
+
+        Raises:
+          ValueError: under jit; if the prompts do not name their rows.
+        """
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, prompts, key))):
+            raise ValueError(
+                "conversations go through the host, which a program cannot: call `step.collect` without jit, or use "
+                "an environment that is traced"
+            )
+        if "row" not in prompts.info:
+            raise ValueError("the prompts do not name their rows of the data set: make_prompts(prompts, rows)")
+        return _converse(self, policy, params, prompts, key)
+
+
+def conversations(
+    sampler: PolicySampler,
+    respond: Respond,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    max_turns: int,
+    between: Between | None = None,
+    prompt_column: str = "prompt",
+    max_answer_tokens: int = 1024,
+    timeout: float = 60.0,
+) -> ConversationSampler:
+    """A sampler of conversations: the policy writes until its turn ends, an environment answers, and so on.
+
+        step = make_train_step(policy, optimizer, conversations(sampler, respond, tokenizer, rows, max_turns=5,
+                               between=data.between_turns(tokenizer)), loss=losses.grpo())
+        experience = step.collect(state, prompts)                # not jitted: the host answers
+        rewards, mask = turn_rewards(experience.rollout)
+
+    The rollout's completions are whole conversations: what the environment wrote has mask False and log-prob 0, and
+    `rollout.turns` has the turns' ends and rewards. A turn of the policy ends with one of the sampler's `eos_ids` or
+    at a stop string. The sampler's noise belongs to a token's place in its conversation, and `slots` of it changes
+    nothing but the order of the work: a conversation that ends makes room for the next.
+
+    A conversation is over when the environment answers with None. It is cut, and `truncated`, when its
+    `max_tokens` are used up: within a turn, or since an answer does not fit with one more token after it, and is then
+    left out; and when the environment would go on after `max_turns`. Where the environment fails (raises, gives no
+    text, more than `max_answer_tokens`, or nothing within `timeout`), the conversation is masked whole, counted as the
+    metric `environment_failed`, and reported as a warning.
+
+    Args:
+      sampler: of the turns; its `max_tokens` are those of a conversation, the environment's included.
+      respond: `(row, messages) -> Turn | None`, plain or async; see `environments`. The row is a copy that belongs to
+        the conversation, so that an environment may keep its state in it. Messages are the prompt's and one for each
+        turn since, the policy's as text without the end token.
+      tokenizer: of the policy.
+      rows: of the data set, into which `prompts.info["row"]` points.
+      max_turns: `K`, of the policy in one conversation.
+      between: `data.between_turns(tokenizer)` for prompts that are chat messages; None for plain text, after which
+        the environment's text follows as it is.
+      prompt_column: of the rows.
+      max_answer_tokens: of one answer, with what the template writes around it.
+      timeout: seconds for one answer.
+
+    Raises:
+      ValueError: for a setting out of range.
+    """
+    if max_turns < 1 or max_answer_tokens < 1:
+        raise ValueError(f"max_turns and max_answer_tokens are at least 1, got {max_turns} and {max_answer_tokens}")
+    if not timeout > 0:
+        raise ValueError(f"timeout is a number of seconds above 0, got {timeout}")
+    return ConversationSampler(
+        sampler=sampler,
+        respond=respond,
+        tokenizer=tokenizer,
+        rows=rows,
+        prompt_column=prompt_column,
+        between=between,
+        max_turns=max_turns,
+        max_answer_tokens=max_answer_tokens,
+        timeout=timeout,
+    )
+
+
+# ------------------------------------------------------------------------------ on the device
+
+
+class _Rows(NamedTuple):
+    """The conversations at work, in the shape of the cache."""
+
+    last: Array  # [B, G] int32, the token to be read next
+    t: Array  # [B, G] int32, tokens so far
+    stopping: Array | None  # [B, G] int32, what of a stop string has come
+    cache: Cache
+
+
+class _Written(NamedTuple):
+    """What was decoded at one go."""
+
+    tokens: Array  # [B, G, T] int32
+    log_probs: Array  # [B, G, T] float32
+    counts: Array  # [B, G] int32
+    ended: Array  # [B, G] bool, by an end token or a stop string
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(policy: Policy, params: Params, prompts: Prompts) -> tuple[Params, PromptCache]:
+    params = policy.cast(params)
+    return params, policy.prefill(params, prompts.tokens, prompts.lengths)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _no_conversations(policy: Policy, shape: tuple[int, int], columns: int, stop: stopping.StopStrings | None) -> _Rows:
+    last, t = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
+    return _Rows(last, t, stopping.start(stop, shape), policy.init_cache(*shape, columns))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _read(
+    policy: Policy, sampler: PolicySampler, params: Params, prompt_cache: PromptCache, lengths: Array, rows: _Rows,
+    texts: Array, counts: Array,
+) -> _Rows:  # fmt: skip
+    """Reads what environments answered, `counts [B, G]` of `texts [B, G, S]`; 0 changes nothing of a conversation."""
+    reading = jnp.concatenate([rows.last[..., None], texts[..., :-1]], axis=-1)
+    places = jnp.arange(texts.shape[-1])
+    positions = jnp.where(
+        places < counts[..., None], lengths[..., None] - 1 + rows.t[..., None] + places, _nowhere(sampler, lengths)
+    )
+    _, cache = policy.extend(params, reading, positions, prompt_cache, rows.cache)
+    last = jnp.take_along_axis(texts, jnp.maximum(counts - 1, 0)[..., None], axis=-1)[..., 0]
+    return _Rows(
+        last=jnp.where(counts > 0, last, rows.last),
+        t=rows.t + counts,
+        stopping=None if rows.stopping is None else jnp.where(counts > 0, 0, rows.stopping),
+        cache=cache,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
+def _decode(
+    policy: Policy, sampler: PolicySampler, params: Params, prompt_cache: PromptCache, lengths: Array, keys: PRNGKey,
+    rows: _Rows, active: Array, enough: Array,
+) -> tuple[_Rows, _Written]:  # fmt: skip
+    """Decodes the `active [B, G]` conversations until `enough []` turns have ended, or the cache is to be compacted."""
+    T = sampler.max_tokens
+    # A conversation's tokens may lie anywhere in its columns, with gaps where others were at work.
+    cache = policy.compact(rows.cache, jnp.where(active, lengths - 1 + rows.t, 0))
+    empty = jnp.zeros((*active.shape, T), jnp.int32)
+    written = _Written(empty, empty.astype(jnp.float32), jnp.zeros_like(rows.t), jnp.zeros_like(active))
+    Carry = tuple[Array, Array, _Rows, _Written]
+
+    def unfinished(columns: int, carry: Carry) -> Array:
+        column, going, _, _ = carry
+        return (column < columns) & jnp.any(going) & (jnp.sum(active & ~going) < enough)
+
+    def decode(columns: int, carry: Carry) -> Carry:
+        column, going, rows, written = carry
+        positions = jnp.where(going[..., None], (lengths - 1 + rows.t)[..., None], _nowhere(sampler, lengths))
+        hidden, cache = policy.extend(
+            params, rows.last[..., None], positions, prompt_cache, rows.cache, columns=columns
+        )
+        token, log_prob = next_token(policy, sampler, params, hidden[:, :, 0], keys, rows.t)
+        state, stopped = stopping.follow(sampler.stop, rows.stopping, token)
+        ended = going & (is_any(token, sampler.eos_ids) | stopped)
+        place = jnp.where(going, written.counts, T)[..., None]
+        put = functools.partial(jnp.put_along_axis, axis=-1, inplace=False, mode="drop")
+        written = _Written(
+            tokens=put(written.tokens, place, token[..., None]),
+            log_probs=put(written.log_probs, place, log_prob[..., None]),
+            counts=written.counts + going,
+            ended=written.ended | ended,
+        )
+        rows = _Rows(
+            last=jnp.where(going, token, rows.last),
+            t=rows.t + going,
+            stopping=jax.tree.map(functools.partial(jnp.where, going), state, rows.stopping),
+            cache=cache,
+        )
+        return column + 1, going & ~ended & (rows.t < T), rows, written
+
+    column = jnp.max(jnp.where(active, rows.t, 0))
+    carry = column, active, rows._replace(cache=cache), written
+    for columns in live_columns(T):
+        carry = jax.lax.while_loop(functools.partial(unfinished, columns), functools.partial(decode, columns), carry)
+    return carry[2], carry[3]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _renew(policy: Policy, rows: _Rows, fresh: Array, last: Array) -> _Rows:
+    """Rows with other conversations where `fresh [B, G]`, before their first token; `last [B, G]` is their prompts'."""
+    return _Rows(
+        last=jnp.where(fresh, last, rows.last),
+        t=jnp.where(fresh, 0, rows.t),
+        stopping=None if rows.stopping is None else jnp.where(fresh, 0, rows.stopping),
+        cache=policy.reset_rows(rows.cache, fresh),
+    )
+
+
+def _nowhere(sampler: PolicySampler, lengths: Array) -> Array:
+    """A position `[B, G, 1]` behind all that count, which nothing looks back at, for columns that are to be dropped."""
+    return (lengths - 1 + sampler.max_tokens)[..., None]
+
+
+# ------------------------------------------------------------------------------ on the host
+
+
+@dataclasses.dataclass
+class _Conversation:
+    """One conversation as far as it has come."""
+
+    row: dict[str, Any]
+    messages: list[Message]
+    tokens: list[int]
+    mask: list[bool]
+    log_probs: list[float]
+    turn: int = 0  # where the policy's present turn begins
+    ends: list[int] = dataclasses.field(default_factory=list)
+    rewards: list[float | None] = dataclasses.field(default_factory=list)
+    truncated: bool = False
+    failed: bool = False
+
+    def wrote(self, tokens: Sequence[int], log_probs: Sequence[float], mask: bool) -> None:
+        self.tokens += tokens
+        self.log_probs += log_probs
+        self.mask += [mask] * len(tokens)
+
+
+def _converse(made: ConversationSampler, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
+    sampler, T = made.sampler, made.sampler.max_tokens
+    B, G = prompts.tokens.shape[0], sampler.group_size
+    count = B * G
+    widest = bucket(min(made.max_answer_tokens, T), 64)
+    params, prompt_cache = _prefill(policy, params, prompts)
+    keys = completion_keys(key, B, G).reshape(-1)
+    lengths = np.asarray(prompts.lengths)
+    last = np.asarray(prompts.tokens)[np.arange(B), lengths - 1]
+    begun = [_begin(made, row) for row in np.repeat(np.asarray(prompts.info["row"]), G).tolist()]
+
+    # Together, a row of the cache is a completion of its group; in slots each has a copy of its prompt's cache.
+    together = sampler.slots is None
+    shape = (B, G) if together else (min(sampler.slots or 0, count), 1)
+    queue = iter(range(count))
+    held = np.full(shape, -1)  # the conversation of each row; -1 for none
+    rows = _no_conversations(policy, shape, T + widest, sampler.stop)
+    row_prompts, row_keys, row_lengths = prompt_cache, keys, prompts.lengths
+    while True:
+        fresh = np.zeros(shape, bool)
+        for place in zip(*np.nonzero(held < 0), strict=True):
+            if (following := next(queue, None)) is not None:
+                held[place], fresh[place] = following, True
+        active = held >= 0
+        if not active.any():
+            break
+        of = np.maximum(held, 0)
+        if fresh.any():
+            rows = _renew(policy, rows, jnp.asarray(fresh), jnp.asarray(last[of // G]))
+            row_keys, row_lengths = keys[of], jnp.asarray(lengths[of // G])
+            if not together:
+                row_prompts = policy.gather_prompts(prompt_cache, jnp.asarray(of[:, 0] // G))
+        enough = active.sum() if together else max(1, active.sum() // 8)
+        rows, written = _decode(
+            policy, sampler, params, row_prompts, row_lengths, row_keys, rows, jnp.asarray(active), jnp.asarray(enough)
+        )
+        texts = _take_turns(made, begun, held, jax.device_get(written))
+        if any(texts.values()):
+            S = bucket(max(map(len, texts.values())), 64)
+            padded, counts = np.zeros((*shape, S), np.int32), np.zeros(shape, np.int32)
+            for place in zip(*np.nonzero(held >= 0), strict=True):
+                text = texts.get(int(held[place]), [])
+                padded[place][: len(text)], counts[place] = text, len(text)
+            rows = _read(
+                policy, sampler, params, row_prompts, row_lengths, rows, jnp.asarray(padded), jnp.asarray(counts)
+            )
+    return _rollout(prompts, begun, (B, G, T), made.max_turns)
+
+
+def _begin(made: ConversationSampler, row: int) -> _Conversation:
+    given = copy.deepcopy(dict(made.rows[row]))
+    prompt = given[made.prompt_column]
+    if not isinstance(prompt, str) and made.between is None:
+        raise ValueError(
+            f"prompts that are chat messages need between=data.between_turns(tokenizer); that of row {row} is "
+            f"{str(prompt)[:200]!r}"
+        )
+    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    return _Conversation(given, messages, [], [], [])
+
+
+def _take_turns(
+    made: ConversationSampler, begun: Sequence[_Conversation], held: np.ndarray, written: _Written
+) -> dict[int, list[int]]:
+    """Takes up what was written, asks the environment where a turn has ended, and returns the tokens that follow.
+
+    Conversations that are over leave their rows.
+    """
+    over, waiting = [], []
+    for place in zip(*np.nonzero(held >= 0), strict=True):
+        number, n = int(held[place]), int(written.counts[place])
+        conversation = begun[number]
+        conversation.wrote(written.tokens[place][:n].tolist(), written.log_probs[place][:n].tolist(), True)
+        if written.ended[place]:
+            waiting.append(number)
+        elif len(conversation.tokens) == made.sampler.max_tokens:
+            conversation.ends.append(len(conversation.tokens))
+            conversation.rewards.append(None)
+            conversation.truncated = True
+            over.append(number)
+    for number in waiting:
+        conversation = begun[number]
+        turn = [token for token in conversation.tokens[conversation.turn :] if token not in made.sampler.eos_ids]
+        text = str(made.tokenizer.decode(turn, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        conversation.messages.append({"role": "assistant", "content": text})
+        conversation.ends.append(len(conversation.tokens))
+    asked = [(begun[number].row, copy.deepcopy(begun[number].messages)) for number in waiting]
+    given = answers(made.respond, asked, timeout=made.timeout) if waiting else []
+    following, failures = {}, []
+    for number, answer in zip(waiting, given, strict=True):
+        tokens = _follow(made, begun[number], answer)
+        if isinstance(tokens, Failure):
+            begun[number].failed = True
+            failures.append(tokens.message)
+        if isinstance(tokens, list):
+            following[number] = tokens
+        else:
+            over.append(number)
+    if failures:
+        warnings.warn(
+            f"the environment failed in {len(failures)} of {len(given)} conversations, which are masked; first: "
+            f"{failures[0]}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    held[np.isin(held, over)] = -1
+    return following
+
+
+def _follow(
+    made: ConversationSampler, conversation: _Conversation, answer: Turn | Failure
+) -> list[int] | Failure | None:
+    """Adds an answer to its conversation and returns its tokens; None where the conversation is over."""
+    conversation.rewards.append(None if isinstance(answer, Failure) else answer.reward)
+    if isinstance(answer, Failure):
+        return answer
+    if answer.content is None:
+        return None
+    assert not isinstance(answer.content, str)
+    between = between_texts(made.tokenizer) if made.between is None else made.between
+    try:
+        tokens = between(answer.content, conversation.tokens[-1])
+    except ValueError as error:
+        return Failure(f"its answer cannot be encoded: {error}")
+    if len(tokens) > made.max_answer_tokens:
+        return Failure(f"its answer has {len(tokens)} tokens, more than max_answer_tokens = {made.max_answer_tokens}")
+    if len(conversation.ends) == made.max_turns or len(conversation.tokens) + len(tokens) >= made.sampler.max_tokens:
+        conversation.truncated = True
+        return None
+    conversation.messages += answer.content
+    conversation.wrote(tokens, [0.0] * len(tokens), False)
+    conversation.turn = len(conversation.tokens)
+    return tokens
+
+
+def _rollout(prompts: Prompts, begun: Sequence[_Conversation], shape: tuple[int, int, int], K: int) -> Rollout:
+    def padded(values: Sequence[Sequence[Any]], width: int, dtype: Any) -> Array:
+        table = np.zeros((len(values), width), dtype)
+        for i, row in enumerate(values):
+            table[i, : len(row)] = row
+        return jnp.asarray(table.reshape(*shape[:2], width))
+
+    def flags(values: Sequence[bool]) -> Array:
+        return jnp.asarray(np.array(values).reshape(shape[:2]))
+
+    given = [[reward is not None and not c.failed for reward in c.rewards] for c in begun]
+    rewards = [[0.0 if reward is None or c.failed else reward for reward in c.rewards] for c in begun]
+    turns = Turns(
+        ends=padded([c.ends for c in begun], K, np.int32),
+        rewards=padded(rewards, K, np.float32),
+        mask=padded(given, K, bool),
+        failed=flags([c.failed for c in begun]),
+    )
+    return Rollout(
+        prompts,
+        tokens=padded([c.tokens for c in begun], shape[2], np.int32),
+        lengths=jnp.asarray(np.array([len(c.tokens) for c in begun], np.int32).reshape(shape[:2])),
+        mask=padded([[written and not c.failed for written in c.mask] for c in begun], shape[2], bool),
+        log_probs=padded([c.log_probs for c in begun], shape[2], np.float32),
+        truncated=flags([c.truncated for c in begun]),
+        turns=turns,
+    )
+
+
+def turn_rewards(rollout: Rollout) -> tuple[Array, Array]:
+    """The sum of a conversation's rewards as the reward of a step: `[B, G, 1]`, and its mask.
+
+    Conversations without any reward are masked, as those are in which the environment failed.
+
+    Raises:
+      ValueError: for a rollout that has no turns.
+    """
+    if rollout.turns is None:
+        raise ValueError("the rollout has no turns: it comes from `sampling.conversations` or the like")
+    mask = jnp.any(rollout.turns.mask, axis=-1, keepdims=True)
+    return jnp.sum(jnp.where(rollout.turns.mask, rollout.turns.rewards, 0.0), axis=-1, keepdims=True), mask
