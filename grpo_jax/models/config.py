@@ -7,13 +7,15 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import transformers
 from jax.typing import DTypeLike
 
-from grpo_jax.models import rope
 from grpo_jax.models.attention import Attention, auto
 from grpo_jax.models.families import FAMILIES
+from grpo_jax.models.rope import Rope
+from grpo_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +29,29 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: rope.Rope
+    rope: Rope
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: Literal["head"] | None = None  # RMSNorm of queries and keys before the rotation, of each head
+    qk_norm: Literal["head", "width"] | None = None  # RMSNorm of queries and keys before the rotation: head by head
+    # (Qwen 3), or of a projection's whole width at once (OLMo 2)
     windows: tuple[int | None, ...] | None = None  # a layer: see that many last tokens, the own included; None: all
+    local_rope: Rope | None = None  # of layers with a window; None: as of the others
+    rotated: tuple[bool, ...] | None = None  # whether a layer rotates queries and keys; None: all do
+    max_positions: int | None = None  # positions after which the rotation would be another, which is refused
+    query_scale: float | None = None  # factor of the attention's logits; None: head_dim ** -0.5
+    attention_soft_cap: float | None = None  # its logits x become cap * tanh(x / cap)
+    pre_norm: bool = True  # norms of what attention and MLP read
+    post_norm: bool = False  # norms of what they add
+    norm_offset: float = 0.0  # added to the norms' weights: Gemma's are 1 + w
+    norm_float32: bool = False  # norms are rounded after their weights, not before
+    activation: Callable[[Array], Array] = jax.nn.silu  # of the MLP
+    embedding_scale: float = 1.0  # in the layers' dtype
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logits_divisor: float = 1.0
+    logits_soft_cap: float | None = None  # as of the attention, of the head's logits
     initializer_range: float = 0.02
     param_dtype: DTypeLike = jnp.float32  # of `init`
     dtype: DTypeLike = jnp.float32  # of the layers' arithmetic

@@ -38,16 +38,22 @@ class Cache(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """`scale * (x / rms(x))`, normalised in float32 and rounded before the scale, as Llama does."""
+    """`scale * (x / rms(x))`, normalised in float32 and rounded before the scale, as Llama does, or after it."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+        c = self.config
+        initializer = nn.initializers.constant(1.0 - c.norm_offset)
+        scale = self.param("scale", initializer, (x.shape[-1],), c.param_dtype)
+        if c.norm_offset:
+            scale = scale.astype(jnp.float32) + c.norm_offset
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
-        return scale.astype(self.config.dtype) * normed.astype(self.config.dtype)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + c.rms_norm_eps)
+        if c.norm_float32:
+            return (scale.astype(jnp.float32) * normed).astype(c.dtype)
+        return scale.astype(c.dtype) * normed.astype(c.dtype)
 
 
 class Linear(nn.Module):
@@ -100,12 +106,16 @@ class Attention(nn.Module):
         heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
         rows = x.reshape(-1, c.hidden_size)  # gradients of plain matrix products are faster on CPUs
         query, key, value = (
-            Linear(c, number * c.head_dim, c.qkv_bias, name=name)(rows).reshape(*x.shape[:-1], number, c.head_dim)
-            for name, number in heads.items()
+            Linear(c, number * c.head_dim, c.qkv_bias, name=name)(rows) for name, number in heads.items()
         )
-        if c.qk_norm:
+        if c.qk_norm == "width":
+            query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
+        query, key, value = (y.reshape(*x.shape[:-1], -1, c.head_dim) for y in (query, key, value))
+        if c.qk_norm == "head":
             query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
         query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
+        if c.query_scale is not None:  # an attention divides by the root of the width
+            query = _scaled(query, c.query_scale * c.head_dim**0.5)
 
         own = new = KeyValues(key, value)
         stored = None
@@ -123,13 +133,16 @@ class Attention(nn.Module):
             read = functools.partial(jax.lax.dynamic_slice, start_indices=(layer, 0, 0, 0, 0, 0), slice_sizes=size)
             own = jax.tree.map(lambda all_layers: read(all_layers)[0].astype(key.dtype), stored)
 
-        out = c.attention(query, own, prompt, mask_inputs)
+        attend = c.attention
+        if c.attention_soft_cap is not None:
+            attend = functools.partial(attend, soft_cap=c.attention_soft_cap)
+        out = attend(query, own, prompt, mask_inputs)
         out = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(out.reshape(-1, c.num_heads * c.head_dim))
         return out.reshape(x.shape), stored, new
 
 
 class MLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(activation(gate(x)) * up(x))`."""
 
     config: DecoderConfig
 
@@ -139,7 +152,7 @@ class MLP(nn.Module):
         rows = x.reshape(-1, c.hidden_size)
         gate = Linear(c, c.intermediate_size, c.mlp_bias, name="gate_proj")(rows)
         up = Linear(c, c.intermediate_size, c.mlp_bias, name="up_proj")(rows)
-        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(nn.silu(gate) * up).reshape(x.shape)
+        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(c.activation(gate) * up).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -154,19 +167,56 @@ class Block(nn.Module):
         layer: Array,
         prompt: KeyValues | None,
         window: Array | None,
+        which_rotation: Array | None,
         mask_inputs: MaskInputs,
-        rotation: tuple[Array, Array],
+        rotations: tuple[Array, Array],
         column: Array | None,
     ) -> tuple[tuple[Array, KeyValues | None], KeyValues]:
+        c = self.config
         x, stored = carry
         cache = None if stored is None or column is None else (stored, column)
-        normed = RMSNorm(self.config, name="input_layernorm")(x)
-        out, stored, new = Attention(self.config, name="self_attn")(
-            normed, cache, layer, prompt, mask_inputs._replace(window=window), rotation
+        rotation = rotations if which_rotation is None else jax.tree.map(lambda x: x[which_rotation], rotations)
+
+        def norm(x: Array, name: str, there: bool) -> Array:
+            return RMSNorm(c, name=name)(x) if there else x
+
+        # Where there are four norms, transformers calls the second of them what is else the one before the MLP.
+        before_mlp = "pre_feedforward_layernorm" if c.post_norm else "post_attention_layernorm"
+        out, stored, new = Attention(c, name="self_attn")(
+            norm(x, "input_layernorm", c.pre_norm),
+            cache,
+            layer,
+            prompt,
+            mask_inputs._replace(window=window),
+            rotation,
         )
-        x = x + out
-        x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_layernorm")(x))
+        x = x + _scaled(norm(out, "post_attention_layernorm", c.post_norm), c.residual_scale)
+        out = MLP(c, name="mlp")(norm(x, before_mlp, c.pre_norm))
+        x = x + _scaled(norm(out, "post_feedforward_layernorm", c.post_norm), c.residual_scale)
         return (x, stored), new
+
+
+def _scaled(x: Array, factor: float) -> Array:
+    """`factor * x` in float32, then rounded: bfloat16 has two or three digits of a factor such as 0.22."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def _soft_capped(logits: Array, cap: float | None) -> Array:
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _rotations(config: DecoderConfig, positions: Array) -> tuple[tuple[Array, Array], Array | None]:
+    """Cosine and sine of positions, and None; or of each kind of layer, stacked, and which kind `[L]` a layer is."""
+    of_layer = [config.rope] * config.num_layers
+    if config.local_rope is not None and config.windows is not None:
+        of_layer = [config.rope if window is None else config.local_rope for window in config.windows]
+    if config.rotated is not None:
+        of_layer = [x if rotated else rope.none(x) for x, rotated in zip(of_layer, config.rotated, strict=True)]
+    kinds = list(dict.fromkeys(of_layer))
+    if len(kinds) == 1:
+        return rope.angles(kinds[0], positions), None
+    cos, sin = zip(*(rope.angles(kind, positions) for kind in kinds), strict=True)
+    return (jnp.stack(cos), jnp.stack(sin)), jnp.array([kinds.index(x) for x in of_layer])
 
 
 class Decoder(nn.Module):
@@ -191,7 +241,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c)
         self.norm = RMSNorm(c)
@@ -212,13 +262,18 @@ class Decoder(nn.Module):
         if c.windows is not None:
             no_limit = np.iinfo(np.int32).max
             windows = jnp.array([no_limit if window is None else window for window in c.windows], jnp.int32)
+        x = self.embed_tokens(tokens)
+        if c.embedding_scale != 1:
+            x = x * jnp.asarray(c.embedding_scale, c.dtype)
+        rotations, which_rotation = _rotations(c, mask_inputs.queries)
         (x, stored), new = self.layers(
-            (self.embed_tokens(tokens), stored),
+            (x, stored),
             jnp.arange(c.num_layers),
             prompt,
             windows,
+            which_rotation,
             mask_inputs,
-            rope.angles(c.rope, mask_inputs.queries),
+            rotations,
             column,
         )
         return self.norm(x), stored, new
@@ -229,6 +284,7 @@ class Decoder(nn.Module):
         head = self.embed_tokens.embedding.T if c.tie_embeddings else self.lm_head
         rows = hidden.reshape(-1, c.hidden_size).astype(c.logits_dtype)
         logits = jnp.matmul(rows, head.astype(c.logits_dtype), preferred_element_type=jnp.float32)
+        logits = _soft_capped(logits / c.logits_divisor if c.logits_divisor != 1 else logits, c.logits_soft_cap)
         return logits.reshape(*hidden.shape[:-1], c.vocab_size)
 
 
@@ -244,14 +300,22 @@ def decoder(config: DecoderConfig) -> Policy:
 
     def cast(params: Params) -> Params:
         def cast_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
-            if quantized.is_quantized(leaf):
-                return leaf
+            if quantized.is_quantized(leaf) or (config.norm_float32 and path[-1].key == "scale"):
+                return leaf  # which is used as it is
             head = "embed_tokens" if config.tie_embeddings else "lm_head"
             return leaf.astype(config.logits_dtype if path[0].key == head else config.dtype)
 
         return jax.tree_util.tree_map_with_path(cast_leaf, params, is_leaf=quantized.is_quantized)
 
+    def check_positions(highest: int) -> None:
+        if config.max_positions is not None and highest > config.max_positions:
+            raise ValueError(
+                f"{highest} positions of prompt and completion, and this model's rotation is another beyond "
+                f"{config.max_positions}, for all of a batch's tokens, which the decoder does not do: take fewer tokens"
+            )
+
     def prefill(params: Params, tokens: Array, lengths: Array) -> PromptCache:
+        check_positions(tokens.shape[-1])
         tokens = tokens[:, None, :-1]  # the last column can only hold a last token, which `extend` reads
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         # A pad id may lie outside the vocabulary; its embedding is NaN, and a weight of 0 does not remove that.
@@ -280,6 +344,7 @@ def decoder(config: DecoderConfig) -> Policy:
             own = written[..., :columns]
         if segments is not None and cache is not None:
             raise ValueError("segments keep packed completions apart and go without a cache")
+        check_positions(prompt_cache.layers.keys.shape[2] + 1 + own.shape[-1])
         held = jnp.broadcast_to(prompt_cache.lengths[:, None], positions.shape[:2])
         mask_inputs = MaskInputs(positions, own, held, segments)
         hidden, stored, _ = apply({"params": params}, tokens, mask_inputs, prompt_cache.layers, stored, column)

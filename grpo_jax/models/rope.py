@@ -1,6 +1,7 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) and their long-context variants."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from grpo_jax.types import Array
 class Rope(NamedTuple):
     """Position `p` turns the pair `i` by the angle `p * frequencies[i]`; `scale` multiplies cosine and sine."""
 
-    frequencies: tuple[float, ...]  # head_dim / 2, radians a token
+    frequencies: tuple[float, ...]  # radians a token, of head_dim / 2 pairs, or of the first of them
     scale: float = 1.0
 
 
@@ -38,6 +39,8 @@ def from_parameters(parameters: Mapping[str, Any], head_dim: int, max_position_e
     if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("rope_parameters.partial_rotary_factor other than 1 is not supported")
     variant, known = _VARIANTS[kind]
+    if kind == "yarn" and parameters.pop("attn_factor", None) is not None:
+        warnings.warn("rope_parameters.attn_factor is passed over, as transformers does", stacklevel=2)
     for name, value in parameters.items():
         if name not in known:
             raise ValueError(f"rope_parameters.{name} = {value!r} is not supported with rope_type {kind!r}")
@@ -115,6 +118,34 @@ def _yarn(
     return frequencies, attention_factor
 
 
+def longrope(parameters: Mapping[str, Any], width: int, longest: int, original: int) -> Rope:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753) of rows no longer than in pretraining.
+
+    Args:
+      parameters: `rope_parameters` with `short_factor`, by which the period of each pair is multiplied; `long_factor`,
+        of longer rows, is not read.
+      width: of a head, as far as it rotates.
+      longest: positions of the model.
+      original: positions in pretraining.
+
+    Raises:
+      ValueError: for a parameter that is not known, or factors of another number than that of pairs.
+    """
+    known = {"rope_type", "type", "rope_theta", "short_factor", "long_factor", "original_max_position_embeddings"}
+    given = {name: value for name, value in parameters.items() if value is not None}
+    if unknown := sorted(given.keys() - known - {"factor", "attention_factor"}):
+        raise ValueError(f"rope_parameters.{unknown[0]} = {given[unknown[0]]!r} is not supported with longrope")
+    factors = np.asarray(given["short_factor"], np.float32)
+    if factors.shape != (width // 2,):
+        raise ValueError(f"short_factor has {factors.size} numbers for the {width // 2} pairs of a head that rotate")
+    stretch = given.get("factor", longest / original)
+    scale = given.get("attention_factor")
+    if scale is None:
+        scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+    frequencies = 1.0 / (factors * _periods(given["rope_theta"], width))
+    return Rope(tuple(float(frequency) for frequency in frequencies), float(scale))
+
+
 _VARIANTS: dict[str, tuple[Callable[..., tuple[np.ndarray, float]], set[str]]] = {
     "default": (_default, set()),
     "linear": (_linear, {"factor"}),
@@ -135,15 +166,20 @@ _VARIANTS: dict[str, tuple[Callable[..., tuple[np.ndarray, float]], set[str]]] =
 }
 
 
+def none(rope: Rope) -> Rope:
+    """A rotation of the same pairs by nothing."""
+    return Rope((0.0,) * len(rope.frequencies))
+
+
 def angles(rope: Rope, positions: Array) -> tuple[Array, Array]:
-    """Cosine and sine, `[..., head_dim / 2]` float32, of positions `[...]`."""
+    """Cosine and sine, `[..., F]` float32, of positions `[...]` and `F` frequencies."""
     # float32 whatever the compute dtype: bfloat16 cannot tell position 257 from 258.
     theta = positions[..., None].astype(jnp.float32) * jnp.asarray(rope.frequencies, jnp.float32)
     return jnp.cos(theta) * rope.scale, jnp.sin(theta) * rope.scale
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns `x [..., heads, head_dim]`, whose pair `i` is `(x[i], x[i + head_dim / 2])`."""
+    """Turns the first `2 F` of `x [..., heads, head_dim]` by `F` angles; pair `i` is `(x[i], x[i + F])`."""
     cos, sin = cos[..., None, :].astype(x.dtype), sin[..., None, :].astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second, rest = jnp.split(x, [cos.shape[-1], 2 * cos.shape[-1]], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

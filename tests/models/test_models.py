@@ -17,12 +17,13 @@ import safetensors.numpy
 import transformers
 
 from grpo_jax import models
-from grpo_jax.models import hf, rope
+from grpo_jax.models import attention, hf, rope
+from grpo_jax.models.decoder import RMSNorm
 from grpo_jax.testing import tiny_hf_config, tiny_policy
 
 FOLDER = Path(__file__).parents[1] / "golden" / "models"
 CASES = sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir())
-TOLERANCE = 2e-5  # the largest difference met is 9e-6, of logits up to 6
+TOLERANCE = 5e-5  # the largest difference met is 2.7e-5, of phi3; else 1.1e-5, of logits up to 6
 
 # Most of the time here goes into compiling; without optimisation that takes a sixth of it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -115,6 +116,37 @@ OPTIONS = {
         f"rotation of {case}": (case, {"rope": rope.from_parameters({"rope_theta": 100.0}, 8, 64)}, None)
         for case in ("llama_linear", "llama_llama3", "qwen3_yarn", "qwen3_yarn_attention_factor", "qwen2_yarn_mscale")
     },
+    "norms after attention and MLP": ("olmo2", {"post_norm": False}, None),
+    "norms after, beside those before": ("gemma2", {"post_norm": False}, None),
+    "norms before, beside those after": ("gemma2", {"pre_norm": False}, None),
+    "norm of the whole width": ("olmo2", {"qk_norm": None}, None),
+    "output bias of OLMo 2": ("olmo2_bias", {}, without("o_proj", "bias")),
+    "windows of OLMo 3": ("olmo3", {"windows": None}, None),
+    "YaRN of OLMo 3": ("olmo3_yarn", {"rope": rope.from_parameters({"rope_theta": 100.0}, 8, 64)}, None),
+    "no YaRN in windows": ("olmo3_yarn", {"local_rope": None}, None),
+    "1 + w": ("gemma2", {"norm_offset": 0.0}, None),
+    "gelu": ("gemma2", {"activation": jax.nn.silu}, None),
+    "embedding scale": ("gemma2", {"embedding_scale": 1.0}, None),
+    "query scale": ("gemma2", {"query_scale": None}, None),
+    "soft cap of the attention": ("gemma2", {"attention_soft_cap": None}, None),
+    "soft cap of the logits": ("gemma2", {"logits_soft_cap": None}, None),
+    "windows of Gemma 2": ("gemma2", {"windows": (None, 4)}, None),
+    "bias of Gemma 2": ("gemma2_bias", {}, without("k_proj", "bias")),
+    "query norm of Gemma 3": ("gemma3_text", {"qk_norm": None}, None),
+    "local rotation": ("gemma3_text", {"local_rope": None}, None),
+    "global rotation": ("gemma3_text", {"rope": rope.from_parameters({"rope_theta": 300.0}, 6, 64)}, None),
+    "windows of Gemma 3": ("gemma3_text", {"windows": (4, 4, None)}, None),
+    "soft cap of Gemma 3": ("gemma3_text", {"logits_soft_cap": None}, None),
+    "layers that do not rotate": ("smollm3", {"rotated": None}, None),
+    "which layers rotate": ("smollm3_window", {"rotated": (True, False)}, None),
+    "windows of SmolLM 3": ("smollm3_window", {"windows": None}, None),
+    "embedding multiplier": ("granite", {"embedding_scale": 1.0}, None),
+    "residual multiplier": ("granite", {"residual_scale": 1.0}, None),
+    "attention multiplier": ("granite", {"query_scale": None}, None),
+    "divisor of the logits": ("granite", {"logits_divisor": 1.0}, None),
+    "window of Phi 3": ("phi3", {"windows": None}, None),
+    "part of a head rotated": ("phi3_longrope", {"rope": rope.from_parameters({"rope_theta": 100.0}, 8, 64)}, None),
+    "LongRoPE": ("phi3_longrope", {"rope": rope.from_parameters({"rope_theta": 100.0}, 6, 64)}, None),
 }
 
 
@@ -125,7 +157,62 @@ def test_the_frozen_logits_depend_on_the_option(name, config, edit):
     policy = models.decoder(dataclasses.replace(policy.config, **config))
     params = edit(params) if edit else params
     actual = at_once(policy, params, reference.prompts, reference.lengths, reference.completions)
-    assert np.max(np.abs(actual - reference.logits)) > 1000 * TOLERANCE
+    assert np.max(np.abs(actual - reference.logits)) > 400 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmo2", "gemma2"])
+def test_norms_in_bfloat16_are_rounded_before_their_weights_or_after_them_as_the_family_does(name):
+    policy, params, _ = load(name)
+    c = dataclasses.replace(policy.config, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (7, c.hidden_size), jnp.bfloat16)
+    x32, w = np.asarray(x, np.float32), np.asarray(params["norm"]["scale"])
+    normed = (x32 / np.sqrt((x32 * x32).mean(-1, keepdims=True) + c.rms_norm_eps)).astype(np.float32)
+    half = lambda x: x.astype(jnp.bfloat16).astype(np.float32)  # noqa: E731
+    expected = {"qwen3": half(w) * half(normed), "olmo2": w * normed, "gemma2": (1 + w) * normed}
+    actual = RMSNorm(c).apply({"params": params["norm"]}, x)
+    assert actual.dtype == jnp.bfloat16
+    for family, values in expected.items():
+        same = np.mean(half(values) == np.asarray(actual, np.float32))
+        assert (same > 0.98) == (family == name), (family, same)  # an inverse root may differ in its last bit
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmo2", "gemma2", "granite"])
+def test_weights_cast_for_sampling_compute_in_bfloat16_what_those_in_float32_do(name):
+    policy, params = hf.load_pretrained(FOLDER / name, compute_dtype=jnp.bfloat16, remat=False)
+    reference = load(name)[2]
+    whole = at_once(policy, params, reference.prompts, reference.lengths, reference.completions)
+    cast = at_once(policy, policy.cast(params), reference.prompts, reference.lengths, reference.completions)
+    np.testing.assert_array_equal(cast, whole)
+
+
+def test_rows_beyond_what_the_rotation_is_of_are_refused():
+    """LongRoPE: transformers takes other frequencies for all of a batch's tokens once there are 41."""
+    policy, params, _ = load("phi3_longrope")
+    lengths = jnp.array([20])
+
+    def forward(P, T):
+        return at_once(policy, params, jnp.ones((1, P), jnp.int32), lengths, jnp.ones((1, 1, T), jnp.int32))
+
+    assert forward(20, 20).shape == (1, 1, 20, 31)
+    with pytest.raises(ValueError, match=r"41 positions of prompt and completion, .* beyond 40"):
+        forward(20, 21)
+    with pytest.raises(ValueError, match="41 positions"):
+        forward(41, 1)
+
+
+@pytest.mark.parametrize("form", [attention.blockwise, attention.cudnn, attention.splash])
+def test_an_attention_without_soft_caps_says_what_to_take(form):
+    policy, params, reference = load("gemma2")
+    policy = models.decoder(dataclasses.replace(policy.config, attention=form))
+    with pytest.raises(ValueError, match=r"no soft cap .* which this model has \(1.5\): take attention=attention.auto"):
+        policy.prefill(params, reference.prompts, reference.lengths)
+
+
+def test_deepseeks_attn_factor_is_passed_over_with_a_warning():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    with pytest.warns(UserWarning, match="attn_factor is passed over"):
+        config = models.from_hf_config(tiny_hf_config("llama", rope_parameters=yarn | {"attn_factor": 0.5}))
+    assert config.rope == models.from_hf_config(tiny_hf_config("llama", rope_parameters=yarn)).rope
 
 
 def test_a_prompt_of_one_token_has_an_empty_cache():
@@ -255,6 +342,16 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "attention_factor": 2.0}},
         "attention_factor = 2.0",
     ),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+    ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    ("gemma3_text", {"hidden_act": "silu"}, "hidden_act = 'silu'"),
+    ("olmo2", {"sliding_window": 16}, "sliding_window = 16"),
+    ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+    ("granite", {"sliding_window": 16}, "sliding_window = 16"),
+    ("smollm3", {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+    ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop = 0.1"),
+    ("phi3", {"full_attn_mod": 2}, "full_attn_mod = 2"),
 ]
 
 
@@ -264,7 +361,7 @@ def test_what_the_decoder_does_not_do_is_refused_with_field_and_value(family, fi
         models.from_hf_config(tiny_hf_config(family, **fields))
 
 
-@pytest.mark.parametrize("config", [transformers.Gemma2Config, transformers.Qwen3MoeConfig, transformers.Phi3Config])
+@pytest.mark.parametrize("config", [transformers.GemmaConfig, transformers.PhiConfig, transformers.Lfm2Config])
 def test_other_families_are_refused_by_name(config):
     with pytest.raises(ValueError, match=f"model_type = '{config.model_type}' is not supported"):
         models.from_hf_config(config())

@@ -24,6 +24,7 @@ from grpo_jax.types import Prompts  # noqa: E402
 
 MAKE = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "models" / "make.py"), run_name="make")
 CASES = MAKE["CASES"]
+ONE_OF_EACH = ["qwen3", "olmo2", "olmo3_yarn", "gemma2", "gemma3_text", "smollm3", "granite", "phi3_longrope"]
 # Larger than the frozen ones: the cases replace heads, windows and the like.
 SIZES = MAKE["SIZES"] | {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
 P, T, G = 21, 12, 2
@@ -36,8 +37,8 @@ def random_model(case, seed, folder, **settings):
     """A model of transformers with random parameters, norms and biases too, as it reads itself from `folder`."""
     family, fields = CASES[case]
     fields = SIZES | fields
-    if "layer_types" in fields:
-        fields["layer_types"] = [*fields["layer_types"], "sliding_attention"]
+    for name in {"layer_types", "no_rope_layers"} & fields.keys():
+        fields[name] = [*fields[name], fields[name][0]]
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config).to(config.dtype or torch.float32)
@@ -133,12 +134,13 @@ def test_transformers_loads_an_export_to_the_same_bits_and_logits(case, tmp_path
         assert torch.equal(model(tokens).logits, exported.eval()(tokens).logits)
 
 
-@pytest.mark.parametrize("case", ["llama_tied", "mistral_window", "qwen2_window_above", "qwen3"])
+@pytest.mark.parametrize("case", ["llama_tied", "mistral_window", "qwen2_window_above", *ONE_OF_EACH])
 def test_greedy_completions_are_those_of_generate(case, tmp_path):
     model = random_model(case, 3000, tmp_path)
     prompts, _ = random_batch(3000)
     policy, params = hf.load_pretrained(tmp_path)
-    rollout = dataclasses.replace(sampling.sampler(group_size=1, max_tokens=T, eos_ids=(1,)), greedy=True)(
+    ends = [1, *range(50, 70)]  # several, so that some completions end early
+    rollout = dataclasses.replace(sampling.sampler(group_size=1, max_tokens=T, eos_ids=ends), greedy=True)(
         policy, params, Prompts(jnp.asarray(prompts), jnp.asarray(LENGTHS)), jax.random.key(0)
     )
     for b, length in enumerate(LENGTHS):
@@ -148,13 +150,13 @@ def test_greedy_completions_are_those_of_generate(case, tmp_path):
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=T,
             do_sample=False,
-            eos_token_id=1,
+            eos_token_id=ends,
             pad_token_id=0,
         )[0, length:]
         np.testing.assert_array_equal(rollout.tokens[b, 0, : rollout.lengths[b, 0]], expected.numpy())
 
 
-@pytest.mark.parametrize("case", ["qwen2_bfloat16", "llama_float16", "qwen3"])
+@pytest.mark.parametrize("case", ["qwen2_bfloat16", "llama_float16", "gemma3_text_bfloat16", *ONE_OF_EACH])
 def test_half_precision_is_as_near_to_float32_as_that_of_torch(case, tmp_path):
     prompts, completions = random_batch(4000)
     half = "float16" if case == "llama_float16" else "bfloat16"

@@ -7,7 +7,8 @@ An attention is a function
     out = softmax([q k_prompt, q k_own] / sqrt(h)) [v_prompt; v_own]
 
 over the keys that `mask_inputs` lets the query see, in the dtype of the query. Head `n` reads key-value head
-`n // (N / K)`; each query sees at least one of its own keys.
+`n // (N / K)`; each query sees at least one of its own keys. Where a model caps its logits, an attention is called
+with `soft_cap=`, a number: `x` becomes `cap * tanh(x / cap)` before the softmax. Only `reference` and `auto` do that.
 
     reference        two matrix products for each part, on any device; the reference for the others
     blockwise    block by block, without keeping logits; for CPUs

@@ -8,12 +8,26 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo_jax.models.attention.contract import NEVER, KeyValues, MaskInputs, completion_mask, prompt_mask
+from grpo_jax.models.attention.contract import (
+    NEVER,
+    KeyValues,
+    MaskInputs,
+    completion_mask,
+    prompt_mask,
+    refuse_soft_cap,
+)
 from grpo_jax.models.attention.joint_softmax import reference
 from grpo_jax.types import Array
 
 
-def blockwise(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> Array:
+def blockwise(
+    query: Array,
+    own: KeyValues,
+    prompt: KeyValues | None,
+    mask_inputs: MaskInputs,
+    *,
+    soft_cap: float | None = None,
+) -> Array:
     """One completion and key-value head after the other, by plain matrix products; for CPUs.
 
     XLA runs batched products there at a fraction of the speed of plain ones, and a
@@ -21,8 +35,9 @@ def blockwise(query: Array, own: KeyValues, prompt: KeyValues | None, mask_input
     from the denominators of the forward pass (Dao et al. 2022, arXiv:2205.14135,
     appendix B), so that nothing is kept that grows with `S C`.
     The output and the denominators are named `attention`, for policies of `jax.checkpoint`. One block
-    follows the other on one device: with `B` over several, use `reference`.
+    follows the other on one device: with `B` over several, use `reference`. A soft cap is refused.
     """
+    refuse_soft_cap("attention.blockwise", soft_cap)
     B, G, S, N, h = query.shape
     K = own.keys.shape[-2]
     R = N // K
@@ -42,10 +57,17 @@ def blockwise(query: Array, own: KeyValues, prompt: KeyValues | None, mask_input
     return out.reshape(B, K, G, R, S, h).transpose(0, 2, 4, 1, 3, 5).reshape(B, G, S, N, h)
 
 
-def auto(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> Array:
-    """`blockwise` on CPUs, `reference` elsewhere and for single queries, whose products are small in any form."""
-    if query.shape[2] <= 1:
-        return reference(query, own, prompt, mask_inputs)
+def auto(
+    query: Array,
+    own: KeyValues,
+    prompt: KeyValues | None,
+    mask_inputs: MaskInputs,
+    *,
+    soft_cap: float | None = None,
+) -> Array:
+    """`blockwise` on CPUs; `reference` elsewhere, with a soft cap, and for single queries, small in any form."""
+    if query.shape[2] <= 1 or soft_cap is not None:
+        return reference(query, own, prompt, mask_inputs, soft_cap=soft_cap)
     return jax.lax.platform_dependent(query, own, prompt, mask_inputs, cpu=blockwise, default=reference)
 
 

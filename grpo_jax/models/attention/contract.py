@@ -32,7 +32,21 @@ class MaskInputs(NamedTuple):
     window: Array | None = None  # [] int32
 
 
-Attention = Callable[[Array, KeyValues, KeyValues | None, MaskInputs], Array]
+# (query, own, prompt or None, mask_inputs), and `soft_cap=` where a model's logits have one.
+Attention = Callable[..., Array]
+
+
+def refuse_soft_cap(form: str, soft_cap: float | None) -> None:
+    """Says what to take where a form of attention has no soft cap.
+
+    Raises:
+      ValueError: if there is one.
+    """
+    if soft_cap is not None:
+        raise ValueError(
+            f"{form} has no soft cap of the attention's logits, which this model has ({soft_cap}): take "
+            "attention=attention.auto or attention.reference"
+        )
 
 
 def completion_mask(mask_inputs: MaskInputs) -> Array:

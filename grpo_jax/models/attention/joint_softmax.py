@@ -7,7 +7,14 @@ from grpo_jax.models.attention.contract import NEVER, KeyValues, MaskInputs, com
 from grpo_jax.types import Array
 
 
-def reference(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> Array:
+def reference(
+    query: Array,
+    own: KeyValues,
+    prompt: KeyValues | None,
+    mask_inputs: MaskInputs,
+    *,
+    soft_cap: float | None = None,
+) -> Array:
     """All queries at once, by two matrix products for each part; the reference for every other attention.
 
     The prompt is stored once and read by the whole group in one matrix product. Prompt and own part share
@@ -18,11 +25,16 @@ def reference(query: Array, own: KeyValues, prompt: KeyValues | None, mask_input
     query = (query * h**-0.5).reshape(B, G, S, K, N // K, h)
     products = {"preferred_element_type": jnp.float32}
 
+    def capped(logits: Array) -> Array:
+        return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
     own_logits = jnp.einsum("bgskrh,bgckh->bgksrc", query, own.keys, **products)
+    own_logits = capped(own_logits)
     own_logits = jnp.where(completion_mask(mask_inputs)[:, :, None, :, None, :], own_logits, NEVER)
     maximum = jnp.max(own_logits, axis=-1, initial=NEVER)  # [B, G, K, S, R]
     if prompt is not None:
         prompt_logits = jnp.einsum("bgskrh,bpkh->bkgsrp", query, prompt.keys, **products)
+        prompt_logits = capped(prompt_logits)
         seen = prompt_mask(mask_inputs, prompt.keys.shape[1])
         prompt_logits = jnp.where(seen[:, None, :, :, None, :], prompt_logits, NEVER)
         maximum = jnp.maximum(maximum, jnp.max(prompt_logits, axis=-1, initial=NEVER).swapaxes(1, 2))

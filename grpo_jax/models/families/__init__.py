@@ -8,14 +8,33 @@ on the family's name. CONTRIBUTING says what a new one needs.
 
 import json
 
-from grpo_jax.models.families import llama, mistral, qwen2, qwen3
+from grpo_jax.models.families import (
+    gemma2,
+    gemma3_text,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from grpo_jax.models.families.family import Family, Fields, Place
 
 FAMILIES: dict[str, Family] = {
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3_text.FAMILY,
+    "granite": granite.FAMILY,
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
+    "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "smollm3": smollm3.FAMILY,
 }
 
 __all__ = ["FAMILIES", "Family", "Place", "place"]

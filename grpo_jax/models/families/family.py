@@ -81,6 +81,15 @@ def rotation(fields: Fields) -> dict[str, Any]:
     }
 
 
+def two_rotations(fields: Fields) -> dict[str, Any]:
+    """One rotation for layers that see everything, one for those with a window."""
+    of_kinds = {
+        kind: rope.from_parameters(parameters, head_dim(fields), fields["max_position_embeddings"])
+        for kind, parameters in fields["rope_parameters"].items()
+    }
+    return {"rope": of_kinds["full_attention"], "local_rope": of_kinds["sliding_attention"]}
+
+
 def attention_bias(fields: Fields) -> dict[str, Any]:
     """`attention_bias`, of all four projections."""
     bias = bool(fields.get("attention_bias"))

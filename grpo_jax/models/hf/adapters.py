@@ -22,6 +22,7 @@ import transformers
 from grpo_jax.freezing import bind, named_leaves
 from grpo_jax.models import lora
 from grpo_jax.models.hf.folders import local_folder, open_shard, read_json, short, write_json
+from grpo_jax.models.hf.layout import leaves_of
 from grpo_jax.models.hf.replacing import replacing
 from grpo_jax.models.hf.shards import held, write_shard
 from grpo_jax.policies import Policy
@@ -74,8 +75,9 @@ def save_adapters(
 
     Raises:
       FileExistsError: if `path` holds what no export wrote.
-      ValueError: if these are no adapters of this base.
+      ValueError: if these are no adapters of this base, or its family's tensors hold several layers' kernels.
     """
+    _refuse_fused(policy)
     tensors: dict[str, np.ndarray] = {}
     settings: dict[str, list[tuple[int, float]]] = {}  # rank and alpha of each layer, by target
     for layers, module in lora.linear_layers(policy, bind(adapters, base)):
@@ -148,6 +150,7 @@ def load_adapters(
       ValueError: for another base, tensors that do not fit the decoder, or a config that asks for what it does not do;
         all that do are named.
     """
+    _refuse_fused(policy)
     folder = local_folder(path_or_repo, revision, [CONFIG, WEIGHTS])
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}, only {short(sorted(os.listdir(folder)))}")
@@ -192,6 +195,15 @@ def load_adapters(
         lora.put(adapters, path, {lora.A: jnp.asarray(a), lora.B: jnp.asarray(b)})
         lora.put(scales, path, {lora.SCALE: jnp.asarray(scale, jnp.float32)})
     return adapters, bind(params, scales)
+
+
+def _refuse_fused(policy: Policy) -> None:
+    """Where one tensor holds several kernels, as Phi-3's qkv_proj, PEFT adapts them together and the decoder apart."""
+    if fused := sorted({leaf.names[0].split(".")[-2] for leaf in leaves_of(policy) if leaf.rows is not None}):
+        raise ValueError(
+            f"PEFT has one adapter for {' and one for '.join(fused)} of this family, and here each of the kernels in "
+            "them has its own: export the merged model, by save_pretrained(policy, lora.merge(params, frozen), ...)"
+        )
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:

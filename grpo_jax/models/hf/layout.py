@@ -25,6 +25,7 @@ class Leaf(NamedTuple):
     dtype: np.dtype
     stacked: bool
     transposed: bool
+    rows: tuple[int, int] | None = None  # the first row, and the rows in all, of tensors that hold several parameters
 
     @property
     def is_kernel(self) -> bool:
@@ -32,9 +33,18 @@ class Leaf(NamedTuple):
         return self.stacked and self.transposed
 
     @property
-    def tensor_shape(self) -> tuple[int, ...]:
+    def part_shape(self) -> tuple[int, ...]:
+        """Of the rows of a tensor that are this parameter's, of one layer."""
         shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return self.part_shape if self.rows is None else (self.rows[1], *self.part_shape[1:])
+
+    @property
+    def first_row(self) -> int:
+        return 0 if self.rows is None else self.rows[0]
 
 
 def shapes_of(policy: Policy) -> Params:
@@ -52,4 +62,4 @@ def leaf_of(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, hf_config: str) -
     stacked, transposed = path[0] == "layers", path[-1] in ("kernel", "lm_head")
     place = families.place(path, hf_config)
     names = [place.name.format(layer=layer) for layer in range(leaf.shape[0])] if stacked else [place.name]
-    return Leaf(names, leaf.shape, leaf.dtype, stacked, transposed)
+    return Leaf(names, leaf.shape, leaf.dtype, stacked, transposed, place.rows)

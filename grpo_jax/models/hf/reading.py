@@ -215,10 +215,10 @@ def _fill(leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str]) 
     wrong: dict[str, None] = {}
     for layer, name in enumerate(leaf.names):
         tensor = shards[weight_map[name]].get_slice(name)
-        rows, *rest = leaf.tensor_shape
+        rows, *rest = leaf.part_shape
         step = max(1, _BLOCK // max(1, math.prod(rest)))
         for row in range(0, rows, step):
-            block = tensor[row : min(row + step, rows)]
+            block = tensor[leaf.first_row + row : leaf.first_row + min(row + step, rows)]
             buffer, finite = _put(buffer, block, layer, row, leaf.stacked, leaf.transposed)
             if not finite:  # and waits: else many blocks are on their way at a time
                 wrong[name] = None
@@ -231,7 +231,7 @@ def _fill_quantized(
     """`_fill` of a quantised kernel; one layer of it is held as floats."""
     stack, wrong = quantized.empty(leaf.shape, kind), []
     for layer, name in enumerate(leaf.names):
-        one = Leaf([name], leaf.shape[1:], np.dtype(np.float32), stacked=False, transposed=leaf.transposed)
+        one = leaf._replace(names=[name], shape=leaf.shape[1:], dtype=np.dtype(np.float32), stacked=False)
         kernel, of_layer = _fill(one, shards, weight_map)
         stack = quantized.put(stack, jnp.asarray(layer), kernel, kind)
         wrong += of_layer

@@ -95,17 +95,20 @@ def _write_shards(
     folder: Path, leaves: list[Leaf], arrays: list[Array], dtypes: list[np.dtype], max_shard_bytes: int
 ) -> None:
     """Writes the weights into one file, or into several with an index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room, total = max_shard_bytes, 0
+    parts: dict[str, list[tuple[Array, int, Leaf, np.dtype]]] = {}
     for leaf, array, dtype in zip(leaves, arrays, dtypes, strict=True):
         for layer, name in enumerate(leaf.names):
-            make = functools.partial(_make, array, layer, leaf, dtype)
-            tensor = Tensor(leaf.tensor_shape, dtype, make)
-            if tensor.size > room and shards[-1]:
-                shards.append({})
-                room = max_shard_bytes
-            shards[-1][name] = tensor
-            room, total = room - tensor.size, total + tensor.size
+            parts.setdefault(name, []).append((array, layer, leaf, dtype))
+    shards: list[dict[str, Tensor]] = [{}]
+    room, total = max_shard_bytes, 0
+    for name, of_tensor in parts.items():
+        _, _, leaf, dtype = of_tensor[0]
+        tensor = Tensor(leaf.tensor_shape, dtype, functools.partial(_make, of_tensor))
+        if tensor.size > room and shards[-1]:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = tensor
+        room, total = room - tensor.size, total + tensor.size
 
     files = [WEIGHTS]
     if len(shards) > 1:
@@ -116,20 +119,33 @@ def _write_shards(
         write_shard(folder / file, shard)
 
 
-def _make(array: Array, layer: int, leaf: Leaf, dtype: np.dtype) -> np.ndarray:
-    return np.asarray(_get(array, layer, leaf.stacked, leaf.transposed, dtype))
+def _make(parts: list[tuple[Array, int, Leaf, np.dtype]]) -> np.ndarray:
+    """A tensor, of one parameter or of several, one below the other."""
+    ordered = sorted(parts, key=lambda part: part[2].first_row)
+    made = [
+        np.asarray(_get(array, layer, leaf.stacked, leaf.transposed, dtype)) for array, layer, leaf, dtype in ordered
+    ]
+    return made[0] if len(made) == 1 else np.concatenate(made)
 
 
 def _exported_config(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The config, with the rotation also in the spelling of transformers 4, which would else take its default."""
-    rope = fields["rope_parameters"]
+    parameters = fields["rope_parameters"]
+    rope, local = parameters.get("full_attention", parameters), parameters.get("sliding_attention", {})
     scaled = rope.get("rope_type", "default") != "default"
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if rope.get("rope_type") == "longrope":  # of which transformers 4 takes these three, and no others
+        scaling = {"type": "longrope"} | {name: rope[name] for name in ("short_factor", "long_factor")}
     replaced = {
         "architectures": [FAMILIES[fields["model_type"]].architecture],
         "dtype": dtype,
         "torch_dtype": dtype,
         "transformers_version": transformers.__version__,
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": {name: value for name, value in rope.items() if name != "rope_theta"} if scaled else None,
+        "rope_scaling": scaling if scaled else None,
     }
+    if "partial_rotary_factor" in rope:
+        replaced["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if local and local["rope_theta"] != rope["rope_theta"]:
+        replaced["rope_local_base_freq"] = local["rope_theta"]
     return {name: value for name, value in fields.items() if name != "auto_map"} | replaced

@@ -1,6 +1,6 @@
 """Makes the frozen checkpoints and logits in this folder, by transformers in torch on CPU in float32.
 
-    python tests/golden/models/make.py        # needs the extra `parity`; a minute
+    python tests/golden/models/make.py [case ...]       # needs the extra `parity`; a minute
 
 Each case is a folder: a checkpoint (config.json, safetensors) as `save_pretrained` of
 transformers writes it, and reference.safetensors with
@@ -97,6 +97,75 @@ CASES = {
     ),
     "qwen2_bfloat16": ("qwen2", {"tie_word_embeddings": True, "dtype": "bfloat16"}),
     "llama_float16": ("llama", {"dtype": "float16"}),
+    "olmo2": ("olmo2", {}),
+    "olmo2_bias": ("olmo2", {"attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}),
+    "olmo3_yarn": (
+        "olmo3",
+        {
+            "num_attention_heads": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 5,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        # Logits are a few, so that small caps act.
+        {"head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 1.5}
+        | {"final_logit_softcapping": 3.0, "rms_norm_eps": 1e-2},
+    ),
+    "gemma2_bias": ("gemma2", {"head_dim": 4, "attention_bias": True, "attn_logit_softcapping": None}),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 6,
+            "sliding_window": 4,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 9,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 300.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True}),
+    "smollm3_window": (
+        "smollm3",
+        {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 4, "tie_word_embeddings": False},
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.9,
+            "logits_scaling": 2.5,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3_text_bfloat16": ("gemma3_text", {"head_dim": 4, "sliding_window": 4, "dtype": "bfloat16"}),
+    "phi3": ("phi3", {"sliding_window": 4}),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "hidden_size": 32,
+            "original_max_position_embeddings": 40,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.5, 3.0],
+                "long_factor": [2.0, 4.0, 8.0],
+            },
+        },
+    ),
 }
 
 
@@ -138,7 +207,11 @@ def make(name: str, family: str, fields: dict, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    wanted = sys.argv[1:] or [*CASES]
     for seed, (name, (family, fields)) in enumerate(CASES.items()):
-        make(name, family, fields, seed)
+        if name in wanted:
+            make(name, family, fields, seed)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    (FOLDER / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    file = FOLDER / "versions.json"
+    held = {} if wanted == [*CASES] else json.loads(file.read_text())
+    file.write_text(json.dumps(held | dict.fromkeys(wanted, versions), indent=2, sort_keys=True) + "\n")
