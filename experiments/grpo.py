@@ -65,6 +65,10 @@ class Config(data.PromptSettings, WeightSettings):
 
     loss: str = "grpo"  # of grpo_jax.losses, or your own as module:function
     advantage: str = "group_advantages"  # of grpo_jax.advantages, or your own as module:function; see from_function
+    transform: tuple[
+        str, ...
+    ] = ()  # of grpo_jax.transforms, such as mask_truncated or "top_entropy(0.2)", in this order
+    score_old: bool = False  # the policy that sampled, for advantages and transforms that ask for it
     epsilon: float | None = None  # the loss's own, if not given
     epsilon_high: float | None = None
     beta: float = 0.0  # weight of the KL term (k3); above 0, the first policy is kept as the reference
@@ -120,6 +124,8 @@ def train(config: Config) -> Params:
     advantage = advantages.from_function(
         resolve(config.advantage, "grpo_jax.advantages"), weights=config.reward_weights, names=names
     )
+    chosen = [resolve(name, "grpo_jax.transforms") for name in config.transform]
+    score_old = config.overlap or config.score_old
     tokenizer = hf.load_tokenizer(config.model)
     rows, held_out = config.read(config.data), []
     if config.eval_data is not None:
@@ -152,12 +158,12 @@ def train(config: Config) -> Params:
     if config.memory_gib is not None:
         updates = memory.fit(
             updates, policy, optimizer, sampler, loss=loss, prompts=config.prompts_per_step, prompt_tokens=width,
-            reference=config.beta > 0, params=params, frozen=frozen, score_old=config.overlap,
+            reference=config.beta > 0, params=params, frozen=frozen, score_old=score_old,
             budget=int(config.memory_gib * 2**30),
         )  # fmt: skip
     whole_step = make_train_step(
-        policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates, score_old=config.overlap,
-        transforms=(measured.repetition(), measured.unscored(names)),
+        policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates, score_old=score_old,
+        transforms=(measured.repetition(), measured.unscored(names), *chosen),
     ).jit(compiler_options=compilation.cpu_memory_options())  # fmt: skip
     evaluate = make_mean_rewards(
         policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,

@@ -104,6 +104,154 @@ def batch_normalised_advantages(
     return jnp.where(mask & varies, centered / (deviation + eps), 0.0)
 
 
+def max_rl_advantages(rewards: Array, mask: Array | None = None) -> Array:
+    """Maximum likelihood by reinforcement: the advantage in units of the success rate (MaxRL, 2026, arXiv:2602.02710).
+
+        A[b, g] = (r[b, g] - mean(r[b])) / mean(r[b]), and 0 where the mean is 0
+
+    A prompt that one completion in `G` solves weighs `G` times as much as by `centered_advantages`. For rewards of 0
+    and 1, or others that are not negative. Arguments, result and errors as in `group_advantages`.
+    """
+    rewards, mask = _checked(rewards, mask)
+    centered, average = _centered(rewards, mask, axis=1), _mean(rewards, mask, axis=1)
+    return _where_variance(rewards, mask, centered / jnp.where(average == 0, 1.0, average))
+
+
+def best_minus_second_advantages(
+    rewards: Array, mask: Array | None = None, *, scaled: bool = False, ddof: int = 1, eps: float | Array = 1e-6
+) -> Array:
+    """Only the best of a group earns, by how far it beats the second (Tang et al. 2025, arXiv:2503.19595).
+
+        A[b, g] = r[b, g] - max(r[b, h] for h != g) where that is above 0, else 0
+
+    The leave-one-out estimate of the gradient of `E[max of G]`, so of pass@G for rewards of 0 and 1. Where two are
+    equally good nobody earns. verl's `grpo_passk` divides by the group's sample deviation plus 1e-6 unless told
+    otherwise: `scaled=True`.
+
+    Args:
+      rewards: as in `group_advantages`.
+      mask: as in `group_advantages`.
+      scaled: True divides by the group's deviation plus `eps`.
+      ddof: of the deviation.
+      eps: added to the deviation.
+
+    Returns:
+      As `group_advantages`, in reward units unless scaled.
+    """
+    rewards, mask = _checked(rewards, mask)
+    highest_two, _ = jax.lax.top_k(jnp.where(mask, rewards, -jnp.inf), 2)
+    lead = jnp.where(rewards == highest_two[:, :1], highest_two[:, :1] - highest_two[:, 1:], 0.0)
+    if scaled:
+        lead = lead / (_root_mean_square(_centered(rewards, mask, axis=1), mask, axis=1, ddof=ddof) + eps)
+    return _where_variance(rewards, mask, lead)
+
+
+def pass_at_k(k: int) -> Estimator:
+    """Makes the unbiased estimator of the gradient of pass@k (PKPO, Walder and Karkhanis 2025, arXiv:2505.15201).
+
+        A[b, g] = k * r[b, g] * C(G - c, k - 1) / C(G - 1, k - 1),    c the completions of the group that are right
+
+    Right completions share what the group lacked: of the `k - 1` others drawn with one, the share of draws in which
+    none is right. It is the paper's form whose baseline leaves the completion out and draws `k - 1` others, times
+    `G`, since the losses average over the group. Wrong completions get 0. With `k = G` only a sole right one earns, as
+    by `best_minus_second_advantages`, times `G`; with `k = 1` it is the reward without a baseline.
+
+    Args:
+      k: from 1 to `G`.
+
+    Returns:
+      `(rewards [B, G] of 0 and 1, mask) -> [B, G]`; in units of pass@k. A completion counts as right above 0.5.
+      Where the mask leaves fewer than `k`, the group gets 0. It gives no group of equal rewards 0 by itself: with
+      `k = 1`, all right, each earns 1.
+
+    Raises:
+      ValueError: for a `k` below 1; when called, for a group of fewer than `k`.
+    """
+    if k < 1:
+        raise ValueError(f"k is at least 1, got {k}")
+
+    def estimator(rewards: Array, mask: Array | None = None) -> Array:
+        rewards, mask = _checked(rewards, mask)
+        if rewards.shape[1] < k:
+            raise ValueError(f"pass@{k} needs groups of at least {k} completions, got rewards of {rewards.shape}")
+        right = mask & (rewards > 0.5)
+        size = jnp.sum(mask, axis=1, keepdims=True)
+        wrong = size - jnp.sum(right, axis=1, keepdims=True)
+        drawn = jnp.arange(k - 1)  # C(wrong, k - 1) / C(size - 1, k - 1), factor by factor
+        none = jnp.prod(jnp.maximum(wrong[..., None] - drawn, 0) / jnp.maximum(size[..., None] - 1 - drawn, 1), axis=-1)
+        return jnp.where(right & (size >= k), k * none, 0.0)
+
+    return estimator
+
+
+# ----------------------------------------------------------------- of lengths and log-probs
+
+
+def length_weighted_advantages(rewards: Array, mask: Array, experience: Experience) -> Array:
+    """The distance to the mean of the group weighed by lengths (OPO, Hao et al. 2025, arXiv:2505.23585, equation 7).
+
+        A[b, g] = r[b, g] - sum_h n[b, h] r[b, h] / sum_h n[b, h]
+
+    with `n` the tokens that count. The baseline of least variance where the square of a completion's score grows as
+    its length. For `from_experience`.
+
+    Args:
+      rewards: `[B, G]` float.
+      mask: `[B, G]` bool, False where no reward could be given.
+      experience: of which the rollout's mask is read.
+
+    Returns:
+      `[B, G]`, in reward units. A group of equal rewards gets exactly 0.
+    """
+    rewards, mask = _checked(rewards, mask)
+    lengths = jnp.where(mask, jnp.sum(experience.rollout.mask, axis=-1), 0)
+    least = jnp.min(jnp.where(mask, rewards, jnp.inf), axis=1, keepdims=True)
+    above = jnp.where(mask, rewards - least, 0.0)
+    baseline = jnp.sum(lengths * above, axis=1, keepdims=True) / jnp.maximum(jnp.sum(lengths, 1, keepdims=True), 1)
+    return _where_variance(rewards, mask, above - baseline)
+
+
+def optimal_token_advantages(
+    rewards: Array, mask: Array, experience: Experience, *, zero_tail: bool = True, eps: float | Array = 1e-8
+) -> Array:
+    """A baseline of least variance for each position of the group (OTB, 2026, arXiv:2602.07078).
+
+        w[t]    = 1 - 2 p_old[t] + sum_v p_old[t, v]^2        the square of the score of the token's logits
+        W[g, t] = sum of w[g, s] over the tokens s <= t of completion g that count
+        b[t]    = sum_g W[g, t] r[g] / (sum_g W[g, t] + eps)  over completions that have a token that counts at t
+        A[g, t] = r[g] - b[t]
+
+    For `from_experience`; needs `make_train_step(..., score_old=True)`. verl's `optimal_token_baseline` for a reward at
+    the end of the completion; verl gives the tail of a group of equal rewards the reward itself, here it gets 0.
+
+    Args:
+      rewards: `[B, G]` float.
+      mask: `[B, G]` bool, False where no reward could be given.
+      experience: of which `old_log_probs` and `old_collision` are read.
+      zero_tail: True has a baseline of 0 behind the end of the second longest completion, as in verl, where the
+        longest one's own reward would be its baseline; False leaves that, so that those tokens get about 0.
+      eps: added to the sum of weights.
+
+    Returns:
+      `[B, G, T]`, in reward units.
+
+    Raises:
+      ValueError: without `old_collision`.
+    """
+    rewards, mask = _checked(rewards, mask)
+    if experience.old_log_probs is None or experience.old_collision is None:
+        raise ValueError("optimal_token_advantages needs what make_train_step(..., score_old=True) scores")
+    counted = experience.rollout.mask & mask[..., None]
+    square = 1 - 2 * jnp.exp(jnp.where(counted, experience.old_log_probs, 0.0)) + experience.old_collision
+    weight = jnp.where(counted, jnp.cumsum(jnp.where(counted, square, 0.0), axis=-1), 0.0)
+    total = jnp.sum(weight, axis=1, keepdims=True)
+    baseline = jnp.sum(weight * rewards[..., None], axis=1, keepdims=True) / (total + eps)
+    if zero_tail:
+        baseline = jnp.where(jnp.sum(counted, axis=1, keepdims=True) > 1, baseline, 0.0)
+    varies = has_variance(rewards, mask)[:, None, None]
+    return jnp.where(counted & varies, rewards[..., None] - baseline, 0.0)
+
+
 # ---------------------------------------------------------- rewards of steps and tokens
 
 
@@ -267,6 +415,78 @@ def from_function(
     return from_rewards(function, weights=weights, names=names)
 
 
+def reinforce_plus_plus(
+    beta: float | Array = 0.0,
+    *,
+    gamma: float | Array = 1.0,
+    estimate: KLEstimate = kl_k1,
+    ddof: int = 0,
+    eps: float | Array = 1e-8,
+    weights: Weights | None = None,
+    names: Sequence[str] | None = None,
+) -> Advantage:
+    """The reward less the divergence still to come, normalised over all tokens (REINFORCE++, arXiv:2501.03262).
+
+        R[t] = r at the last token that counts, else 0, - beta * estimate(log p[t], log ref[t])     (equation 4)
+        G[t] = sum over s >= t of gamma^(s - t) R[s], over tokens that count
+        A[t] = (G[t] - mean(G)) / (std(G) + eps)            over the tokens that count of the batch  (equation 5)
+
+    (Hu et al. 2025.) It knows no groups. `p` is the policy that sampled, as in `kl_cost`. Tokens that the policy did
+    not write take no step of the discount, as in verl, which normalises with the sample's variance (`ddof=1`).
+
+    Args:
+      beta: weight of the divergence, at least 0; above 0 it needs a reference.
+      gamma: discount per token.
+      estimate: of the divergence; `kl_k1` in the paper.
+      ddof: of the deviation.
+      eps: added to the deviation.
+      weights: as in `from_rewards`.
+      names: as in `from_rewards`.
+
+    Returns:
+      As `from_rewards`, with advantages `[B, G, T]`. A batch of equal returns gets exactly 0.
+
+    Raises:
+      ValueError: for a `beta` below 0; when called, above 0 without `ref_log_probs`.
+    """
+    if isinstance(beta, int | float) and not beta >= 0:
+        raise ValueError(f"beta is at least 0, got {beta}")
+
+    def advantage(experience: Experience) -> tuple[Array, Metrics]:
+        total, scored = total_reward(experience, weights)
+        metrics = reward_metrics(experience, total, scored, names)
+        counted = experience.rollout.mask & scored[..., None]
+        T = counted.shape[-1]
+        last = jnp.max(jnp.where(counted, jnp.arange(T), -1), axis=-1, keepdims=True)
+        per_step = jnp.where(jnp.arange(T) == last, total[..., None], 0.0)
+        if not (isinstance(beta, int | float) and beta == 0):
+            kl = _token_kl(experience, estimate)
+            per_step = per_step - beta * kl
+            metrics = metrics | _moments("cost", beta * jnp.sum(jnp.where(counted, kl, 0.0), axis=-1), scored)
+        returns = _over_counted(per_step, counted, gamma)
+        row = (1, -1)  # the tokens of the batch are one group
+        centered = _centered(returns.reshape(row), counted.reshape(row), axis=None)
+        deviation = _root_mean_square(centered, counted.reshape(row), axis=None, ddof=ddof)
+        varies = has_variance(returns.reshape(row), counted.reshape(row))
+        normalised = jnp.where(varies, centered / (deviation + eps), 0.0).reshape(counted.shape)
+        return jnp.where(counted, normalised, 0.0), metrics
+
+    return advantage
+
+
+def _over_counted(rewards: Array, counted: Array, gamma: float | Array) -> Array:
+    """`rewards_to_go` that passes tokens that do not count without a step of the discount."""
+
+    def earlier(later: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, counts = step
+        total = jnp.where(counts, reward + gamma * later, later)
+        return total, total
+
+    steps = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, counted))
+    _, to_go = jax.lax.scan(earlier, jnp.zeros_like(rewards[..., 0]), steps, reverse=True)
+    return jnp.moveaxis(to_go, 0, -1)
+
+
 def from_normalised_rewards(
     *,
     weights: Weights | None = None,
@@ -325,14 +545,18 @@ def kl_cost(beta: float | Array, *, estimate: KLEstimate = kl_k1) -> Cost:
         raise ValueError(f"beta is at least 0, got {beta}")
 
     def cost(experience: Experience) -> Array:
-        rollout, ref = experience.rollout, experience.ref_log_probs
-        if ref is None:
-            raise ValueError("a KL cost needs a reference policy: init_state(..., reference=True)")
-        log_probs = rollout.log_probs if experience.old_log_probs is None else experience.old_log_probs
-        kl = estimate(jnp.where(rollout.mask, log_probs, 0.0), jnp.where(rollout.mask, ref, 0.0))
-        return beta * jnp.sum(kl, axis=-1)
+        return beta * jnp.sum(_token_kl(experience, estimate), axis=-1)
 
     return cost
+
+
+def _token_kl(experience: Experience, estimate: KLEstimate) -> Array:
+    """From the policy that sampled to the reference, `[B, G, T]`; 0 where a token does not count."""
+    rollout, ref = experience.rollout, experience.ref_log_probs
+    if ref is None:
+        raise ValueError("a KL cost needs a reference policy: init_state(..., reference=True)")
+    log_probs = rollout.log_probs if experience.old_log_probs is None else experience.old_log_probs
+    return estimate(jnp.where(rollout.mask, log_probs, 0.0), jnp.where(rollout.mask, ref, 0.0))
 
 
 def total_reward(experience: Experience, weights: Weights | None = None) -> tuple[Array, Array]:

@@ -33,7 +33,17 @@ def trim(experience: Experience, *, multiple: int = 64) -> Experience:
         per_token = {name: getattr(held, name) for name in names}
         return held._replace(**{name: x[..., :width] for name, x in per_token.items() if x is not None and x.ndim == 3})
 
-    experience = cut(experience, "old_log_probs", "ref_log_probs", "advantages", "old_entropy", "weights")
+    experience = cut(
+        experience,
+        "old_log_probs",
+        "ref_log_probs",
+        "advantages",
+        "old_entropy",
+        "weights",
+        "old_collision",
+        "high_covariance",
+        "environment_mask",
+    )
     return experience._replace(rollout=cut(rollout, "tokens", "mask", "log_probs"))
 
 

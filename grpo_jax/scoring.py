@@ -26,6 +26,7 @@ def score(
 
         log_probs[b, g, t] = log softmax(logits[b, g, t] / temperature)[tokens[b, g, t]]
         entropy[b, g, t]   = -sum_v p[v] log p[v],  p = softmax(logits[b, g, t] / temperature)
+        collision[b, g, t] = sum_v p[v]^2
 
     Runs the network code that the sampler runs, with each prompt read once for
     its group. The head is applied to about `chunk_tokens` tokens at a time, and
@@ -38,7 +39,7 @@ def score(
       packing: several completions in a row, so that little padding is computed; what
         comes out is the same, to rounding. See `packing.pack`.
       temperature: the one that the rollout was sampled at.
-      entropy: False leaves it out.
+      entropy: False leaves it and `collision` out.
       chunk_tokens: tokens whose logits are held at a time.
 
     Returns:
@@ -59,7 +60,7 @@ def score(
     hidden, _ = policy.extend(params, read, positions, prompt_cache, segments=segments)
 
     @jax.checkpoint
-    def score_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array | None]:
+    def score_chunk(hidden: Array, tokens: Array) -> Scores:
         shape = tokens.shape
         # In rows: XLA sums over the last of four axes with a scratch of five times the array on CPUs.
         hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
@@ -68,19 +69,18 @@ def score(
         log_probs = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
         log_probs = log_probs.reshape(shape)
         if not entropy:
-            return log_probs, None
+            return Scores(log_probs)
         probs = jax.nn.softmax(logits)
         # A network may rule a token out by a logit of -inf; 0 * -inf is NaN.
         entropies = normaliser - jnp.sum(probs * jnp.where(probs > 0, logits, 0.0), axis=-1)
-        return log_probs, entropies.reshape(shape)
+        collision = jnp.sum(probs**2, axis=-1)
+        return Scores(log_probs, entropies.reshape(shape), collision.reshape(shape))
 
     # Chunks are cut along the rows, which leaves the axis that devices share, B, in one piece.
     rows, length = tokens.shape[1:]
     width = min(length, max(1, chunk_tokens // (B * rows)))
     chunks = -(-length // width)
-    log_probs, entropies = jax.lax.map(
-        lambda chunk: score_chunk(*chunk), (_cut(hidden, chunks, width), _cut(tokens, chunks, width))
-    )
+    scores = jax.lax.map(lambda chunk: score_chunk(*chunk), (_cut(hidden, chunks, width), _cut(tokens, chunks, width)))
 
     def join(chunks: Array) -> Array:
         joined = jnp.moveaxis(chunks, 0, 2).reshape(B, rows, -1)[..., :length]
@@ -88,7 +88,7 @@ def score(
             joined = _take(joined, packing.starts[..., None] + jnp.arange(T))
         return jnp.where(held, joined, 0.0)
 
-    return Scores(join(log_probs), join(entropies) if entropy else None)
+    return jax.tree.map(join, scores)
 
 
 def decoder_inputs(prompts: Prompts, tokens: Array, lengths: Array) -> tuple[Array, Array]:

@@ -88,7 +88,7 @@ def make_train_step(
       transforms: as in `make_learn`.
       updates: iterations, minibatches, micro-batches and the clipping of gradients.
       score_old: True scores the policy that sampled also for a single update: where the params change between
-        `collect` and `learn`, or for a transform that reads `old_log_probs` or `old_entropy`.
+        `collect` and `learn`, or for what reads `old_log_probs`, `old_entropy` or `old_collision`.
     """
     return Step(
         make_collect(
@@ -120,7 +120,7 @@ def make_collect(
       policy: as in `make_train_step`.
       sampler: as in `make_train_step`.
       reward: as in `make_train_step`.
-      score_old: True fills `old_log_probs` and `old_entropy`.
+      score_old: True fills `old_log_probs`, `old_entropy` and `old_collision`.
       score_parts: parts of the batch for which that is done, one after the other to save memory; a divisor of `B`.
     """
 
@@ -141,7 +141,9 @@ def make_collect(
                     rollout,
                     score_parts,
                 )
-            experience = experience._replace(old_log_probs=old.log_probs, old_entropy=old.entropy)
+            experience = experience._replace(
+                old_log_probs=old.log_probs, old_entropy=old.entropy, old_collision=old.collision
+            )
         return experience
 
     return collect

@@ -50,6 +50,7 @@ class Scores(NamedTuple):
 
     log_probs: Array  # [B, G, T] float32, 0 on padding
     entropy: Array | None = None  # [B, G, T] float32 nats, of the distribution that the token was drawn from
+    collision: Array | None = None  # [B, G, T] float32, sum_v p_v^2 of that distribution
 
 
 class Packing(NamedTuple):
@@ -69,6 +70,7 @@ class Experience(NamedTuple):
     ref_log_probs: Array | None = None  # [B, G, T] float32, of the reference policy
     advantages: Array | None = None  # [B, G] or [B, G, T] float32
     old_entropy: Array | None = None  # [B, G, T] float32 nats, of the policy that sampled
+    old_collision: Array | None = None  # [B, G, T] float32, sum_v p_v^2 of the policy that sampled
     weights: Array | None = None  # [B, G, T] float32, what the gain of each token is multiplied by
     token_share: Array | None = None  # [B] float32, tokens of the rollout that count over prompts
     high_covariance: Array | None = None  # [B, G, T] bool, tokens that the entropy falls by: `losses.covariant_kl`

@@ -1,6 +1,7 @@
 """Advantages, against their formulas in plain Python."""
 
 import functools
+import itertools
 import statistics
 
 import jax
@@ -14,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from grpo_jax.advantages import (
     batch_normalised_advantages,
     batch_scaled_advantages,
+    best_minus_second_advantages,
     centered_advantages,
     from_experience,
     from_function,
@@ -22,7 +24,12 @@ from grpo_jax.advantages import (
     group_advantages,
     kl_cost,
     leave_one_out_advantages,
+    length_weighted_advantages,
+    max_rl_advantages,
+    optimal_token_advantages,
+    pass_at_k,
     process_advantages,
+    reinforce_plus_plus,
     reward_metrics,
     rewards_to_go,
     total_reward,
@@ -586,3 +593,137 @@ def test_reward_metrics_serve_an_advantage_that_is_written_whole():
 
     expected = from_rewards(centered_advantages, names=("a", "b"))(experience)[1]
     assert summary(whole(experience)[1]) == summary(expected)
+
+
+# ------------------------------------------------ of the best, of what is right, of lengths and log-probs
+
+
+def test_max_rl_is_the_distance_in_units_of_the_mean():
+    rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0] * 4, [1.0] * 4, [0.5, 0.25, 0.0, 0.0]]
+    expected = [[(r - mean(row)) / mean(row) if len(set(row)) > 1 else 0.0 for r in row] for row in rewards]
+    np.testing.assert_allclose(max_rl_advantages(jnp.array(rewards)), expected, rtol=1e-6)
+    mask = jnp.array([[True, True, False, False]])
+    np.testing.assert_allclose(max_rl_advantages(jnp.array([[1.0, 0.0, 7.0, 7.0]]), mask), [[1.0, -1.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_only_the_best_of_a_group_earns_its_lead_over_the_second(scaled):
+    rewards = [[1.0, 4.0, 2.0, 2.5], [1.0, 1.0, 0.0, 0.0], [-3.0, -1.0, -2.0, -5.0], [2.0] * 4]
+    mask = [[True] * 4, [True] * 4, [True, False, True, True], [True] * 4]
+    actual = best_minus_second_advantages(jnp.array(rewards), jnp.array(mask), scaled=scaled)
+    for row, kept, advantages in zip(rewards, mask, actual, strict=True):
+        seen = [r for r, k in zip(row, kept, strict=True) if k]
+        deviation = sample(seen) + 1e-6 if scaled else 1.0
+        for r, k, a in zip(row, kept, advantages, strict=True):
+            lead = max(0.0, r - max(of_others(r, seen))) / deviation if k else 0.0
+            np.testing.assert_allclose(a, lead, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_pass_at_k_is_an_unbiased_gradient_of_pass_at_k(k):
+    """Over all outcomes of a group of 5, each right with probability p: the slope of 1 - (1 - p)^k."""
+    G, p = 5, 0.3
+    outcomes = np.array(list(itertools.product([0.0, 1.0], repeat=G)))
+    advantages = np.asarray(pass_at_k(k)(jnp.asarray(outcomes, jnp.float32)))
+    probability = np.prod(np.where(outcomes == 1, p, 1 - p), axis=1)
+    score = np.where(outcomes == 1, 1 / p, -1 / (1 - p))  # the slope of the log-probability of an outcome
+    estimate = np.sum(probability * np.mean(advantages * score, axis=1))
+    np.testing.assert_allclose(estimate, k * (1 - p) ** (k - 1), rtol=1e-5)
+    if k == G:
+        np.testing.assert_allclose(advantages, G * best_minus_second_advantages(jnp.asarray(outcomes, jnp.float32)))
+
+
+def test_pass_at_k_leaves_unscored_completions_out():
+    rewards = jnp.array([[1.0, 0.0, 0.0, 1.0, 9.0], [1.0, 1.0, 9.0, 9.0, 9.0]])
+    mask = rewards < 9
+    actual = pass_at_k(3)(rewards, mask)
+    np.testing.assert_allclose(actual[0, :4], pass_at_k(3)(rewards[:1, :4])[0])
+    np.testing.assert_array_equal(actual[0, 4:], 0.0)
+    np.testing.assert_array_equal(actual[1], 0.0)  # two are too few
+
+
+def test_pass_at_k_refuses_what_it_cannot_draw():
+    with pytest.raises(ValueError, match="k is at least 1, got 0"):
+        pass_at_k(0)
+    with pytest.raises(ValueError, match="pass@4 needs groups of at least 4"):
+        pass_at_k(4)(jnp.ones((2, 3)))
+
+
+def experience_with_tokens(seed=0, B=3, G=4, T=6):
+    """Tokens that count, with a hole, and what the old policy says of them."""
+    rng = np.random.default_rng(seed)
+    mask = np.arange(T) < rng.integers(1, T, (B, G))[..., None]
+    mask[0, 0], mask[0, 0, 1] = True, False
+    probs = rng.dirichlet(np.ones(5), (B, G, T))
+    experience = experience_of(rng.integers(0, 2, (B, G, 1)).astype(float))
+    rollout = experience.rollout._replace(mask=jnp.asarray(mask), log_probs=jnp.zeros(mask.shape))
+    return experience._replace(
+        rollout=rollout,
+        old_log_probs=jnp.asarray(np.where(mask, np.log(probs[..., 0]), 0.0), jnp.float32),
+        old_collision=jnp.asarray(np.sum(probs**2, -1), jnp.float32),
+        ref_log_probs=jnp.asarray(np.where(mask, np.log(probs[..., 1]), 0.0), jnp.float32),
+    ), probs
+
+
+def test_opo_subtracts_the_mean_weighed_by_lengths():
+    experience, _ = experience_with_tokens()
+    lengths, rewards = np.asarray(experience.rollout.mask).sum(-1), np.asarray(experience.rewards)[..., 0]
+    mask = np.ones(rewards.shape, bool)
+    mask[1, 2] = False
+    actual = length_weighted_advantages(jnp.asarray(rewards), jnp.asarray(mask), experience)
+    for b in range(3):
+        n, r = lengths[b, mask[b]], rewards[b, mask[b]]
+        expected = np.where(mask[b], rewards[b] - np.sum(n * r) / np.sum(n), 0.0)
+        np.testing.assert_allclose(actual[b], expected if len(set(r)) > 1 else 0.0, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("zero_tail", [True, False])
+def test_the_optimal_token_baseline_weighs_by_the_squared_score_of_the_logits(zero_tail):
+    """The score of a token's logits is `e_token - p`; its square is summed here over the vocabulary."""
+    experience, probs = experience_with_tokens()
+    rewards = np.asarray(experience.rewards)[..., 0].copy()
+    rewards[:, 0], rewards[:, 1] = 1.0, 0.0
+    counted = np.asarray(experience.rollout.mask)
+    square = np.sum((np.eye(5)[0] - probs) ** 2, axis=-1)
+    actual = optimal_token_advantages(
+        jnp.asarray(rewards), jnp.ones(rewards.shape, bool), experience, zero_tail=zero_tail
+    )
+    tails = 0
+    for b, g, t in np.ndindex(*counted.shape):
+        there = [h for h in range(4) if counted[b, h, t]]
+        energy = {h: sum(square[b, h, s] for s in range(t + 1) if counted[b, h, s]) for h in there}
+        baseline = sum(energy[h] * rewards[b, h] for h in there) / max(sum(energy.values()), 1e-12)
+        if len(there) == 1 and zero_tail:
+            baseline, tails = 0.0, tails + 1
+        expected = rewards[b, g] - baseline if counted[b, g, t] else 0.0
+        np.testing.assert_allclose(actual[b, g, t], expected, rtol=1e-5, atol=1e-6)
+    assert tails or not zero_tail
+
+
+def test_the_optimal_token_baseline_needs_the_old_policys_scores():
+    experience, _ = experience_with_tokens()
+    with pytest.raises(ValueError, match="score_old=True"):
+        optimal_token_advantages(jnp.ones((3, 4)), jnp.ones((3, 4), bool), experience._replace(old_collision=None))
+
+
+@pytest.mark.parametrize(("beta", "gamma"), [(0.0, 1.0), (0.1, 1.0), (0.3, 0.9)])
+def test_reinforce_plus_plus_normalises_the_reward_less_the_divergence_still_to_come(beta, gamma):
+    experience, _ = experience_with_tokens()
+    counted, rewards = np.asarray(experience.rollout.mask), np.asarray(experience.rewards)[..., 0]
+    kl = np.asarray(experience.old_log_probs - experience.ref_log_probs, np.float64)
+    returns = np.zeros(counted.shape)
+    for b, g in np.ndindex(3, 4):
+        places = np.flatnonzero(counted[b, g])
+        later = 0.0
+        for t in reversed(places):
+            later = (rewards[b, g] if t == places[-1] else 0.0) - beta * kl[b, g, t] + gamma * later
+            returns[b, g, t] = later
+    seen = returns[counted]
+    expected = np.where(counted, (returns - seen.mean()) / (seen.std() + 1e-8), 0.0)
+    actual, metrics = reinforce_plus_plus(beta, gamma=gamma)(experience)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert ("cost" in metrics) == (beta > 0)
+    with pytest.raises(ValueError, match="reference"):
+        reinforce_plus_plus(0.1)(experience._replace(ref_log_probs=None))
+    with pytest.raises(ValueError, match="beta is at least 0, got -1"):
+        reinforce_plus_plus(-1)

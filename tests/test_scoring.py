@@ -98,18 +98,30 @@ def test_scored_log_probs_are_those_that_were_sampled(family, temperature):
     np.testing.assert_allclose(scores.log_probs, rollout.log_probs, atol=1e-4)
 
 
+def test_the_collision_is_the_sum_of_squared_probabilities():
+    policy, params = policy_and_params()
+    rollout = rolled_out()
+    probs = jax.nn.softmax(all_logits(policy, params, rollout) / 0.7, axis=-1)
+    collision = score(policy, params, rollout, temperature=0.7).collision
+    held = np.arange(T) < np.asarray(rollout.lengths)[..., None]
+    np.testing.assert_allclose(collision, np.where(held, np.sum(np.asarray(probs) ** 2, -1), 0.0), rtol=1e-5)
+
+
 def test_without_entropy_the_log_probs_are_the_same():
     with_entropy = score(HEAD, HEAD_PARAMS, rolled_out())
     without = score(HEAD, HEAD_PARAMS, rolled_out(), entropy=False)
     assert without.entropy is None
+    assert without.collision is None
     np.testing.assert_array_equal(without.log_probs, with_entropy.log_probs)
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.grad], ids=["value", "gradient"])
 def test_entropy_that_is_not_used_costs_nothing_under_jit(transform):
+    rollout = rolled_out()  # not sampled in the program that is measured
+
     def cost(entropy):
         def total(params):
-            return jnp.sum(score(HEAD, params, rolled_out(), entropy=entropy, chunk_tokens=2 * B * G).log_probs)
+            return jnp.sum(score(HEAD, params, rollout, entropy=entropy, chunk_tokens=2 * B * G).log_probs)
 
         analysis = jax.jit(transform(total)).lower(HEAD_PARAMS).compile().cost_analysis()
         return analysis["flops"], analysis["transcendentals"]

@@ -227,7 +227,7 @@ def squared_policy_gradient(beta: Number) -> Surrogate:
         gain = A * log_prob - beta / 2 * (log ratio)^2
 
     The weight of a token's gradient is `1 - beta * log_ratio / A`: the gain is largest where the log-ratio is
-    `A / beta`. The form is that of verl's and Tinker's `dro`. (The paper learns the baseline of `A` as a value.)
+    `A / beta`. The form is that of verl's `dro`. (The paper learns the baseline of `A` as a value.)
     A weight of the rollout multiplies both terms, as in verl.
 
     Args:

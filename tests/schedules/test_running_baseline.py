@@ -1,0 +1,146 @@
+"""Baselines kept from step to step, against their rules in plain Python, and what a restart does to them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax import losses, sampling
+from grpo_jax.policies import from_logits_fn
+from grpo_jax.run import checkpoint
+from grpo_jax.schedules import Scheduled, running_baseline
+from grpo_jax.testing import random_prompts
+from grpo_jax.train_step import make_train_step
+from grpo_jax.types import Experience, Prompts, Rollout
+from grpo_jax.updates import init_state
+
+V = 9
+POLICY = from_logits_fn(
+    lambda params, tokens, mask: params["table"][tokens], init=lambda key: {"table": jax.random.normal(key, (V, V))}
+)
+
+
+def rows_of(experience):
+    return experience.rollout.prompts.info
+
+
+def experience_of(rewards, rows, given=None):
+    """Rewards `[B, G]` of these rows."""
+    rewards = jnp.asarray(rewards, jnp.float32)
+    given = jnp.ones(rewards.shape, bool) if given is None else jnp.asarray(given)
+    B, G = rewards.shape
+    empty = jnp.zeros((B, G, 1))
+    prompts = Prompts(jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32), jnp.asarray(rows))
+    rollout = Rollout(prompts, empty, empty[..., 0], empty > 0, empty, empty[..., 0] > 0)
+    return Experience(rollout, rewards=rewards[..., None], reward_mask=given[..., None])
+
+
+STEPS = [  # rewards of two prompts, which rows they are, and one that is not given
+    ([[1.0, 0.0], [1.0, 1.0]], [3, 0], [[True, True], [True, True]]),
+    ([[0.0, 0.0], [1.0, 0.0]], [3, 1], [[True, False], [True, True]]),
+    ([[1.0, 1.0], [0.0, 1.0]], [0, 0], [[True, True], [True, True]]),  # one row twice
+]
+
+
+def test_spo_is_a_beta_that_forgets():
+    """Alpha and beta of the paper, one prompt at a time."""
+    alpha, beta = np.full(4, 1.5), np.full(4, 0.5)
+    running = running_baseline.init(4, value=0.75, count=2.0)
+    for rewards, rows, given in STEPS:
+        np.testing.assert_allclose(running_baseline.baseline(running), alpha / (alpha + beta), rtol=1e-6)
+        distance = np.asarray(rewards) - (alpha / (alpha + beta))[rows][:, None]
+        kept = distance[np.asarray(given)]
+        expected = np.where(given, (distance - kept.mean()) / (kept.std() + 1e-8), 0.0)
+        experience = experience_of(rewards, rows, given)
+        advantages, metrics = running_baseline.spo(running, rows_of)(experience)
+        np.testing.assert_allclose(advantages, expected, atol=1e-5)
+        assert "reward" in metrics
+        running = running_baseline.observe(running, experience, rows_of, decay=0.9)
+        for row in set(rows):
+            seen = [
+                r
+                for row_, of_one, mask in zip(rows, rewards, given, strict=True)
+                for r, kept in zip(of_one, mask, strict=True)
+                if row_ == row and kept
+            ]
+            alpha[row] = 0.9 * alpha[row] + sum(seen)
+            beta[row] = 0.9 * beta[row] + len(seen) - sum(seen)
+    np.testing.assert_allclose(running_baseline.baseline(running), alpha / (alpha + beta), rtol=1e-6)
+    assert running_baseline.baseline(running)[2] == 0.75  # never seen
+
+
+def test_rae_is_an_exponential_average_per_role():
+    expected = {0: 0.0, 1: 0.0}
+    running = running_baseline.init(2)
+    for rewards, roles in (([[1.0], [-1.0]], [0, 1]), ([[1.0], [0.5]], [0, 0]), ([[-1.0], [1.0]], [1, 0])):
+        experience = experience_of(rewards, roles)
+        advantages, _ = running_baseline.rae(running, rows_of)(experience)
+        distances = [r[0] - expected[role] for r, role in zip(rewards, roles, strict=True)]
+        np.testing.assert_allclose(advantages[:, 0], distances, rtol=1e-6)
+        running = running_baseline.follow(running, experience, rows_of, decay=0.8)
+        for role in set(roles):
+            seen = [r[0] for r, other in zip(rewards, roles, strict=True) if other == role]
+            expected[role] = 0.8 * expected[role] + 0.2 * sum(seen) / len(seen)
+        np.testing.assert_allclose(running_baseline.baseline(running), list(expected.values()), rtol=1e-6)
+
+
+def test_a_decay_of_1_is_the_mean_of_all_rewards():
+    running = running_baseline.init(1)
+    rewards = np.random.default_rng(0).normal(size=(5, 1, 3))
+    for of_step in rewards:
+        running = running_baseline.observe(running, experience_of(of_step, [0]), rows_of, decay=1.0)
+    np.testing.assert_allclose(running_baseline.baseline(running), [rewards.mean()], rtol=1e-5)
+
+
+def test_refuses_what_is_out_of_range():
+    running, experience = running_baseline.init(1), experience_of([[1.0]], [0])
+    with pytest.raises(ValueError, match=r"decay is from 0 to 1, got 1\.5"):
+        running_baseline.observe(running, experience, rows_of, decay=1.5)
+    with pytest.raises(ValueError, match="decay is from 0 to 1, got -1"):
+        running_baseline.follow(running, experience, rows_of, decay=-1)
+    with pytest.raises(ValueError, match="at least 1 baseline, got 0"):
+        running_baseline.init(0)
+    with pytest.raises(ValueError, match="count is at least 0, got -1"):
+        running_baseline.init(1, count=-1)
+
+
+def test_a_resumed_run_has_the_baselines_of_one_that_was_not_stopped(tmp_path):
+    """Two steps, a checkpoint, and the third from it, to the same bits."""
+
+    def reward(rollout):
+        share = jnp.sum((rollout.tokens == 2) & rollout.mask, axis=-1) / rollout.lengths
+        return share[..., None], jnp.ones((*share.shape, 1), bool)
+
+    optimizer = optax.adam(0.1)
+    step = make_train_step(
+        POLICY,
+        optimizer,
+        sampling.sampler(group_size=1, max_tokens=4, eos_ids=(1,)),
+        reward=reward,
+        advantage=Scheduled(lambda n, running: running_baseline.spo(running, rows_of)),
+        loss=losses.reinforce(),
+    )
+
+    @jax.jit
+    def whole(state):
+        prompts = random_prompts(0, 4, 3, V)._replace(info=jnp.array([2, 0, 2, 1]))
+        experience = step.collect(state, prompts)
+        state, _ = step.learn(state, experience)
+        return state._replace(extra=running_baseline.observe(state.extra, experience, rows_of, decay=0.9))
+
+    start = init_state(
+        POLICY.init(jax.random.key(0)), optimizer, jax.random.key(0), extra=running_baseline.init(3, value=0.5, count=1)
+    )
+    two = whole(whole(start))
+    with checkpoint.manager(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, two, {})
+        resumed, _ = checkpoint.restore(checkpoints, start)
+    straight, continued = whole(two), whole(resumed)
+    assert np.all(np.asarray(running_baseline.baseline(straight.extra)) != 0.5)
+    for a, b in zip(
+        jax.tree.leaves((straight.params, straight.extra)),
+        jax.tree.leaves((continued.params, continued.extra)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
