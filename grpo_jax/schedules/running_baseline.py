@@ -30,7 +30,7 @@ class RunningBaseline(NamedTuple):
     """A discounted sum of rewards and of their number; the baseline is the first over the second."""
 
     total: Array  # [N] float32, in reward units
-    count: Array  # [N] float32
+    number: Array  # [N] float32, of rewards, those of long ago discounted
 
 
 def init(size: int, *, value: Number = 0.0, count: Number = 0.0) -> RunningBaseline:
@@ -52,7 +52,7 @@ def init(size: int, *, value: Number = 0.0, count: Number = 0.0) -> RunningBasel
 
 def baseline(running: RunningBaseline) -> Array:
     """`[N]`, in reward units; 0 where nothing has been seen."""
-    return jnp.where(running.count > 0, running.total / jnp.where(running.count > 0, running.count, 1.0), 0.0)
+    return jnp.where(running.number > 0, running.total / jnp.where(running.number > 0, running.number, 1.0), 0.0)
 
 
 def observe(
@@ -65,10 +65,10 @@ def observe(
 ) -> RunningBaseline:
     """The baselines after an experience.
 
-        total' = decay * total + sum of the rewards        count' = decay * count + number of the rewards
+        total' = decay * total + sum of the rewards        number' = decay * number + how many they are
 
     of those that were seen; the others stay. SPO's tracker (Xu and Ding 2025, arXiv:2509.13232, equations 4 and 5)
-    is this with `total = alpha` and `count = alpha + beta` for rewards of 0 and 1: an average that forgets. The paper
+    is this with `total = alpha` and `number = alpha + beta` for rewards of 0 and 1: an average that forgets. The paper
     lets the decay follow the divergence from the policy that saw the prompt last, `2^(-D / D_half)`; give it as
     `decay [N]`.
 
@@ -88,7 +88,7 @@ def observe(
     seen = count > 0
     return RunningBaseline(
         jnp.where(seen, decay * running.total + total, running.total),
-        jnp.where(seen, decay * running.count + count, running.count),
+        jnp.where(seen, decay * running.number + count, running.number),
     )
 
 
@@ -124,7 +124,7 @@ def follow(
     moved = decay * baseline(running) + (1 - decay) * total / jnp.where(seen, count, 1.0)
     return RunningBaseline(
         jnp.where(seen, moved, running.total),
-        jnp.where(seen, 1.0, running.count),
+        jnp.where(seen, 1.0, running.number),
     )
 
 
