@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ import numpy as np
 from grpo_jax.data.batches import bucket
 from grpo_jax.data.between_turns import Between, between_texts
 from grpo_jax.environments import Failure, Message, Respond, Turn, answers
-from grpo_jax.policies import Cache, Policy, PromptCache
+from grpo_jax.policies import Policy, PromptCache
 from grpo_jax.sampling import stopping
-from grpo_jax.sampling.batch import live_columns
-from grpo_jax.sampling.drawing import completion_keys, is_any, next_token
+from grpo_jax.sampling.drawing import completion_keys
 from grpo_jax.sampling.samplers import PolicySampler
+from grpo_jax.sampling.turn_decoding import Rows, Written, decode_turns, read_texts
 from grpo_jax.types import Array, Number, Params, PRNGKey, Prompts, Rollout, Turns
 
 if TYPE_CHECKING:
@@ -132,24 +132,6 @@ def conversations(
 # ------------------------------------------------------------------------------ on the device
 
 
-class _Rows(NamedTuple):
-    """The conversations at work, in the shape of the cache."""
-
-    last: Array  # [B, G] int32, the token to be read next
-    t: Array  # [B, G] int32, tokens so far
-    stopping: Array | None  # [B, G] int32, what of a stop string has come
-    cache: Cache
-
-
-class _Written(NamedTuple):
-    """What was decoded at one go."""
-
-    tokens: Array  # [B, G, T] int32
-    log_probs: Array  # [B, G, T] float32
-    counts: Array  # [B, G] int32
-    ended: Array  # [B, G] bool, by an end token or a stop string
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(policy: Policy, params: Params, prompts: Prompts) -> tuple[Params, PromptCache]:
     params = policy.cast(params)
@@ -157,95 +139,32 @@ def _prefill(policy: Policy, params: Params, prompts: Prompts) -> tuple[Params, 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _no_conversations(policy: Policy, shape: tuple[int, int], columns: int, stop: stopping.StopStrings | None) -> _Rows:
+def _no_conversations(policy: Policy, shape: tuple[int, int], columns: int, stop: stopping.StopStrings | None) -> Rows:
     last, t = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
-    return _Rows(last, t, stopping.start(stop, shape), policy.init_cache(*shape, columns))
+    return Rows(last, t, stopping.start(stop, shape), policy.init_cache(*shape, columns))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _read(
-    policy: Policy, sampler: PolicySampler, params: Params, prompt_cache: PromptCache, lengths: Array, rows: _Rows,
-    texts: Array, counts: Array,
-) -> _Rows:  # fmt: skip
-    """Reads what environments answered, `counts [B, G]` of `texts [B, G, S]`; 0 changes nothing of a conversation."""
-    reading = jnp.concatenate([rows.last[..., None], texts[..., :-1]], axis=-1)
-    places = jnp.arange(texts.shape[-1])
-    positions = jnp.where(
-        places < counts[..., None], lengths[..., None] - 1 + rows.t[..., None] + places, _nowhere(sampler, lengths)
-    )
-    _, cache = policy.extend(params, reading, positions, prompt_cache, rows.cache)
-    last = jnp.take_along_axis(texts, jnp.maximum(counts - 1, 0)[..., None], axis=-1)[..., 0]
-    return _Rows(
-        last=jnp.where(counts > 0, last, rows.last),
-        t=rows.t + counts,
-        stopping=None if rows.stopping is None else jnp.where(counts > 0, 0, rows.stopping),
-        cache=cache,
-    )
+_read = jax.jit(read_texts, static_argnums=0, donate_argnums=5)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
 def _decode(
     policy: Policy, sampler: PolicySampler, params: Params, prompt_cache: PromptCache, lengths: Array, keys: PRNGKey,
-    rows: _Rows, active: Array, enough: Array,
-) -> tuple[_Rows, _Written]:  # fmt: skip
-    """Decodes the `active [B, G]` conversations until `enough []` turns have ended, or the cache is to be compacted."""
+    rows: Rows, active: Array, enough: Array,
+) -> tuple[Rows, Written]:  # fmt: skip
     T = sampler.max_tokens
-    # A conversation's tokens may lie anywhere in its columns, with gaps where others were at work.
-    cache = policy.compact(rows.cache, jnp.where(active, lengths - 1 + rows.t, 0))
-    empty = jnp.zeros((*active.shape, T), jnp.int32)
-    written = _Written(empty, empty.astype(jnp.float32), jnp.zeros_like(rows.t), jnp.zeros_like(active))
-    Carry = tuple[Array, Array, _Rows, _Written]
-
-    def unfinished(columns: int, carry: Carry) -> Array:
-        column, going, _, _ = carry
-        return (column < columns) & jnp.any(going) & (jnp.sum(active & ~going) < enough)
-
-    def decode(columns: int, carry: Carry) -> Carry:
-        column, going, rows, written = carry
-        positions = jnp.where(going[..., None], (lengths - 1 + rows.t)[..., None], _nowhere(sampler, lengths))
-        hidden, cache = policy.extend(
-            params, rows.last[..., None], positions, prompt_cache, rows.cache, columns=columns
-        )
-        token, log_prob = next_token(policy, sampler, params, hidden[:, :, 0], keys, rows.t)
-        state, stopped = stopping.follow(sampler.stop, rows.stopping, token)
-        ended = going & (is_any(token, sampler.eos_ids) | stopped)
-        place = jnp.where(going, written.counts, T)[..., None]
-        put = functools.partial(jnp.put_along_axis, axis=-1, inplace=False, mode="drop")
-        written = _Written(
-            tokens=put(written.tokens, place, token[..., None]),
-            log_probs=put(written.log_probs, place, log_prob[..., None]),
-            counts=written.counts + going,
-            ended=written.ended | ended,
-        )
-        rows = _Rows(
-            last=jnp.where(going, token, rows.last),
-            t=rows.t + going,
-            stopping=jax.tree.map(functools.partial(jnp.where, going), state, rows.stopping),
-            cache=cache,
-        )
-        return column + 1, going & ~ended & (rows.t < T), rows, written
-
-    column = jnp.max(jnp.where(active, rows.t, 0))
-    carry = column, active, rows._replace(cache=cache), written
-    for columns in live_columns(T):
-        carry = jax.lax.while_loop(functools.partial(unfinished, columns), functools.partial(decode, columns), carry)
-    return carry[2], carry[3]
+    return decode_turns(policy, sampler, params, prompt_cache, lengths, keys, rows, active, enough, longest=T, width=T)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _renew(policy: Policy, rows: _Rows, fresh: Array, last: Array) -> _Rows:
+def _renew(policy: Policy, rows: Rows, fresh: Array, last: Array) -> Rows:
     """Rows with other conversations where `fresh [B, G]`, before their first token; `last [B, G]` is their prompts'."""
-    return _Rows(
+    return Rows(
         last=jnp.where(fresh, last, rows.last),
         t=jnp.where(fresh, 0, rows.t),
         stopping=None if rows.stopping is None else jnp.where(fresh, 0, rows.stopping),
         cache=policy.reset_rows(rows.cache, fresh),
     )
-
-
-def _nowhere(sampler: PolicySampler, lengths: Array) -> Array:
-    """A position `[B, G, 1]` behind all that count, which nothing looks back at, for columns that are to be dropped."""
-    return (lengths - 1 + sampler.max_tokens)[..., None]
 
 
 # ------------------------------------------------------------------------------ on the host
@@ -334,7 +253,7 @@ def _begin(made: ConversationSampler, row: int) -> _Conversation:
 
 
 def _take_turns(
-    made: ConversationSampler, begun: Sequence[_Conversation], held: np.ndarray, written: _Written
+    made: ConversationSampler, begun: Sequence[_Conversation], held: np.ndarray, written: Written
 ) -> dict[int, list[int]]:
     """Takes up what was written, asks the environment where a turn has ended, and returns the tokens that follow.
 
