@@ -36,6 +36,11 @@ _MINUS = re.compile(
     r"(?:[=$({\[:]|\b(?:is|be|are|equals))\s*[-−]\s*$"
 )  # before a box; at a line's start it is a bullet
 _NEGATION = re.compile(rf"{_NOT}|\b(?:wrong|incorrect|false|unlike)\b", re.IGNORECASE)
+_DENIED = re.compile(  # after a box
+    r"[\s$]*(?:\\[)\]])?[\s$*]*(?:is|was|are|were|can|could|would be|seems?|looks)"
+    r"(?:n['’]t\b|not\b|\s+(?:not|never|wrong|incorrect|false|too\s+\w+)\b)",
+    re.IGNORECASE,
+)
 _BOX = r"\\+(?:boxed|fbox)"
 _BRACE = re.compile(rf"{_BOX}\s*\{{|{_BOX}(?:\s*(\d+(?:\.\d+)?)|\s+([a-zA-Z])\b)|\\.|[{{}}]", re.DOTALL)
 _JOINED = re.compile(
@@ -55,7 +60,7 @@ def final_answer(text: str) -> Reading | None:
 
     Boxes that only `,`, `;`, `and` or `or` join are one answer: `\boxed{1} and \boxed{2}` is
     `1, 2`. A box within a box is part of it. None where there is no answer, the last box is not closed, the answer
-    is denied ("not $5$"), or it is unreadable.
+    is denied ("not $5$", "\boxed{5} is wrong"), or it is unreadable.
     """
     boxes = list(_boxes(text))
     latex = _last(text, boxes) if boxes else _announced(text)
@@ -112,7 +117,7 @@ def _boxes(text: str) -> Iterator[tuple[int, int, str | None]]:
 
 def _last(text: str, boxes: list[tuple[int, int, str | None]]) -> str | None:
     start, end, content = boxes[-1]
-    if content is None or _NEGATED.search(text[max(start - 40, 0) : start]):
+    if content is None or _NEGATED.search(text[max(start - 40, 0) : start]) or _DENIED.match(text, end):
         return None
     contents = [f"-{content}" if _MINUS.search(text[max(start - 40, 0) : start]) else content]
     for before_start, before_end, before in reversed(boxes[:-1]):
@@ -167,6 +172,7 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
         **dict.fromkeys("\u200b\u2060\ufeff", ""),
         **dict.fromkeys("−﹣－", "-"),
+        **{chr(ord("０") + digit): str(digit) for digit in range(10)},
         **{
             "×": r"\times ",
             "⋅": r"\cdot ",
@@ -216,6 +222,7 @@ _TEXT_AT_END = re.compile(
     rf"((?:\s|~|\\[,;:! ]|\\q?quad|[-/]|\\cdot)*){_TEXT}([^{{}}]*)\}}\s*(?:\^\s*(?:-?\d|\{{-?\d\}}))?$"
 )
 _WORDS_AT_END = re.compile(r"(?<=[\d})%])(\s*)([A-Za-z][A-Za-z .'/-]*?)\s*(?:\^\s*(?:-?\d|\{-?\d\}))?$")
+_DEGREES = re.compile(r"(\\circ\s*\}?)\s*([CF])$")
 _NAMED_BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 _BASES = {name: number for number, name in enumerate(_NAMED_BASES.split())}
 _BASE = re.compile(
@@ -233,6 +240,7 @@ def read(latex: str) -> Reading | None:
     if based := _based(answer):
         return based
     answer = re.sub(rf"{_TEXT}\s*([\d.,]+)\s*\}}", r"\1", answer)  # text that is a number: a person reads the digits
+    answer = _DEGREES.sub(r"\1\\text{\2}", answer)
     answer = _with_braces(re.sub(r"\\[dtc]frac", r"\\frac", answer.replace(r"\displaystyle", "")))
     words = re.sub(rf"{_TEXT}|[{{}}()]", "", answer).strip()
     if _WORD.fullmatch(words) and (len(words) > 3 or (answer != words and len(words) > 1)):

@@ -16,7 +16,7 @@ millimeter mm millimetre; centimeter cm centimetre; decimeter dm decimetre; mete
 inch in inches; foot ft feet; yard yd; mile mi; milligram mg; gram g gm; kilogram kg; pound lb lbs; ounce oz
 ton t tonne; milliliter ml millilitre; liter l litre; gallon gal; quart qt; pint pt; second s sec; minute min; hour h hr
 day d; week wk; month mo; year yr; cent; dollar; euro; degree deg; radian rad; watt w; kilowatt kw; joule j
-newton n; volt v; ampere a; ohm; hertz hz
+newton n; volt v; ampere a; ohm; hertz hz; celsius c; fahrenheit f
 """
 _NAMES = {alias: names[0] for entry in re.split(r"[;\n]", _KNOWN) if (names := entry.split()) for alias in names}
 _NAMES |= {"mph": "mile hour", "kmh": "kilometer hour", "kph": "kilometer hour"}
