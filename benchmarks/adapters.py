@@ -23,7 +23,7 @@ from benchmarks.ours import MICRO_BATCHES, prompts_of
 from grpo_jax import losses, models, sampling
 from grpo_jax.models import quantized
 from grpo_jax.models.settings import WeightSettings
-from grpo_jax.run import compilation, memory
+from grpo_jax.run import memory
 from grpo_jax.study.footprints import timed
 from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Experience
@@ -57,8 +57,7 @@ def steps(cell: Cell, repeats: int = 7) -> Iterator[dict[str, Any]]:
         loss=losses.grpo(penalty=losses.k3(cells.BETA)),
         updates=Updates(max_grad_norm=1.0, micro_batches=min(MICRO_BATCHES, cell.prompts)),
     )
-    options = compilation.cpu_memory_options()
-    jitted, states, prompts = step.jit(compiler_options=options), {}, prompts_of(cell, 0)
+    jitted, states, prompts = step.jit(), {}, prompts_of(cell, 0)
     for name, weights in VARIANTS.items():
         params = whole if weights.quantize is None else quantized.quantize(whole, weights.quantize)
         trained, frozen = weights.divide(policy, jax.tree.map(jnp.copy, params), jax.random.key(1))
@@ -72,7 +71,7 @@ def steps(cell: Cell, repeats: int = 7) -> Iterator[dict[str, Any]]:
             seconds[name].append((sampling_took, learning_took))
     for name, state in states.items():
         sampled, learned = (statistics.median(times) for times in zip(*seconds[name][1:], strict=True))
-        of_sampling, of_learning = memory.programs(step, state, prompts, compiler_options=options)
+        of_sampling, of_learning = memory.programs(step, state, prompts)
         kept = memory.size(state.params) + memory.size(state.opt_state) + memory.size(state.ref_params)
         yield {
             "cell": cell.name,

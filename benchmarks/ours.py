@@ -23,6 +23,7 @@ import optax
 from benchmarks import cells, worker
 from benchmarks.cells import Cell
 from grpo_jax import advantages, losses, packing, sampling, scoring
+from grpo_jax.compiler_options import saving_memory
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.run import compilation
@@ -65,7 +66,7 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
             updates=Updates(max_grad_norm=1.0, micro_batches=min(MICRO_BATCHES, cell.prompts)),
         ),
         donate_argnums=0,
-        compiler_options=compilation.cpu_memory_options(),
+        compiler_options=saving_memory(),
     )
     state = init_state(params, optimizer, jax.random.key(0), reference=True)
     del params

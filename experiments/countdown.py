@@ -29,7 +29,7 @@ import optax
 
 from grpo_jax import advantages, data, losses, rewards, run, sampling, testing
 from grpo_jax.models import hf
-from grpo_jax.run import compilation, measured
+from grpo_jax.run import measured
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
 from grpo_jax.study.task_runs import TaskRun
@@ -91,7 +91,7 @@ def train(config: Config) -> dict[str, float]:
         advantage=advantages.from_rewards(weights=(1.0, config.format_weight), names=used.names),
         transforms=(measured.repetition(), measured.unscored(used.names)),
         updates=updates,
-    ).jit(compiler_options=compilation.cpu_memory_options())
+    ).jit()
     state, began_with = init_state(params, optimizer, jax.random.key(config.seed), reference=True), used.digests(params)
     del params
     keys = ("reward", *(f"reward/{name}" for name in used.names), "validation/accuracy")

@@ -37,7 +37,7 @@ from grpo_jax.freezing import bind
 from grpo_jax.models import hf
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Loss
-from grpo_jax.run import compilation, completions, digests, inputs, measured, memory, metrics, overlap
+from grpo_jax.run import completions, digests, inputs, measured, memory, metrics, overlap
 from grpo_jax.run.names import make_with, resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
@@ -164,7 +164,7 @@ def train(config: Config) -> Params:
     whole_step = make_train_step(
         policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates, score_old=score_old,
         transforms=(measured.repetition(), measured.unscored(names), *chosen),
-    ).jit(compiler_options=compilation.cpu_memory_options())  # fmt: skip
+    ).jit()  # fmt: skip
     evaluate = make_mean_rewards(
         policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,
         weights=config.reward_weights, stop_after_failed=config.stop_after_failed, batch_size=config.eval_batch,

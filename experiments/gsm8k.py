@@ -32,7 +32,6 @@ import jax
 from grpo_jax import data, recipes, rewards, run, sampling, testing
 from grpo_jax.freezing import bind
 from grpo_jax.models.settings import WeightSettings
-from grpo_jax.run import compilation
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.study.task_runs import TaskRun
 from grpo_jax.tasks import gsm8k, with_prompts
@@ -117,7 +116,7 @@ def train(config: Config) -> dict[str, float]:
     policy, params, frozen = config.load(
         config.model, compute_dtype=compute_dtype(config.compute_dtype), seed=config.seed
     )
-    step = make_step(recipe, config, policy, used.eos_ids).jit(compiler_options=compilation.cpu_memory_options())
+    step = make_step(recipe, config, policy, used.eos_ids).jit()
     after = jax.jit(recipe.after)  # renews the reference or moves an entropy bonus, where the recipe does
     with run.loop(
         config,

@@ -24,7 +24,7 @@ from grpo_jax.freezing import bind
 from grpo_jax.models import hf
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
-from grpo_jax.run import compilation, digests, inputs
+from grpo_jax.run import digests, inputs
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
 from grpo_jax.statistics import Mean
@@ -88,7 +88,7 @@ def train(config: Config) -> Params:
     optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
     updates = Updates(micro_batches=config.micro_batches, max_grad_norm=config.max_grad_norm)
     learn = make_learn(policy, optimizer, loss=losses.sft(), updates=updates)
-    learn = jit_learn(learn, compiler_options=compilation.cpu_memory_options())
+    learn = jit_learn(learn)
     evaluate = make_evaluate(policy, held_out, config)
     began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs, held_out=held_out)
     state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen)

@@ -38,7 +38,7 @@ import rich
 
 from grpo_jax import advantages, data, losses, rewards, run, sampling, testing
 from grpo_jax.models import hf
-from grpo_jax.run import compilation, digests, metrics
+from grpo_jax.run import digests, metrics
 from grpo_jax.schedules import learning_rates
 from grpo_jax.study import evaluation, figures, items, results, tables
 from grpo_jax.tasks import Splits, draw_splits
@@ -141,7 +141,7 @@ def train(config: Config) -> dict[str, float]:
         loss=losses.grpo(),
         advantage=advantages.from_rewards(weights=(config.answer_weight, config.format_weight), names=names),
         updates=Updates(micro_batches=config.micro_batches, max_grad_norm=1.0),
-    ).jit(compiler_options=compilation.cpu_memory_options())
+    ).jit()
 
     def evaluate(drawn: sampling.PolicySampler, split: list[data.Row], name: str) -> list[items.Item]:
         evaluated = evaluation.make_evaluate(

@@ -54,7 +54,7 @@ class Step:
         """The same step with each half jitted; `learn` donates the state that it is given; see `updates.jit_learn`.
 
         Args:
-          compiler_options: of XLA, for `learn`; `run.compilation.cpu_memory_options()` saves memory on CPUs.
+          compiler_options: of XLA, for `learn`; `compiler_options.saving_memory()` unless given.
         """
         return Step(jax.jit(self.collect), jit_learn(self.learn, compiler_options=compiler_options))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax import losses, statistics
+from grpo_jax.compiler_options import saving_memory
 from grpo_jax.freezing import bind, is_trainable, named_leaves
 from grpo_jax.protocols import Terms
 from grpo_jax.statistics import Mean
@@ -269,15 +270,16 @@ def jit_learn(learn: Learn, *, compiler_options: Mapping[str, str | bool] | None
 
     Args:
       learn: `(state, batch) -> (state, metrics)`.
-      compiler_options: of XLA; `run.compilation.cpu_memory_options()` saves memory on CPUs.
+      compiler_options: of XLA; `compiler_options.saving_memory()` unless given, and `{}` for XLA's own. The result is
+        not called within another jitted function, where XLA takes none: jit `learn` itself there.
     """
 
     def learn_apart(state: TrainState, frozen: Params | None, batch: Batch) -> tuple[TrainState, Metrics]:
         state, metrics = learn(state._replace(frozen=frozen), batch)
         return state._replace(frozen=None), metrics
 
-    options = None if compiler_options is None else dict(compiler_options)
-    jitted = jax.jit(learn_apart, donate_argnums=0, compiler_options=options)
+    options = saving_memory() if compiler_options is None else dict(compiler_options)
+    jitted = jax.jit(learn_apart, donate_argnums=0, compiler_options=options or None)
 
     def learn_jitted(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         frozen = state.frozen

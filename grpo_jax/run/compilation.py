@@ -1,4 +1,4 @@
-"""Compiled programs: kept between runs, and counted within one; and made to take less memory, as is compiling them."""
+"""Compiled programs: kept between runs, and counted within one; and what compiling them has freed, given back."""
 
 import ctypes
 import os
@@ -46,17 +46,6 @@ def count_compilations() -> Callable[[], int]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: count
-
-
-def cpu_memory_options() -> dict[str, str]:
-    """Options with which `jax.jit(..., compiler_options=...)` makes programs that take less memory.
-
-    On a CPU, XLA orders a program for threads to work side by side, which makes buffers long before they are
-    needed. A step's large operations have all threads to themselves, and an order that saves memory is as fast. For
-    other devices there are no options.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
 
 
 def trim_malloc(seconds: float = 0.1) -> None:

@@ -20,12 +20,13 @@ import optax
 import transformers
 
 from grpo_jax import losses, models, sampling
+from grpo_jax.compiler_options import saving_memory
 from grpo_jax.freezing import bind
 from grpo_jax.models import quantized
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Loss
-from grpo_jax.run import command, compilation
+from grpo_jax.run import command
 from grpo_jax.sampling import PolicySampler
 from grpo_jax.scoring import CHUNK_TOKENS
 from grpo_jax.train_step import Step, make_train_step
@@ -77,8 +78,8 @@ def plan(
 ) -> Plan:
     """The memory of one step of `prompts * sampler.group_size` completions, on the default backend.
 
-    `learn` is taken to donate its state and to be compiled with `compilation.cpu_memory_options()`, as in
-    `experiments/grpo.py`.
+    `learn` is taken to donate its state and to be compiled with `compiler_options.saving_memory()`, as by
+    `step.jit()`.
 
     Args:
       policy: the network; its compute dtype, attention and rematerialisation count.
@@ -102,7 +103,7 @@ def plan(
     tokens, lengths = array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32)
     batch = Prompts(tokens, lengths)
     step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates, score_old=score_old)
-    sampling, learning = programs(step, state, batch, compiler_options=compilation.cpu_memory_options())
+    sampling, learning = programs(step, state, batch)
     of_params = size(params)
     rows = prompts // updates.parts * group_size
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
@@ -140,7 +141,7 @@ def programs(
     shape = (*experience.rollout.tokens.shape[:2], 1)
     rewards, reward_mask = jax.eval_shape(lambda: (jnp.zeros(shape), jnp.zeros(shape, bool)))
     experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
-    options = None if compiler_options is None else dict(compiler_options)
+    options = saving_memory() if compiler_options is None else dict(compiler_options)
     learn = jax.jit(step.learn, donate_argnums=0, compiler_options=options)
     return beside(jax.jit(step.collect), state, prompts), beside(learn, state, experience) + size(experience)
 

@@ -278,9 +278,10 @@ def test_off_the_main_thread(pool, verifiers):
     assert [outcome.fault for outcome in results[0]] == ["timeout", None]
 
 
-def test_items_larger_than_a_pipe(pool, verifiers):
+def test_items_larger_than_a_pipe(verifiers):
     text = "é\n" * 300_000
-    assert pool.map(verifiers.score, [{"completion": text, "answer": text}] * 3) == [Outcome(1.0)] * 3
+    with WorkerPool(workers=2, timeout=60.0) as pool:
+        assert pool.map(verifiers.score, [{"completion": text, "answer": text}] * 3) == [Outcome(1.0)] * 3
 
 
 def test_workers_have_no_secrets(verifiers, monkeypatch):

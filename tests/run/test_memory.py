@@ -120,7 +120,8 @@ def test_the_command_prints_the_plan_of_a_model_whose_weights_it_does_not_read(t
 MEASURE = """
 import pathlib, sys, jax, jax.numpy as jnp, optax
 from grpo_jax import losses, models, sampling, testing
-from grpo_jax.run import compilation, memory
+from grpo_jax.compiler_options import saving_memory
+from grpo_jax.run import memory
 from grpo_jax.train_step import make_train_step
 from grpo_jax.updates import Updates, init_state
 
@@ -147,7 +148,7 @@ given = jnp.zeros((8, 8, 1)), jnp.ones((8, 8, 1), bool)
 experience = experience._replace(rewards=given[0], reward_mask=given[1])
 make = make.lower(jax.random.key(0)).compile()
 collect = jax.jit(step.collect).lower(abstract, prompts).compile()
-learn = jax.jit(step.learn, donate_argnums=0, compiler_options=compilation.cpu_memory_options())
+learn = jax.jit(step.learn, donate_argnums=0, compiler_options=saving_memory())
 learn = learn.lower(abstract, experience).compile()
 before = status("VmRSS")
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
