@@ -13,6 +13,7 @@ import transformers
 from jax.typing import DTypeLike
 
 from grpo_jax.models.attention import Attention, auto
+from grpo_jax.models.experts import Experts
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.rope import Rope
 from grpo_jax.types import Array
@@ -43,6 +44,8 @@ class DecoderConfig:
     max_positions: int | None = None  # positions after which the rotation would be another, which is refused
     query_scale: float | None = None  # factor of the attention's logits; None: head_dim ** -0.5
     attention_soft_cap: float | None = None  # its logits x become cap * tanh(x / cap)
+    attention_sinks: bool = False  # a trained logit of each head to which no value belongs
+    experts: Experts | None = None  # in place of the MLP
     pre_norm: bool = True  # norms of what attention and MLP read
     post_norm: bool = False  # norms of what they add
     norm_offset: float = 0.0  # added to the norms' weights: Gemma's are 1 + w

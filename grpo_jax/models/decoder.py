@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import lora, quantized, rope
+from grpo_jax.models import experts, lora, quantized, rope
 from grpo_jax.models.attention import KeyValues, MaskInputs
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy, kept_columns, reset_rows
@@ -136,6 +136,9 @@ class Attention(nn.Module):
         attend = c.attention
         if c.attention_soft_cap is not None:
             attend = functools.partial(attend, soft_cap=c.attention_soft_cap)
+        if c.attention_sinks:
+            initializer = nn.initializers.normal(c.initializer_range)
+            attend = functools.partial(attend, sinks=self.param("sinks", initializer, (c.num_heads,), c.param_dtype))
         out = attend(query, own, prompt, mask_inputs)
         out = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(out.reshape(-1, c.num_heads * c.head_dim))
         return out.reshape(x.shape), stored, new
@@ -153,6 +156,41 @@ class MLP(nn.Module):
         gate = Linear(c, c.intermediate_size, c.mlp_bias, name="gate_proj")(rows)
         up = Linear(c, c.intermediate_size, c.mlp_bias, name="up_proj")(rows)
         return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(c.activation(gate) * up).reshape(x.shape)
+
+
+class Mixture(nn.Module):
+    """A router and its experts; see `grpo_jax.models.experts`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, e = self.config, self.config.experts
+        assert e is not None
+        initializer = nn.initializers.normal(c.initializer_range)
+        rows = x.reshape(-1, c.hidden_size)
+        # In float32 whatever the rest is in: a rounded logit is another expert.
+        router = self.param("router", initializer, (c.hidden_size, e.number), c.param_dtype)
+        logits = jnp.matmul(rows.astype(jnp.float32), router.astype(jnp.float32), precision="highest")
+        if e.bias:
+            logits += self.param("router_bias", nn.initializers.zeros, (e.number,), c.param_dtype).astype(jnp.float32)
+        routing = experts.route(logits, e)
+        grouped = experts.group(rows.astype(c.dtype), routing.experts, e.number)
+
+        def product(rows: Array, name: str, features: int) -> Array:
+            shape = (e.number, rows.shape[-1], features)
+            kernels = self.param(f"experts_{name}", initializer, shape, c.param_dtype)
+            y = jax.lax.ragged_dot(rows, kernels.astype(c.dtype), grouped.sizes)
+            if e.bias:
+                zeros = nn.initializers.zeros
+                bias = self.param(f"experts_{name}_bias", zeros, (e.number, features), c.param_dtype)
+                y = y + bias.astype(c.dtype)[grouped.experts]
+            return y
+
+        gate, up = product(grouped.rows, "gate", e.width), product(grouped.rows, "up", e.width)
+        inner = c.activation(gate) * up if e.clip is None else experts.clipped_gate(gate, up, *e.clip)
+        out = experts.combine(product(inner, "down", c.hidden_size), grouped.back, routing.weights)
+        return out.astype(c.dtype).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -191,7 +229,8 @@ class Block(nn.Module):
             rotation,
         )
         x = x + _scaled(norm(out, "post_attention_layernorm", c.post_norm), c.residual_scale)
-        out = MLP(c, name="mlp")(norm(x, before_mlp, c.pre_norm))
+        mlp = MLP if c.experts is None else Mixture
+        out = mlp(c, name="mlp")(norm(x, before_mlp, c.pre_norm))
         x = x + _scaled(norm(out, "post_feedforward_layernorm", c.post_norm), c.residual_scale)
         return (x, stored), new
 
@@ -298,9 +337,11 @@ def decoder(config: DecoderConfig) -> Policy:
         tokens = jnp.zeros((1, 1, 1), jnp.int32)
         return module.init(key, tokens, MaskInputs(tokens, tokens), None, None, None)["params"]
 
+    in_float32 = {"router", "router_bias", "sinks"} | ({"scale"} if config.norm_float32 else set())
+
     def cast(params: Params) -> Params:
         def cast_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
-            if quantized.is_quantized(leaf) or (config.norm_float32 and path[-1].key == "scale"):
+            if quantized.is_quantized(leaf) or path[-1].key in in_float32:
                 return leaf  # which is used as it is
             head = "embed_tokens" if config.tie_embeddings else "lm_head"
             return leaf.astype(config.logits_dtype if path[0].key == head else config.dtype)

@@ -55,7 +55,7 @@ def adapt(
         fine-tuning; reinforcement learning needs less.
       alpha: of the scale; 32 with a rank of 16 is PEFT's and TRL's usual choice.
       targets: names of linear layers, such as `("q_proj", "v_proj")`; None for all of them (those of `rank`, if it
-        is by target), which is best (Dettmers et al. 2023, arXiv:2305.14314, figure 2).
+        is by target) but experts, which is best (Dettmers et al. 2023, arXiv:2305.14314, figure 2).
       rslora: scale by `alpha / sqrt(r)`, so that the size of an update does not fall with the rank (Kalajdzievski
         2023, arXiv:2312.03732).
 
@@ -73,6 +73,9 @@ def adapt(
     ranks = ranks_of(rank, targets)
     if not alpha > 0:
         raise ValueError(f"alpha is above 0, got {alpha}")
+    named = targets is not None or isinstance(rank, Mapping)
+    if named and (absent := sorted(ranks.keys() - {path[-1] for path, _ in modules})):
+        raise ValueError(f"this model has no {absent[0]}, only experts, which have no adapters: leave it out")
     adapters: Params = {}
     scales: Params = {}
     for number, (path, module) in enumerate(modules):

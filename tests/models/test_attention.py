@@ -82,6 +82,30 @@ def test_it_is_the_softmax_over_prompt_and_own_tokens(form, case):
     np.testing.assert_allclose(jax.jit(form)(*given), softmax_of_the_concatenation(*given), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", [attention.reference, attention.auto])
+@pytest.mark.parametrize("case", ["completions", "a cache and a window", "one query"])
+def test_soft_caps_and_sinks_are_those_of_the_formula(form, case):
+    """A sink is one more key, whose value is 0; the cap acts on the other logits."""
+    query, own, prompt, mask_inputs = inputs(case)
+    sinks, cap = jnp.asarray([0.3, -1.0, 2.0, 0.9]), 0.8
+    actual = jax.jit(functools.partial(form, soft_cap=cap, sinks=sinks))(query, own, prompt, mask_inputs)
+    columns = np.arange(prompt.keys.shape[1])
+    for b, g, s, n in np.ndindex(query.shape[:4]):
+        at, k = int(mask_inputs.queries[b, g, s]), n // (N // K)
+        since = -1 if mask_inputs.window is None else at - int(mask_inputs.window)
+        positions = np.asarray(mask_inputs.own[b, g])
+        seen = (positions >= 0) & (positions <= at) & (positions > since)
+        before = (columns < int(mask_inputs.prompt[b, g])) & (columns > since)
+        keys, values = (
+            np.concatenate([np.asarray(x[b, before, k]), np.asarray(y[b, g, seen, k])]).astype(np.float64)
+            for x, y in zip(prompt, own, strict=True)
+        )
+        logits = cap * np.tanh(keys @ np.asarray(query[b, g, s, n], np.float64) / np.sqrt(h) / cap)
+        weights = np.exp(logits)
+        expected = weights @ values / (weights.sum() + np.exp(float(sinks[n])))
+        np.testing.assert_allclose(actual[b, g, s, n], expected, rtol=0, atol=1e-6)
+
+
 @functools.partial(jit, static_argnums=0)
 def gradients(form, query, own, prompt, mask_inputs):
     """Those of a function of the output, in float32, of queries, keys and values."""

@@ -19,6 +19,7 @@ import transformers
 from grpo_jax import models
 from grpo_jax.models import attention, hf, rope
 from grpo_jax.models.decoder import RMSNorm
+from grpo_jax.models.experts import Experts
 from grpo_jax.testing import tiny_hf_config, tiny_policy
 
 FOLDER = Path(__file__).parents[1] / "golden" / "models"
@@ -146,6 +147,20 @@ OPTIONS = {
     "divisor of the logits": ("granite", {"logits_divisor": 1.0}, None),
     "window of Phi 3": ("phi3", {"windows": None}, None),
     "part of a head rotated": ("phi3_longrope", {"rope": rope.from_parameters({"rope_theta": 100.0}, 8, 64)}, None),
+    "normalised weights of experts": ("qwen3_moe", {"experts": Experts(5, 2, 12, normalised=False)}, None),
+    "shares of all experts": ("qwen3_moe_shares", {"experts": Experts(4, 3, 12, normalised=True)}, None),
+    "experts per token": ("mixtral", {"experts": Experts(4, 1, 24, normalised=True)}, None),
+    "windows of experts' layers": ("qwen3_moe_shares", {"windows": None}, None),
+    "query norm beside experts": ("qwen3_moe", {"qk_norm": None}, None),
+    "window of Mixtral": ("mixtral", {"windows": None}, None),
+    "clipped gate": ("gpt_oss", {"experts": Experts(4, 2, 24, normalised=True, bias=True)}, None),
+    "limit of the gate": ("gpt_oss", {"experts": Experts(4, 2, 24, normalised=True, bias=True, clip=(1.3, 7.0))}, None),
+    "slope of the gate": ("gpt_oss", {"experts": Experts(4, 2, 24, normalised=True, bias=True, clip=(1.7, 0.7))}, None),
+    "biases of experts": ("gpt_oss", {"experts": Experts(4, 2, 24, normalised=True, clip=(1.3, 0.7))}, None),
+    "bias of the router": ("gpt_oss", {}, without("mlp", "router_bias")),
+    "sinks": ("gpt_oss", {"attention_sinks": False}, None),
+    "windows of gpt-oss": ("gpt_oss", {"windows": (None, 4)}, None),
+    "rotation of gpt-oss": ("gpt_oss", {"rope": rope.from_parameters({"rope_theta": 100.0}, 8, 64)}, None),
     "LongRoPE": ("phi3_longrope", {"rope": rope.from_parameters({"rope_theta": 100.0}, 6, 64)}, None),
 }
 
@@ -176,7 +191,7 @@ def test_norms_in_bfloat16_are_rounded_before_their_weights_or_after_them_as_the
         assert (same > 0.98) == (family == name), (family, same)  # an inverse root may differ in its last bit
 
 
-@pytest.mark.parametrize("name", ["qwen3", "olmo2", "gemma2", "granite"])
+@pytest.mark.parametrize("name", ["qwen3", "olmo2", "gemma2", "granite", "qwen3_moe", "gpt_oss"])
 def test_weights_cast_for_sampling_compute_in_bfloat16_what_those_in_float32_do(name):
     policy, params = hf.load_pretrained(FOLDER / name, compute_dtype=jnp.bfloat16, remat=False)
     reference = load(name)[2]
@@ -201,10 +216,14 @@ def test_rows_beyond_what_the_rotation_is_of_are_refused():
 
 
 @pytest.mark.parametrize("form", [attention.blockwise, attention.cudnn, attention.splash])
-def test_an_attention_without_soft_caps_says_what_to_take(form):
-    policy, params, reference = load("gemma2")
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("gemma2", r"soft cap .* which this model has \(1.5\)"), ("gpt_oss", "sinks .* which this model has")],
+)
+def test_an_attention_without_soft_caps_or_sinks_says_what_to_take(name, option, form):
+    policy, params, reference = load(name)
     policy = models.decoder(dataclasses.replace(policy.config, attention=form))
-    with pytest.raises(ValueError, match=r"no soft cap .* which this model has \(1.5\): take attention=attention.auto"):
+    with pytest.raises(ValueError, match=f"has no {option}: take attention=attention.auto"):
         policy.prefill(params, reference.prompts, reference.lengths)
 
 
@@ -350,6 +369,11 @@ REFUSED = [
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     ("granite", {"sliding_window": 16}, "sliding_window = 16"),
     ("smollm3", {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = [0]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 16}, "shared_expert_intermediate_size = 16"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
     ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop = 0.1"),
     ("phi3", {"full_attn_mod": 2}, "full_attn_mod = 2"),
 ]

@@ -25,6 +25,7 @@ from grpo_jax.types import Prompts  # noqa: E402
 MAKE = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "models" / "make.py"), run_name="make")
 CASES = MAKE["CASES"]
 ONE_OF_EACH = ["qwen3", "olmo2", "olmo3_yarn", "gemma2", "gemma3_text", "smollm3", "granite", "phi3_longrope"]
+WITH_EXPERTS = ["qwen3_moe", "mixtral", "gpt_oss"]
 # Larger than the frozen ones: the cases replace heads, windows and the like.
 SIZES = MAKE["SIZES"] | {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
 P, T, G = 21, 12, 2
@@ -134,7 +135,7 @@ def test_transformers_loads_an_export_to_the_same_bits_and_logits(case, tmp_path
         assert torch.equal(model(tokens).logits, exported.eval()(tokens).logits)
 
 
-@pytest.mark.parametrize("case", ["llama_tied", "mistral_window", "qwen2_window_above", *ONE_OF_EACH])
+@pytest.mark.parametrize("case", ["llama_tied", "mistral_window", "qwen2_window_above", *ONE_OF_EACH, *WITH_EXPERTS])
 def test_greedy_completions_are_those_of_generate(case, tmp_path):
     model = random_model(case, 3000, tmp_path)
     prompts, _ = random_batch(3000)
@@ -167,6 +168,18 @@ def test_half_precision_is_as_near_to_float32_as_that_of_torch(case, tmp_path):
     ours, theirs = (float(np.sqrt(np.mean((x - exact) ** 2))) for x in (actual, in_torch))
     print(f"{case}: root mean square {ours:.1e}, of torch {theirs:.1e}")
     assert ours < 1.2 * theirs
+
+
+@pytest.mark.parametrize("case", ["mixtral", "gpt_oss"])
+def test_experts_in_half_precision_are_typically_as_near_to_float32_as_those_of_torch(case, tmp_path):
+    """The median: where a rounding turns the choice of an expert, the logits are others altogether."""
+    prompts, completions = random_batch(4000)
+    exact = logits_in_torch(random_model(case, 4000, tmp_path), prompts, completions)
+    in_torch = logits_in_torch(random_model(case, 4000, tmp_path, dtype=torch.bfloat16), prompts, completions)
+    actual = logits_at_once(*hf.load_pretrained(tmp_path, dtype="bfloat16"), prompts, completions)
+    ours, theirs = (float(np.median(np.abs(x - exact))) for x in (actual, in_torch))
+    print(f"{case}: median {ours:.1e}, of torch {theirs:.1e}")
+    assert ours < 1.3 * theirs
 
 
 ROPES = {

@@ -8,7 +8,8 @@ An attention is a function
 
 over the keys that `mask_inputs` lets the query see, in the dtype of the query. Head `n` reads key-value head
 `n // (N / K)`; each query sees at least one of its own keys. Where a model caps its logits, an attention is called
-with `soft_cap=`, a number: `x` becomes `cap * tanh(x / cap)` before the softmax. Only `reference` and `auto` do that.
+with `soft_cap=`, a number: `x` becomes `cap * tanh(x / cap)` before the softmax. Where heads have sinks, it is called
+with `sinks=`, `[N]` logits that join the softmax without a value. Only `reference` and `auto` do these two.
 
     reference        two matrix products for each part, on any device; the reference for the others
     blockwise    block by block, without keeping logits; for CPUs

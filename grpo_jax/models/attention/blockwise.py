@@ -14,7 +14,7 @@ from grpo_jax.models.attention.contract import (
     MaskInputs,
     completion_mask,
     prompt_mask,
-    refuse_soft_cap,
+    refuse_options,
 )
 from grpo_jax.models.attention.joint_softmax import reference
 from grpo_jax.types import Array
@@ -27,6 +27,7 @@ def blockwise(
     mask_inputs: MaskInputs,
     *,
     soft_cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """One completion and key-value head after the other, by plain matrix products; for CPUs.
 
@@ -35,9 +36,9 @@ def blockwise(
     from the denominators of the forward pass (Dao et al. 2022, arXiv:2205.14135,
     appendix B), so that nothing is kept that grows with `S C`.
     The output and the denominators are named `attention`, for policies of `jax.checkpoint`. One block
-    follows the other on one device: with `B` over several, use `reference`. A soft cap is refused.
+    follows the other on one device: with `B` over several, use `reference`. Soft caps and sinks are refused.
     """
-    refuse_soft_cap("attention.blockwise", soft_cap)
+    refuse_options("attention.blockwise", soft_cap, sinks)
     B, G, S, N, h = query.shape
     K = own.keys.shape[-2]
     R = N // K
@@ -64,10 +65,11 @@ def auto(
     mask_inputs: MaskInputs,
     *,
     soft_cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
-    """`blockwise` on CPUs; `reference` elsewhere, with a soft cap, and for single queries, small in any form."""
-    if query.shape[2] <= 1 or soft_cap is not None:
-        return reference(query, own, prompt, mask_inputs, soft_cap=soft_cap)
+    """`blockwise` on CPUs; `reference` elsewhere, for caps and sinks, and for single queries, small in any form."""
+    if query.shape[2] <= 1 or soft_cap is not None or sinks is not None:
+        return reference(query, own, prompt, mask_inputs, soft_cap=soft_cap, sinks=sinks)
     return jax.lax.platform_dependent(query, own, prompt, mask_inputs, cpu=blockwise, default=reference)
 
 

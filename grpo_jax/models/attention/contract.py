@@ -32,16 +32,21 @@ class MaskInputs(NamedTuple):
     window: Array | None = None  # [] int32
 
 
-# (query, own, prompt or None, mask_inputs), and `soft_cap=` where a model's logits have one.
+# (query, own, prompt or None, mask_inputs), and `soft_cap=` or `sinks=` where a model has them.
 Attention = Callable[..., Array]
 
 
-def refuse_soft_cap(form: str, soft_cap: float | None) -> None:
-    """Says what to take where a form of attention has no soft cap.
+def refuse_options(form: str, soft_cap: float | None, sinks: Array | None) -> None:
+    """Says what to take where a form of attention has no soft cap and no sinks.
 
     Raises:
-      ValueError: if there is one.
+      ValueError: if the model has one of them.
     """
+    if sinks is not None:
+        raise ValueError(
+            f"{form} has no sinks of the attention, which this model has: take attention=attention.auto or "
+            "attention.reference"
+        )
     if soft_cap is not None:
         raise ValueError(
             f"{form} has no soft cap of the attention's logits, which this model has ({soft_cap}): take "

@@ -14,6 +14,7 @@ def reference(
     mask_inputs: MaskInputs,
     *,
     soft_cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """All queries at once, by two matrix products for each part; the reference for every other attention.
 
@@ -38,10 +39,15 @@ def reference(
         seen = prompt_mask(mask_inputs, prompt.keys.shape[1])
         prompt_logits = jnp.where(seen[:, None, :, :, None, :], prompt_logits, NEVER)
         maximum = jnp.maximum(maximum, jnp.max(prompt_logits, axis=-1, initial=NEVER).swapaxes(1, 2))
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(K, 1, N // K)
+        maximum = jnp.maximum(maximum, sinks)
     maximum = jax.lax.stop_gradient(maximum)  # cancels in the quotient
 
     weights = jnp.exp(own_logits - maximum[..., None])
     total = jnp.sum(weights, axis=-1)
+    if sinks is not None:
+        total += jnp.exp(sinks - maximum)
     out = jnp.einsum("bgksrc,bgckh->bgksrh", weights.astype(query.dtype), own.values, **products)
     if prompt is not None:
         weights = jnp.exp(prompt_logits - maximum.swapaxes(1, 2)[..., None])

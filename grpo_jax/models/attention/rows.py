@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.attention.contract import Attention, KeyValues, MaskInputs, refuse_soft_cap
+from grpo_jax.models.attention.contract import Attention, KeyValues, MaskInputs, refuse_options
 from grpo_jax.models.attention.joint_softmax import reference
 from grpo_jax.types import Array
 
@@ -36,7 +36,7 @@ def from_causal_kernel(kernel: Kernel) -> Attention:
         `h**-0.5`, differentiable.
 
     Returns:
-      An attention that raises ValueError for packed rows, sliding windows and soft caps, which
+      An attention that raises ValueError for packed rows, sliding windows, soft caps and sinks, which
       the kernel cannot be told of. It expects consecutive positions, from the prompt's length.
     """
 
@@ -47,9 +47,10 @@ def from_causal_kernel(kernel: Kernel) -> Attention:
         mask_inputs: MaskInputs,
         *,
         soft_cap: float | None = None,
+        sinks: Array | None = None,
     ) -> Array:
         B, G, S, N, h = query.shape
-        refuse_soft_cap("a kernel for causal rows", soft_cap)
+        refuse_options("a kernel for causal rows", soft_cap, sinks)
         if S <= 1 or own.keys.shape[2] != S:
             return reference(query, own, prompt, mask_inputs)
         if mask_inputs.segments is not None:

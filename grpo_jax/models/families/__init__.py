@@ -11,14 +11,17 @@ import json
 from grpo_jax.models.families import (
     gemma2,
     gemma3_text,
+    gpt_oss,
     granite,
     llama,
     mistral,
+    mixtral,
     olmo2,
     olmo3,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from grpo_jax.models.families.family import Family, Fields, Place
@@ -26,14 +29,17 @@ from grpo_jax.models.families.family import Family, Fields, Place
 FAMILIES: dict[str, Family] = {
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3_text.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
     "granite": granite.FAMILY,
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
+    "mixtral": mixtral.FAMILY,
     "olmo2": olmo2.FAMILY,
     "olmo3": olmo3.FAMILY,
     "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
     "smollm3": smollm3.FAMILY,
 }
 

@@ -13,6 +13,8 @@ class Place(NamedTuple):
 
     name: str
     rows: tuple[int, int] | None = None  # the first row and the rows in all, of a tensor that holds several parameters
+    columns: tuple[int, int] | None = None  # the first column, and after how many comes the next, where they alternate
+    transposed: bool = True  # kernels are [out, in] in the checkpoint
 
 
 def place(path: tuple[str, ...], fields: Fields) -> Place:
@@ -51,6 +53,12 @@ SIZES = frozenset(
         "rope_parameters",
     }
 )
+EXPERTS = frozenset(
+    {
+        *("num_experts", "num_local_experts", "num_experts_per_tok"),
+        *("router_aux_loss_coef", "output_router_logits"),  # of a loss that transformers adds in training
+    }
+)
 WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
 
@@ -72,6 +80,11 @@ def sizes(fields: Fields) -> dict[str, Any]:
         "rms_norm_eps": fields["rms_norm_eps"],
         "tie_embeddings": fields["tie_word_embeddings"],
     }
+
+
+def number_of_experts(fields: Fields) -> int:
+    """How many there are, under either of its names."""
+    return fields.get("num_experts") or fields["num_local_experts"]
 
 
 def rotation(fields: Fields) -> dict[str, Any]:

@@ -16,31 +16,32 @@ from grpo_jax.models import families
 from grpo_jax.policies import Policy
 from grpo_jax.types import Params
 
+_KERNELS = {"kernel", "lm_head", "router", "experts_gate", "experts_up", "experts_down"}
+
 
 class Leaf(NamedTuple):
     """A parameter and the Hugging Face tensors that it is made of."""
 
-    names: list[str]  # one for each layer if stacked, else one
+    names: list[str]  # one for each layer, or for each layer's experts, if stacked; else one
     shape: tuple[int, ...]
     dtype: np.dtype
-    stacked: bool
+    stacked: int  # axes that number tensors: 0, 1 (layers) or 2 (layers and experts)
     transposed: bool
     rows: tuple[int, int] | None = None  # the first row, and the rows in all, of tensors that hold several parameters
-
-    @property
-    def is_kernel(self) -> bool:
-        """Whether it is that of a linear layer, one for each of the decoder's."""
-        return self.stacked and self.transposed
+    columns: tuple[int, int] | None = None  # the first column and the step, of tensors in which parameters alternate
+    is_kernel: bool = False  # that of a linear layer
 
     @property
     def part_shape(self) -> tuple[int, ...]:
         """Of the rows of a tensor that are this parameter's, of one layer."""
-        shape = self.shape[1:] if self.stacked else self.shape
+        shape = self.shape[self.stacked :]
         return shape[::-1] if self.transposed else shape
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        return self.part_shape if self.rows is None else (self.rows[1], *self.part_shape[1:])
+        shape = self.part_shape
+        shape = shape if self.rows is None else (self.rows[1], *shape[1:])
+        return shape if self.columns is None else (*shape[:-1], shape[-1] * self.columns[1])
 
     @property
     def first_row(self) -> int:
@@ -59,7 +60,16 @@ def leaves_of(policy: Policy) -> list[Leaf]:
 
 
 def leaf_of(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, hf_config: str) -> Leaf:
-    stacked, transposed = path[0] == "layers", path[-1] in ("kernel", "lm_head")
     place = families.place(path, hf_config)
-    names = [place.name.format(layer=layer) for layer in range(leaf.shape[0])] if stacked else [place.name]
-    return Leaf(names, leaf.shape, leaf.dtype, stacked, transposed, place.rows)
+    stacked = sum(f"{{{axis}}}" in place.name for axis in ("layer", "expert"))
+    numbers = (dict(zip(("layer", "expert"), index, strict=False)) for index in np.ndindex(leaf.shape[:stacked]))
+    return Leaf(
+        names=[place.name.format(**number) for number in numbers],
+        shape=leaf.shape,
+        dtype=leaf.dtype,
+        stacked=stacked,
+        transposed=place.transposed and path[-1] in _KERNELS,
+        rows=place.rows,
+        columns=place.columns,
+        is_kernel=path[-1] == "kernel",
+    )

@@ -91,6 +91,11 @@ def load_pretrained(
         remat=remat,
         generation_config=_generation_config(folder),
     )
+    if quantize is not None and config.experts is not None:
+        raise ValueError(
+            f'quantize="{quantize}" is of linear layers, and most of this model\'s weights are those of experts, which '
+            "are not quantised: leave it out"
+        )
     policy = models.decoder(config)
     shapes = shapes_of(policy)
     params = _read(folder, leaves_of(policy), config.tie_embeddings, quantize)
@@ -126,7 +131,7 @@ def load_reward_model(
     compute = dtype if compute_dtype is None else compute_dtype
     policy = models.decoder(models.from_hf_config(hf_config, param_dtype=dtype, dtype=compute))
     shapes = shapes_of(policy)
-    head = Leaf(["score.weight"], (hf_config.hidden_size, 1), np.dtype(dtype), stacked=False, transposed=True)
+    head = Leaf(["score.weight"], (hf_config.hidden_size, 1), np.dtype(dtype), stacked=0, transposed=True)
     *params, weight = _read(folder, [*leaves_of(policy), head], tied=False)
     return policy, jax.tree.unflatten(jax.tree.structure(shapes), params), weight
 
@@ -213,13 +218,15 @@ def _fill(leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str]) 
     """Reads a parameter's tensors into its buffer, some rows at a time; with the names of those that are not finite."""
     buffer = jnp.zeros(leaf.shape, leaf.dtype)
     wrong: dict[str, None] = {}
-    for layer, name in enumerate(leaf.names):
+    for index, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
         tensor = shards[weight_map[name]].get_slice(name)
         rows, *rest = leaf.part_shape
         step = max(1, _BLOCK // max(1, math.prod(rest)))
         for row in range(0, rows, step):
             block = tensor[leaf.first_row + row : leaf.first_row + min(row + step, rows)]
-            buffer, finite = _put(buffer, block, layer, row, leaf.stacked, leaf.transposed)
+            if leaf.columns is not None:
+                block = block[..., leaf.columns[0] :: leaf.columns[1]]
+            buffer, finite = _put(buffer, block, index, row, leaf.transposed)
             if not finite:  # and waits: else many blocks are on their way at a time
                 wrong[name] = None
     return buffer, list(wrong)
@@ -231,15 +238,17 @@ def _fill_quantized(
     """`_fill` of a quantised kernel; one layer of it is held as floats."""
     stack, wrong = quantized.empty(leaf.shape, kind), []
     for layer, name in enumerate(leaf.names):
-        one = leaf._replace(names=[name], shape=leaf.shape[1:], dtype=np.dtype(np.float32), stacked=False)
+        one = leaf._replace(names=[name], shape=leaf.shape[1:], dtype=np.dtype(np.float32), stacked=0)
         kernel, of_layer = _fill(one, shards, weight_map)
         stack = quantized.put(stack, jnp.asarray(layer), kernel, kind)
         wrong += of_layer
     return stack, wrong
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=(4, 5))
-def _put(buffer: Array, block: Array, layer: Array, row: Array, stacked: bool, transposed: bool) -> tuple[Array, Array]:
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
+def _put(
+    buffer: Array, block: Array, index: tuple[int | Array, ...], row: int | Array, transposed: bool
+) -> tuple[Array, Array]:
     """Writes rows of a Hugging Face tensor where they belong, cast and transposed on the device.
 
     Returns:
@@ -248,7 +257,6 @@ def _put(buffer: Array, block: Array, layer: Array, row: Array, stacked: bool, t
     start: tuple[Any, ...] = (row, *[0] * (block.ndim - 1))
     if transposed:
         block, start = block.T, start[::-1]
-    if stacked:
-        block, start = block[None], (layer, *start)
+    block, start = block.reshape((1,) * len(index) + block.shape), (*index, *start)
     block = block.astype(buffer.dtype)
     return jax.lax.dynamic_update_slice(buffer, block, start), jnp.all(jnp.isfinite(block))

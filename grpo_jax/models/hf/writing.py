@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -85,9 +85,18 @@ def save_pretrained(
             tokenizer.save_pretrained(folder)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _get(leaf: Array, layer: Array, stacked: bool, transposed: bool, dtype: np.dtype) -> Array:
-    tensor = leaf[layer] if stacked else leaf
+class _Part(NamedTuple):
+    """What of a tensor is a parameter's."""
+
+    array: Array  # all layers
+    place: tuple[int, ...]  # of the layer and the expert
+    leaf: Leaf
+    dtype: np.dtype
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _get(leaf: Array, index: tuple[int | Array, ...], transposed: bool, dtype: np.dtype) -> Array:
+    tensor = leaf[index]
     return (tensor.T if transposed else tensor).astype(dtype)
 
 
@@ -95,14 +104,14 @@ def _write_shards(
     folder: Path, leaves: list[Leaf], arrays: list[Array], dtypes: list[np.dtype], max_shard_bytes: int
 ) -> None:
     """Writes the weights into one file, or into several with an index."""
-    parts: dict[str, list[tuple[Array, int, Leaf, np.dtype]]] = {}
+    parts: dict[str, list[_Part]] = {}
     for leaf, array, dtype in zip(leaves, arrays, dtypes, strict=True):
-        for layer, name in enumerate(leaf.names):
-            parts.setdefault(name, []).append((array, layer, leaf, dtype))
+        for index, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
+            parts.setdefault(name, []).append(_Part(array, index, leaf, dtype))
     shards: list[dict[str, Tensor]] = [{}]
     room, total = max_shard_bytes, 0
     for name, of_tensor in parts.items():
-        _, _, leaf, dtype = of_tensor[0]
+        leaf, dtype = of_tensor[0].leaf, of_tensor[0].dtype
         tensor = Tensor(leaf.tensor_shape, dtype, functools.partial(_make, of_tensor))
         if tensor.size > room and shards[-1]:
             shards.append({})
@@ -119,12 +128,12 @@ def _write_shards(
         write_shard(folder / file, shard)
 
 
-def _make(parts: list[tuple[Array, int, Leaf, np.dtype]]) -> np.ndarray:
-    """A tensor, of one parameter or of several, one below the other."""
-    ordered = sorted(parts, key=lambda part: part[2].first_row)
-    made = [
-        np.asarray(_get(array, layer, leaf.stacked, leaf.transposed, dtype)) for array, layer, leaf, dtype in ordered
-    ]
+def _make(parts: list[_Part]) -> np.ndarray:
+    """A tensor, of one parameter or of several, one below the other or column by column."""
+    ordered = sorted(parts, key=lambda part: (part.leaf.first_row, part.leaf.columns or ()))
+    made = [np.asarray(_get(part.array, part.place, part.leaf.transposed, part.dtype)) for part in ordered]
+    if ordered[0].leaf.columns is not None:
+        return np.stack(made, axis=-1).reshape(ordered[0].leaf.tensor_shape)
     return made[0] if len(made) == 1 else np.concatenate(made)
 
 

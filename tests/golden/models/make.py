@@ -166,6 +166,32 @@ CASES = {
             },
         },
     ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 6,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe_shares": (
+        "qwen3_moe",
+        {
+            **{"head_dim": 4, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+            **{"norm_topk_prob": False, "use_sliding_window": True, "sliding_window": 4, "attention_bias": True},
+        },
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **{"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+            **{"swiglu_limit": 0.7, "swiglu_alpha": 1.3},
+            "rope_parameters": YARN | {"truncate": False, "beta_fast": 1.0, "beta_slow": 0.1},
+        },
+    ),
 }
 
 

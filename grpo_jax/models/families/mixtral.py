@@ -1,0 +1,31 @@
+"""Mixtral: Mistral with a mixture of experts in every layer."""
+
+from typing import Any
+
+from grpo_jax.models.experts import Experts
+from grpo_jax.models.families import family, mistral
+from grpo_jax.models.families.family import Family, Fields, Place
+
+
+def decoder(fields: Fields) -> dict[str, Any]:
+    """As Mistral; the weights of a token's experts sum to 1."""
+    experts = Experts(
+        number=family.number_of_experts(fields),
+        per_token=fields["num_experts_per_tok"],
+        width=fields["intermediate_size"],
+        normalised=True,
+    )
+    return {**mistral.decoder(fields), "experts": experts}
+
+
+def place(path: tuple[str, ...], fields: Fields) -> Place:
+    """Each expert's kernels are tensors of their own; w1 is the gate, w3 up and w2 down."""
+    names = {"router": "gate", **{f"experts_{part}": f"experts.{{expert}}.{w}" for part, w in PARTS.items()}}
+    if path[-1] in names:
+        return Place(f"model.layers.{{layer}}.block_sparse_moe.{names[path[-1]]}.weight")
+    return family.place(path, fields)
+
+
+PARTS = {"gate": "w1", "up": "w3", "down": "w2"}
+HONOURS = family.SIZES | family.EXPERTS | {"sliding_window"}
+FAMILY = Family("MixtralForCausalLM", HONOURS, decoder, {"router_jitter_noise": (0, None)}, place)
