@@ -524,6 +524,34 @@ def from_normalised_rewards(
     return advantage
 
 
+def distillation_advantages(beta: float | Array = 1.0) -> Advantage:
+    """The teacher's log-prob less that of the policy that sampled, for each token.
+
+        A[b, g, t] = beta * (log q[t] - log p_old[t])
+
+    On-policy distillation by the token drawn (Thinking Machines, "On-Policy Distillation", 2025), with no reward and no
+    look at later tokens: with `losses.reinforce(aggregate=token_mean)` its expected gradient is that of the reverse
+    divergence at each token. `losses.sampled_reverse_kl` adds the same to an objective with rewards.
+
+    Args:
+      beta: weight.
+
+    Returns:
+      `experience -> (advantages [B, G, T], metrics)`; it needs a teacher in `state.ref_params`. The metric
+      `reverse_kl` is the mean of `log p_old - log q`.
+
+    Raises:
+      ValueError: when called, without `ref_log_probs`.
+    """
+
+    def advantage(experience: Experience) -> tuple[Array, Metrics]:
+        mask = experience.rollout.mask
+        kl = jnp.where(mask, _token_kl(experience, kl_k1), 0.0)
+        return -beta * kl, {"reverse_kl": Mean(jnp.sum(kl), jnp.sum(mask))}
+
+    return advantage
+
+
 def kl_cost(beta: float | Array, *, estimate: KLEstimate = kl_k1) -> Cost:
     """The divergence from the reference policy as a cost of the reward, not a term of the loss.
 

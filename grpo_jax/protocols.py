@@ -207,6 +207,13 @@ class Divergence(Protocol):
         """Measures the distance `[B, G, T]` of two policies by the log-probs of the token that was drawn."""
 
 
+class VocabularyDivergence(Protocol):
+    """How far the policy is from a teacher over the vocabulary, such as `losses.reverse_kl`."""
+
+    def __call__(self, log_p: Array, log_q: Array, /) -> Array:
+        """Maps the log-probs of the policy and the teacher, `[N, V]` each, to `[N]` nats."""
+
+
 class Aggregate(Protocol):
     """How tokens count in a loss, such as `losses.token_mean`."""
 

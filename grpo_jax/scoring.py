@@ -1,17 +1,26 @@
 """Rollouts to per-token log-probs and entropies, without ever holding `[B, G, T, V]`."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Policy
+from grpo_jax.protocols import VocabularyDivergence
 from grpo_jax.types import Array, Packing, Params, Prompts, Rollout, Scores
 
 CHUNK_TOKENS = 1024  # tokens whose logits are held at a time, unless told otherwise
 
 
-@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("entropy", "chunk_tokens"))
+class Teacher(NamedTuple):
+    """Whom a policy is compared with: static, and hashable, as a policy is."""
+
+    policy: Policy  # of the same tokenizer; its params come as an argument
+    divergence: VocabularyDivergence | None = None  # None compares the token drawn only, by its log-prob
+
+
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("entropy", "chunk_tokens", "teacher"))
 def score(
     policy: Policy,
     params: Params,
@@ -21,12 +30,16 @@ def score(
     temperature: float | Array = 1.0,
     entropy: bool = True,
     chunk_tokens: int = CHUNK_TOKENS,
+    teacher: Teacher | None = None,
+    teacher_params: Params | None = None,
+    teacher_prompts: Prompts | None = None,
 ) -> Scores:
     """What the policy says of the completions of a rollout.
 
         log_probs[b, g, t] = log softmax(logits[b, g, t] / temperature)[tokens[b, g, t]]
         entropy[b, g, t]   = -sum_v p[v] log p[v],  p = softmax(logits[b, g, t] / temperature)
         collision[b, g, t] = sum_v p[v]^2
+        divergence[b, g, t] = teacher.divergence(log p, log q),  q = softmax(the teacher's logits / temperature)
 
     Runs the network code that the sampler runs, with each prompt read once for
     its group. The head is applied to about `chunk_tokens` tokens at a time, and
@@ -41,46 +54,55 @@ def score(
       temperature: the one that the rollout was sampled at.
       entropy: False leaves it and `collision` out.
       chunk_tokens: tokens whose logits are held at a time.
+      teacher: with a divergence, fills `divergence`; both heads are then applied a chunk at a time. Of vocabularies
+        of different sizes (rows that some checkpoints pad with) the smaller one counts.
+      teacher_params: the teacher's parameters, not differentiated.
+      teacher_prompts: what the teacher reads in place of the rollout's prompts, `B` of any width.
 
     Returns:
       Scores `[B, G, T]` in float32, 0 on padding. Truncated sampling (top-k and the
       like) is not replayed: see `sampling.sample`.
     """
     B, _, T = rollout.tokens.shape
-    prompts = rollout.prompts
-    prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
-    read, positions = decoder_inputs(prompts, rollout.tokens[..., :-1], rollout.lengths)
     held = jnp.arange(T) < rollout.lengths[..., None]
     tokens = jnp.where(held, rollout.tokens, 0)
-    segments = None
     if packing is not None:
-        segments = packing.segments
-        places = _places(packing, T)
-        tokens, read, positions = (_take(x, places) for x in (tokens, read, positions))
-    hidden, _ = policy.extend(params, read, positions, prompt_cache, segments=segments)
+        tokens = _take(tokens, _places(packing, T))
+    hidden = _hidden(policy, params, rollout, packing)
+    beside: Array | None = None
+    if teacher is not None and teacher.divergence is not None:
+        other = rollout if teacher_prompts is None else rollout._replace(prompts=teacher_prompts)
+        beside = jax.lax.stop_gradient(_hidden(teacher.policy, teacher_params, other, packing))
 
     @jax.checkpoint
-    def score_chunk(hidden: Array, tokens: Array) -> Scores:
+    def score_chunk(hidden: Array, tokens: Array, beside: Array | None) -> Scores:
         shape = tokens.shape
         # In rows: XLA sums over the last of four axes with a scratch of five times the array on CPUs.
         hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
         logits = policy.unembed(params, hidden).astype(jnp.float32) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         log_probs = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
-        log_probs = log_probs.reshape(shape)
-        if not entropy:
-            return Scores(log_probs)
-        probs = jax.nn.softmax(logits)
-        # A network may rule a token out by a logit of -inf; 0 * -inf is NaN.
-        entropies = normaliser - jnp.sum(probs * jnp.where(probs > 0, logits, 0.0), axis=-1)
-        collision = jnp.sum(probs**2, axis=-1)
-        return Scores(log_probs, entropies.reshape(shape), collision.reshape(shape))
+        scores = Scores(log_probs.reshape(shape))
+        if entropy:
+            probs = jax.nn.softmax(logits)
+            # A network may rule a token out by a logit of -inf; 0 * -inf is NaN.
+            entropies = normaliser - jnp.sum(probs * jnp.where(probs > 0, logits, 0.0), axis=-1)
+            collision = jnp.sum(probs**2, axis=-1)
+            scores = scores._replace(entropy=entropies.reshape(shape), collision=collision.reshape(shape))
+        if teacher is not None and teacher.divergence is not None and beside is not None:
+            theirs = teacher.policy.unembed(teacher_params, beside.reshape(-1, beside.shape[-1]))
+            theirs = jax.lax.stop_gradient(theirs.astype(jnp.float32)) / temperature
+            V = min(logits.shape[-1], theirs.shape[-1])
+            log_p, log_q = jax.nn.log_softmax(logits[:, :V]), jax.nn.log_softmax(theirs[:, :V])
+            scores = scores._replace(divergence=teacher.divergence(log_p, log_q).reshape(shape))
+        return scores
 
     # Chunks are cut along the rows, which leaves the axis that devices share, B, in one piece.
     rows, length = tokens.shape[1:]
     width = min(length, max(1, chunk_tokens // (B * rows)))
     chunks = -(-length // width)
-    scores = jax.lax.map(lambda chunk: score_chunk(*chunk), (_cut(hidden, chunks, width), _cut(tokens, chunks, width)))
+    cut = jax.tree.map(lambda x: _cut(x, chunks, width), (hidden, tokens, beside))
+    scores = jax.lax.map(lambda chunk: score_chunk(*chunk), cut)
 
     def join(chunks: Array) -> Array:
         joined = jnp.moveaxis(chunks, 0, 2).reshape(B, rows, -1)[..., :length]
@@ -89,6 +111,18 @@ def score(
         return jnp.where(held, joined, 0.0)
 
     return jax.tree.map(join, scores)
+
+
+def _hidden(policy: Policy, params: Params, rollout: Rollout, packing: Packing | None) -> Array:
+    """What predicts each token: `[B, G, T, D]`, or `[B, R, W, D]` packed."""
+    prompts = rollout.prompts
+    prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
+    read, positions = decoder_inputs(prompts, rollout.tokens[..., :-1], rollout.lengths)
+    segments = None
+    if packing is not None:
+        segments = packing.segments
+        read, positions = (_take(x, _places(packing, rollout.tokens.shape[-1])) for x in (read, positions))
+    return policy.extend(params, read, positions, prompt_cache, segments=segments)[0]
 
 
 def decoder_inputs(prompts: Prompts, tokens: Array, lengths: Array) -> tuple[Array, Array]:

@@ -25,7 +25,7 @@ from grpo_jax.freezing import bind
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Advantage, ExperienceTransform, Loss, Reward, Sampler, Terms
 from grpo_jax.schedules import Scheduled, at
-from grpo_jax.scoring import score
+from grpo_jax.scoring import Teacher, score
 from grpo_jax.statistics import Max, Mean
 from grpo_jax.types import Array, Experience, Metrics, Number, Packing, Params, Prompts, Rollout, TrainState
 from grpo_jax.updates import Learn, Updates, in_parts, jit_learn, make_updates, step_keys
@@ -70,6 +70,7 @@ def make_train_step(
     transforms: Sequence[ExperienceTransform] = (),
     updates: Updates = Updates(),
     score_old: bool = False,
+    teacher: Teacher | None = None,
 ) -> Step:
     """One step of GRPO.
 
@@ -89,6 +90,7 @@ def make_train_step(
       updates: iterations, minibatches, micro-batches and the clipping of gradients.
       score_old: True scores the policy that sampled also for a single update: where the params change between
         `collect` and `learn`, or for what reads `old_log_probs`, `old_entropy` or `old_collision`.
+      teacher: as in `make_learn`.
     """
     return Step(
         make_collect(
@@ -102,6 +104,7 @@ def make_train_step(
             transforms=transforms,
             temperature=temperature_of(sampler),
             updates=updates,
+            teacher=teacher,
         ),
     )
 
@@ -158,6 +161,7 @@ def make_learn(
     transforms: Sequence[ExperienceTransform] = (),
     temperature: Number | Scheduled = 1.0,
     updates: Updates = Updates(),
+    teacher: Teacher | None = None,
 ) -> Learn:
     """The second half of a step alone, for demonstrations, preferences and rollouts from elsewhere.
 
@@ -175,6 +179,8 @@ def make_learn(
         before the batch is split; see `grpo_jax.transforms`.
       temperature: of the scores; the one that the rollout was sampled at. May be `Scheduled`.
       updates: iterations, minibatches, micro-batches and the clipping of gradients.
+      teacher: the network that reads `state.ref_params`, if it is not the policy's own, and the divergence from it
+        that every update scores; see `losses.distillation`.
 
     Returns:
       `(state, experience) -> (state, metrics)`, pure.
@@ -195,8 +201,8 @@ def make_learn(
         metrics = rollout_metrics(experience.rollout)
         experience = mask_unscored(experience)
         if state.ref_params is not None:
-            reference = bind(state.ref_params, state.frozen)
-            experience = add_reference(policy, reference, experience, at(temperature, state), updates.parts)
+            scorer = policy if teacher is None else teacher.policy
+            experience = add_reference(scorer, teacher_of(state), experience, at(temperature, state), updates.parts)
         if advantage is not None:
             advantages, reward_metrics = at(advantage, state)(experience)
             experience, metrics = experience._replace(advantages=advantages), metrics | reward_metrics
@@ -205,9 +211,21 @@ def make_learn(
             metrics = metrics | transform_metrics
         return experience, metrics
 
+    def teacher_of(state: TrainState) -> Params:
+        if state.ref_params is None:
+            raise ValueError("a teacher's params are the state's ref_params: state._replace(ref_params=...)")
+        return bind(state.ref_params, state.frozen) if teacher is None or teacher.policy == policy else state.ref_params
+
     def evaluate(params: Params, state: TrainState, experience: Experience) -> tuple[Terms, Metrics]:
         scores = score(
-            policy, params, experience.rollout, packing=experience.packing, temperature=at(temperature, state)
+            policy,
+            params,
+            experience.rollout,
+            packing=experience.packing,
+            temperature=at(temperature, state),
+            teacher=teacher,
+            teacher_params=None if teacher is None else teacher_of(state),
+            teacher_prompts=experience.teacher_prompts,
         )
         if experience.old_log_probs is None and updates.count == 1:  # else the loss refuses
             experience = experience._replace(old_log_probs=jax.lax.stop_gradient(scores.log_probs))
@@ -239,7 +257,10 @@ def mask_unscored(experience: Experience) -> Experience:
 def add_reference(
     policy: Policy, ref_params: Params, experience: Experience, temperature: Number, parts: int
 ) -> Experience:
-    """Adds the reference's log-probs, unless they are there, computed in `parts` to save memory."""
+    """Adds the reference's log-probs, unless they are there, computed in `parts` to save memory.
+
+    The reference reads `experience.teacher_prompts` in place of the rollout's prompts, where there are some.
+    """
     if experience.ref_log_probs is not None:
         return experience
 
@@ -248,7 +269,10 @@ def add_reference(
         return score(policy, ref_params, rollout, packing=packing, temperature=temperature, entropy=False).log_probs
 
     with jax.named_scope("score_reference"):
-        return experience._replace(ref_log_probs=in_parts(log_probs, (experience.rollout, experience.packing), parts))
+        rollout = experience.rollout
+        if experience.teacher_prompts is not None:
+            rollout = rollout._replace(prompts=experience.teacher_prompts)
+        return experience._replace(ref_log_probs=in_parts(log_probs, (rollout, experience.packing), parts))
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:

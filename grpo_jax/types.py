@@ -51,6 +51,7 @@ class Scores(NamedTuple):
     log_probs: Array  # [B, G, T] float32, 0 on padding
     entropy: Array | None = None  # [B, G, T] float32 nats, of the distribution that the token was drawn from
     collision: Array | None = None  # [B, G, T] float32, sum_v p_v^2 of that distribution
+    divergence: Array | None = None  # [B, G, T] float32 nats, from the teacher's distribution
 
 
 class Packing(NamedTuple):
@@ -75,6 +76,7 @@ class Experience(NamedTuple):
     token_share: Array | None = None  # [B] float32, tokens of the rollout that count over prompts
     high_covariance: Array | None = None  # [B, G, T] bool, tokens that the entropy falls by: `losses.covariant_kl`
     environment_mask: Array | None = None  # [B, G, T] bool, tokens that the policy did not write: `losses.echo`
+    teacher_prompts: Prompts | None = None  # what the teacher reads before the completions; the same, if None
     packing: Packing | None = None  # how to lay out the completions for the network; a row each, if None
 
 

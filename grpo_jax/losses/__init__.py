@@ -22,6 +22,14 @@ from grpo_jax.losses.aggregates import (
 )
 from grpo_jax.losses.anchors import corrected, old_policy, sampler
 from grpo_jax.losses.composition import normalize_by_rollout_tokens, plus, policy_loss, value
+from grpo_jax.losses.distillation import (
+    distill,
+    forward_kl,
+    generalised_jsd,
+    of_top_k,
+    reverse_kl,
+    sampled_reverse_kl,
+)
 from grpo_jax.losses.objectives import (
     bnpo,
     cispo,
@@ -82,6 +90,7 @@ __all__ = [
     "corrected",
     "covariant_kl",
     "dapo",
+    "distill",
     "divergence_mask",
     "dppo",
     "dr_grpo",
@@ -89,7 +98,9 @@ __all__ = [
     "drpo",
     "echo",
     "entropy_bonus",
+    "forward_kl",
     "gamma_weight",
+    "generalised_jsd",
     "gmpo",
     "grpo",
     "gspo",
@@ -106,6 +117,7 @@ __all__ = [
     "m2po",
     "masked_importance",
     "normalize_by_rollout_tokens",
+    "of_top_k",
     "off_policy_mask",
     "old_policy",
     "penalty_loss",
@@ -120,6 +132,8 @@ __all__ = [
     "pspo",
     "quadratic_shift",
     "reinforce",
+    "reverse_kl",
+    "sampled_reverse_kl",
     "sampler",
     "sapo",
     "sequence_ratio",

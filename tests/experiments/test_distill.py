@@ -1,0 +1,60 @@
+"""experiments/distill.py on two tiny Hugging Face models that the test makes."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax.models import hf
+from grpo_jax.run import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where dataclasses looks annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+distill = load("distill")
+
+
+def test_the_smoke_mode_moves_the_model_towards_its_teacher_and_exports_it(tmp_path):
+    config = distill.Config(smoke=True, run_dir=tmp_path)
+    params = distill.main(config)
+    lines = metrics.read(tmp_path)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[-1]["divergence"] < lines[0]["divergence"]
+    assert all(np.isfinite(line["reverse_kl"]) for line in lines)
+    _, exported = hf.load_pretrained(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, exported, params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"divergence": "sampled", "top_k": 4}, "leave out --top-k 4"),
+        ({"divergence": "no_such"}, "no function 'no_such'"),
+        ({"teacher": ""}, "give --model, --teacher and --data, or --smoke"),
+        ({"prompts_per_step": 3, "micro_batches": 2}, "3 prompts do not divide"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes, message, tmp_path):
+    config = distill.smoke(distill.Config(run_dir=tmp_path))
+    with pytest.raises(ValueError, match=message):
+        distill.train(dataclasses.replace(config, **changes))
+
+
+def test_a_teacher_with_other_tokens_is_refused(tmp_path):
+    config = distill.smoke(distill.Config(run_dir=tmp_path))
+    tokenizer = hf.load_tokenizer(config.teacher)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(config.teacher)
+    with pytest.raises(ValueError, match="has other tokens than --model"):
+        distill.train(config)
