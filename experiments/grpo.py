@@ -68,7 +68,7 @@ class Config(data.PromptSettings, WeightSettings):
     transform: tuple[
         str, ...
     ] = ()  # of grpo_jax.transforms, such as mask_truncated or "top_entropy(0.2)", in this order
-    score_old: bool = False  # the policy that sampled, for advantages and transforms that ask for it
+    score_old: bool = False  # the policy that sampled, for what asks for it; measures its gap to the sampler, too
     epsilon: float | None = None  # the loss's own, if not given
     epsilon_high: float | None = None
     beta: float = 0.0  # weight of the KL term (k3); above 0, the first policy is kept as the reference
@@ -125,6 +125,7 @@ def train(config: Config) -> Params:
         resolve(config.advantage, "grpo_jax.advantages"), weights=config.reward_weights, names=names
     )
     chosen = [resolve(name, "grpo_jax.transforms") for name in config.transform]
+    chosen += [measured.sampler_gap()] if config.score_old else []
     score_old = config.overlap or config.score_old
     tokenizer = hf.load_tokenizer(config.model)
     rows, held_out = config.read(config.data), []

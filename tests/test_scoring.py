@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import sampling
+from grpo_jax import losses, sampling
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.scoring import score
+from grpo_jax.scoring import Teacher, score
 from grpo_jax.testing import random_prompts, tiny_policy
 from grpo_jax.types import Prompts
 
@@ -157,6 +157,26 @@ def test_no_array_holds_logits_of_more_tokens_than_a_chunk(transform):
 
     assert most_tokens(2 * B * G) == 2 * B * G
     assert most_tokens(T * B * G) == T * B * G  # what a leak would look like
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.grad], ids=["value", "gradient"])
+def test_no_array_holds_logits_of_policy_or_teacher_of_more_tokens_than_a_chunk(transform):
+    policy, params = policy_and_params()
+    rollout = rolled_out()
+
+    def total(params, teacher_params, chunk_tokens):
+        scores = score(
+            policy, params, rollout, chunk_tokens=chunk_tokens, teacher=Teacher(policy, losses.generalised_jsd(0.5)),
+            teacher_params=teacher_params,
+        )  # fmt: skip
+        return jnp.sum(scores.divergence)
+
+    def most_tokens(chunk_tokens):
+        program = shapes(transform(functools.partial(total, chunk_tokens=chunk_tokens)), params, params)
+        return max(np.prod(shape) // V for shape in program if V in shape and 32 not in shape)
+
+    assert most_tokens(2 * B * G) == 2 * B * G
+    assert most_tokens(T * B * G) == T * B * G
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.grad], ids=["value", "gradient"])

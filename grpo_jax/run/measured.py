@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.losses import token_mean
+from grpo_jax.losses.contract import difference
 from grpo_jax.protocols import ExperienceTransform
-from grpo_jax.statistics import Mean
+from grpo_jax.statistics import Max, Mean
 from grpo_jax.types import Array, Experience, Metrics
 
 
@@ -64,5 +66,46 @@ def unscored(names: Sequence[str]) -> ExperienceTransform:
         return experience, {
             f"unscored/{name}": Mean(jnp.sum(there & ~given[..., k]), jnp.sum(there)) for k, name in enumerate(names)
         }
+
+    return hook
+
+
+def sampler_gap(parts: int = 4) -> ExperienceTransform:
+    """Measures how far the scorer is from the sampler for the same params, also by the place in the completion.
+
+        gap[t] = log p_sampler[t] - log p_old[t]         of the tokens that count
+
+        sampler_kl              mean of gap: the divergence of the sampler from the scorer, in nats a token
+        sampler_gap             mean of |gap|
+        sampler_gap_max         the largest |gap|
+        sampler_kl/<i>, sampler_gap/<i>     of the tokens of the i-th of `parts` equal spans of the limit of sampling
+
+    0 to rounding where both are one program in float32. Other precisions, kernels and engines have a gap that a long
+    completion adds up; so has top-k or top-p, which the scorer does not replay. Spans without a token read 0.
+
+    Args:
+      parts: spans, at least 1.
+
+    Returns:
+      A hook, which needs `make_train_step(..., score_old=True)`.
+
+    Raises:
+      ValueError: for `parts` below 1; when called, without `old_log_probs`.
+    """
+    if parts < 1:
+        raise ValueError(f"a completion has at least 1 part, got {parts}")
+
+    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+        rollout = experience.rollout
+        if experience.old_log_probs is None:
+            raise ValueError("sampler_gap needs old_log_probs: make_train_step(..., score_old=True) adds them")
+        gap = difference(rollout.log_probs, experience.old_log_probs, rollout.mask)
+        metrics: Metrics = {"sampler_gap_max": Max(jnp.max(jnp.abs(gap)))}
+        T = gap.shape[-1]
+        span = jnp.arange(T) * parts // T
+        for name, places in [("", rollout.mask), *((f"/{i}", rollout.mask & (span == i)) for i in range(parts))]:
+            metrics[f"sampler_kl{name}"] = token_mean(gap, places)
+            metrics[f"sampler_gap{name}"] = token_mean(jnp.abs(gap), places)
+        return experience, metrics
 
     return hook

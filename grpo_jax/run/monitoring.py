@@ -158,6 +158,21 @@ def ratio_exploded(history: History, *, limit: float = 10.0) -> str | None:
     )
 
 
+def sampler_disagrees(history: History, *, limit: float = 0.1) -> str | None:
+    """The mean gap of sampler and scorer is above `limit` nats, by the middle value of the last three steps."""
+    if _not_finite(history, "sampler_gap"):
+        return _no_number("the mean gap between sampler and scorer (`sampler_gap`)")
+    recent = _last(history, "sampler_gap", 3)
+    if not recent or statistics.median(recent) <= limit:
+        return None
+    return (
+        f"sampler and scorer differ by {statistics.median(recent):.3g} nats a token for the same weights "
+        "(`sampler_gap`; by the place in the completion `sampler_gap/0` and on). Look whether the engine has the "
+        "weights of this step, and whether temperature, top_k and top_p are those of the scorer. What a lower "
+        "precision leaves is corrected by losses.truncated_importance, or by ratios to the sampler (losses.dppo)"
+    )
+
+
 def entropy_collapsed(history: History, *, window: int = 5, share: float = 0.2, least: float = 0.01) -> str | None:
     """The entropy of the last `window` steps is below `share` of that of the first `window`, or below `least` nats."""
     entropies = _finite(history, "entropy")
@@ -285,6 +300,7 @@ DEFAULT: tuple[Check, ...] = (
     reward_collapsed,
     kl_exploded,
     ratio_exploded,
+    sampler_disagrees,
     entropy_collapsed,
     reward_hacked,
     repeating,

@@ -421,6 +421,21 @@ def test_a_finished_run_is_not_trained_on_under_other_settings(finished):
         grpo.train(dataclasses.replace(finished, learning_rate=0.01))
 
 
+def test_objectives_advantages_and_transforms_of_2026_are_reached_by_their_names(files, tmp_path):
+    config = settings(
+        files, tmp_path, loss="dppo", advantage="pass_at_k(2)", transform=("second_moment(0.5)", "high_covariance()"),
+        score_old=True, group_size=4, reward=("my_rewards:brevity",),
+    )  # fmt: skip
+    grpo.train(config)
+    line = metrics.read(tmp_path)[0]
+    assert line["sampler_gap"] < 1e-3
+    assert line["second_moment"] < 1e-5
+    assert {"sampler_gap/3", "clip_low", "clip_high"} <= set(line)
+    config = settings(files, tmp_path / "other", loss="kl_cov", advantage="optimal_token_advantages")
+    with pytest.raises(ValueError, match="score_old=True"):
+        grpo.train(config)
+
+
 def test_supervised_learning_lowers_the_loss_on_completions_and_exports(files, tmp_path):
     config = sft.Config(
         model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, epochs=20, batch_size=4,

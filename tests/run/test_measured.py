@@ -103,3 +103,28 @@ def test_the_hooks_measure_in_a_step_what_the_checks_read():
     ):
         assert sum(words in text for text in told) == 1, words
     assert len(told) == 5, told
+
+
+@pytest.mark.parametrize("parts", [1, 3, 4])
+def test_the_gap_of_sampler_and_scorer_is_measured_by_place_over_the_tokens_that_count(parts):
+    rng = np.random.default_rng(0)
+    rollout = rollout_of([[rng.integers(0, 3, n).tolist() for n in (12, 5, 1)] for _ in range(2)])
+    sampled, scored = rng.normal(size=(2, 2, 3, 12))
+    experience = Experience(rollout._replace(log_probs=jnp.asarray(sampled)), old_log_probs=jnp.asarray(scored))
+    _, found = measured.sampler_gap(parts)(experience)
+    numbers = summary(found)
+    mask, gap = np.asarray(rollout.mask), sampled - scored
+    np.testing.assert_allclose(numbers["sampler_kl"], gap[mask].mean(), rtol=1e-5)
+    np.testing.assert_allclose(numbers["sampler_gap"], np.abs(gap)[mask].mean(), rtol=1e-5)
+    np.testing.assert_allclose(numbers["sampler_gap_max"], np.abs(gap)[mask].max(), rtol=1e-5)
+    width = 12 // parts
+    for i in range(parts):
+        span = slice(i * width, (i + 1) * width)
+        there = gap[..., span][mask[..., span]]
+        np.testing.assert_allclose(numbers[f"sampler_kl/{i}"], there.mean(), rtol=1e-5)
+        np.testing.assert_allclose(numbers[f"sampler_gap/{i}"], np.abs(there).mean(), rtol=1e-5)
+    assert len(numbers) == 3 + 2 * parts
+    with pytest.raises(ValueError, match="score_old=True"):
+        measured.sampler_gap()(experience._replace(old_log_probs=None))
+    with pytest.raises(ValueError, match="at least 1 part, got 0"):
+        measured.sampler_gap(0)

@@ -32,6 +32,7 @@ def healthy(steps=STEPS, seed=0):
             "reward/format_std": 0.3,
             "kl": 0.001 * step + abs(noise[4]) * 0.01,
             "ratio_max": 1.5 + abs(noise[5]),
+            "sampler_gap": 0.03 + 0.1 * noise[5],
             "entropy": 0.5 - 0.3 * step / STEPS + noise[6] * 0.1,
             "length": 200 + step,
             "repetition": 0.1 + noise[7],
@@ -87,6 +88,10 @@ FAULTS = {
     "kl not finite": (changed(40, kl=None), "kl_exploded", 40, ["`kl`", "not a finite number"]),
     "ratio": (changed(40, ratio_max=250.0), "ratio_exploded", 42, ["ratio is 250", "passes"]),
     "ratio not finite": (changed(40, ratio_max=math.inf), "ratio_exploded", 40, ["`ratio_max`", "not a finite"]),
+    "sampler": (
+        changed(40, sampler_gap=0.4), "sampler_disagrees", 42, ["differ by 0.4 nats", "`sampler_gap`", "temperature"],
+    ),
+    "sampler not finite": (changed(40, sampler_gap=None), "sampler_disagrees", 40, ["`sampler_gap`", "not a finite"]),
     "entropy": (
         changed(40, entropy=0.02), "entropy_collapsed", 44,
         ["entropy is 0.0", "nats a token, 0.49 at the start", "epsilon_high"],
