@@ -84,6 +84,7 @@ _MODULES = (
     "study",
     "tasks",
     "testing",
+    "tools",
     "train_step",
     "transforms",
     "types",

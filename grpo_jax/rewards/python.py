@@ -119,6 +119,52 @@ def python_tests(
     return reward
 
 
+def make_python_output(
+    *,
+    timeout: float = 10.0,
+    memory: int = 512 * 2**20,
+    output: int = 2**16,
+    accept_unsandboxed_execution: bool = False,
+) -> Callable[[str], str]:
+    """Makes `code -> text`: what code prints in the sandbox of `python_tests`, and the last line of its exception.
+
+    Args:
+      timeout: seconds, from when the interpreter is ready.
+      memory: bytes of address space.
+      output: bytes that may be printed; what comes after them is left out.
+      accept_unsandboxed_execution: as in `python_tests`.
+
+    Returns:
+      The function. It raises RuntimeError where the sandbox does not start.
+
+    Raises:
+      ValueError: where there is no sandbox; for a setting out of range.
+    """
+    if timeout <= 0 or memory < 2**26 or output < 1:
+        raise ValueError(
+            f"timeout is above 0 s, memory at least 64 MiB, output at least 1, got {timeout}, {memory}, {output}"
+        )
+    runner = _Runner(_prefix(accept_unsandboxed_execution), timeout, memory, output)
+
+    def run(code: str) -> str:
+        if len(code) > CODE_LIMIT:
+            return f"error: the code has {len(code)} characters, more than {CODE_LIMIT}"
+        with _file(code) as source, _file() as errors:
+            with runner.process(["program", source.fileno()], stderr=errors) as process:
+                said = _listen(process, timeout, output)
+            if not said.ready:
+                raise RuntimeError(_lost(errors).message)
+            errors.seek(0)
+            complaint = errors.read()[-2000:].decode(errors="replace").strip().split("\n")[-1]
+        if said.end == "late":
+            complaint = f"error: it took longer than {timeout:g} s"
+        elif said.end == "flood":
+            complaint = f"error: it printed more than {output} bytes"
+        return "\n".join(filter(None, [said.text[:output].rstrip(), complaint]))
+
+    return run
+
+
 def code_of(completion: str) -> str:
     """The code of a completion, by the rule of `python_tests`; a block that is not closed is none."""
     marked, plain, opened = "", "", False

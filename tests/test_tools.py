@@ -1,0 +1,213 @@
+"""Tools are called in the words of templates, and whatever a policy writes gets an answer."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax import data, sampling, tools
+from grpo_jax.environments import Turn
+from grpo_jax.testing import tiny_policy, tiny_tokenizer
+
+
+def add(a: int, b: int = 1) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: the first.
+        b: the second.
+    """
+    return a + b
+
+
+def weather(city: str) -> dict:
+    """The weather of a city.
+
+    Args:
+        city: its name.
+    """
+    return {"city": city, "sky": "grey"}
+
+
+def hermes(*calls):
+    return "Let me see.\n" + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+def call(name, **arguments):
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+def answers(text, functions=(add, weather), calls=tools.hermes_calls, before=(), **settings):
+    messages = [{"role": "user", "content": "x"}, *before, {"role": "assistant", "content": text}]
+    turn = tools.environment(functions, calls, **settings)({}, messages)
+    return [message["content"] for message in turn.content] if turn.content else turn
+
+
+def test_calls_are_answered_in_their_order():
+    assert answers(hermes(call("add", a=2, b=3), call("weather", city="Oslo"), call("add", a=2))) == [
+        "5", '{"city": "Oslo", "sky": "grey"}', "3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "add", "parameters": {"a": 2}}', '<|python_tag|>{"name": "add", "parameters": {"a": 2}}\n']
+)
+def test_llamas_calls_are_the_whole_turn(text):
+    assert answers(text, calls=tools.llama_calls) == ["3"]
+    assert answers(f"I would call {text}", calls=tools.llama_calls) == Turn(None)
+
+
+WRONG = {
+    hermes("{name: add}"): "error: the call is not JSON",
+    hermes("[1]"): 'error: a call is {"name": ..., "arguments": {...}}',
+    hermes('{"name": "add", "arguments": [1]}'): 'error: "arguments" of add are an object',
+    hermes(call("subtract", a=1)): "error: there is no tool 'subtract', only add, weather",
+    hermes(call("add")): "error: add: missing a required argument: 'a'",
+    hermes(call("add", a=1, c=2)): "error: add: got an unexpected keyword argument 'c'",
+    hermes(call("add", a="1")): "error: TypeError: can only concatenate str",
+    hermes("[" * 100_000): "error: the call is not JSON",
+    '<tool_call>{"name": "add"': "error: <tool_call> is not closed",
+}
+
+
+@pytest.mark.parametrize("text", WRONG, ids=list(WRONG.values()))
+def test_wrong_calls_are_answered_with_what_is_wrong(text):
+    (said,) = answers(text)
+    assert said.startswith(WRONG[text])
+
+
+def test_a_turn_without_a_call_ends_the_conversation_with_its_score():
+    assert answers("The answer is 5.") == Turn(None)
+    scored = answers("The answer is 5.", score=lambda row, messages: float("5" in messages[-1]["content"]))
+    assert scored == Turn(None, 1.0)
+
+
+def test_long_results_are_cut():
+    (said,) = answers(hermes(call("weather", city="x" * 50)), longest=20)
+    assert said == '{"city": "xxxxxxxxxx ... (57 characters left out)'
+
+
+def no_hints(a):
+    """Nothing.
+
+    Args:
+        a: something.
+    """
+
+
+def no_docstring(a: int):
+    return a
+
+
+@pytest.mark.parametrize("function", [no_hints, no_docstring])
+def test_a_tool_that_does_not_tell_its_arguments_is_refused(function):
+    with pytest.raises(ValueError, match=f"the tool {function.__name__} needs a type hint"):
+        tools.environment([function], tools.hermes_calls)
+
+
+def test_two_tools_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="names of their own, got add, add"):
+        tools.schemas([add, add])
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("12345 * 6789", "83810205"),
+        ("(12 + 30) * 7 / 4", "73.5"),
+        ("2 ** 100", str(2**100)),
+        ("-7 // 2 + 7 % 4", "-1"),
+        ("0.1 + 0.2", "0.3"),
+        ("1 / 3", "0.333333333333 (rounded; exactly 1/3)"),
+        ("2 ** -2", "0.25"),
+    ],
+)
+def test_the_calculator_is_exact(expression, value):
+    assert tools.calculator(expression) == value
+    assert answers(hermes(call("calculator", expression=expression)), [tools.calculator]) == [value]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["9 ** 9 ** 9", "__import__('os')", "a + 1", "1 / 0", "2 ** 0.5", "1 +", "True + 1", "'a' * 9", "1 if 1 else 2"],
+)
+def test_what_the_calculator_cannot_do_is_an_error_to_the_policy(expression):
+    (said,) = answers(hermes(call("calculator", expression=expression)), [tools.calculator])
+    assert said.startswith("error: ")
+
+
+@pytest.fixture(scope="module")
+def python():
+    try:
+        return tools.python(timeout=5.0)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def test_python_runs_in_the_sandbox_and_knows_the_names_of_earlier_calls(python):
+    before = [
+        {"role": "assistant", "content": hermes(call("python", code="x = 40\nprint('once')"))},
+        {"role": "tool", "content": "once"},
+        {"role": "assistant", "content": hermes(call("python", code="x += 1\n1 / 0"))},
+        {"role": "tool", "content": "ZeroDivisionError: division by zero"},
+    ]
+    text = hermes(call("python", code="print(x + 1)"), call("python", code="open('/etc/passwd')"))
+    said = answers(text, [python], before=before)
+    assert said[0] == "42"
+    assert "Error" in said[1]
+    assert answers(hermes(call("python", code="print(x)")), [python]) == ["NameError: name 'x' is not defined"]
+
+
+def test_python_that_prints_too_much_or_nothing_is_told():
+    try:
+        short = tools.python(output=100)
+    except ValueError as error:
+        pytest.skip(str(error))
+    flood, nothing = answers(hermes(call("python", code="print('x' * 10000)"), call("python", code="y = 1")), [short])
+    assert flood == "x" * 100 + "\nerror: it printed more than 100 bytes"
+    assert nothing == "(no output)"
+
+
+# Qwen's, but for its words.
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t | tojson }}{% endfor %}\n"
+    "Call them as <tool_call></tool_call>.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.role == 'tool' %}<tool_response>\n{{ m.content }}\n</tool_response>{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_format_of_calls_is_the_templates():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="neither <tool_call>"):
+        tools.call_format(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    assert tools.call_format(tokenizer) is tools.hermes_calls
+    tokenizer.chat_template = 'Respond as {"name": function name, "parameters": dictionary}'
+    assert tools.call_format(tokenizer) is tools.llama_calls
+
+
+def test_a_conversation_with_tools_in_the_tokens_of_its_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    told = {"tools": tools.schemas([add])}
+    prompts = data.encode_rows(tokenizer, [{"prompt": "1 + 2?"}], chat=True, template=told, max_prompt_tokens=2000)
+    assert '"name": "add"' in tokenizer.decode(prompts.prompts[0])
+    # A random network calls nothing, so that what it writes is read as a call.
+    respond = tools.environment([add], lambda text: [tools.Call("add", {"a": len(text)})])
+    between = data.between_turns(tokenizer, role="tool", **told)
+    sampler = sampling.sampler(group_size=2, max_tokens=120, eos_ids=(tokenizer.eos_token_id, *range(3, 80)))
+    policy = tiny_policy(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    made = sampling.conversations(sampler, respond, tokenizer, prompts.rows, max_turns=2, between=between)
+    batch = prompts.batch(0, 0, size=1, multiple=64)
+    rollout = jax.device_get(made(policy, policy.init(jax.random.key(0)), batch, jax.random.key(1)))
+    for tokens, mask in zip(rollout.tokens[0], rollout.mask[0], strict=True):
+        first = int(np.argmin(mask))
+        following = tokens[first : first + int(np.argmax(mask[first:]))]
+        said = tokenizer.decode([token for token in tokens[:first] if token not in sampler.eos_ids])
+        expected = (
+            f"\n<|im_start|>user\n<tool_response>\n{len(said) + 1}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert tokenizer.decode(following).removeprefix("<|im_end|>") == expected
