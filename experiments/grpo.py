@@ -19,6 +19,9 @@ every `--export-every` steps, after the last one, and to `best` whenever the eva
 `--lora-rank 16` trains adapters in place of the weights, and `--quantize nf4` holds the weights in 4 bits meanwhile.
 `--export adapters` writes a folder that PEFT reads, in place of a whole model.
 
+`--mesh data=2,fsdp=4` divides all of it over eight devices: rows over both, the weights and the optimiser's state over
+`fsdp`. A run is resumed on another mesh, too, where it goes on to rounding.
+
 With `--overlap` the next batch is sampled while the rewards of this one are computed, for verifiers that keep the
 device waiting. It then comes from the policy before the update, which the ratio takes into account.
 """
@@ -31,10 +34,11 @@ from typing import Literal
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from grpo_jax import advantages, data, losses, packing, rewards, run, sampling
 from grpo_jax.freezing import bind
-from grpo_jax.models import hf
+from grpo_jax.models import hf, sharding
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Loss
 from grpo_jax.run import completions, digests, inputs, measured, memory, metrics, overlap
@@ -48,7 +52,7 @@ from grpo_jax.updates import Updates, init_state
 
 MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export", "export_every", "show_every", "tensorboard", "wandb", "profile"),
-    *("stop_after_skipped", "stop_after_failed", "reward_timeout"),
+    *("stop_after_skipped", "stop_after_failed", "reward_timeout", "mesh"),
 )
 
 
@@ -95,6 +99,7 @@ class Config(data.PromptSettings, WeightSettings):
     seed: int = 0
     compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
     attention: str = "auto"  # of grpo_jax.models.attention (cudnn, splash, ...), or module:function
+    mesh: str | None = None  # devices to share the work, such as data=2,fsdp=4; see grpo_jax.models.sharding
 
     eval_data: pathlib.Path | None = None
     eval_rows: int = 0  # without --eval-data: held out of the data
@@ -115,7 +120,8 @@ class Config(data.PromptSettings, WeightSettings):
 def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     # Everything that can be wrong with the input is looked at before the weights are read.
-    updates = check(config)
+    mesh = None if config.mesh is None else sharding.parse(config.mesh)
+    updates = check(config, mesh)
     functions = [resolve(name) for name in config.reward]
     names = [rewards.name_of(function) for function in functions]
     group_size = (config.eval_group_size or 1) if config.eval_data or config.eval_rows else None
@@ -149,7 +155,9 @@ def train(config: Config) -> Params:
     )  # fmt: skip
 
     dtype = compute_dtype(config.compute_dtype)
-    policy, params, frozen = config.load(config.model, compute_dtype=dtype, seed=config.seed, attention=attention)
+    policy, params, frozen = config.load(
+        config.model, compute_dtype=dtype, seed=config.seed, attention=attention, mesh=mesh
+    )  # fmt: skip
     rate = learning_rates.learning_rate(
         config.rate(config.learning_rate, 1e-6), config.steps, warmup_steps=config.warmup_steps,
         updates_per_step=updates.count, decay=resolve(config.decay, "grpo_jax.schedules.learning_rates"),
@@ -176,6 +184,8 @@ def train(config: Config) -> Params:
     state = init_state(params, optimizer, key, frozen=frozen, reference=config.beta > 0)
     del params
     batch = functools.partial(prompts.batch, config.seed, size=config.prompts_per_step, multiple=config.bucket)
+    if mesh is not None:
+        state, batch = sharding.place(mesh, state), sharding.batches(mesh, batch)
     step = overlap.in_turn(whole_step, batch)
     if config.overlap:
         step, state = overlap.ahead(whole_step, batch, state, width=width)
@@ -227,7 +237,7 @@ def train(config: Config) -> Params:
     return loop.state.params
 
 
-def check(config: Config) -> Updates:
+def check(config: Config, mesh: Mesh | None = None) -> Updates:
     """Refuses settings that do not go together."""
     if config.memory_gib is not None and config.micro_batches != 1:
         raise ValueError(f"--memory-gib chooses the micro-batches, so give no --micro-batches {config.micro_batches}")
@@ -238,6 +248,8 @@ def check(config: Config) -> Updates:
     names = ("iterations", "minibatches", "micro_batches", "max_grad_norm")
     updates = Updates(**{name: getattr(config, name) for name in names})
     updates.check(config.prompts_per_step)
+    if mesh is not None:
+        sharding.check_rows(mesh, config.prompts_per_step // updates.parts, config.group_size)
     return updates
 
 

@@ -48,6 +48,8 @@ class Policy(NamedTuple):
       gather_rows: `(cache, rows [N]) -> cache` of those of its `B` rows, in that order.
       compact: `(cache, ends [B, G]) -> cache` that keeps of each row the tokens at positions before its end, in
         order, in its first columns; writing goes on after the longest row.
+      by_rows: makes of `f(params, of_rows, *others)` the function that computes it on each device for the rows `[B, G]`
+        there; `f` may call `unembed` and nothing else of the policy. Only a policy of several devices has one.
     """
 
     config: Any
@@ -61,6 +63,7 @@ class Policy(NamedTuple):
     reset_rows: Callable[[Cache, Array], Cache]
     gather_rows: Callable[[Cache, Array], Cache]
     compact: Callable[[Cache, Array], Cache]
+    by_rows: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
 
 
 class TokenCache(NamedTuple):

@@ -53,7 +53,7 @@ def score(
         comes out is the same, to rounding. See `packing.pack`.
       temperature: the one that the rollout was sampled at.
       entropy: False leaves it and `collision` out.
-      chunk_tokens: tokens whose logits are held at a time.
+      chunk_tokens: tokens whose logits a device holds at a time.
       teacher: with a divergence, fills `divergence`; both heads are then applied a chunk at a time. Of vocabularies
         of different sizes (rows that some checkpoints pad with) the smaller one counts.
       teacher_params: the teacher's parameters, not differentiated.
@@ -63,7 +63,7 @@ def score(
       Scores `[B, G, T]` in float32, 0 on padding. Truncated sampling (top-k and the
       like) is not replayed: see `sampling.sample`.
     """
-    B, _, T = rollout.tokens.shape
+    T = rollout.tokens.shape[-1]
     held = jnp.arange(T) < rollout.lengths[..., None]
     tokens = jnp.where(held, rollout.tokens, 0)
     if packing is not None:
@@ -74,41 +74,45 @@ def score(
         other = rollout if teacher_prompts is None else rollout._replace(prompts=teacher_prompts)
         beside = jax.lax.stop_gradient(_hidden(teacher.policy, teacher_params, other, packing))
 
-    @jax.checkpoint
-    def score_chunk(hidden: Array, tokens: Array, beside: Array | None) -> Scores:
-        shape = tokens.shape
-        # In rows: XLA sums over the last of four axes with a scratch of five times the array on CPUs.
-        hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
-        logits = policy.unembed(params, hidden).astype(jnp.float32) / temperature
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        log_probs = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
-        scores = Scores(log_probs.reshape(shape))
-        if entropy:
-            probs = jax.nn.softmax(logits)
-            # A network may rule a token out by a logit of -inf; 0 * -inf is NaN.
-            entropies = normaliser - jnp.sum(probs * jnp.where(probs > 0, logits, 0.0), axis=-1)
-            collision = jnp.sum(probs**2, axis=-1)
-            scores = scores._replace(entropy=entropies.reshape(shape), collision=collision.reshape(shape))
-        if teacher is not None and teacher.divergence is not None and beside is not None:
-            theirs = teacher.policy.unembed(teacher_params, beside.reshape(-1, beside.shape[-1]))
-            theirs = jax.lax.stop_gradient(theirs.astype(jnp.float32)) / temperature
-            V = min(logits.shape[-1], theirs.shape[-1])
-            log_p, log_q = jax.nn.log_softmax(logits[:, :V]), jax.nn.log_softmax(theirs[:, :V])
-            scores = scores._replace(divergence=teacher.divergence(log_p, log_q).reshape(shape))
-        return scores
+    def score_rows(params: Params, of_rows: tuple[Array, Array, Array | None], temperature: float | Array) -> Scores:
+        @jax.checkpoint
+        def score_chunk(hidden: Array, tokens: Array, beside: Array | None) -> Scores:
+            shape = tokens.shape
+            # In rows: XLA sums over the last of four axes with a scratch of five times the array on CPUs.
+            hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+            logits = policy.unembed(params["policy"], hidden).astype(jnp.float32) / temperature
+            normaliser = jax.nn.logsumexp(logits, axis=-1)
+            log_probs = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
+            scores = Scores(log_probs.reshape(shape))
+            if entropy:
+                probs = jax.nn.softmax(logits)
+                # A network may rule a token out by a logit of -inf; 0 * -inf is NaN.
+                entropies = normaliser - jnp.sum(probs * jnp.where(probs > 0, logits, 0.0), axis=-1)
+                collision = jnp.sum(probs**2, axis=-1)
+                scores = scores._replace(entropy=entropies.reshape(shape), collision=collision.reshape(shape))
+            if teacher is not None and teacher.divergence is not None and beside is not None:
+                theirs = teacher.policy.unembed(params["teacher"], beside.reshape(-1, beside.shape[-1]))
+                theirs = jax.lax.stop_gradient(theirs.astype(jnp.float32)) / temperature
+                V = min(logits.shape[-1], theirs.shape[-1])
+                log_p, log_q = jax.nn.log_softmax(logits[:, :V]), jax.nn.log_softmax(theirs[:, :V])
+                scores = scores._replace(divergence=teacher.divergence(log_p, log_q).reshape(shape))
+            return scores
 
-    # Chunks are cut along the rows, which leaves the axis that devices share, B, in one piece.
-    rows, length = tokens.shape[1:]
-    width = min(length, max(1, chunk_tokens // (B * rows)))
-    chunks = -(-length // width)
-    cut = jax.tree.map(lambda x: _cut(x, chunks, width), (hidden, tokens, beside))
-    scores = jax.lax.map(lambda chunk: score_chunk(*chunk), cut)
+        # Chunks are cut along the rows, which leaves the axis that devices share, B, in one piece.
+        B, rows, length = of_rows[1].shape
+        width = min(length, max(1, chunk_tokens // (B * rows)))
+        chunks = -(-length // width)
+        cut = jax.tree.map(lambda x: _cut(x, chunks, width), of_rows)
+        scores = jax.lax.map(lambda chunk: score_chunk(*chunk), cut)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, rows, -1)[..., :length], scores)
 
-    def join(chunks: Array) -> Array:
-        joined = jnp.moveaxis(chunks, 0, 2).reshape(B, rows, -1)[..., :length]
+    read = {"policy": params, "teacher": teacher_params}
+    scores = policy.by_rows(score_rows)(read, (hidden, tokens, beside), temperature)
+
+    def join(scores: Array) -> Array:
         if packing is not None:
-            joined = _take(joined, packing.starts[..., None] + jnp.arange(T))
-        return jnp.where(held, joined, 0.0)
+            scores = _take(scores, packing.starts[..., None] + jnp.arange(T))
+        return jnp.where(held, scores, 0.0)
 
     return jax.tree.map(join, scores)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import transformers
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from grpo_jax.models.attention import Attention, auto
@@ -62,6 +63,7 @@ class DecoderConfig:
     logits_dtype: DTypeLike = jnp.float32  # of the operands of the last product; logits themselves are float32
     attention: Attention = auto  # of grpo_jax.models.attention, or any function like them
     remat: bool | Callable[..., bool] = True  # recompute a layer's activations in the backward pass; or all but some
+    mesh: Mesh | None = None  # of models.sharding: the devices over which all of it is divided; None for one device
     hf_config: str = ""  # the Hugging Face config as JSON, for the export
     generation_config: str = ""  # and the generation_config.json that lay beside it
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import experts, lora, quantized, rope
-from grpo_jax.models.attention import KeyValues, MaskInputs
+from grpo_jax.models import experts, lora, quantized, rope, sharding
+from grpo_jax.models.attention import KeyValues, MaskInputs, head_copies, over_mesh
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy, kept_columns, reset_rows
 from grpo_jax.types import Array, Params, PRNGKey
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         initializer = nn.initializers.constant(1.0 - c.norm_offset)
-        scale = self.param("scale", initializer, (x.shape[-1],), c.param_dtype)
+        scale = sharding.gather(c.mesh, self.param("scale", initializer, (x.shape[-1],), c.param_dtype), "scale")
         if c.norm_offset:
             scale = scale.astype(jnp.float32) + c.norm_offset
         x32 = x.astype(jnp.float32)
@@ -72,18 +72,26 @@ class Linear(nn.Module):
             kernel = self.param("kernel", initializer, (x.shape[-1], self.features), c.param_dtype)
         y = self._product(x, kernel)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype).astype(c.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype)
+            y = y + self._gathered(bias, "bias").astype(c.dtype)
         if self.has_variable("params", lora.A):
-            y = y + lora.delta(x, *(self.get_variable("params", name) for name in (lora.A, lora.B, lora.SCALE)))
+            a, b = (self._gathered(self.get_variable("params", name), name) for name in (lora.A, lora.B))
+            y = y + lora.delta(x, a, b, self.get_variable("params", lora.SCALE))
         return y
 
     def _product(self, x: Array, kernel: Any) -> Array:
+        dtype = self.config.dtype
+
         def product(x: Array, kernel: Any) -> Array:
-            return x @ quantized.dequantize(kernel).astype(self.config.dtype)
+            kernel = kernel if quantized.is_quantized(kernel) else kernel.astype(dtype)
+            return x @ quantized.dequantize(self._gathered(kernel, "kernel")).astype(dtype)
 
         # For the backward pass codes are kept, not floats; with rematerialisation neither is.
         apart = quantized.is_quantized(kernel) and not self.config.remat
         return (jax.checkpoint(product) if apart else product)(x, kernel)
+
+    def _gathered(self, leaf: Any, name: str) -> Any:
+        return sharding.gather(self.config.mesh, leaf, f"{self.name}/{name}")
 
 
 class Attention(nn.Module):
@@ -104,18 +112,21 @@ class Attention(nn.Module):
         """Reads `x [B, G, S, D]`; returns the output, the cache of all layers and the new keys and values."""
         c = self.config
         heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
-        rows = x.reshape(-1, c.hidden_size)  # gradients of plain matrix products are faster on CPUs
+        rows = _rows(c, x)
         query, key, value = (
             Linear(c, number * c.head_dim, c.qkv_bias, name=name)(rows) for name, number in heads.items()
         )
         if c.qk_norm == "width":
             query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
-        query, key, value = (y.reshape(*x.shape[:-1], -1, c.head_dim) for y in (query, key, value))
+        query, key, value = (
+            y.reshape(*x.shape[:-1], y.shape[-1] // c.head_dim, c.head_dim) for y in (query, key, value)
+        )
         if c.qk_norm == "head":
             query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
         query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
         if c.query_scale is not None:  # an attention divides by the root of the width
             query = _scaled(query, c.query_scale * c.head_dim**0.5)
+        query, key, value = (sharding.constrain(c.mesh, x, None, "tensor", None) for x in (query, key, value))
 
         own = new = KeyValues(key, value)
         stored = None
@@ -139,8 +150,9 @@ class Attention(nn.Module):
         if c.attention_sinks:
             initializer = nn.initializers.normal(c.initializer_range)
             attend = functools.partial(attend, sinks=self.param("sinks", initializer, (c.num_heads,), c.param_dtype))
-        out = attend(query, own, prompt, mask_inputs)
-        out = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(out.reshape(-1, c.num_heads * c.head_dim))
+        out = over_mesh(attend, c.mesh)(query, own, prompt, mask_inputs)
+        out = _rows(c, out.reshape(*x.shape[:-1], c.num_heads * c.head_dim))
+        out = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(out)
         return out.reshape(x.shape), stored, new
 
 
@@ -152,7 +164,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        rows = x.reshape(-1, c.hidden_size)
+        rows = _rows(c, x)
         gate = Linear(c, c.intermediate_size, c.mlp_bias, name="gate_proj")(rows)
         up = Linear(c, c.intermediate_size, c.mlp_bias, name="up_proj")(rows)
         return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(c.activation(gate) * up).reshape(x.shape)
@@ -229,10 +241,11 @@ class Block(nn.Module):
             rotation,
         )
         x = x + _scaled(norm(out, "post_attention_layernorm", c.post_norm), c.residual_scale)
+        x = sharding.constrain(c.mesh, x, None, None)
         mlp = MLP if c.experts is None else Mixture
         out = mlp(c, name="mlp")(norm(x, before_mlp, c.pre_norm))
         x = x + _scaled(norm(out, "post_feedforward_layernorm", c.post_norm), c.residual_scale)
-        return (x, stored), new
+        return (sharding.constrain(c.mesh, x, None, None), stored), new
 
 
 def _scaled(x: Array, factor: float) -> Array:
@@ -301,7 +314,7 @@ class Decoder(nn.Module):
         if c.windows is not None:
             no_limit = np.iinfo(np.int32).max
             windows = jnp.array([no_limit if window is None else window for window in c.windows], jnp.int32)
-        x = self.embed_tokens(tokens)
+        x = self._embed(tokens)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, c.dtype)
         rotations, which_rotation = _rotations(c, mask_inputs.queries)
@@ -317,19 +330,44 @@ class Decoder(nn.Module):
         )
         return self.norm(x), stored, new
 
+    def _embed(self, tokens: Array) -> Array:
+        c = self.config
+        if c.mesh is None:
+            return self.embed_tokens(tokens)
+        return sharding.look_up(c.mesh, self.embed_tokens.embedding.astype(c.dtype), tokens)
+
     def unembed(self, hidden: Array) -> Array:
         """Logits `[..., V]` float32 of hidden states `[..., D]`."""
         c = self.config
-        head = self.embed_tokens.embedding.T if c.tie_embeddings else self.lm_head
-        rows = hidden.reshape(-1, c.hidden_size).astype(c.logits_dtype)
+        if c.tie_embeddings:
+            head = sharding.gather(c.mesh, self.embed_tokens.embedding, "embed_tokens/embedding").T
+        else:
+            head = sharding.gather(c.mesh, self.lm_head, "lm_head")
+        rows = _rows(c, hidden).astype(c.logits_dtype)
         logits = jnp.matmul(rows, head.astype(c.logits_dtype), preferred_element_type=jnp.float32)
         logits = _soft_capped(logits / c.logits_divisor if c.logits_divisor != 1 else logits, c.logits_soft_cap)
-        return logits.reshape(*hidden.shape[:-1], c.vocab_size)
+        return sharding.constrain(c.mesh, logits.reshape(*hidden.shape[:-1], c.vocab_size), "tensor")
+
+
+def _rows(c: DecoderConfig, x: Array) -> Array:
+    """`[..., D]` as `[N, D]`: gradients of plain matrix products are faster on CPUs. Rows over devices stay apart."""
+    return x.reshape(-1, x.shape[-1]) if c.mesh is None else x
+
+
+def _constrain_layers(c: DecoderConfig, cache: KeyValues) -> KeyValues:
+    """Of all layers `[L, B, (G,) C, K, h]`: by rows and heads."""
+    if c.mesh is None:
+        return cache
+    return jax.tree.map(jax.vmap(lambda x: sharding.constrain(c.mesh, x, None, "tensor", None)), cache)
 
 
 @functools.cache
 def decoder(config: DecoderConfig) -> Policy:
     """The decoder as a policy; the same config gives the same functions, so that jit does not compile again."""
+    if config.mesh is not None:
+        if config.experts is not None or config.attention_sinks:
+            raise ValueError("mixtures of experts and attention sinks are not divided over devices: leave out the mesh")
+        head_copies(config.mesh.shape["tensor"], config.num_heads, config.num_kv_heads)
     module = Decoder(config)
     apply: Callable[..., Any] = module.apply  # its own type allows for mutable collections
 
@@ -346,7 +384,8 @@ def decoder(config: DecoderConfig) -> Policy:
             head = "embed_tokens" if config.tie_embeddings else "lm_head"
             return leaf.astype(config.logits_dtype if path[0].key == head else config.dtype)
 
-        return jax.tree_util.tree_map_with_path(cast_leaf, params, is_leaf=quantized.is_quantized)
+        cast = jax.tree_util.tree_map_with_path(cast_leaf, params, is_leaf=quantized.is_quantized)
+        return sharding.gather_all(config.mesh, cast)
 
     def check_positions(highest: int) -> None:
         if config.max_positions is not None and highest > config.max_positions:
@@ -362,12 +401,14 @@ def decoder(config: DecoderConfig) -> Policy:
         # A pad id may lie outside the vocabulary; its embedding is NaN, and a weight of 0 does not remove that.
         tokens = jnp.where(positions < lengths[:, None, None], tokens, 0)
         _, _, new = apply({"params": params}, tokens, MaskInputs(positions, positions), None, None, None)
-        return PromptCache(jax.tree.map(lambda layers: layers[:, :, 0], new), lengths - 1)
+        layers = jax.tree.map(lambda layers: layers[:, :, 0], new)
+        return PromptCache(_constrain_layers(config, layers), lengths - 1)
 
     def init_cache(B: int, G: int, T: int) -> Cache:
         dtype = config.dtype if config.cache_dtype is None else config.cache_dtype
         empty = jnp.zeros((config.num_layers, B, G, T, config.num_kv_heads, config.head_dim), dtype)
-        return Cache(KeyValues(empty, empty), jnp.full((B, G, T), -1, jnp.int32), jnp.zeros((), jnp.int32))
+        layers = _constrain_layers(config, KeyValues(empty, empty))
+        return Cache(layers, jnp.full((B, G, T), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     def extend(
         params: Params,
@@ -396,18 +437,19 @@ def decoder(config: DecoderConfig) -> Policy:
 
     def gather_prompts(prompt_cache: PromptCache, rows: Array) -> PromptCache:
         layers = jax.tree.map(lambda layers: layers[:, rows], prompt_cache.layers)
-        return PromptCache(layers, prompt_cache.lengths[rows])
+        return PromptCache(_constrain_layers(config, layers), prompt_cache.lengths[rows])
 
     def gather_rows(cache: Cache, rows: Array) -> Cache:
         layers = jax.tree.map(lambda layers: layers[:, rows], cache.layers)
-        return cache._replace(layers=layers, positions=cache.positions[rows])
+        return cache._replace(layers=_constrain_layers(config, layers), positions=cache.positions[rows])
 
     def compact(cache: Cache, ends: Array) -> Cache:
         order, positions, column = kept_columns(cache.positions, ends)
         order = order[None, ..., None, None]
         layers = jax.tree.map(lambda layers: jnp.take_along_axis(layers, order, axis=3), cache.layers)
-        return Cache(layers, positions, column)
+        return Cache(_constrain_layers(config, layers), positions, column)
 
     return Policy(
-        config, init, cast, prefill, init_cache, extend, unembed, gather_prompts, reset_rows, gather_rows, compact
-    )
+        config, init, cast, prefill, init_cache, extend, unembed, gather_prompts, reset_rows, gather_rows, compact,
+        by_rows=functools.partial(sharding.by_rows, config.mesh),
+    )  # fmt: skip

@@ -11,6 +11,7 @@ model's configuration is read, not its weights.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -18,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import transformers
+from jax.sharding import Mesh
+from jax.stages import Compiled, Lowered
 
 from grpo_jax import losses, models, sampling
 from grpo_jax.compiler_options import saving_memory
 from grpo_jax.freezing import bind
-from grpo_jax.models import quantized
+from grpo_jax.models import quantized, sharding
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Loss
@@ -30,12 +33,12 @@ from grpo_jax.run import command
 from grpo_jax.sampling import PolicySampler
 from grpo_jax.scoring import CHUNK_TOKENS
 from grpo_jax.train_step import Step, make_train_step
-from grpo_jax.types import Experience, Params, Prompts
+from grpo_jax.types import Experience, Params, Prompts, TrainState
 from grpo_jax.updates import Updates, init_state
 
 
 class Plan(NamedTuple):
-    """Bytes of a step.
+    """Bytes of a step, on each device.
 
     The first four are there all the time; moments, reference and gradients are of what is trained alone. `sampling` and
     `learning` are what those programs hold at their worst beside them, rollout included; the others say what is in
@@ -62,7 +65,12 @@ class Plan(NamedTuple):
         return kept + max(self.sampling, self.learning)
 
 
-def plan(
+def plan(policy: Policy, optimizer: optax.GradientTransformation, sampler: PolicySampler, **settings: Any) -> Plan:
+    """The memory of one step; see `planned`."""
+    return planned(policy, optimizer, sampler, **settings).plan
+
+
+def planned(
     policy: Policy,
     optimizer: optax.GradientTransformation,
     sampler: PolicySampler,
@@ -75,14 +83,17 @@ def plan(
     frozen: Params | None = None,
     updates: Updates = Updates(),
     score_old: bool = False,
-) -> Plan:
-    """The memory of one step of `prompts * sampler.group_size` completions, on the default backend.
+) -> "Planned":
+    """The memory of one step of `prompts * sampler.group_size` completions, by device of the policy's mesh.
+
+    Without a mesh it is of the default backend.
 
     `learn` is taken to donate its state and to be compiled with `compiler_options.saving_memory()`, as by
     `step.jit()`.
 
     Args:
-      policy: the network; its compute dtype, attention and rematerialisation count.
+      policy: the network; its compute dtype, attention, rematerialisation and mesh count. The devices of a mesh need
+        not be there.
       optimizer: any optax optimiser.
       sampler: of the step.
       loss: any loss.
@@ -94,67 +105,161 @@ def plan(
       updates: of the step.
       score_old: as of `make_train_step`.
     """
-    group_size, max_tokens = sampler.group_size, sampler.max_tokens
     array: Callable[..., Any] = jax.ShapeDtypeStruct
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(policy.init, key) if params is None else jax.eval_shape(lambda: params)
     init = functools.partial(init_state, optimizer=optimizer, reference=reference)
     state = jax.eval_shape(lambda params, frozen, key: init(params, frozen=frozen, key=key), params, frozen, key)
-    tokens, lengths = array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32)
-    batch = Prompts(tokens, lengths)
+    batch = Prompts(array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32))
     step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates, score_old=score_old)
-    sampling, learning = programs(step, state, batch)
-    of_params = size(params)
-    rows = prompts // updates.parts * group_size
+    mesh: Mesh | None = getattr(policy.config, "mesh", None)
+    # The programs of chips that are not there know nothing of a CPU's options.
+    options: dict[str, str | bool] | None = None if mesh is None or mesh.devices.flat[0].platform == "cpu" else {}
+    found = compiled(step, state, batch, mesh=mesh, compiler_options=options)
+    return Planned(_items(policy, sampler, state, batch, updates, found), found)
+
+
+def _items(
+    policy: Policy, sampler: PolicySampler, state: TrainState, batch: Prompts, updates: Updates, found: "Programs"
+) -> Plan:
+    group_size, max_tokens, prompts = sampler.group_size, sampler.max_tokens, batch.tokens.shape[0]
+    mesh: Mesh | None = getattr(policy.config, "mesh", None)
+    whole = bind(state.params, state.frozen)
+    before, cast = whole, jax.eval_shape(policy.cast, whole)
+    rows, V = prompts // updates.parts, jax.eval_shape(policy.unembed, whole, _hidden(policy, whole, batch)).shape[-1]
+    of_prompts = of_completions = of_rows = of_vocabulary = 1  # how many devices share them
+    if mesh is not None:
+        state = placed(state, sharding.shardings(mesh, state))
+        before = placed(before, sharding.shardings(mesh, before))
+        cast = placed(cast, sharding.gathered_shardings(mesh, cast))
+        tensor = mesh.shape["tensor"]
+        of_heads = tensor if policy.config.num_kv_heads % tensor == 0 else 1
+        of_prompts = of_heads * sharding.row_parts(mesh, prompts)
+        of_completions = of_heads * sharding.row_parts(mesh, prompts, group_size)
+        of_rows = sharding.row_parts(mesh, rows, group_size)
+        of_vocabulary = tensor if V % tensor == 0 else 1
+    of_params, (sampling, learning) = size(state.params), bytes_of(found)
+    rows = rows * group_size // of_rows
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
-    whole = bind(params, state.frozen)
-    logits = 2 * rows * width * jax.eval_shape(policy.unembed, whole, _hidden(policy, whole, batch)).shape[-1] * 4
-    before, cast = jax.tree.leaves(whole), jax.tree.leaves(jax.eval_shape(policy.cast, whole))
+    logits = 2 * rows * width * (V // of_vocabulary) * 4
+    completion_cache = jax.eval_shape(functools.partial(policy.init_cache, prompts, group_size, max_tokens))
     return Plan(
         parameters=of_params,
         frozen=size(state.frozen),
         optimizer=size(state.opt_state),
         reference=size(state.ref_params),
-        cast=size([new for old, new in zip(before, cast, strict=True) if new.dtype != old.dtype]),
+        cast=sum(
+            size(new)
+            for old, new in zip(*map(jax.tree.leaves, (before, cast)), strict=True)
+            if new.dtype != old.dtype or size(new) != size(old)
+        ),
         sampling=sampling,
         learning=learning,
-        prompt_cache=size(jax.eval_shape(policy.prefill, whole, tokens, lengths)),
-        completion_cache=size(jax.eval_shape(functools.partial(policy.init_cache, prompts, group_size, max_tokens))),
+        prompt_cache=size(jax.eval_shape(policy.prefill, whole, *batch[:2])) // of_prompts,
+        completion_cache=size(completion_cache) // of_completions,
         gradients=of_params,
         logits=logits,
         activations=max(0, learning - of_params - logits),
     )
 
 
+class Programs(NamedTuple):
+    """The programs of a step, compiled."""
+
+    collect: Compiled
+    learn: Compiled
+    experience: Experience  # the shapes of what `learn` reads
+
+
+class Planned(NamedTuple):
+    """A plan, and the programs that it was read from."""
+
+    plan: Plan
+    programs: Programs
+
+
 def programs(
     step: Step, state: Any, prompts: Prompts, *, compiler_options: Mapping[str, str | bool] | None = None
 ) -> tuple[int, int]:
-    """Bytes that the programs of sampling and of learning hold at their worst beside the state.
+    """Bytes that the programs of sampling and of learning hold at their worst beside the state; see `compiled`."""
+    return bytes_of(compiled(step, state, prompts, compiler_options=compiler_options))
+
+
+def bytes_of(found: Programs) -> tuple[int, int]:
+    """Bytes that the programs of sampling and of learning hold at their worst beside the state; of one device."""
+    return held(found.collect), held(found.learn) + size(found.experience)
+
+
+def compiled(
+    step: Step,
+    state: Any,
+    prompts: Prompts,
+    *,
+    mesh: Mesh | None = None,
+    compiler_options: Mapping[str, str | bool] | None = None,
+) -> Programs:
+    """The programs of a step.
+
+    Args:
+      step: as in `lowered`.
+      state: as in `lowered`.
+      prompts: as in `lowered`.
+      mesh: as in `lowered`.
+      compiler_options: as of `Step.jit`; as there, learning donates the state.
+    """
+    collect, learn, experience = lowered(step, state, prompts, mesh=mesh)
+    options: dict[str, Any] = dict(saving_memory() if compiler_options is None else compiler_options)
+    return Programs(collect.compile(), learn.compile(compiler_options=options), experience)
+
+
+def lowered(
+    step: Step, state: Any, prompts: Prompts, *, mesh: Mesh | None = None
+) -> tuple[Lowered, Lowered, Experience]:
+    """The programs of sampling and of learning, ready to be compiled, and the shapes of what the second one reads.
 
     Args:
       step: without a reward; one reward of each completion is put in between its halves.
       state: its shapes, from `jax.eval_shape`, or a state.
       prompts: theirs.
-      compiler_options: as of `Step.jit`; as there, learning donates the state.
+      mesh: of the step's policy; its devices need not be there.
     """
+    if mesh is not None:
+        state = placed(state, sharding.shardings(mesh, state))
+        prompts = placed(prompts, sharding.batch_shardings(mesh, prompts))
     experience: Experience = jax.eval_shape(step.collect, state, prompts)
     shape = (*experience.rollout.tokens.shape[:2], 1)
     rewards, reward_mask = jax.eval_shape(lambda: (jnp.zeros(shape), jnp.zeros(shape, bool)))
     experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
-    options = saving_memory() if compiler_options is None else dict(compiler_options)
-    learn = jax.jit(step.learn, donate_argnums=0, compiler_options=options)
-    return beside(jax.jit(step.collect), state, prompts), beside(learn, state, experience) + size(experience)
+    if mesh is not None:
+        experience = placed(experience, sharding.batch_shardings(mesh, experience))
+    learn = jax.jit(step.learn, donate_argnums=0)
+    return jax.jit(step.collect).lower(state, prompts), learn.lower(state, experience), experience
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree, where its arrays will lie."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
 
 
 def beside(program: Any, *arguments: Any) -> int:
     """Bytes that a jitted program holds at its worst beside its arguments; donated ones are written over."""
-    found = program.lower(*arguments).compile().memory_analysis()
+    return held(program.lower(*arguments).compile())
+
+
+def held(program: Compiled) -> int:
+    """`beside` of a program that is compiled; of one device."""
+    found: Any = program.memory_analysis()
     return int(found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes)
 
 
 def size(tree: Any) -> int:
-    """Bytes of the arrays of a tree; two codes of 4 bits take one."""
-    return sum(leaf.size * bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
+    """Bytes of the arrays of a tree on one device; two codes of 4 bits take one."""
+    return sum(math.prod(_part(leaf)) * bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
+
+
+def _part(leaf: Any) -> tuple[int, ...]:
+    where = getattr(leaf, "sharding", None)
+    return leaf.shape if where is None else where.shard_shape(leaf.shape)
 
 
 def bits(dtype: Any) -> int:
@@ -188,12 +293,12 @@ def fit(
 
     Args:
       updates: of the step.
-      policy: as in `plan`, like all that follow.
-      optimizer: as in `plan`.
-      sampler: as in `plan`.
+      policy: as in `planned`, like all that follow.
+      optimizer: as in `planned`.
+      sampler: as in `planned`.
       prompts: `B`.
       budget: bytes of the device.
-      settings: as in `plan`.
+      settings: as in `planned`.
 
     Raises:
       ValueError: if not even one prompt at a time fits.

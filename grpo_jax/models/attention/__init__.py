@@ -18,12 +18,14 @@ with `sinks=`, `[N]` logits that join the softmax without a value. Only `referen
     splash       JAX's splash attention, for TPUs
     from_causal_kernel      any other kernel for causal attention
 
-A function of one's own finds what a query sees in `completion_mask` and `prompt_mask`.
+Over the devices of a mesh `over_mesh` divides each of them. A function of one's own finds what a query sees in
+`completion_mask` and `prompt_mask`.
 """
 
 from grpo_jax.models.attention.blockwise import auto, blockwise
 from grpo_jax.models.attention.contract import Attention, KeyValues, MaskInputs, completion_mask, prompt_mask
 from grpo_jax.models.attention.joint_softmax import reference
+from grpo_jax.models.attention.over_mesh import head_copies, over_mesh
 from grpo_jax.models.attention.rows import cudnn, from_causal_kernel, splash, splash_kernel
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "completion_mask",
     "cudnn",
     "from_causal_kernel",
+    "head_copies",
+    "over_mesh",
     "prompt_mask",
     "reference",
     "splash",

@@ -30,6 +30,7 @@ class Leaf(NamedTuple):
     rows: tuple[int, int] | None = None  # the first row, and the rows in all, of tensors that hold several parameters
     columns: tuple[int, int] | None = None  # the first column and the step, of tensors in which parameters alternate
     is_kernel: bool = False  # that of a linear layer
+    path: str = ""  # such as layers/self_attn/q_proj/kernel
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -72,4 +73,5 @@ def leaf_of(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, hf_config: str) -
         rows=place.rows,
         columns=place.columns,
         is_kernel=path[-1] == "kernel",
+        path="/".join(path),
     )

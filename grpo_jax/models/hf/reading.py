@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from grpo_jax import models
-from grpo_jax.models import quantized
+from grpo_jax.models import quantized, sharding
 from grpo_jax.models.attention import Attention, auto
 from grpo_jax.models.hf.folders import TEXT_FILES, local_folder, open_shard, read_config, read_json, short, weight_map
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
@@ -43,6 +44,7 @@ def load_pretrained(
     quantize: quantized.Kind | None = None,
     attention: Attention = auto,
     remat: bool | Callable[..., bool] = True,
+    mesh: Mesh | None = None,
     revision: str | None = None,
 ) -> tuple[Policy, Params]:
     """Reads a model of one of the families in `models`.
@@ -66,10 +68,12 @@ def load_pretrained(
       remat: recompute a layer in the backward pass instead of keeping its activations. A
         policy of `jax.checkpoint`, which says what to keep, must be the same object in
         every call, or jit compiles again.
+      mesh: of `models.sharding`, the devices over which policy and params are divided. A process reads only the parts
+        that its devices hold, and its host holds one of them at a time.
       revision: a branch, tag or commit of the repository; a commit repeats a run.
 
     Returns:
-      The policy, and its params on the default device.
+      The policy, and its params on the default device or over the mesh.
 
     Raises:
       FileNotFoundError: if there is no folder, or nothing in it that may be read.
@@ -89,6 +93,7 @@ def load_pretrained(
         logits_dtype=logits_dtype,
         attention=attention,
         remat=remat,
+        mesh=mesh,
         generation_config=_generation_config(folder),
     )
     if quantize is not None and config.experts is not None:
@@ -98,7 +103,7 @@ def load_pretrained(
         )
     policy = models.decoder(config)
     shapes = shapes_of(policy)
-    params = _read(folder, leaves_of(policy), config.tie_embeddings, quantize)
+    params = _read(folder, leaves_of(policy), config.tie_embeddings, quantize, mesh)
     return policy, jax.tree.unflatten(jax.tree.structure(shapes), params)
 
 
@@ -149,7 +154,9 @@ def _refuse_quantized(hf_config: transformers.PretrainedConfig, path_or_repo: st
     )
 
 
-def _read(folder: Path, leaves: list[Leaf], tied: bool, quantize: quantized.Kind | None = None) -> list[Any]:
+def _read(
+    folder: Path, leaves: list[Leaf], tied: bool, quantize: quantized.Kind | None = None, mesh: Mesh | None = None
+) -> list[Any]:
     """The parameters, if the folder's tensors are exactly theirs."""
     with contextlib.ExitStack() as stack:
         places = weight_map(folder)
@@ -160,9 +167,9 @@ def _read(folder: Path, leaves: list[Leaf], tied: bool, quantize: quantized.Kind
             named += [f"and {more} more"] if more else []
             raise ValueError("\n  ".join([f"{folder} does not hold the tensors of its config.json:", *named]))
         filled = [
-            _fill_quantized(leaf, shards, places, quantize)
+            _fill_quantized(leaf, shards, places, quantize, mesh)
             if quantize and leaf.is_kernel
-            else _fill(leaf, shards, places)
+            else _fill(leaf, shards, places, mesh)
             for leaf in leaves
         ]
     if wrong := [name for _, names in filled for name in names]:
@@ -214,8 +221,12 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits))
 
 
-def _fill(leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str]) -> tuple[Array, list[str]]:
+def _fill(
+    leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str], mesh: Mesh | None
+) -> tuple[Array, list[str]]:
     """Reads a parameter's tensors into its buffer, some rows at a time; with the names of those that are not finite."""
+    if mesh is not None:
+        return _fill_parts(leaf, shards, weight_map, mesh)
     buffer = jnp.zeros(leaf.shape, leaf.dtype)
     wrong: dict[str, None] = {}
     for index, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
@@ -232,17 +243,54 @@ def _fill(leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str]) 
     return buffer, list(wrong)
 
 
+def _fill_parts(
+    leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str], mesh: Mesh
+) -> tuple[Array, list[str]]:
+    """`_fill` over the devices of a mesh; the host holds the part of one of them, which is put there."""
+    where = NamedSharding(mesh, sharding.spec(mesh, leaf.path, leaf.shape))
+    wrong: dict[str, None] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        part = np.empty(where.shard_shape(leaf.shape), leaf.dtype)
+        of_tensor = index[leaf.stacked :]
+        of_tensor = of_tensor[::-1] if leaf.transposed else of_tensor
+        start, stop, _ = of_tensor[0].indices(leaf.part_shape[0])
+        of_tensor = (slice(leaf.first_row + start, leaf.first_row + stop), *of_tensor[1:])
+        for number, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
+            found = shards[weight_map[name]].get_slice(name)[of_tensor]
+            if not np.all(np.isfinite(found.astype(np.float32))):
+                wrong[name] = None
+            part[number] = found.T if leaf.transposed else found
+        return part
+
+    parts: dict[str, Array] = {}  # of devices with the same one, the first reads it
+    arrays = []
+    for device, index in where.devices_indices_map(leaf.shape).items():
+        if device not in where.addressable_devices:
+            continue
+        known = parts.get(str(index))
+        arrays.append(jax.device_put(read(index) if known is None else known, device))
+        parts[str(index)] = arrays[-1]
+    return jax.make_array_from_single_device_arrays(leaf.shape, where, arrays), list(wrong)
+
+
 def _fill_quantized(
-    leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str], kind: quantized.Kind
+    leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str], kind: quantized.Kind, mesh: Mesh | None
 ) -> tuple[Any, list[str]]:
     """`_fill` of a quantised kernel; one layer of it is held as floats."""
-    stack, wrong = quantized.empty(leaf.shape, kind), []
+    where, wrong = None, []
+    if mesh is None:
+        stack = quantized.empty(leaf.shape, kind)
+    else:
+        form = jax.eval_shape(lambda: {leaf.path: quantized.empty(leaf.shape, kind)})
+        where = sharding.shardings(mesh, form)[leaf.path]
+        stack = jax.jit(quantized.empty, static_argnums=(0, 1), out_shardings=where)(leaf.shape, kind)
     for layer, name in enumerate(leaf.names):
         one = leaf._replace(names=[name], shape=leaf.shape[1:], dtype=np.dtype(np.float32), stacked=0)
-        kernel, of_layer = _fill(one, shards, weight_map)
+        kernel, of_layer = _fill(one, shards, weight_map, mesh)
         stack = quantized.put(stack, jnp.asarray(layer), kernel, kind)
         wrong += of_layer
-    return stack, wrong
+    return stack if where is None else jax.device_put(stack, where), wrong
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)

@@ -1,0 +1,226 @@
+"""What a compiled step asks of a TPU, read from its programs, and the least time that this takes.
+
+TPU programs compile on any machine that has the TPU's compiler (the extra `tpu`); a topology stands for the chips.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.stages import Compiled
+
+
+class Chip(NamedTuple):
+    """A chip, by the pages of docs.cloud.google.com/tpu on v5e, v5p and v6e (2026)."""
+
+    memory: float  # bytes
+    flops: float  # a second, of bfloat16 products
+    bandwidth: float  # bytes a second of its memory
+    links: float  # bytes a second to other chips, over all of its links together
+
+
+CHIPS = {
+    "v5e": Chip(16e9, 197e12, 819e9, 200e9),
+    "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32e9, 918e12, 1640e9, 448e9),
+}
+
+
+class Need(NamedTuple):
+    """What a program asks of each chip."""
+
+    flops: float  # of matrix products
+    memory: float  # bytes read and written, at least
+    sent: dict[str, tuple[int, float]]  # of each kind of collective: how many are run, and the bytes a chip receives
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """The least time by what could bound it, each alone; a program takes at least the longest."""
+        received = sum(size for _, size in self.sent.values())
+        return {
+            "compute": self.flops / chip.flops,
+            "memory": self.memory / chip.bandwidth,
+            "interconnect": received / chip.links,
+        }
+
+
+def devices(topology: str, number: int) -> Sequence[jax.Device]:
+    """The first devices of a topology such as `v5p:2x2x1`, which need not be there.
+
+    Raises:
+      ImportError: without the TPU's compiler.
+      ValueError: for a kind of chip that is not in `CHIPS`, a topology that the compiler refuses, or too few chips.
+    """
+    if topology.partition(":")[0] not in CHIPS:
+        raise ValueError(f"{topology!r} is none of {', '.join(CHIPS)}, with its shape behind a colon: v5p:2x2x1")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError("the TPU's compiler is not installed: pip install 'grpo-jax[tpu]', on any machine")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"{topology} is no topology of the TPU's compiler: {str(error).splitlines()[0]}") from error
+    if number > len(found):
+        raise ValueError(f"the mesh has {number} devices and {topology} {len(found)}")
+    return found[:number]
+
+
+# --------------------------------------------------------------- matrix products, from the traced program
+
+
+def flops(f: Any, *arguments: Any, turns: int = 1) -> float:
+    """Operations of the matrix products of a traceable function, over all devices, what is computed again included.
+
+    Args:
+      f: the function.
+      arguments: arrays or shapes.
+      turns: of a loop whose number of turns is known only when it runs.
+    """
+    return _flops(jax.make_jaxpr(f)(*arguments).jaxpr, turns)
+
+
+def _flops(jaxpr: Any, turns: int) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        elif name == "while":
+            total += turns * _flops(params["body_jaxpr"].jaxpr, turns)
+        elif name == "cond":
+            total += max(_flops(branch.jaxpr, turns) for branch in params["branches"])
+        else:
+            times = params.get("length", 1) if name == "scan" else 1
+            if name == "shard_map":
+                times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+            if name == "pallas_call":
+                times = math.prod(params["grid_mapping"].grid)
+            total += times * sum(_flops(inner, turns) for inner in _inner(params))
+    return total
+
+
+def _inner(params: Any) -> Iterator[Any]:
+    for name, value in params.items():
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns") and "fwd" not in name and "bwd" not in name:
+            yield inner
+
+
+# --------------------------------------------------------------- collectives, from the compiled program
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_WIDTHS = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "s64": 8,
+    "u64": 8,
+}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_COLLECTIVE = re.compile(rf"= (\(?.*?\)?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:(?:calls|to_apply|condition|body)=%([\w.\-]+)|branch_computations=\{([^}]*)\})")
+
+
+def collectives(program: Compiled) -> dict[str, tuple[int, float]]:
+    """How often each kind of collective runs, and the bytes that a chip receives by it.
+
+    Of `n` chips, a gather brings `(n - 1) / n` of its result, a sum twice that of its operand, a scattered sum once,
+    by rings. A loop counts as often as it turns at most.
+    """
+    text = program.as_text()
+    assert text is not None
+    bodies, entry = _computations(text)
+    found = dict.fromkeys(KINDS, (0, 0.0))
+    waiting = [(entry, 1.0)]
+    while waiting:
+        name, times = waiting.pop()
+        for line in bodies.get(name, ()):
+            if match := _COLLECTIVE.search(line):
+                kind, received = _received(name, line, *match.groups())
+                count, size = found[kind]
+                found[kind] = count + round(times), size + times * received
+            of_body = times
+            if " while(" in line:
+                of_body *= _most_turns(bodies, line)
+            for one, several in _CALLED.findall(line):
+                names = [one] if one else [name.strip(" %") for name in several.split(",")]
+                waiting += [(name, of_body) for name in names]
+    return {kind: number for kind, number in found.items() if number[0]}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if match := _HEAD.match(line):
+            name = match[2]
+            bodies[name] = []
+            entry = name if match[1] else entry
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _most_turns(bodies: dict[str, list[str]], loop: str) -> int:
+    """What a loop's counter is compared with."""
+    waiting, found = re.findall(r"condition=%([\w.\-]+)", loop), [1]
+    while waiting:
+        for line in bodies[waiting.pop()]:
+            found += [int(n) for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", line)]
+            waiting += re.findall(r"calls=%([\w.\-]+)", line)
+    return max(found)
+
+
+def _received(computation: str, line: str, result: str, kind: str, start: str | None) -> tuple[str, float]:
+    sizes = [
+        math.prod(int(n) for n in dims.split(",") if n) * _WIDTHS.get(dtype, 1 if dtype.startswith("f8") else 4)
+        for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", result)
+    ]
+    size = max(sizes) if start or kind == "collective-permute" else sum(sizes)
+    n = _group_size(line)
+    if kind == "collective-permute":
+        return kind, size
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # as TPUs' programs have it
+        return "reduce-scatter", size * (n - 1) / n
+    if kind == "reduce-scatter":
+        size *= n
+    return kind, size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+
+
+def _group_size(line: str) -> int:
+    """Of the chips that take part, in any of the three ways in which programs write it."""
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):  # {{0,1},{2,3}}
+        return groups[1].count(",") + 1
+    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):  # [2,2]<=[4]
+        return int(groups[1])
+    if groups := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):  # mesh['a'=2,'b'=2] {'b'}
+        sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", groups[2]))
+    return 1
+
+
+def table(name: str, need: Need, chip: Chip) -> str:
+    """A program's needs, a line an item."""
+    seconds = need.seconds(chip)
+    bound = max(seconds, key=lambda kind: seconds[kind])
+    lines = [
+        f"{name}, of each chip: at least {seconds[bound]:.3g} s, bound by {bound}",
+        f"  matrix products {need.flops / 1e12:.3g} TFLOP: {seconds['compute']:.3g} s",
+        f"  memory, at least {need.memory / 2**30:.3g} GiB: {seconds['memory']:.3g} s",
+        f"  interconnect: {seconds['interconnect']:.3g} s",
+        *(f"    {count} {kind}: {size / 2**30:.3g} GiB" for kind, (count, size) in need.sent.items()),
+    ]
+    return "\n".join(lines)

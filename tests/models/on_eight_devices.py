@@ -1,0 +1,119 @@
+"""What test_sharding.py runs in a process of its own, as the number of devices is settled when JAX starts.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/models/on_eight_devices.py step data=2,fsdp=4
+"""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from grpo_jax import losses, models, packing, sampling, testing
+from grpo_jax.models import attention, lora, quantized, sharding
+from grpo_jax.models.attention import KeyValues, MaskInputs
+from grpo_jax.train_step import make_train_step
+from grpo_jax.updates import Updates, init_state
+
+SAMPLER = sampling.sampler(group_size=4, max_tokens=6, eos_ids=range(16))  # a quarter of the tokens
+
+
+def reward(rollout):
+    rewards = jnp.mean(rollout.tokens % 2, axis=-1, dtype=jnp.float32)[..., None]
+    return rewards, jnp.ones(rewards.shape, bool)
+
+
+def stepped(mesh, *, sampler=SAMPLER, B=4, parts=2, rank=None, kind=None, packed=False):
+    """A state, the one after a step from it, and the tokens drawn."""
+    optimizer, prompts = optax.sgd(1.0), testing.random_prompts(0, B, 6)
+    config = testing.tiny_policy("qwen3", vocab_size=64, tie_word_embeddings=B == 4).config
+    params, frozen = models.decoder(config).init(jax.random.key(0)), None
+    policy = models.decoder(dataclasses.replace(config, mesh=mesh))
+    if rank is not None:
+        params = params if kind is None else quantized.quantize(params, kind)
+        params, frozen = lora.adapt(policy, params, rank=rank, key=jax.random.key(2))
+        params = jax.tree.map(lambda x: x + 0.1, params)  # else lora_a has no gradient
+    state = init_state(params, optimizer, jax.random.key(1), frozen=frozen, reference=True)
+    if mesh is not None:
+        state, prompts = sharding.place(mesh, state), sharding.batch(mesh, prompts)
+    loss, updates = losses.grpo(penalty=losses.k3(0.1)), Updates(micro_batches=parts)
+    step = make_train_step(policy, optimizer, sampler, loss=loss, reward=reward, updates=updates)
+    experience = jax.jit(step.collect)(state, prompts)
+    if packed:
+        experience = experience._replace(packing=packing.pack(experience.rollout, multiple=2))
+        assert experience.packing is not None
+    after, _ = jax.jit(step.learn)(state, experience)
+    return state, after, experience.rollout.tokens
+
+
+def step(axes, **settings):
+    mesh = sharding.parse(axes)
+    _, whole, tokens = stepped(None, **settings)
+    state, after, drawn = stepped(mesh, **settings)
+    np.testing.assert_array_equal(drawn, tokens)
+    found = zip(
+        *(jax.tree_util.tree_leaves_with_path(s._replace(key=None)) for s in (after, whole, state)), strict=True
+    )
+    moved, divided = 0.0, 0
+    for (path, a), (_, b), (_, was) in found:
+        name = jax.tree_util.keystr(path)
+        assert a.sharding.is_equivalent_to(was.sharding, a.ndim), (name, a.sharding, was.sharding)
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            np.testing.assert_allclose(a, b, rtol=0, atol=3e-6, err_msg=name)
+            moved = max(moved, np.max(np.abs(np.asarray(a - was))))
+        divided += not a.sharding.is_fully_replicated
+    assert moved > 1e-2
+    assert divided > 10
+
+
+def attentions(axes):
+    """Values and gradients of each attention, with fewer key-value heads than devices of `tensor`."""
+    mesh = sharding.parse(axes)
+    rng = np.random.default_rng(0)
+    B, G, S, P, N, K, h = 2, 2, 5, 3, 8, 2, 8
+
+    def random(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    arrays = random(B, G, S, N, h), *(KeyValues(random(*x, K, h), random(*x, K, h)) for x in ((B, G, S), (B, P)))
+    positions = jnp.broadcast_to(jnp.arange(S), (B, G, S)) + jnp.array([1, 2])[:, None, None]
+    masks = MaskInputs(positions, positions, jnp.broadcast_to(jnp.array([[1], [2]]), (B, G)))
+    weights = random(B, G, S, N, h)
+    splash = attention.from_causal_kernel(functools.partial(attention.splash_kernel, interpret=True))
+    windowed = masks._replace(window=jnp.int32(2), segments=jnp.broadcast_to(jnp.array([0, 0, 1, 1, 1]), (B, G, S)))
+    for name, f, seen in (
+        ("reference", attention.reference, masks),
+        ("blockwise", attention.blockwise, masks),
+        ("auto", attention.auto, windowed),
+        ("splash", splash, masks),
+    ):
+
+        def value(f, *arrays, seen=seen):
+            out = f(*arrays, seen)
+            return jnp.sum(out * weights), out
+
+        a, b = (
+            jax.jit(jax.grad(functools.partial(value, attention.over_mesh(f, on)), argnums=(0, 1, 2), has_aux=True))(
+                *arrays
+            )
+            for on in (None, mesh)
+        )
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert np.max(np.abs(x)) > 0.1
+            np.testing.assert_allclose(x, y, rtol=0, atol=2e-5, err_msg=name)
+
+
+CASES = {
+    "step": step,
+    "one prompt": functools.partial(step, B=1, parts=1),
+    "adapters over codes": functools.partial(step, rank=2, kind="nf4"),
+    "slots": functools.partial(step, sampler=dataclasses.replace(SAMPLER, slots=8)),
+    "packed": functools.partial(step, packed=True),
+    "attentions": attentions,
+}
+
+if __name__ == "__main__":
+    CASES[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,134 @@
+"""Where arrays lie on several devices, and that what is computed there is what one device computes."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from grpo_jax import testing
+from grpo_jax.freezing import named_leaves
+from grpo_jax.models import attention, decoder, lora, quantized, sharding
+from grpo_jax.models.families import FAMILIES
+
+SCRIPT = pathlib.Path(__file__).parent / "on_eight_devices.py"
+
+
+def abstract(data=1, fsdp=1, tensor=1):
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES)
+
+
+# ------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_table_names_every_matrix_of_every_family(family):
+    policy = testing.tiny_policy(family)
+    if policy.config.experts is not None:
+        with pytest.raises(ValueError, match=r"experts .* leave out the mesh"):
+            decoder(dataclasses.replace(policy.config, mesh=sharding.mesh(devices=jax.devices()[:1])))
+        return
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    adapters, _ = jax.eval_shape(lambda p: lora.adapt(policy, p, rank=4, key=jax.random.key(0)), shapes)
+    for path, leaf in named_leaves(shapes) + named_leaves(adapters):
+        stacked = path.startswith("layers/")
+        found = sharding.spec(abstract(), path, leaf.shape)
+        assert (found == PartitionSpec()) == (leaf.ndim - stacked < 2 and not path.endswith("bias")), path
+
+
+def test_codes_and_scales_lie_as_their_kernel_does():
+    shapes = jax.eval_shape(lambda k: quantized.quantize(testing.tiny_policy().init(k), "nf4"), jax.random.key(0))
+    found = {path: sharding.spec(abstract(fsdp=2), path, leaf.shape) for path, leaf in named_leaves(shapes)}
+    assert found["layers/mlp/up_proj/kernel/qvalue"] == PartitionSpec(None, "fsdp", "tensor")
+    assert found["layers/mlp/up_proj/kernel/scale"] == PartitionSpec(None, None, "tensor")  # one tile of 32 weights
+
+
+def test_a_moment_lies_as_its_parameter_does_and_a_size_that_does_not_divide_stays_whole():
+    path = "0/mu/layers/self_attn/q_proj/kernel"
+    assert sharding.spec(abstract(fsdp=4, tensor=2), path, (2, 32, 48)) == PartitionSpec(None, "fsdp", "tensor")
+    assert sharding.spec(abstract(fsdp=5, tensor=2), path, (2, 32, 48)) == PartitionSpec(None, None, "tensor")
+    assert sharding.spec(abstract(fsdp=4, tensor=2), "layers/input_layernorm/scale", (2, 32)) == PartitionSpec()
+
+
+@pytest.mark.parametrize(
+    ("B", "G", "expected"),
+    [
+        (8, 4, (("data", "fsdp"), ())),
+        (16, 1, (("data", "fsdp"), ())),
+        (2, 4, (("data",), ("fsdp",))),
+        (4, 3, (("data",), ())),
+        (3, 4, ((), ("data",))),
+        (1, 8, ((), ("data", "fsdp"))),
+        (1, 1, ((), ())),
+    ],
+)
+def test_rows_are_divided_by_prompts_and_else_by_completions(B, G, expected):
+    assert sharding.rows(abstract(data=2, fsdp=4), B, G) == expected
+
+
+# ------------------------------------------------------------------- what is refused
+
+
+def test_a_mesh_is_of_the_devices_there_are():
+    with pytest.raises(ValueError, match="data=2, fsdp=4, tensor=1 makes 8 devices and there are 1"):
+        sharding.mesh(data=2, fsdp=4, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="each at least 1"):
+        sharding.mesh(data=0, devices=jax.devices()[:1])
+    assert dict(sharding.parse("fsdp=1, data=1", devices=jax.devices()[:1]).shape) == dict.fromkeys(sharding.AXES, 1)
+
+
+@pytest.mark.parametrize("text", ["", "fsdp", "fsdp=two", "model=2", "fsdp=1,fsdp=1", "fsdp=-1"])
+def test_what_is_no_mesh_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match=r"is no mesh: .* as in data=2,fsdp=4"):
+        sharding.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "N", "K", "copies"),
+    [(1, 14, 2, 1), (2, 14, 2, 1), (4, 16, 2, 2), (8, 32, 8, 1), (16, 64, 8, 2), (4, 12, 6, 2)],
+)
+def test_key_value_heads_are_copied_until_they_divide(tensor, N, K, copies):
+    assert attention.head_copies(tensor, N, K) == copies
+    assert K * copies % tensor == 0
+
+
+@pytest.mark.parametrize(("tensor", "N", "K"), [(4, 14, 2), (3, 32, 8)])
+def test_heads_that_do_not_divide_are_refused_with_the_numbers(tensor, N, K):
+    with pytest.raises(ValueError, match=rf"{N} query heads and {K} key-value heads .* tensor={tensor}"):
+        attention.head_copies(tensor, N, K)
+
+
+def test_rows_that_leave_devices_idle_are_refused_with_the_numbers():
+    sharding.check_rows(abstract(data=2, fsdp=4), 2, 4)
+    with pytest.raises(ValueError, match=r"4 prompts at a time x 3 completions .* data=2, fsdp=4"):
+        sharding.check_rows(abstract(data=2, fsdp=4), 4, 3)
+
+
+# ------------------------------------------------------------------- eight devices
+
+
+@pytest.mark.parametrize(
+    ("case", "axes"),
+    [
+        ("attentions", "data=2,tensor=4"),
+        ("step", "data=2,fsdp=2,tensor=2"),
+        pytest.param("step", "data=2,fsdp=4", marks=pytest.mark.slow),
+        pytest.param("step", "fsdp=2,tensor=4", marks=pytest.mark.slow),
+        pytest.param("one prompt", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("adapters over codes", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("slots", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("packed", "data=2,fsdp=4", marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_compute_what_one_does(case, axes):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    }
+    done = subprocess.run([sys.executable, SCRIPT, case, axes], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Involuntary full rematerialization" not in done.stderr
