@@ -18,4 +18,7 @@ def decoder(fields: Fields) -> dict[str, Any]:
     return {**llama.decoder(fields), **{own: float(fields[name]) for name, own in _MULTIPLIERS.items()}}
 
 
-FAMILY = Family("GraniteForCausalLM", family.SIZES | {"attention_bias", "mlp_bias", *_MULTIPLIERS}, decoder)
+HONOURS = family.SIZES | {"attention_bias", "mlp_bias", *_MULTIPLIERS}
+# The published configs have 0.1, of pretraining; nothing is dropped here, nor by transformers outside of training.
+DROPOUT = {"attention_dropout": (0, 0.1, None)}
+FAMILY = Family("GraniteForCausalLM", HONOURS, decoder, DROPOUT)
