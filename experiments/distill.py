@@ -28,7 +28,7 @@ from grpo_jax.freezing import bind
 from grpo_jax.models import hf
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Loss, VocabularyDivergence
-from grpo_jax.run import compilation, digests, inputs
+from grpo_jax.run import digests, inputs
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
@@ -52,6 +52,7 @@ class Config(data.PromptSettings, WeightSettings):
 
     divergence: str = "reverse_kl"  # of grpo_jax.losses, or your own as module:function; or sampled
     top_k: int | None = None  # of the teacher; the whole vocabulary, if not given
+    early: float = 0.0  # of --divergence sampled: early tokens weigh up to 1 + early (IW-OPD has 0.5)
     steps: int = 200
     prompts_per_step: int = 16
     group_size: int = 2  # completions of a prompt
@@ -99,9 +100,9 @@ def train(config: Config) -> Params:
     )
     optimizer = optax.adamw(rate, b2=0.99, weight_decay=0.0)
     step = make_train_step(
-        policy, optimizer, sampler, loss=loss, advantage=advantages.distillation_advantages(), updates=updates,
-        teacher=Teacher(teacher, divergence),
-    ).jit(compiler_options=compilation.cpu_memory_options())  # fmt: skip
+        policy, optimizer, sampler, loss=loss, advantage=advantages.distillation_advantages(gamma=config.early),
+        updates=updates, teacher=Teacher(teacher, divergence),
+    ).jit()  # fmt: skip
     began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=[])
     state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen)
     state = state._replace(ref_params=teacher_params)
@@ -132,6 +133,8 @@ def make_loss(config: Config) -> tuple[Loss, VocabularyDivergence | None]:
         if config.top_k is not None:
             raise ValueError(f"--divergence sampled looks at no other tokens: leave out --top-k {config.top_k}")
         return losses.cispo(), None  # the score function, weighed by the ratio where a rollout has several updates
+    if config.early:
+        raise ValueError(f"--early {config.early} is of --divergence sampled, not of {config.divergence}")
     divergence: VocabularyDivergence = resolve(config.divergence, "grpo_jax.losses")
     return losses.distill(), divergence if config.top_k is None else losses.of_top_k(divergence, config.top_k)
 

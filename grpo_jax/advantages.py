@@ -524,17 +524,23 @@ def from_normalised_rewards(
     return advantage
 
 
-def distillation_advantages(beta: float | Array = 1.0) -> Advantage:
+def distillation_advantages(beta: float | Array = 1.0, *, gamma: float | Array = 0.0) -> Advantage:
     """The teacher's log-prob less that of the policy that sampled, for each token.
 
-        A[b, g, t] = beta * (log q[t] - log p_old[t])
+        d[t] = log q[t] - log p_old[t]
+        A[t] = beta * d[t] * (1 + gamma * (1 - sum over s < t of |d[s]| / sum over s of |d[s]|))
 
     On-policy distillation by the token drawn (Thinking Machines, "On-Policy Distillation", 2025), with no reward and no
     look at later tokens: with `losses.reinforce(aggregate=token_mean)` its expected gradient is that of the reverse
     divergence at each token. `losses.sampled_reverse_kl` adds the same to an objective with rewards.
 
+    With `gamma` early tokens weigh more, up to `1 + gamma`: where the completion has left what the teacher would write,
+    the teacher's word on its continuation counts for less (IW-OPD, 2026, arXiv:2606.22600, as in TRL 1.16, whose gamma
+    is 0.5). The sums are over the tokens of the completion that count.
+
     Args:
       beta: weight.
+      gamma: 0 weighs all tokens alike.
 
     Returns:
       `experience -> (advantages [B, G, T], metrics)`; it needs a teacher in `state.ref_params`. The metric
@@ -547,7 +553,9 @@ def distillation_advantages(beta: float | Array = 1.0) -> Advantage:
     def advantage(experience: Experience) -> tuple[Array, Metrics]:
         mask = experience.rollout.mask
         kl = jnp.where(mask, _token_kl(experience, kl_k1), 0.0)
-        return -beta * kl, {"reverse_kl": Mean(jnp.sum(kl), jnp.sum(mask))}
+        size = jnp.abs(kl)
+        before = (jnp.cumsum(size, axis=-1) - size) / jnp.maximum(jnp.sum(size, axis=-1, keepdims=True), 1e-8)
+        return -beta * kl * (1 + gamma * (1 - before)), {"reverse_kl": Mean(jnp.sum(kl), jnp.sum(mask))}
 
     return advantage
 

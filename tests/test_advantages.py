@@ -17,6 +17,7 @@ from grpo_jax.advantages import (
     batch_scaled_advantages,
     best_minus_second_advantages,
     centered_advantages,
+    distillation_advantages,
     from_experience,
     from_function,
     from_normalised_rewards,
@@ -727,3 +728,22 @@ def test_reinforce_plus_plus_normalises_the_reward_less_the_divergence_still_to_
         reinforce_plus_plus(0.1)(experience._replace(ref_log_probs=None))
     with pytest.raises(ValueError, match="beta is at least 0, got -1"):
         reinforce_plus_plus(-1)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_distillation_compares_the_token_drawn_and_weighs_early_ones_more(gamma):
+    experience, _ = experience_with_tokens()
+    counted = np.asarray(experience.rollout.mask)
+    distance = np.asarray(experience.ref_log_probs - experience.old_log_probs, np.float64)
+    expected = np.zeros(counted.shape)
+    for b, g in np.ndindex(3, 4):
+        places = np.flatnonzero(counted[b, g])
+        sizes = np.abs(distance[b, g, places])
+        for i, t in enumerate(places):
+            weight = 1 + gamma * (1 - sizes[:i].sum() / sizes.sum())
+            expected[b, g, t] = 2.0 * weight * distance[b, g, t]
+    actual, metrics = distillation_advantages(2.0, gamma=gamma)(experience)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+    assert summary(metrics)["reverse_kl"] == pytest.approx(-distance[counted].mean(), rel=1e-5)
+    with pytest.raises(ValueError, match="reference"):
+        distillation_advantages()(experience._replace(ref_log_probs=None))

@@ -36,10 +36,19 @@ def test_the_smoke_mode_moves_the_model_towards_its_teacher_and_exports_it(tmp_p
     jax.tree.map(np.testing.assert_array_equal, exported, params)
 
 
+def test_the_sampled_form_runs_and_logs_its_own_estimate(tmp_path):
+    config = distill.smoke(distill.Config(run_dir=tmp_path))
+    distill.train(dataclasses.replace(config, divergence="sampled", early=0.5, minibatches=2, steps=2))
+    lines = metrics.read(tmp_path)
+    assert all(np.isfinite(line["reverse_kl"]) for line in lines)
+    assert "divergence" not in lines[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"divergence": "sampled", "top_k": 4}, "leave out --top-k 4"),
+        ({"early": 0.5}, "--early 0.5 is of --divergence sampled, not of reverse_kl"),
         ({"divergence": "no_such"}, "no function 'no_such'"),
         ({"teacher": ""}, "give --model, --teacher and --data, or --smoke"),
         ({"prompts_per_step": 3, "micro_batches": 2}, "3 prompts do not divide"),

@@ -1,6 +1,7 @@
 """Distillation: divergences and their gradients in NumPy float64, and a teacher behind `score` and the step."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from grpo_jax.scoring import Teacher, score
 from grpo_jax.statistics import Mean, summary
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_learn, make_train_step
-from grpo_jax.types import Experience, Scores
+from grpo_jax.types import Experience, Rollout, Scores
 from grpo_jax.updates import Updates, init_state
 
 V, B, G, P, T = 11, 4, 2, 4, 5
@@ -329,3 +330,47 @@ def test_the_teacher_reads_its_own_prompts_where_the_experience_has_some():
     own = score(STUDENT, PARAMS, rollout, teacher=Teacher(TEACHER, reverse_kl), teacher_params=TEACHER_PARAMS)
     np.testing.assert_allclose(seen["own"], np.sum(own.log_probs), rtol=1e-5)
     assert abs(seen["divergence"] - np.sum(own.divergence)) > 0.1
+
+
+# ------------------------------------------------------------------------------- TRL's numbers
+
+with np.load(Path(__file__).parents[1] / "golden" / "trl_distillation" / "divergences.npz") as file:
+    TRL = {name: file[name] for name in file.files}
+TRL_CASES = sorted({tuple(name.split("/")[1:3]) for name in TRL if name.startswith("case/")})
+HEAD = from_logits_fn(lambda params, tokens, mask: params["hidden"])._replace(
+    extend=lambda params, tokens, positions, prompt_cache, cache=None, segments=None: (params["hidden"], None),
+    unembed=lambda params, hidden: hidden @ params["head"].T,
+)
+
+
+@pytest.mark.parametrize(("beta", "temperature"), TRL_CASES)
+def test_the_loss_and_its_gradients_are_those_of_trl(beta, temperature):
+    """TRL computes in float32. Its ends are the two KLs themselves."""
+    divergence = {"0.0": forward_kl, "1.0": reverse_kl}.get(beta) or generalised_jsd(float(beta))
+    mask = jnp.asarray(TRL["mask"])[:, None]
+    B, _, T = mask.shape
+    prompts = random_prompts(0, B, P, V)
+    tokens, lengths = jnp.zeros((B, 1, T), jnp.int32), jnp.full((B, 1), T)
+    rollout = Rollout(prompts, tokens, lengths, mask, jnp.zeros(mask.shape), lengths == T)
+    student, teacher = (
+        {part: jnp.asarray(TRL[f"inputs/{who}_{part}"], jnp.float32) for part in ("hidden", "head")}
+        for who in ("student", "teacher")
+    )
+    student["hidden"], teacher["hidden"] = student["hidden"][:, None], teacher["hidden"][:, None]
+
+    def loss(params):
+        scores = score(
+            HEAD, params, rollout, temperature=float(temperature), chunk_tokens=4, teacher=Teacher(HEAD, divergence),
+            teacher_params=teacher,
+        )  # fmt: skip
+        return losses.value(distill()(scores, Experience(rollout))[0])
+
+    value, gradient = jax.value_and_grad(loss)(student)
+    case = f"case/{beta}/{temperature}"
+    np.testing.assert_allclose(value, TRL[f"{case}/loss"], rtol=2e-6)
+    np.testing.assert_allclose(gradient["hidden"][:, 0], TRL[f"{case}/by_hidden"], atol=1e-6)
+    np.testing.assert_allclose(gradient["head"], TRL[f"{case}/by_head"], atol=1e-6)
+
+
+def test_every_case_of_trl_is_compared():
+    assert len(TRL_CASES) == 10
