@@ -87,6 +87,7 @@ _MODULES = (
     "tools",
     "train_step",
     "transforms",
+    "turn_advantages",
     "types",
     "updates",
 )

@@ -1,5 +1,6 @@
 """Sampled completions, to be read while a run goes: a table in the terminal, and lines of `completions.jsonl`."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ def lines(
 ) -> list[Line]:
     """Some completions of an experience, one dict each, with their rewards by name (None where there is none).
 
+    Of a conversation, `turns` takes the place of `completion`: what the policy wrote, and what it read between.
+
     Args:
       experience: with rewards, as `step.learn` takes it.
       tokenizer: turns tokens into text.
@@ -36,10 +39,24 @@ def lines(
     places = [(b, g) for b in range(rollout.tokens.shape[0]) for g in range(rollout.tokens.shape[1])][:count]
     prompts = [rows[row][column] for row in np.asarray(rollout.prompts.info["row"]).tolist()]
     tokens, lengths = np.asarray(rollout.tokens), np.asarray(rollout.lengths)
+    said = {place: {"completion": tokenizer.decode(tokens[place][: lengths[place]])} for place in places}
+    if rollout.turns is not None:
+        wrote = np.asarray(rollout.mask) | (np.asarray(rollout.log_probs) < 0)  # a failed conversation is masked whole
+        said = {place: {"turns": _turns(tokens[place][: lengths[place]], wrote[place], tokenizer)} for place in places}
     return [
-        {"prompt": prompts[b], "completion": tokenizer.decode(tokens[b, g, : lengths[b, g]])}
+        {"prompt": prompts[b]}
+        | said[b, g]
         | {name: float(rewards[b, g, k]) if mask[b, g, k] else None for k, name in enumerate(names)}
         for b, g in places
+    ]
+
+
+def _turns(tokens: np.ndarray, wrote: np.ndarray, tokenizer: Any) -> list[dict[str, str]]:
+    borders = [0, *(np.flatnonzero(np.diff(wrote[: len(tokens)])) + 1).tolist(), len(tokens)]
+    return [
+        {"by": "policy" if wrote[start] else "environment", "text": tokenizer.decode(tokens[start:end])}
+        for start, end in itertools.pairwise(borders)
+        if end > start
     ]
 
 
@@ -56,6 +73,8 @@ def print_table(step: int, shown: Sequence[Mapping[str, Any]], *, longest: int =
 
 def _short(value: Any, longest: int) -> str:
     text = f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+    if isinstance(value, list) and all(isinstance(part, dict) and part.keys() == {"by", "text"} for part in value):
+        text = "\n".join(f"{part['by']}> {part['text']}" for part in value)
     text = text if len(text) <= longest else f"... {text[-longest:]}"
     # A completion could move the cursor or clear the screen.
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

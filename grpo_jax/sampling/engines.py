@@ -40,6 +40,7 @@ def from_engine(
     eos_ids: Sequence[int],
     max_tokens: int,
     truncated: Sequence[Sequence[bool]] | None = None,
+    masks: Sequence[Sequence[Sequence[bool]]] | None = None,
     stop: StopStrings | None = None,
 ) -> Rollout:
     """Pads what an engine returned for `B` prompts with `G` completions each.
@@ -52,6 +53,8 @@ def from_engine(
       max_tokens: `T`, the width of the result.
       truncated: whether each completion was cut at its limit; if not given, those are
         cut that end neither in one of `eos_ids` nor with a string of `stop`.
+      masks: for conversations of several turns, which tokens the policy wrote: those of tools and templates have
+        False, count nowhere, and may have any log-prob. An end token or a stop string then ends a turn.
       stop: the strings that the engine stops at (vLLM's `stop`, which it takes as text), as `stop_strings` makes them.
 
     Raises:
@@ -60,8 +63,10 @@ def from_engine(
         the prompt and the completion.
     """
     B, G = prompts.tokens.shape[0], len(completions[0]) if completions else 0
-    given = {"completions": completions, "log_probs": log_probs} | (
-        {} if truncated is None else {"truncated": truncated}
+    given = (
+        {"completions": completions, "log_probs": log_probs}
+        | ({} if truncated is None else {"truncated": truncated})
+        | ({} if masks is None else {"masks": masks})
     )
     for name, groups in given.items():
         sizes = [len(group) for group in groups]
@@ -69,6 +74,7 @@ def from_engine(
             raise ValueError(f"{B} prompts need as many groups of one size in {name}, got groups of {sizes}")
     tokens, values = np.zeros((B, G, max_tokens), np.int32), np.zeros((B, G, max_tokens), np.float32)
     lengths, cut = np.zeros((B, G), np.int32), np.zeros((B, G), bool)
+    mask = np.zeros((B, G, max_tokens), bool)
     for b, g in np.ndindex(B, G):
         ids, of_ids = np.asarray(completions[b][g]), np.asarray(log_probs[b][g], np.float32)
         where = f"completion {g} of prompt {b}"
@@ -77,18 +83,38 @@ def from_engine(
                 f"{where} has {len(ids)} tokens and {len(of_ids)} log-probs; as many of both are needed, from 1 to "
                 f"max_tokens = {max_tokens}"
             )
-        ends = np.flatnonzero(np.isin(ids, np.asarray(eos_ids, ids.dtype)))
-        if len(ends) and ends[0] < len(ids) - 1:
-            raise ValueError(f"{where} goes on after its end-of-sequence token {ids[ends[0]]} at place {ends[0]}")
-        stopped = first_stop(stop, ids)
-        if stopped is not None and stopped < len(ids) - 1:
-            raise ValueError(f"{where} goes on after the stop string that its token at place {stopped} completes")
+        wrote = np.ones(len(ids), bool) if masks is None else np.asarray(masks[b][g], bool)
+        if wrote.shape != ids.shape or not wrote.any():
+            raise ValueError(
+                f"{where} has {len(ids)} tokens and {len(wrote)} entries in its mask, {wrote.sum()} of them True; "
+                "one is needed for each token, and the policy wrote at least one"
+            )
+        ended = False
+        for start, stop_place in _runs(wrote):
+            turn = ids[start:stop_place]
+            ends = np.flatnonzero(np.isin(turn, np.asarray(eos_ids, ids.dtype)))
+            if len(ends) and ends[0] < len(turn) - 1:
+                place = start + ends[0]
+                raise ValueError(f"{where} goes on after its end-of-sequence token {ids[place]} at place {place}")
+            stopped = first_stop(stop, turn)
+            if stopped is not None and stopped < len(turn) - 1:
+                raise ValueError(
+                    f"{where} goes on after the stop string that its token at place {start + stopped} completes"
+                )
+            ended = stop_place == len(ids) and (len(ends) > 0 or stopped is not None)
+        of_ids = np.where(wrote, of_ids, 0.0)
         if not np.all(np.isfinite(of_ids) & (of_ids <= 1e-4)):  # an engine's rounding may pass 0
             wrong = of_ids[~(np.isfinite(of_ids) & (of_ids <= 1e-4))][0]
             raise ValueError(f"{where} has the log-prob {wrong}; log-probs are finite and at most 0")
         tokens[b, g, : len(ids)], values[b, g, : len(ids)], lengths[b, g] = ids, of_ids, len(ids)
-        cut[b, g] = not len(ends) and stopped is None if truncated is None else truncated[b][g]
-    mask = np.arange(max_tokens) < lengths[..., None]
+        mask[b, g, : len(ids)] = wrote
+        cut[b, g] = not ended if truncated is None else truncated[b][g]
     return Rollout(
         prompts, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask), jnp.asarray(values), jnp.asarray(cut)
     )
+
+
+def _runs(wrote: np.ndarray) -> list[tuple[int, int]]:
+    """Where the policy's turns begin and end in a mask of its tokens."""
+    borders = np.flatnonzero(np.diff(np.r_[False, wrote, False]))
+    return list(zip(borders[::2].tolist(), borders[1::2].tolist(), strict=True))

@@ -18,7 +18,7 @@ import pytest
 from grpo_jax import run
 from grpo_jax.run import checkpoint, completions, digests, metrics, preemption, writers
 from grpo_jax.statistics import Mean
-from grpo_jax.types import Experience, Prompts, Rollout, TrainState
+from grpo_jax.types import Experience, Prompts, Rollout, TrainState, Turns
 
 OPTIMIZER = optax.sgd(0.1)
 
@@ -157,7 +157,7 @@ def test_completions_are_shown_and_written(tmp_path, capsys):
     assert "[bold]4" in capsys.readouterr().out
 
 
-def test_completions_are_read_off_an_experience():
+def test_completions_are_read_off_an_experience(capsys):
     rollout = Rollout(
         Prompts(jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32), {"row": jnp.array([1, 0])}),
         jnp.arange(12).reshape(2, 2, 3),
@@ -175,6 +175,15 @@ def test_completions_are_read_off_an_experience():
         {"prompt": "a", "completion": "3", "right": 2.0, "format": None},
         {"prompt": "b", "completion": "6 7", "right": 4.0, "format": 5.0},
     ]
+
+    mask = jnp.array([True, False, True])
+    turns = Turns(*[jnp.zeros((2, 2, 2), jnp.int32)] * 3, jnp.zeros((2, 2), bool))
+    experience = experience._replace(rollout=rollout._replace(mask=jnp.broadcast_to(mask, (2, 2, 3)), turns=turns))
+    line, *_ = completions.lines(experience, Tokenizer(), rows, ["right"], count=1)
+    policy, environment = {"by": "policy", "text": "0"}, {"by": "environment", "text": "1"}
+    assert line["turns"] == [policy, environment, {"by": "policy", "text": "2"}]
+    completions.print_table(0, [line])
+    assert "environment> 1" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ what goes wrong

@@ -91,3 +91,43 @@ def test_what_does_not_fit_is_refused(sampled, wrong):
     change, message = WRONG[wrong]
     with pytest.raises(ValueError, match=message):
         from_engine(sampled[2].prompts, *change(*lists(sampled[2])), eos_ids=EOS, max_tokens=T)
+
+
+def conversation_of(sampled, **changes):
+    """One conversation of two turns, the first ended by 5, with an answer of two tokens between them."""
+    given = {"tokens": [7, 5, 6, 8, 7, 7, 2], "log_probs": [-1.0, -2.0, 3.0, np.nan, -0.5, -0.25, -1.5]}
+    given |= {"mask": [True, True, False, False, True, True, True]} | changes
+    prompts = jax.tree.map(lambda x: x[:1], sampled[2].prompts)
+    lists = ([[given[name]]] for name in ("tokens", "log_probs"))
+    return from_engine(prompts, *lists, eos_ids=EOS, max_tokens=8, masks=[[given["mask"]]])
+
+
+def test_a_conversation_counts_what_the_policy_wrote_and_may_hold_ends_of_turns(sampled):
+    rollout = jax.device_get(conversation_of(sampled))
+    np.testing.assert_array_equal(rollout.tokens[0, 0], [7, 5, 6, 8, 7, 7, 2, 0])
+    np.testing.assert_array_equal(rollout.mask[0, 0], [True, True, False, False, True, True, True, False])
+    np.testing.assert_array_equal(rollout.log_probs[0, 0], [-1.0, -2.0, 0, 0, -0.5, -0.25, -1.5, 0])
+    assert rollout.lengths[0, 0] == 7
+    assert not rollout.truncated[0, 0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tokens": [7, 5, 6, 8, 7, 7, 7]}, {"mask": [True, True, False, False, True, True, False]}], ids=str
+)
+def test_a_conversation_is_cut_unless_it_ends_with_an_end_that_the_policy_wrote(sampled, changes):
+    assert conversation_of(sampled, **changes).truncated[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": [True] * 7}, "after its end-of-sequence token 5 at place 1"),
+        ({"mask": [True] * 6}, "has 7 tokens and 6 entries in its mask"),
+        ({"mask": [False] * 7}, "0 of them True"),
+        ({"log_probs": [-1.0, np.nan, 0, 0, -0.5, -0.25, -1.5]}, "has the log-prob nan"),
+    ],
+    ids=str,
+)
+def test_a_conversation_that_does_not_fit_is_refused(sampled, changes, message):
+    with pytest.raises(ValueError, match=message):
+        conversation_of(sampled, **changes)
