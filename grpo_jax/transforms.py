@@ -235,6 +235,18 @@ def old_from_sampler(experience: Experience) -> tuple[Experience, Metrics]:
     return experience._replace(old_log_probs=experience.rollout.log_probs), {}
 
 
+def environment_tokens(experience: Experience) -> tuple[Experience, Metrics]:
+    """Tells `losses.echo` what the policy did not write: the tokens of a conversation that its mask leaves out.
+
+    It goes before transforms that mask. A conversation without a token that counts, such as one in which the
+    environment failed, has none.
+    """
+    rollout = experience.rollout
+    held = jnp.arange(rollout.mask.shape[-1]) < rollout.lengths[..., None]
+    written = jnp.any(rollout.mask, axis=-1, keepdims=True)
+    return experience._replace(environment_mask=held & ~rollout.mask & written), {}
+
+
 def share_tokens(experience: Experience) -> tuple[Experience, Metrics]:
     """Records how many tokens count, for `losses.normalize_by_rollout_tokens`; comes after transforms that mask."""
     mask = experience.rollout.mask

@@ -15,6 +15,7 @@ from grpo_jax.train_step import make_collect, make_learn, make_train_step
 from grpo_jax.transforms import (
     clip_cov,
     drop_weightless,
+    environment_tokens,
     high_covariance,
     mask_truncated,
     mask_zero_variance_groups,
@@ -374,3 +375,18 @@ def test_refuses_an_empty_band_and_a_threshold_of_0():
         clip_cov(low=6)
     with pytest.raises(ValueError, match="threshold is above 0, got 0"):
         second_moment(0)
+
+
+def test_the_tokens_of_the_environment_are_those_that_the_mask_of_a_conversation_leaves_out():
+    experience = experience_of()
+    rollout = experience.rollout._replace(lengths=jnp.full((B, G), 4))
+    mask = np.zeros((B, G, T), bool)
+    mask[..., 0], mask[..., 3] = True, True
+    mask[1, 2] = False  # the environment failed
+    read, metrics = environment_tokens(experience._replace(rollout=rollout._replace(mask=jnp.asarray(mask))))
+    expected = np.zeros((B, G, T), bool)
+    expected[..., 1:3] = True
+    expected[1, 2] = False
+    np.testing.assert_array_equal(read.environment_mask, expected)
+    assert metrics == {}
+    np.testing.assert_array_equal(read.rollout.mask, mask)

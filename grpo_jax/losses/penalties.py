@@ -164,7 +164,8 @@ def echo(coefficient: Number = 0.1, *, aggregate: Aggregate = token_mean) -> Los
         loss = coefficient * aggregate(-log_prob) over the tokens of experience.environment_mask
 
     A policy that reads what tools answer learns to foresee it, also where no advantage teaches it. The tokens are
-    those of `environment_mask`, which the policy's own loss leaves out, and have a denominator of their own.
+    those of `environment_mask`, which the policy's own loss leaves out, and have a denominator of their own;
+    `transforms.environment_tokens` finds them in conversations.
 
     Args:
       coefficient: 0.1 in prime-rl.
@@ -178,7 +179,7 @@ def echo(coefficient: Number = 0.1, *, aggregate: Aggregate = token_mean) -> Los
     def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
         mask = experience.environment_mask
         if mask is None:
-            raise ValueError("echo needs the experience's environment_mask [B, G, T]: the tokens that others wrote")
+            raise ValueError("echo needs an environment_mask: transforms.environment_tokens adds it to conversations")
         cost = aggregate(-scores.log_probs, mask)
         return (cost._replace(sum=coefficient * cost.sum),), {"echo": token_mean(-scores.log_probs, mask)}
 
