@@ -44,6 +44,9 @@ def trim(experience: Experience, *, multiple: int = 64) -> Experience:
         "high_covariance",
         "environment_mask",
     )
+    if experience.teacher_top is not None:
+        top = experience.teacher_top
+        experience = experience._replace(teacher_top=type(top)(*(x[:, :, :width] for x in top)))
     return experience._replace(rollout=cut(rollout, "tokens", "mask", "log_probs"))
 
 

@@ -1,6 +1,7 @@
 """Rollouts to per-token log-probs and entropies, without ever holding `[B, G, T, V]`."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import VocabularyDivergence
-from grpo_jax.types import Array, Packing, Params, Prompts, Rollout, Scores
+from grpo_jax.types import Array, Likeliest, Packing, Params, Prompts, Rollout, Scores
 
 CHUNK_TOKENS = 1024  # tokens whose logits are held at a time, unless told otherwise
 
@@ -33,6 +34,7 @@ def score(
     teacher: Teacher | None = None,
     teacher_params: Params | None = None,
     teacher_prompts: Prompts | None = None,
+    top_tokens: Array | None = None,
 ) -> Scores:
     """What the policy says of the completions of a rollout.
 
@@ -58,6 +60,7 @@ def score(
         of different sizes (rows that some checkpoints pad with) the smaller one counts.
       teacher_params: the teacher's parameters, not differentiated.
       teacher_prompts: what the teacher reads in place of the rollout's prompts, `B` of any width.
+      top_tokens: `[B, G, T, K]`, fills `top_log_probs` with the policy's log-probs of these tokens.
 
     Returns:
       Scores `[B, G, T]` in float32, 0 on padding. Truncated sampling (top-k and the
@@ -68,15 +71,18 @@ def score(
     tokens = jnp.where(held, rollout.tokens, 0)
     if packing is not None:
         tokens = _take(tokens, _places(packing, T))
+        top_tokens = None if top_tokens is None else _of_each(_take, top_tokens, _places(packing, T))
     hidden = _hidden(policy, params, rollout, packing)
     beside: Array | None = None
     if teacher is not None and teacher.divergence is not None:
         other = rollout if teacher_prompts is None else rollout._replace(prompts=teacher_prompts)
         beside = jax.lax.stop_gradient(_hidden(teacher.policy, teacher_params, other, packing))
 
-    def score_rows(params: Params, of_rows: tuple[Array, Array, Array | None], temperature: float | Array) -> Scores:
+    def score_rows(
+        params: Params, of_rows: tuple[Array, Array, Array | None, Array | None], temperature: float | Array
+    ) -> Scores:
         @jax.checkpoint
-        def score_chunk(hidden: Array, tokens: Array, beside: Array | None) -> Scores:
+        def score_chunk(hidden: Array, tokens: Array, beside: Array | None, top_tokens: Array | None) -> Scores:
             shape = tokens.shape
             # In rows: XLA sums over the last of four axes with a scratch of five times the array on CPUs.
             hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
@@ -96,25 +102,64 @@ def score(
                 V = min(logits.shape[-1], theirs.shape[-1])
                 log_p, log_q = jax.nn.log_softmax(logits[:, :V]), jax.nn.log_softmax(theirs[:, :V])
                 scores = scores._replace(divergence=teacher.divergence(log_p, log_q).reshape(shape))
+            if top_tokens is not None:
+                picked = jnp.take_along_axis(logits, top_tokens.reshape(-1, top_tokens.shape[-1]), axis=-1)
+                scores = scores._replace(top_log_probs=(picked - normaliser[:, None]).reshape(top_tokens.shape))
             return scores
 
         # Chunks are cut along the rows, which leaves the axis that devices share, B, in one piece.
-        B, rows, length = of_rows[1].shape
+        B, rows, length = jax.tree.leaves(of_rows)[1].shape
         width = min(length, max(1, chunk_tokens // (B * rows)))
         chunks = -(-length // width)
         cut = jax.tree.map(lambda x: _cut(x, chunks, width), of_rows)
         scores = jax.lax.map(lambda chunk: score_chunk(*chunk), cut)
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, rows, -1)[..., :length], scores)
+        return jax.tree.map(lambda x: _uncut(x)[:, :, :length], scores)
 
     read = {"policy": params, "teacher": teacher_params}
-    scores = policy.by_rows(score_rows)(read, (hidden, tokens, beside), temperature)
+    scores = policy.by_rows(score_rows)(read, (hidden, tokens, beside, top_tokens), temperature)
 
     def join(scores: Array) -> Array:
         if packing is not None:
             scores = _take(scores, packing.starts[..., None] + jnp.arange(T))
         return jnp.where(held, scores, 0.0)
 
-    return jax.tree.map(join, scores)
+    return jax.tree.map(lambda x: join(x) if x.ndim == 3 else _of_each(join, x), scores)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("k", "chunk_tokens"))
+def likeliest(
+    policy: Policy,
+    params: Params,
+    rollout: Rollout,
+    k: int,
+    *,
+    temperature: float | Array = 1.0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Likeliest:
+    """The `k` likeliest tokens at each place of the completions, a chunk of tokens at a time.
+
+    For a teacher that is scored once: `experience._replace(teacher_top=...)` and `losses.distill_top`.
+
+    Args:
+      policy: the network, static.
+      params: its parameters.
+      rollout: the completions.
+      k: below the size of the vocabulary.
+      temperature: as in `score`.
+      chunk_tokens: as in `score`.
+    """
+    B, G, T = rollout.tokens.shape
+    hidden = _hidden(policy, params, rollout, None)
+
+    def of_chunk(hidden: Array) -> Likeliest:
+        logits = policy.unembed(params, hidden.reshape(-1, hidden.shape[-1])).astype(jnp.float32) / temperature
+        log_probs, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), k)
+        return Likeliest(*(x.reshape(*hidden.shape[:-1], k) for x in (tokens, log_probs)))
+
+    width = min(T, max(1, chunk_tokens // (B * G)))
+    top = jax.lax.map(of_chunk, _cut(hidden, -(-T // width), width))
+    held = (jnp.arange(T) < rollout.lengths[..., None])[..., None]
+    return jax.tree.map(lambda x: jnp.where(held, _uncut(x)[:, :, :T], jnp.zeros((), x.dtype)), top)
 
 
 def _hidden(policy: Policy, params: Params, rollout: Rollout, packing: Packing | None) -> Array:
@@ -158,6 +203,17 @@ def _places(packing: Packing, T: int) -> Array:
 def _take(x: Array, places: Array) -> Array:
     """`x[b].flatten()[places[b]]` for each `b`; places past the end read the last."""
     return jax.vmap(lambda x, places: jnp.take(x.reshape(-1), places, mode="clip"))(x, places)
+
+
+def _of_each(f: Callable[..., Array], x: Array, *others: Array) -> Array:
+    """`f` of each slice along the last axis."""
+    return jax.vmap(f, in_axes=(-1, *(None for _ in others)), out_axes=-1)(x, *others)
+
+
+def _uncut(x: Array) -> Array:
+    """`[chunks, B, G, width, ...]` to `[B, G, chunks * width, ...]`."""
+    chunks, B, G, width = x.shape[:4]
+    return jnp.moveaxis(x, 0, 2).reshape(B, G, chunks * width, *x.shape[4:])
 
 
 def _cut(x: Array, chunks: int, width: int) -> Array:

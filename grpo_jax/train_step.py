@@ -226,6 +226,7 @@ def make_learn(
             teacher=teacher,
             teacher_params=None if teacher is None else teacher_of(state),
             teacher_prompts=experience.teacher_prompts,
+            top_tokens=None if experience.teacher_top is None else experience.teacher_top.tokens,
         )
         if experience.old_log_probs is None and updates.count == 1:  # else the loss refuses
             experience = experience._replace(old_log_probs=jax.lax.stop_gradient(scores.log_probs))

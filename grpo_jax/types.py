@@ -52,6 +52,14 @@ class Scores(NamedTuple):
     entropy: Array | None = None  # [B, G, T] float32 nats, of the distribution that the token was drawn from
     collision: Array | None = None  # [B, G, T] float32, sum_v p_v^2 of that distribution
     divergence: Array | None = None  # [B, G, T] float32 nats, from the teacher's distribution
+    top_log_probs: Array | None = None  # [B, G, T, K] float32, of the tokens that a teacher thought likeliest
+
+
+class Likeliest(NamedTuple):
+    """The `K` likeliest tokens at each place of a rollout, such as a teacher's, computed once and kept on disk."""
+
+    tokens: Array  # [B, G, T, K] int32, the likeliest first
+    log_probs: Array  # [B, G, T, K] float32, 0 on padding
 
 
 class Packing(NamedTuple):
@@ -76,6 +84,7 @@ class Experience(NamedTuple):
     token_share: Array | None = None  # [B] float32, tokens of the rollout that count over prompts
     high_covariance: Array | None = None  # [B, G, T] bool, tokens that the entropy falls by: `losses.covariant_kl`
     environment_mask: Array | None = None  # [B, G, T] bool, tokens that the policy did not write: `losses.echo`
+    teacher_top: Likeliest | None = None  # what a teacher thought likeliest: `losses.distill_top`
     teacher_prompts: Prompts | None = None  # what the teacher reads before the completions; the same, if None
     packing: Packing | None = None  # how to lay out the completions for the network; a row each, if None
 

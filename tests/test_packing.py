@@ -14,10 +14,10 @@ from hypothesis.extra import numpy as arrays
 
 from grpo_jax import losses, models, packing, testing
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.scoring import score
+from grpo_jax.scoring import Teacher, score
 from grpo_jax.statistics import summary
 from grpo_jax.train_step import make_learn
-from grpo_jax.types import Experience, Rollout
+from grpo_jax.types import Experience, Likeliest, Rollout
 from grpo_jax.updates import Updates, init_state
 
 LENGTHS = np.array([[3, 12, 1, 4], [2, 2, 7, 5], [0, 6, 1, 1], [9, 1, 1, 1]])
@@ -89,20 +89,25 @@ def test_packed_completions_have_the_same_scores_and_gradients(family, multiple)
     if family == "qwen2_window":
         config = dataclasses.replace(config, windows=(3,) * config.num_layers)
     policy = models.decoder(config)
-    params = policy.init(jax.random.key(0))
+    params, teacher = policy.init(jax.random.key(0)), policy.init(jax.random.key(1))
     rollout = experience().rollout
+    top_tokens = jax.random.randint(jax.random.key(3), (B, G, T, 2), 0, 20)
     weights = jax.random.normal(jax.random.key(2), (B, G, T))
 
     @jit
     def evaluate(params, packed):
         def loss(params):
-            scores = score(policy, params, rollout, packing=packed, chunk_tokens=24)
-            return jnp.sum(weights * scores.log_probs) + jnp.sum(scores.entropy), scores
+            scores = score(
+                policy, params, rollout, packing=packed, chunk_tokens=24, teacher=Teacher(policy, losses.reverse_kl),
+                teacher_params=teacher, top_tokens=top_tokens,
+            )  # fmt: skip
+            return jnp.sum(weights * scores.log_probs) + jnp.sum(scores.entropy + scores.divergence), scores
 
         return jax.grad(loss, has_aux=True)(params)
 
     packed = packing.pack(rollout, multiple=multiple)
     (expected, scores), (actual, packed_scores) = evaluate(params, None), evaluate(params, packed)
+    assert None not in scores
     for a, e in zip(packed_scores, scores, strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=5e-6)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -138,3 +143,12 @@ def test_a_network_that_cannot_keep_packed_completions_apart_refuses():
     policy = from_logits_fn(lambda params, tokens, mask: params[tokens])
     with pytest.raises(ValueError, match="segments=None"):
         score(policy, jnp.zeros((61, 61)), experience().rollout, packing=packing.pack(experience().rollout, multiple=4))
+
+
+def test_what_a_teacher_thought_likeliest_is_trimmed_with_the_tokens():
+    whole = experience()
+    rollout = whole.rollout._replace(lengths=jnp.minimum(whole.rollout.lengths, 3))
+    tokens = jnp.arange(B * G * T * 2).reshape(B, G, T, 2)
+    cut = packing.trim(whole._replace(rollout=rollout, teacher_top=Likeliest(tokens, -1.0 * tokens)), multiple=1)
+    np.testing.assert_array_equal(cut.teacher_top.tokens, tokens[:, :, :3])
+    np.testing.assert_array_equal(cut.teacher_top.log_probs, -1.0 * tokens[:, :, :3])

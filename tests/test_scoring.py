@@ -130,10 +130,12 @@ def test_entropy_that_is_not_used_costs_nothing_under_jit(transform):
 
 
 def test_the_size_of_the_chunks_changes_neither_scores_nor_gradients():
+    rollout = rolled_out()
+
     @functools.partial(jax.jit, static_argnums=1)
     def scores_and_gradient(params, chunk_tokens):
         def total(params):
-            scores = score(HEAD, params, rolled_out(), chunk_tokens=chunk_tokens)
+            scores = score(HEAD, params, rollout, chunk_tokens=chunk_tokens)
             return jnp.sum(scores.log_probs) + 3 * jnp.sum(scores.entropy), scores
 
         return jax.grad(total, has_aux=True)(params)

@@ -24,6 +24,7 @@ from grpo_jax.losses.anchors import corrected, old_policy, sampler
 from grpo_jax.losses.composition import normalize_by_rollout_tokens, plus, policy_loss, value
 from grpo_jax.losses.distillation import (
     distill,
+    distill_top,
     forward_kl,
     generalised_jsd,
     of_top_k,
@@ -91,6 +92,7 @@ __all__ = [
     "covariant_kl",
     "dapo",
     "distill",
+    "distill_top",
     "divergence_mask",
     "dppo",
     "dr_grpo",

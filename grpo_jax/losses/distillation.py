@@ -116,6 +116,39 @@ def distill(coefficient: Number = 1.0, *, aggregate: Aggregate = token_mean) -> 
     return loss
 
 
+def distill_top(
+    divergence: VocabularyDivergence, coefficient: Number = 1.0, *, aggregate: Aggregate = token_mean
+) -> Loss:
+    """`distill` of `of_top_k`, for a teacher whose likeliest tokens were computed before: no teacher in memory.
+
+    Args:
+      divergence: of the teacher's likeliest tokens, and any other as one more outcome.
+      coefficient: at least 0.
+      aggregate: how tokens count.
+
+    Returns:
+      A loss with the metric `divergence`; it needs `experience.teacher_top`, as `scoring.likeliest` makes it.
+
+    Raises:
+      ValueError: for a coefficient below 0; when called, without `teacher_top`.
+    """
+    check_not_negative(coefficient=coefficient)
+
+    def loss(scores: Scores, experience: Experience) -> tuple[Terms, Metrics]:
+        if experience.teacher_top is None or scores.top_log_probs is None:
+            raise ValueError("distill_top needs the experience's teacher_top: scoring.likeliest makes it")
+        mask = experience.rollout.mask
+        # Padding holds zeros, whose sum is no probability.
+        ours, theirs = (
+            jnp.where(mask[..., None], x, -10.0) for x in (scores.top_log_probs, experience.teacher_top.log_probs)
+        )
+        distance = divergence(_with_rest(ours), _with_rest(theirs))
+        cost = aggregate(distance, mask)
+        return (cost._replace(sum=coefficient * cost.sum),), {"divergence": token_mean(distance, mask)}
+
+    return loss
+
+
 def sampled_reverse_kl(coefficient: Number = 1.0, *, aggregate: Aggregate = token_mean) -> Loss:
     """The teacher's log-prob less the policy's as the advantage of each token, beside any objective by `plus`.
 

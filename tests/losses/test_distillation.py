@@ -12,6 +12,7 @@ import pytest
 from grpo_jax import advantages, losses, sampling
 from grpo_jax.losses import (
     distill,
+    distill_top,
     forward_kl,
     generalised_jsd,
     of_top_k,
@@ -22,7 +23,7 @@ from grpo_jax.losses import (
     token_mean,
 )
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.scoring import Teacher, score
+from grpo_jax.scoring import Teacher, likeliest, score
 from grpo_jax.statistics import Mean, summary
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_learn, make_train_step
@@ -44,6 +45,7 @@ def trigram(params, tokens, mask):
 
 STUDENT = from_logits_fn(bigram, init=lambda key: {"table": jax.random.normal(key, (V, V))})
 TEACHER = from_logits_fn(trigram)
+TEACHER_V = TEACHER._replace(unembed=lambda params, hidden: hidden[..., :V])  # without the rows of padding
 PARAMS = {"table": jax.random.normal(jax.random.key(0), (V, V))}
 # Two rows more than the policy has tokens, as some checkpoints are padded.
 TEACHER_PARAMS = {
@@ -330,6 +332,47 @@ def test_the_teacher_reads_its_own_prompts_where_the_experience_has_some():
     own = score(STUDENT, PARAMS, rollout, teacher=Teacher(TEACHER, reverse_kl), teacher_params=TEACHER_PARAMS)
     np.testing.assert_allclose(seen["own"], np.sum(own.log_probs), rtol=1e-5)
     assert abs(seen["divergence"] - np.sum(own.divergence)) > 0.1
+
+
+@pytest.mark.parametrize("chunk_tokens", [8, 1000])
+def test_a_top_that_was_computed_before_is_that_of_the_teacher_in_memory(chunk_tokens):
+    """Value and gradient, on the mask that a transform leaves."""
+    rollout = rolled_out()
+    rollout = rollout._replace(mask=rollout.mask.at[0, 0].set(False))
+    top = likeliest(TEACHER_V, TEACHER_PARAMS, rollout, K, temperature=0.8, chunk_tokens=chunk_tokens)
+    held = np.arange(T) < np.asarray(rollout.lengths)[..., None]
+    _, theirs = numpy_logits(rollout, rollout.prompts)
+    for place in map(tuple, np.argwhere(held)):
+        order = np.argsort(-theirs[place])[:K]
+        np.testing.assert_array_equal(top.tokens[place], order)
+        np.testing.assert_allclose(top.log_probs[place], np.log(softmax(theirs[place] / 0.8))[order], rtol=1e-4)
+
+    def before(params):
+        scores = score(STUDENT, params, rollout, temperature=0.8, chunk_tokens=chunk_tokens, top_tokens=top.tokens)
+        return losses.value(distill_top(reverse_kl, 0.5)(scores, Experience(rollout, teacher_top=top))[0])
+
+    def in_memory(params):
+        teacher = Teacher(TEACHER_V, of_top_k(reverse_kl, K))
+        scores = score(STUDENT, params, rollout, temperature=0.8, teacher=teacher, teacher_params=TEACHER_PARAMS)
+        return losses.value(distill(0.5)(scores, Experience(rollout))[0])
+
+    (a, of_a), (b, of_b) = (jax.value_and_grad(f)(PARAMS) for f in (before, in_memory))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    np.testing.assert_allclose(of_a["table"], of_b["table"], atol=1e-6)
+
+
+def test_the_step_scores_the_tokens_of_a_top_that_the_experience_brings():
+    rollout = rolled_out()
+    top = likeliest(TEACHER_V, TEACHER_PARAMS, rollout, K)
+    learn = make_learn(STUDENT, optax.sgd(0.5), loss=distill_top(forward_kl), updates=Updates(micro_batches=2))
+    state = init_state(PARAMS, optax.sgd(0.5), jax.random.key(0))
+    first = None
+    for _ in range(3):
+        state, metrics = learn(state, Experience(rollout, teacher_top=top))
+        first = summary(metrics)["divergence"] if first is None else first
+    assert summary(metrics)["divergence"] < first
+    with pytest.raises(ValueError, match="teacher_top"):
+        learn(state, Experience(rollout))
 
 
 # ------------------------------------------------------------------------------- TRL's numbers

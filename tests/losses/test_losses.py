@@ -390,7 +390,15 @@ def test_the_table_says_which_objectives_hold_something_still(name):
 def test_the_table_has_every_objective_and_every_part():
     """A function of the package without a row would go unchecked."""
     in_other_tests = {"value", "kl_k1", "kl_k2", "kl_k3", "echo", "total_variation"}
-    in_other_tests |= {"distill", "forward_kl", "generalised_jsd", "of_top_k", "reverse_kl", "sampled_reverse_kl"}
+    in_other_tests |= {
+        "distill",
+        "distill_top",
+        "forward_kl",
+        "generalised_jsd",
+        "of_top_k",
+        "reverse_kl",
+        "sampled_reverse_kl",
+    }
     of_objectives = {"ppo_clip", "policy_loss", "clipped_importance", "soft_gate", "gamma_weight", "policy_gradient"}
     of_objectives |= {"importance", "smoothed_importance", "squared_policy_gradient"}
     of_objectives |= {"divergence_mask", "quadratic_shift"}
