@@ -61,29 +61,38 @@ def mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax
     Raises:
       ValueError: for a size below 1, or if the sizes do not make the number of devices.
     """
-    sizes = (data, fsdp, tensor)
+    shape = (data, fsdp, tensor)
     devices = jax.devices() if devices is None else devices
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    if min(shape) < 1 or math.prod(shape) != len(devices):
         raise ValueError(
-            f"data={data}, fsdp={fsdp}, tensor={tensor} makes {math.prod(sizes)} devices and there are {len(devices)}: "
+            f"data={data}, fsdp={fsdp}, tensor={tensor} makes {math.prod(shape)} devices and there are {len(devices)}: "
             "the product of the three, each at least 1, is the number of devices"
         )
-    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
 def parse(text: str, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a setting such as `data=2,fsdp=4`.
 
     Raises:
-      ValueError: for an unknown axis or what is no number; as `mesh`.
+      ValueError: as `sizes` and `mesh`.
     """
-    sizes = {}
+    return mesh(**sizes(text), devices=devices)
+
+
+def sizes(text: str) -> dict[str, int]:
+    """The axes that a setting such as `data=2,fsdp=4` names.
+
+    Raises:
+      ValueError: for an unknown axis or what is no number.
+    """
+    found = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in AXES or not size.isdecimal() or name in sizes:
+        if name not in AXES or not size.isdecimal() or name in found:
             raise ValueError(f"{text!r} is no mesh: name each of {', '.join(AXES)} at most once, as in data=2,fsdp=4")
-        sizes[name] = int(size)
-    return mesh(**sizes, devices=devices)
+        found[name] = int(size)
+    return found
 
 
 def spec(mesh: Mesh, path: str, shape: Sequence[int]) -> PartitionSpec:

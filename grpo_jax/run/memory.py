@@ -2,11 +2,15 @@
 
     python -m grpo_jax.run.memory --model Qwen/Qwen2.5-0.5B --group-size 16 --prompts 32 --device-gib 80
     python -m grpo_jax.run.memory --model Qwen/Qwen2.5-7B --lora-rank 16 --quantize nf4 --device-gib 24
+    python -m grpo_jax.run.memory --model Qwen/Qwen2.5-7B --topology v5p:2x2x1 --mesh fsdp=4 --attention splash
 
 Nothing is allocated: sizes of what is kept come from `jax.eval_shape`, and those of what a step needs
 beside it from the compiled programs of `collect` and `learn`. They are of the backend that this runs on: a plan for a
 GPU is made on one, since another backend fuses otherwise and, by default, computes attention otherwise. Only the
 model's configuration is read, not its weights.
+
+With `--topology` the programs are those of TPUs that need not be there, and the plan says what they ask of each chip:
+its memory, matrix products, what is sent, and the least time that these take (`run.chips`).
 """
 
 import dataclasses
@@ -20,7 +24,7 @@ import jax.numpy as jnp
 import optax
 import transformers
 from jax.sharding import Mesh
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled, Traced
 
 from grpo_jax import losses, models, sampling
 from grpo_jax.compiler_options import saving_memory
@@ -29,7 +33,8 @@ from grpo_jax.models import quantized, sharding
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Loss
-from grpo_jax.run import command
+from grpo_jax.run import chips, command
+from grpo_jax.run.names import resolve
 from grpo_jax.sampling import PolicySampler
 from grpo_jax.scoring import CHUNK_TOKENS
 from grpo_jax.train_step import Step, make_train_step
@@ -169,6 +174,7 @@ class Programs(NamedTuple):
     collect: Compiled
     learn: Compiled
     experience: Experience  # the shapes of what `learn` reads
+    jaxprs: tuple[Any, Any]  # of both, before they were compiled
 
 
 class Planned(NamedTuple):
@@ -201,21 +207,20 @@ def compiled(
     """The programs of a step.
 
     Args:
-      step: as in `lowered`.
-      state: as in `lowered`.
-      prompts: as in `lowered`.
-      mesh: as in `lowered`.
+      step: as in `traced`.
+      state: as in `traced`.
+      prompts: as in `traced`.
+      mesh: as in `traced`.
       compiler_options: as of `Step.jit`; as there, learning donates the state.
     """
-    collect, learn, experience = lowered(step, state, prompts, mesh=mesh)
+    collect, learn, experience = traced(step, state, prompts, mesh=mesh)
     options: dict[str, Any] = dict(saving_memory() if compiler_options is None else compiler_options)
-    return Programs(collect.compile(), learn.compile(compiler_options=options), experience)
+    jaxprs = collect.jaxpr, learn.jaxpr
+    return Programs(collect.lower().compile(), learn.lower().compile(compiler_options=options), experience, jaxprs)
 
 
-def lowered(
-    step: Step, state: Any, prompts: Prompts, *, mesh: Mesh | None = None
-) -> tuple[Lowered, Lowered, Experience]:
-    """The programs of sampling and of learning, ready to be compiled, and the shapes of what the second one reads.
+def traced(step: Step, state: Any, prompts: Prompts, *, mesh: Mesh | None = None) -> tuple[Traced, Traced, Experience]:
+    """The programs of sampling and of learning, before they are compiled, and the shapes of what the second one reads.
 
     Args:
       step: without a reward; one reward of each completion is put in between its halves.
@@ -233,7 +238,7 @@ def lowered(
     if mesh is not None:
         experience = placed(experience, sharding.batch_shardings(mesh, experience))
     learn = jax.jit(step.learn, donate_argnums=0)
-    return jax.jit(step.collect).lower(state, prompts), learn.lower(state, experience), experience
+    return jax.jit(step.collect).trace(state, prompts), learn.trace(state, experience), experience
 
 
 def placed(tree: Any, shardings: Any) -> Any:
@@ -362,6 +367,9 @@ class Config:
     lora_rank: int | None = None  # of adapters, over a base in the compute dtype
     lora_targets: tuple[str, ...] | None = None  # all linear layers if not given
     quantize: quantized.Kind | None = None  # the base under adapters
+    attention: str = "auto"  # of grpo_jax.models.attention, or module:function
+    mesh: str | None = None  # of several devices, such as data=2,fsdp=4
+    topology: str | None = None  # of TPUs, such as v5p:2x2x1; the mesh takes its first chips, one if not given
     device_gib: float | None = None  # of the device: says how many prompts fit, and in how many micro-batches
 
 
@@ -372,14 +380,21 @@ def main(config: Config) -> Plan:
         lora_rank=config.lora_rank, lora_targets=config.lora_targets, quantize=config.quantize
     )  # fmt: skip
     dtype = jnp.dtype(config.compute_dtype)
-    settings = {"dtype": dtype, "param_dtype": weights.param_dtype(dtype), "remat": config.remat}
+    mesh = None
+    if config.topology is not None or config.mesh is not None:
+        axes = sharding.sizes(config.mesh or "fsdp=1")
+        devices = None if config.topology is None else chips.devices(config.topology, math.prod(axes.values()))
+        mesh = sharding.mesh(**axes, devices=devices)
+    attention = resolve(config.attention, "grpo_jax.models.attention")
+    settings: dict[str, Any] = {"dtype": dtype, "param_dtype": weights.param_dtype(dtype), "remat": config.remat}
+    settings |= {"attention": attention, "mesh": mesh}
     policy = models.decoder(models.from_hf_config(hf_config, **settings))
     params, frozen = weights.shapes(policy)
     loss = losses.grpo(penalty=losses.k3(config.beta)) if config.beta else losses.grpo()
 
     @functools.cache
-    def planned(prompts: int, micro_batches: int) -> Plan:
-        return plan(
+    def made(prompts: int, micro_batches: int) -> Planned:
+        return planned(
             policy,
             optax.adamw(1e-6),
             sampling.sampler(group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=()),
@@ -392,21 +407,62 @@ def main(config: Config) -> Plan:
             updates=Updates(micro_batches=micro_batches),
         )
 
-    found = planned(config.prompts, config.micro_batches)
+    def peak(prompts: int, micro_batches: int) -> int:
+        return made(prompts, micro_batches).plan.peak
+
+    where = jax.default_backend() if config.topology is None else f"each chip of {config.topology}"
+    try:
+        found, compiled = made(config.prompts, config.micro_batches)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"{_remedy(config)}\n  {str(error).splitlines()[0]}") from error
     print(f"{config.prompts} prompts x {config.group_size}, {config.prompt_tokens} + {config.max_tokens} tokens, "
-          f"{config.compute_dtype}, on {jax.default_backend()}\n{table(found)}")  # fmt: skip
+          f"{config.compute_dtype}, on {where}\n{table(found)}")  # fmt: skip
+    if config.topology is not None and mesh is not None:
+        chip = chips.CHIPS[config.topology.partition(":")[0]]
+        for name, need in zip(("collect", "learn"), needs(found, compiled, config, mesh), strict=True):
+            print(chips.table(name, need, chip))
+        if found.peak > chip.memory:
+            raise ValueError(f"{_remedy(config)}: it takes {gib(found.peak)} of the {gib(chip.memory)} of a chip")
     if config.device_gib is not None:
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and config.topology is None:
             print("planned on a CPU: for another device, run this there")
         budget = int(config.device_gib * 2**30)
-        largest = largest_batch(lambda prompts: planned(prompts, 1).peak, budget)
+        largest = largest_batch(lambda prompts: peak(prompts, 1), budget)
         print(f"prompts that fit into {gib(budget)} in one piece: {largest}")
         try:
-            parts = fewest_micro_batches(lambda parts: planned(config.prompts, parts).peak, config.prompts, budget)
+            parts = fewest_micro_batches(lambda parts: peak(config.prompts, parts), config.prompts, budget)
             print(f"micro-batches in which {config.prompts} prompts fit: {parts}")
         except ValueError as reason:
             print(f"{config.prompts} prompts do not fit: {reason}")
     return found
+
+
+def needs(plan: Plan, programs: Programs, config: Config, mesh: Mesh) -> tuple[chips.Need, chips.Need]:
+    """What both programs ask of each chip.
+
+    Of memory, the least: in sampling the weights and half of the caches for each token; in learning the weights
+    forward, in the recomputation and backward, with a reference once more, for each micro-batch, and the state read
+    and written.
+    """
+    products = [chips.flops(jaxpr.jaxpr, turns=config.max_tokens) / mesh.size for jaxpr in programs.jaxprs]
+    weights = plan.cast or plan.parameters + plan.frozen
+    decoding = config.max_tokens * (weights + plan.prompt_cache + plan.completion_cache / 2)
+    passes = config.micro_batches * (3 + (plan.reference > 0))
+    learning = passes * weights + 2 * (plan.parameters + plan.optimizer + plan.gradients)
+    return (
+        chips.Need(products[0], decoding, chips.collectives(programs.collect)),
+        chips.Need(products[1], learning, chips.collectives(programs.learn)),
+    )
+
+
+def _remedy(config: Config) -> str:
+    return (
+        f"{config.prompts} prompts in {config.micro_batches} micro-batches over {config.mesh or 'one device'} do not "
+        "fit: take more micro-batches, more of fsdp (weights and state) or of tensor (the copy for sampling), shorter "
+        "completions, or adapters (--lora-rank 16)"
+    )
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def compiled(axes):
     step = make_train_step(policy, optimizer, sampler, loss=losses.grpo())
     state = jax.eval_shape(lambda key: init_state(policy.init(key), optimizer, key), jax.random.key(0))
     prompts = Prompts(jax.ShapeDtypeStruct((4, 32), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32))
-    collect, learn, _ = memory.lowered(step, state, prompts, mesh=mesh)
-    return [program.compile().as_text() for program in (collect, learn)]
+    collect, learn, _ = memory.traced(step, state, prompts, mesh=mesh)
+    return [program.lower().compile().as_text() for program in (collect, learn)]
 
 
 if __name__ == "__main__":

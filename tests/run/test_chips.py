@@ -1,0 +1,84 @@
+"""What a program asks of a chip, counted in programs whose needs are known."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.run import chips
+
+HLO = """\
+%adds (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.1 (input: bf16[64,32]) -> bf16[16,32] {
+  %all-reduce.1 = bf16[64,32]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%adds
+}
+
+%body (state: (s32[], bf16[16,32])) -> (s32[], bf16[16,32]) {
+  %gathered = bf16[64,32]{1,0:T(8,128)} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %scattered = bf16[16,32]{1,0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+%condition (state: (s32[], bf16[16,32])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(5)
+  ROOT %compare = pred[] compare(%n, %constant.1), direction=LT
+}
+
+ENTRY %main (x: bf16[16,32]) -> bf16[16,32] {
+  %loop = (s32[], bf16[16,32]) while(%start), condition=%condition, body=%body
+  %total = (f32[8]{0}, f32[]) all-reduce(%a, %b), replica_groups=[2,4]<=[8], to_apply=%adds
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_their_loops_turn():
+    found = chips.collectives(types.SimpleNamespace(as_text=lambda: HLO))
+    assert found == {
+        "all-gather": (5, 5 * 64 * 32 * 2 * 3 / 4),
+        "reduce-scatter": (5, 5 * 64 * 32 * 2 * 3 / 4),
+        "all-reduce": (1, 36 * 2 * 3 / 4),
+    }
+
+
+def test_products_are_counted_through_loops_and_recomputation():
+    def f(x, w):
+        def layer(x, w):
+            return jnp.tanh(x @ w), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, w)[0])
+
+    x, w = jnp.ones((4, 8)), jnp.ones((3, 8, 8))
+    product = 2 * 4 * 8 * 8
+    assert chips.flops(jax.make_jaxpr(f)(x, w).jaxpr) == 3 * product
+    assert chips.flops(jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(x, w).jaxpr) == 3 * 4 * product
+    unread = jax.make_jaxpr(lambda x, w: (f(x, w), jnp.zeros(3))[1])(x, w)
+    assert chips.flops(unread.jaxpr) == 0
+
+
+def test_products_of_what_runs_on_each_device_are_those_of_all():
+    mesh = jax.sharding.AbstractMesh((4, 2), ("a", "b"))
+    rows = jax.sharding.PartitionSpec("a")
+    product = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    assert chips.flops(jax.make_jaxpr(product)(jnp.ones((8, 16))).jaxpr) == 8 * 2 * 2 * 2 * 16
+
+
+def test_what_takes_longest_bounds_a_program():
+    chip = chips.CHIPS["v5p"]
+    need = chips.Need(flops=459e12, memory=2765e9 / 2, sent={"all-gather": (3, 1200e9)})
+    np.testing.assert_allclose(list(need.seconds(chip).values()), [1.0, 0.5, 2.0])
+    assert "at least 2 s, bound by interconnect" in chips.table("learn", need, chip)
+
+
+def test_an_unknown_chip_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="'h100:1' is none of v5e, v5p, v6e"):
+        chips.devices("h100:1", 1)
+
+
+def test_without_the_compiler_of_tpus_it_is_named(monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"grpo-jax\[tpu\]"):
+        chips.devices("v5p:2x2x1", 4)
