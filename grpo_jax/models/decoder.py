@@ -144,13 +144,13 @@ class Attention(nn.Module):
             read = functools.partial(jax.lax.dynamic_slice, start_indices=(layer, 0, 0, 0, 0, 0), slice_sizes=size)
             own = jax.tree.map(lambda all_layers: read(all_layers)[0].astype(key.dtype), stored)
 
-        attend = c.attention
+        options: dict[str, Any] = {}
         if c.attention_soft_cap is not None:
-            attend = functools.partial(attend, soft_cap=c.attention_soft_cap)
+            options["soft_cap"] = c.attention_soft_cap
         if c.attention_sinks:
             initializer = nn.initializers.normal(c.initializer_range)
-            attend = functools.partial(attend, sinks=self.param("sinks", initializer, (c.num_heads,), c.param_dtype))
-        out = over_mesh(attend, c.mesh)(query, own, prompt, mask_inputs)
+            options["sinks"] = self.param("sinks", initializer, (c.num_heads,), c.param_dtype)
+        out = over_mesh(c.attention, c.mesh)(query, own, prompt, mask_inputs, **options)
         out = _rows(c, out.reshape(*x.shape[:-1], c.num_heads * c.head_dim))
         out = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(out)
         return out.reshape(x.shape), stored, new
@@ -179,30 +179,19 @@ class Mixture(nn.Module):
     def __call__(self, x: Array) -> Array:
         c, e = self.config, self.config.experts
         assert e is not None
-        initializer = nn.initializers.normal(c.initializer_range)
-        rows = x.reshape(-1, c.hidden_size)
-        # In float32 whatever the rest is in: a rounded logit is another expert.
-        router = self.param("router", initializer, (c.hidden_size, e.number), c.param_dtype)
-        logits = jnp.matmul(rows.astype(jnp.float32), router.astype(jnp.float32), precision="highest")
-        if e.bias:
-            logits += self.param("router_bias", nn.initializers.zeros, (e.number,), c.param_dtype).astype(jnp.float32)
-        routing = experts.route(logits, e)
-        grouped = experts.group(rows.astype(c.dtype), routing.experts, e.number)
+        weights = {}
+        for name, shape in experts.shapes(e, c.hidden_size).items():
+            zeros, normal = nn.initializers.zeros, nn.initializers.normal(c.initializer_range)
+            leaf = self.param(name, zeros if name.endswith("_bias") else normal, shape, c.param_dtype)
+            # In float32 whatever the rest is in: a rounded logit of the router is another expert.
+            dtype = jnp.float32 if name.startswith("router") else c.dtype
+            weights[name] = sharding.gather(c.mesh, leaf.astype(dtype), name)
 
-        def product(rows: Array, name: str, features: int) -> Array:
-            shape = (e.number, rows.shape[-1], features)
-            kernels = self.param(f"experts_{name}", initializer, shape, c.param_dtype)
-            y = jax.lax.ragged_dot(rows, kernels.astype(c.dtype), grouped.sizes)
-            if e.bias:
-                zeros = nn.initializers.zeros
-                bias = self.param(f"experts_{name}_bias", zeros, (e.number, features), c.param_dtype)
-                y = y + bias.astype(c.dtype)[grouped.experts]
-            return y
+        def of_rows(x: Array, weights: Params) -> Array:
+            rows = experts.mixture(x.reshape(-1, c.hidden_size), weights, e, c.activation)
+            return rows.astype(c.dtype).reshape(x.shape)
 
-        gate, up = product(grouped.rows, "gate", e.width), product(grouped.rows, "up", e.width)
-        inner = c.activation(gate) * up if e.clip is None else experts.clipped_gate(gate, up, *e.clip)
-        out = experts.combine(product(inner, "down", c.hidden_size), grouped.back, routing.weights)
-        return out.astype(c.dtype).reshape(x.shape)
+        return sharding.each_its_rows(c.mesh, of_rows)(x.astype(c.dtype), weights)
 
 
 class Block(nn.Module):
@@ -365,8 +354,6 @@ def _constrain_layers(c: DecoderConfig, cache: KeyValues) -> KeyValues:
 def decoder(config: DecoderConfig) -> Policy:
     """The decoder as a policy; the same config gives the same functions, so that jit does not compile again."""
     if config.mesh is not None:
-        if config.experts is not None or config.attention_sinks:
-            raise ValueError("mixtures of experts and attention sinks are not divided over devices: leave out the mesh")
         head_copies(config.mesh.shape["tensor"], config.num_heads, config.num_kv_heads)
     module = Decoder(config)
     apply: Callable[..., Any] = module.apply  # its own type allows for mutable collections

@@ -7,12 +7,13 @@ output depends on no other token, and sampler and scorer agree. Tokens are sorte
 block of a grouped matrix product (`jax.lax.ragged_dot`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.types import Array
+from grpo_jax.types import Array, Params
 
 
 class Experts(NamedTuple):
@@ -24,6 +25,19 @@ class Experts(NamedTuple):
     normalised: bool  # a token's weights sum to 1; else each is its share of all experts
     bias: bool = False  # of router and experts
     clip: tuple[float, float] | None = None  # (alpha, limit) of gpt-oss's clipped gate; None: activation(gate) * up
+
+
+def shapes(experts: Experts, D: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's parameters."""
+    E, width = experts.number, experts.width
+    kernels = {
+        "router": (D, E),
+        "experts_gate": (E, D, width),
+        "experts_up": (E, D, width),
+        "experts_down": (E, width, D),
+    }
+    biases = {f"{name}_bias": (*shape[:-2], shape[-1]) for name, shape in kernels.items()}
+    return kernels | (biases if experts.bias else {})
 
 
 class Routing(NamedTuple):
@@ -70,3 +84,28 @@ def combine(outputs: Array, back: Array, weights: Array) -> Array:
     """
     of_choices = outputs[back].reshape(*weights.shape, -1).astype(jnp.float32)
     return jnp.einsum("rkd,rk->rd", of_choices, weights)
+
+
+def mixture(x: Array, weights: Params, experts: Experts, activation: Callable[[Array], Array]) -> Array:
+    """The weighted sum of the chosen experts' outputs.
+
+    Args:
+      x: `[R, D]`, tokens.
+      weights: of `shapes`; the router's in float32.
+      experts: what they are.
+      activation: of the gate, where it is not clipped.
+
+    Returns:
+      `[R, D]` float32.
+    """
+    logits = jnp.matmul(x.astype(jnp.float32), weights["router"], precision="highest")
+    routing = route(logits + weights["router_bias"] if experts.bias else logits, experts)
+    grouped = group(x, routing.experts, experts.number)
+
+    def product(rows: Array, name: str) -> Array:
+        y = jax.lax.ragged_dot(rows, weights[name], grouped.sizes)
+        return y + weights[f"{name}_bias"][grouped.experts] if experts.bias else y
+
+    gate, up = product(grouped.rows, "experts_gate"), product(grouped.rows, "experts_up")
+    inner = activation(gate) * up if experts.clip is None else clipped_gate(gate, up, *experts.clip)
+    return combine(product(inner, "experts_down"), grouped.back, routing.weights)

@@ -46,6 +46,11 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(o|down)_proj/kernel(/qvalue|/scale)?", ("tensor", "fsdp")),
     (r"(o|down)_proj/lora_a", ("tensor", None)),
     (r"(o|down)_proj/lora_b", (None, "fsdp")),
+    (r"(o|down)_proj/bias", ("fsdp",)),
+    (r"router", ("fsdp", None)),
+    (r"router_bias", ("fsdp",)),
+    (r"experts_(gate|up|down)", ("fsdp", None, None)),  # experts; each device then computes all of them for its rows
+    (r"experts_(gate|up|down)_bias", ("fsdp", None)),
 )
 
 
@@ -289,6 +294,19 @@ def _own(parts: PartitionSpec, V: int, tokens: Array) -> tuple[Array, Array]:
     place = tokens if parts[0] is None else tokens - V * jax.lax.axis_index("tensor")
     held = (place >= 0) & (place < V)
     return jnp.where(held, place, 0), held
+
+
+def each_its_rows(mesh: Mesh | None, f: Callable[[Array, Params], Array]) -> Callable[[Array, Params], Array]:
+    """`f(x [B, G, ...], params)` on each device for its own rows, with whole params; for what sorts or counts rows."""
+    if mesh is None:
+        return f
+
+    def divided(x: Array, params: Params) -> Array:
+        places = PartitionSpec(*rows(mesh, *x.shape[:2]))
+        whole = jax.tree.map(lambda _: PartitionSpec(), params)
+        return jax.shard_map(f, mesh=mesh, in_specs=(places, whole), out_specs=places, check_vma=False)(x, params)
+
+    return divided
 
 
 def gather(mesh: Mesh | None, tree: Tree, path: str) -> Tree:

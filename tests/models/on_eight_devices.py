@@ -106,7 +106,36 @@ def attentions(axes):
             np.testing.assert_allclose(x, y, rtol=0, atol=2e-5, err_msg=name)
 
 
+def experts_and_sinks(axes):
+    """Logits of gpt-oss and their gradient, with experts and biases of experts in parts."""
+    mesh = sharding.parse(axes)
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "vocab_size": 64}
+    config = testing.tiny_policy("gpt_oss", **sizes).config
+    params = jax.jit(models.decoder(config).init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.05, params)  # else biases are 0
+    tokens = jax.random.randint(jax.random.key(1), (4, 6), 2, 60)
+    completions = jax.random.randint(jax.random.key(2), (4, 2, 5), 2, 60)
+
+    def value(policy, params, tokens, completions):
+        prompt_cache = policy.prefill(params, tokens, jnp.full(4, 6))
+        positions = jnp.broadcast_to(5 + jnp.arange(5), completions.shape)
+        return jnp.mean(jnp.sin(policy.unembed(params, policy.extend(params, completions, positions, prompt_cache)[0])))
+
+    found = []
+    for on in (None, mesh):
+        policy = models.decoder(dataclasses.replace(config, mesh=on))
+        given = params, tokens, completions
+        if on is not None:
+            given = sharding.place(mesh, params), *sharding.batch(mesh, (tokens, completions))
+            assert given[0]["layers"]["mlp"]["experts_up"].sharding.spec[1] == "fsdp"
+        found.append(jax.jit(jax.value_and_grad(functools.partial(value, policy)))(*given))
+    for x, y in zip(*map(jax.tree.leaves, found), strict=True):
+        assert np.max(np.abs(x)) > 1e-5
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.max(np.abs(x))))
+
+
 CASES = {
+    "experts and sinks": experts_and_sinks,
     "step": step,
     "one prompt": functools.partial(step, B=1, parts=1),
     "adapters over codes": functools.partial(step, rank=2, kind="nf4"),

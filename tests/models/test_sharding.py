@@ -1,6 +1,5 @@
 """Where arrays lie on several devices, and that what is computed there is what one device computes."""
 
-import dataclasses
 import os
 import pathlib
 import subprocess
@@ -12,7 +11,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from grpo_jax import testing
 from grpo_jax.freezing import named_leaves
-from grpo_jax.models import attention, decoder, lora, quantized, sharding
+from grpo_jax.models import attention, lora, quantized, sharding
 from grpo_jax.models.families import FAMILIES
 
 SCRIPT = pathlib.Path(__file__).parent / "on_eight_devices.py"
@@ -28,10 +27,6 @@ def abstract(data=1, fsdp=1, tensor=1):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_table_names_every_matrix_of_every_family(family):
     policy = testing.tiny_policy(family)
-    if policy.config.experts is not None:
-        with pytest.raises(ValueError, match=r"experts .* leave out the mesh"):
-            decoder(dataclasses.replace(policy.config, mesh=sharding.mesh(devices=jax.devices()[:1])))
-        return
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
     adapters, _ = jax.eval_shape(lambda p: lora.adapt(policy, p, rank=4, key=jax.random.key(0)), shapes)
     for path, leaf in named_leaves(shapes) + named_leaves(adapters):
@@ -116,6 +111,7 @@ def test_rows_that_leave_devices_idle_are_refused_with_the_numbers():
     [
         ("attentions", "data=2,tensor=4"),
         ("step", "data=2,fsdp=2,tensor=2"),
+        ("experts and sinks", "data=2,fsdp=2,tensor=2"),
         pytest.param("step", "data=2,fsdp=4", marks=pytest.mark.slow),
         pytest.param("step", "fsdp=2,tensor=4", marks=pytest.mark.slow),
         pytest.param("one prompt", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),

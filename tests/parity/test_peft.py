@@ -23,7 +23,7 @@ RANKS = {"q_proj": 3, "o_proj": 8, "up_proj": 8, "down_proj": 8}
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma2", "olmo2"])
 def folder(request, tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("base") / request.param, request.param)
 

@@ -5,6 +5,7 @@ blocks of all devices.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,15 @@ def over_mesh(attention: Attention, mesh: Mesh | None) -> Attention:
     if mesh is None:
         return attention
 
-    def divided(query: Array, own: KeyValues, prompt: KeyValues | None, mask_inputs: MaskInputs) -> Array:
+    def divided(
+        query: Array,
+        own: KeyValues,
+        prompt: KeyValues | None,
+        mask_inputs: MaskInputs,
+        *,
+        sinks: Array | None = None,
+        **options: Any,
+    ) -> Array:
         B, G, _, N, _ = query.shape
         times = head_copies(mesh.shape["tensor"], N, own.keys.shape[-2])
         own, prompt = jax.tree.map(lambda x: jnp.repeat(x, times, axis=-2), (own, prompt))
@@ -38,9 +47,15 @@ def over_mesh(attention: Attention, mesh: Mesh | None) -> Attention:
             of_heads,  # of keys and values alike
             of_prompt,
             jax.tree.map(lambda x: of_rows if x.ndim else PartitionSpec(), mask_inputs),
+            PartitionSpec("tensor"),  # of sinks
         )
-        on_a_device = jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=of_heads, check_vma=False)
-        return on_a_device(query, own, prompt, mask_inputs)
+
+        def of_device(query: Array, own: KeyValues, prompt: Any, mask_inputs: MaskInputs, sinks: Array | None) -> Array:
+            given = options if sinks is None else options | {"sinks": sinks}
+            return attention(query, own, prompt, mask_inputs, **given)
+
+        on_a_device = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=of_heads, check_vma=False)
+        return on_a_device(query, own, prompt, mask_inputs, sinks)
 
     return divided
 
