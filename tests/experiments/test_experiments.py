@@ -214,6 +214,16 @@ def test_rewards_see_the_place_in_the_run_and_groups_are_evaluated_as_groups(fil
     assert not (tmp_path / metrics.COMPLETIONS_FILE).exists()
 
 
+def test_completions_end_at_stop_strings(files, tmp_path):
+    letters = tuple("abcdefghijklmnopqrstuvwxyz")
+    grpo.train(settings(files, tmp_path, steps=1, stop=letters, eval_rows=4))
+    line = metrics.read(tmp_path)[0]
+    assert line["truncated"] < 0.5
+    assert line["length"] < 6
+    shown = [line["completion"] for line in metrics.read(tmp_path, metrics.COMPLETIONS_FILE)]
+    assert any(set(letters) & set(text) for text in shown)
+
+
 def test_an_advantage_of_ones_own_may_see_log_probs(files, tmp_path):
     """All rewards are equal, so that without the log-probs nothing would be learned."""
     sys.modules.pop("my_rewards", None)
