@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses, models, packing, sampling
+from grpo_jax import losses, models, packing, sampling, testing
 from grpo_jax.freezing import bind
-from grpo_jax.models import attention, lora
+from grpo_jax.models import attention, hf, lora, quantized
 from grpo_jax.models.config import from_hf_config
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.run import memory
@@ -287,3 +287,18 @@ def test_many_adapters_over_one_base_train_as_each_alone():
             np.testing.assert_allclose(found[lora.B][i][:, :r], module[lora.B], rtol=1e-4, atol=1e-5)
             assert not np.any(found[lora.A][i][..., r:])
             assert not np.any(found[lora.B][i][:, r:])
+
+
+def test_kernels_that_share_a_tensor_are_quantised_one_by_one_and_have_adapters_that_are_no_pefts(tmp_path):
+    folder = testing.tiny_checkpoint(tmp_path / "base", "phi3", sliding_window=None, tie_word_embeddings=False)
+    policy, params = hf.load_pretrained(folder)
+    _, codes = hf.load_pretrained(folder, quantize="int8")
+    jax.tree.map(np.testing.assert_array_equal, codes, quantized.quantize(params, "int8"))
+    adapters, base = lora.adapt(policy, params, rank=2, key=jax.random.key(0))
+    assert sorted(adapters["layers"]["self_attn"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    with pytest.raises(
+        ValueError, match=r"one adapter for gate_up_proj and one for qkv_proj .* export the merged model"
+    ):
+        hf.save_adapters(policy, adapters, base, tmp_path / "adapters", base_model="base")
+    hf.save_pretrained(policy, lora.merge(adapters, base), tmp_path / "merged")
+    jax.tree.map(np.testing.assert_array_equal, hf.load_pretrained(tmp_path / "merged")[1], params)  # lora_b is 0
