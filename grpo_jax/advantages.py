@@ -188,7 +188,7 @@ def pass_at_k(k: int) -> Estimator:
 
 
 def length_weighted_advantages(rewards: Array, mask: Array, experience: Experience) -> Array:
-    """The distance to the mean of the group weighed by lengths (OPO, Hao et al. 2025, arXiv:2505.23585, equation 7).
+    """The distance to the mean of the group weighed by lengths (OPO, Hao et al. 2025, arXiv:2505.23585).
 
         A[b, g] = r[b, g] - sum_h n[b, h] r[b, h] / sum_h n[b, h]
 
@@ -427,9 +427,9 @@ def reinforce_plus_plus(
 ) -> Advantage:
     """The reward less the divergence still to come, normalised over all tokens (REINFORCE++, arXiv:2501.03262).
 
-        R[t] = r at the last token that counts, else 0, - beta * estimate(log p[t], log ref[t])     (equation 4)
+        R[t] = r at the last token that counts, else 0, - beta * estimate(log p[t], log ref[t])
         G[t] = sum over s >= t of gamma^(s - t) R[s], over tokens that count
-        A[t] = (G[t] - mean(G)) / (std(G) + eps)            over the tokens that count of the batch  (equation 5)
+        A[t] = (G[t] - mean(G)) / (std(G) + eps)            over the tokens that count of the batch
 
     (Hu et al. 2025.) It knows no groups. `p` is the policy that sampled, as in `kl_cost`. Tokens that the policy did
     not write take no step of the discount, as in verl, which normalises with the sample's variance (`ddof=1`).

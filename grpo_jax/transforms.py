@@ -90,7 +90,7 @@ def drop_weightless(experience: Experience) -> tuple[Experience, Metrics]:
 def clip_cov(share: Number = 2e-4, *, low: Number = 1.0, high: Number = 5.0) -> ExperienceTransform:
     """Takes a few tokens of high covariance out of the policy's gain (Clip-Cov, Cui et al. 2025, arXiv:2505.22617).
 
-        covariance[t] = (log p_old[t] - mean(log p_old)) * (A[t] - mean(A))                  (equation 10)
+        covariance[t] = (log p_old[t] - mean(log p_old)) * (A[t] - mean(A))
         weight[t]     = 0 for `share` of all tokens, drawn from those with low < covariance < high; else 1
 
     The entropy falls by the covariance (the paper's theorem 1), and few tokens have most of it. Means are over the
@@ -128,7 +128,7 @@ def clip_cov(share: Number = 2e-4, *, low: Number = 1.0, high: Number = 5.0) -> 
 
 
 def high_covariance(share: Number = 2e-3) -> ExperienceTransform:
-    """Marks the tokens of largest covariance for `losses.kl_cov` (Cui et al. 2025, arXiv:2505.22617, equation 12).
+    """Marks the tokens of largest covariance for `losses.kl_cov` (Cui et al. 2025, arXiv:2505.22617).
 
     The covariance is that of `clip_cov`, whatever its size. At least one token is marked.
 

@@ -35,7 +35,7 @@ def reverse_kl(log_p: Array, log_q: Array) -> Array:
 
 
 def generalised_jsd(beta: float) -> VocabularyDivergence:
-    """Jensen-Shannon divergence with a weight (GKD, Agarwal et al. 2024, arXiv:2306.13649, equation 1).
+    """Jensen-Shannon divergence with a weight (GKD, Agarwal et al. 2024, arXiv:2306.13649).
 
         m   = beta * q + (1 - beta) * p
         JSD = beta * KL(q || m) + (1 - beta) * KL(p || m)

@@ -124,7 +124,7 @@ def squared_log_ratio(tau: Number, *, anchor: Anchor = sampler) -> Penalty:
 def covariant_kl(coefficient: Number = 1.0) -> Penalty:
     """`coefficient * |log p - log p_old|` on the tokens that `transforms.high_covariance` has marked, 0 elsewhere.
 
-    The penalty of KL-Cov (Cui et al. 2025, arXiv:2505.22617, equation 12), which holds the few tokens that the
+    The penalty of KL-Cov (Cui et al. 2025, arXiv:2505.22617), which holds the few tokens that the
     entropy falls by. verl's coefficient is 1; there a weight of the rollout multiplies the penalty, too.
 
     Args:

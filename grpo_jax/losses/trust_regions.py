@@ -17,12 +17,12 @@ _LEAST = 1e-8  # of the probability of any other token, as in verl
 
 
 def total_variation(log_probs: Array, old_log_probs: Array) -> Array:
-    """`|p - p_old|`, the total variation of the two outcomes (DPPO, arXiv:2602.04879, equation 13)."""
+    """`|p - p_old|`, the total variation of the two outcomes (DPPO, arXiv:2602.04879)."""
     return jnp.abs(jnp.exp(log_probs) - jnp.exp(old_log_probs))
 
 
 def binary_kl(log_probs: Array, old_log_probs: Array) -> Array:
-    """The divergence of the two outcomes, old from new (DPPO, arXiv:2602.04879, equation 14).
+    """The divergence of the two outcomes, old from new (DPPO, arXiv:2602.04879).
 
         p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))
 
@@ -46,7 +46,7 @@ def divergence_mask(
         gain = M * sg(min(ratio, max_ratio)) * A * log_prob
 
     where `M` is 0 for a good token that became likelier by a divergence above `high`, for a bad one that became less
-    likely by one above `low`, and else 1 (equations 11 and 12). A token of advantage 0 counts as a bad one, as in
+    likely by one above `low`, and else 1. A token of advantage 0 counts as a bad one, as in
     verl. The ratio is not differentiated, as in verl; SkyRL's and prime-rl's gradient `ratio * A * grad log_prob` is
     the same up to the cap.
 

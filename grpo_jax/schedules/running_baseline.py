@@ -67,7 +67,7 @@ def observe(
 
         total' = decay * total + sum of the rewards        number' = decay * number + how many they are
 
-    of those that were seen; the others stay. SPO's tracker (Xu and Ding 2025, arXiv:2509.13232, equations 4 and 5)
+    of those that were seen; the others stay. SPO's tracker (Xu and Ding 2025, arXiv:2509.13232)
     is this with `total = alpha` and `number = alpha + beta` for rewards of 0 and 1: an average that forgets. The paper
     lets the decay follow the divergence from the policy that saw the prompt last, `2^(-D / D_half)`; give it as
     `decay [N]`.
@@ -100,7 +100,7 @@ def follow(
     decay: Number = 0.95,
     weights: Sequence[float | Array] | None = None,
 ) -> RunningBaseline:
-    """The baselines after an experience, as an exponential average (RAE, SPIRAL 2025, arXiv:2506.24119, section 3.3).
+    """The baselines after an experience, as an exponential average (RAE, SPIRAL 2025, arXiv:2506.24119).
 
         baseline' = decay * baseline + (1 - decay) * mean of the rewards of the role in the batch
 
@@ -165,7 +165,7 @@ def spo(
     weights: Sequence[float | Array] | None = None,
     names: Sequence[str] | None = None,
 ) -> Advantage:
-    """The distance to the running baseline, normalised over the batch (SPO, arXiv:2509.13232, equations 6 and 7).
+    """The distance to the running baseline, normalised over the batch (SPO, arXiv:2509.13232).
 
         d[b, g] = r[b, g] - baseline[index[b]]        A = (d - mean(d)) / (std(d) + eps)
 
