@@ -609,10 +609,10 @@ def _fails_at(step, function):
 def _flipped(path, read):
     """Reads the arrays of step 4 as if those at the path were other ones."""
 
-    def read_arrays(checkpoints, step, leaves, facts, args):
+    def read_arrays(checkpoints, step, leaves, facts):
         if step == 4:
             facts = facts | {path: facts[path] | {"sha256": "another"}}
-        return read(checkpoints, step, leaves, facts, args)
+        return read(checkpoints, step, leaves, facts)
 
     return read_arrays
 
