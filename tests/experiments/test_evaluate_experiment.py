@@ -119,6 +119,17 @@ def test_summaries_and_items_are_written_and_go_together(finished):
     assert "pass@1" not in summaries["greedy"]
 
 
+def test_completions_end_at_stop_strings(files, finished, monkeypatch):
+    config, without = finished
+    monkeypatch.chdir(files)
+    stopped = evaluate.run(
+        dataclasses.replace(config, output=config.output / "stopped", stop=tuple("abcdefghijklmnopqrstuvwxyz"))
+    )
+    for name in ("greedy", "samples"):
+        assert stopped[name]["truncated"] < without[name]["truncated"]
+        assert stopped[name]["length"] < without[name]["length"]
+
+
 def test_the_greedy_completions_are_those_of_the_checkpoint_after_its_chat_template(finished):
     config, _ = finished
     policy, params = hf.load_pretrained(config.model)
