@@ -241,7 +241,7 @@ def test_neither_the_width_nor_the_content_of_padding_changes_anything(garbage):
     )
     expected, scores = score(policy, params, rollout), score(policy, params, padded)
     chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[..., :T], scores), expected, atol=1e-5)
-    assert not any(np.any(np.asarray(leaf)[~mask]) for leaf in scores)
+    assert not any(np.any(np.asarray(leaf)[~mask]) for leaf in jax.tree.leaves(scores))
     assert_gradients_close(_gradient(params, padded), _gradient(params, rollout))
 
 
