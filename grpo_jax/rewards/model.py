@@ -55,7 +55,8 @@ def reward_model(
     def encode(prompt: Any, completion: Any) -> list[int]:
         if isinstance(prompt, str):
             return tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
-        return data.encode_prompt(tokenizer, [*prompt, *completion], add_generation_prompt=False)
+        closed = {"add_generation_prompt": False, "continue_final_message": False}  # the completion's turn has ended
+        return data.encode_prompt(tokenizer, [*prompt, *completion], **closed)
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         texts = [encode(*pair)[-max_tokens:] for pair in zip(prompts, completions, strict=True)]
