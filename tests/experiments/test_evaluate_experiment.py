@@ -122,9 +122,8 @@ def test_summaries_and_items_are_written_and_go_together(finished):
 def test_completions_end_at_stop_strings(files, finished, monkeypatch):
     config, without = finished
     monkeypatch.chdir(files)
-    stopped = evaluate.run(
-        dataclasses.replace(config, output=config.output / "stopped", stop=tuple("abcdefghijklmnopqrstuvwxyz"))
-    )
+    letters = tuple("abcdefghijklmnopqrstuvwxyz")
+    stopped = evaluate.run(dataclasses.replace(config, output=config.output / "stopped", filtered=None, stop=letters))
     for name in ("greedy", "samples"):
         assert stopped[name]["truncated"] < without[name]["truncated"]
         assert stopped[name]["length"] < without[name]["length"]
