@@ -11,6 +11,8 @@ import tempfile
 import jax
 import pytest
 
+from grpo_jax.rewards.sandbox import bubblewrap
+
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 
@@ -25,6 +27,15 @@ def pytest_unconfigure(config):
     """The worker processes have ended by now."""
     if hasattr(config, "compiled"):
         shutil.rmtree(config.compiled, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def sandbox():
+    """For tests of code that is run: they are skipped, with the reason, where the system has no sandbox."""
+    try:
+        bubblewrap()
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,9 +8,9 @@ import optax
 import pytest
 from jax.dtypes import issubdtype, prng_key
 
-from grpo_jax import statistics
+from grpo_jax import statistics, updates
 from grpo_jax.run import memory
-from grpo_jax.updates import init_state, update
+from grpo_jax.updates import init_state, jit_learn, update
 
 OPTIMIZERS = {
     "adamw": optax.adamw(1e-2, weight_decay=0.1),
@@ -182,3 +182,11 @@ def test_a_donated_state_is_written_over_with_no_copy_of_it():
     state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
     step = jax.jit(lambda state, grads: update(state, grads, optimizer, max_grad_norm=1.0), donate_argnums=0)
     assert memory.beside(step, state, params) < memory.size(params) / 6
+
+
+def test_learning_is_compiled_to_save_memory_unless_other_options_are_given(monkeypatch):
+    monkeypatch.setattr(updates, "saving_memory", lambda: {"no_such_option": True})
+    state = init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), jax.random.key(0))
+    with pytest.raises(Exception, match="no_such_option"):
+        jit_learn(lambda state, batch: (state, {}))(state, ())
+    jit_learn(lambda state, batch: (state, {}), compiler_options={})(state, ())

@@ -147,11 +147,10 @@ def ratio_exploded(history: History, *, limit: float = 10.0) -> str | None:
     """The largest importance ratio is above `limit`, by the middle value of the last three steps, or no number."""
     if _not_finite(history, "ratio_max"):
         return _no_number("the largest importance ratio (`ratio_max`)")
-    recent = _last(history, "ratio_max", 3)
-    if not recent or statistics.median(recent) <= limit:
+    if (ratio := _middle(history, "ratio_max")) <= limit:
         return None
     return (
-        f"the largest importance ratio is {statistics.median(recent):.3g} (`ratio_max`): the policy that is trained is "
+        f"the largest importance ratio is {ratio:.3g} (`ratio_max`): the policy that is trained is "
         "far from the one that sampled. Make fewer passes or minibatches over a rollout, lower the learning rate, "
         "sample anew more often, or bound the ratio (delta of losses.ppo_clip, losses.truncated_importance). With one "
         "update a rollout the ratio is 1: if it is not, temperature, top_k or top_p differ between sampler and scorer"
@@ -162,11 +161,10 @@ def sampler_disagrees(history: History, *, limit: float = 0.1) -> str | None:
     """The mean gap of sampler and scorer is above `limit` nats, by the middle value of the last three steps."""
     if _not_finite(history, "sampler_gap"):
         return _no_number("the mean gap between sampler and scorer (`sampler_gap`)")
-    recent = _last(history, "sampler_gap", 3)
-    if not recent or statistics.median(recent) <= limit:
+    if (gap := _middle(history, "sampler_gap")) <= limit:
         return None
     return (
-        f"sampler and scorer differ by {statistics.median(recent):.3g} nats a token for the same weights "
+        f"sampler and scorer differ by {gap:.3g} nats a token for the same weights "
         "(`sampler_gap`; by the place in the completion `sampler_gap/0` and on). Look whether the engine has the "
         "weights of this step, and whether temperature, top_k and top_p are those of the scorer. What a lower "
         "precision leaves is corrected by losses.truncated_importance, or by ratios to the sampler (losses.dppo)"
@@ -360,6 +358,11 @@ def _last(history: History, name: str, count: int) -> list[float]:
     """The last `count` numbers of a metric, none if there are fewer."""
     found = _finite(history, name, count)
     return found if len(found) == count else []
+
+
+def _middle(history: History, name: str) -> float:
+    """The middle one of a metric's last three numbers, 0 if there are fewer."""
+    return statistics.median(_last(history, name, 3) or [0.0])
 
 
 def _mean(values: Sequence[float]) -> float | None:

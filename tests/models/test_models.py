@@ -182,7 +182,10 @@ def test_norms_in_bfloat16_are_rounded_before_their_weights_or_after_them_as_the
     x = jax.random.normal(jax.random.key(0), (7, c.hidden_size), jnp.bfloat16)
     x32, w = np.asarray(x, np.float32), np.asarray(params["norm"]["scale"])
     normed = (x32 / np.sqrt((x32 * x32).mean(-1, keepdims=True) + c.rms_norm_eps)).astype(np.float32)
-    half = lambda x: x.astype(jnp.bfloat16).astype(np.float32)  # noqa: E731
+
+    def half(x):
+        return x.astype(jnp.bfloat16).astype(np.float32)
+
     expected = {"qwen3": half(w) * half(normed), "olmo2": w * normed, "gemma2": (1 + w) * normed}
     actual = RMSNorm(c).apply({"params": params["norm"]}, x)
     assert actual.dtype == jnp.bfloat16

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
+
+from grpo_jax.models import hf
 
 torch = pytest.importorskip("torch")
-
-import transformers  # noqa: E402
-
-from grpo_jax.models import hf  # noqa: E402
 
 FOUND = runpy.run_path(str(Path(__file__).parents[1] / "models" / "test_configs.py"), run_name="configs")
 P, T = 9, 8

@@ -201,12 +201,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", ["countdown", "n_queens"])
-def test_hostile_answers_score_nothing_and_leave_the_run_and_the_other_answers_alone(name, tmp_path):
+def test_hostile_answers_score_nothing_and_leave_the_run_and_the_other_answers_alone(name, sandbox, tmp_path):
     """In the sandbox that is the default; commands that these scorers run write to no file of ours."""
-    try:
-        pool = reasoning_gym.sandboxed_pool(timeout=2.0)
-    except ValueError as error:
-        pytest.skip(str(error))
+    pool = reasoning_gym.sandboxed_pool(timeout=2.0)
     path = tmp_path / "written"
     sizes = {"train": len(HOSTILE) + 1, "validation": 0, "test": 0, "ood": 0}
     rows = reasoning_gym.splits(0, name=name, difficulty=NUMBERS if name == "countdown" else 0, **sizes).train

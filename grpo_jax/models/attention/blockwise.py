@@ -25,9 +25,7 @@ def blockwise(
     own: KeyValues,
     prompt: KeyValues | None,
     mask_inputs: MaskInputs,
-    *,
-    soft_cap: float | None = None,
-    sinks: Array | None = None,
+    **options: Any,
 ) -> Array:
     """One completion and key-value head after the other, by plain matrix products; for CPUs.
 
@@ -36,9 +34,9 @@ def blockwise(
     from the denominators of the forward pass (Dao et al. 2022, arXiv:2205.14135,
     appendix B), so that nothing is kept that grows with `S C`.
     The output and the denominators are named `attention`, for policies of `jax.checkpoint`. One block
-    follows the other on one device: with `B` over several, use `reference`. Soft caps and sinks are refused.
+    follows the other; over a mesh each device has its own (`over_mesh`). Soft caps and sinks are refused.
     """
-    refuse_options("attention.blockwise", soft_cap, sinks)
+    refuse_options("attention.blockwise", **options)
     B, G, S, N, h = query.shape
     K = own.keys.shape[-2]
     R = N // K
@@ -63,13 +61,11 @@ def auto(
     own: KeyValues,
     prompt: KeyValues | None,
     mask_inputs: MaskInputs,
-    *,
-    soft_cap: float | None = None,
-    sinks: Array | None = None,
+    **options: Any,
 ) -> Array:
     """`blockwise` on CPUs; `reference` elsewhere, for caps and sinks, and for single queries, small in any form."""
-    if query.shape[2] <= 1 or soft_cap is not None or sinks is not None:
-        return reference(query, own, prompt, mask_inputs, soft_cap=soft_cap, sinks=sinks)
+    if query.shape[2] <= 1 or any(option is not None for option in options.values()):
+        return reference(query, own, prompt, mask_inputs, **options)
     return jax.lax.platform_dependent(query, own, prompt, mask_inputs, cpu=blockwise, default=reference)
 
 

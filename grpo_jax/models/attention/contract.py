@@ -36,7 +36,7 @@ class MaskInputs(NamedTuple):
 Attention = Callable[..., Array]
 
 
-def refuse_options(form: str, soft_cap: float | None, sinks: Array | None) -> None:
+def refuse_options(form: str, *, soft_cap: float | None = None, sinks: Array | None = None) -> None:
     """Says what to take where a form of attention has no soft cap and no sinks.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,10 @@ def from_causal_kernel(kernel: Kernel) -> Attention:
         own: KeyValues,
         prompt: KeyValues | None,
         mask_inputs: MaskInputs,
-        *,
-        soft_cap: float | None = None,
-        sinks: Array | None = None,
+        **options: Any,
     ) -> Array:
         B, G, S, N, h = query.shape
-        refuse_options("a kernel for causal rows", soft_cap, sinks)
+        refuse_options("a kernel for causal rows", **options)
         if S <= 1 or own.keys.shape[2] != S:
             return reference(query, own, prompt, mask_inputs)
         if mask_inputs.segments is not None:

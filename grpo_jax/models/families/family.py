@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from grpo_jax.models import rope
+from grpo_jax.models.experts import Experts
 
 Fields = Mapping[str, Any]  # of a Hugging Face config
 
@@ -82,9 +83,10 @@ def sizes(fields: Fields) -> dict[str, Any]:
     }
 
 
-def number_of_experts(fields: Fields) -> int:
-    """How many there are, under either of its names."""
-    return fields.get("num_experts") or fields["num_local_experts"]
+def experts(fields: Fields, width: str = "intermediate_size", **settings: Any) -> dict[str, Any]:
+    """A mixture of experts in every layer; their number has two names, the width of one the given name."""
+    number = fields.get("num_experts") or fields["num_local_experts"]
+    return {"experts": Experts(number=number, per_token=fields["num_experts_per_tok"], width=fields[width], **settings)}
 
 
 def rotation(fields: Fields) -> dict[str, Any]:

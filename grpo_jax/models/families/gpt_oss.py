@@ -2,21 +2,13 @@
 
 from typing import Any
 
-from grpo_jax.models.experts import Experts
 from grpo_jax.models.families import family
 from grpo_jax.models.families.family import Family, Fields, Place
 
 
 def decoder(fields: Fields) -> dict[str, Any]:
     """As Mixtral, with all of the above; norms are rounded after their weights."""
-    experts = Experts(
-        number=family.number_of_experts(fields),
-        per_token=fields["num_experts_per_tok"],
-        width=fields["intermediate_size"],
-        normalised=True,
-        bias=True,
-        clip=(fields.get("swiglu_alpha", 1.702), fields.get("swiglu_limit", 7.0)),
-    )
+    clip = (fields.get("swiglu_alpha", 1.702), fields.get("swiglu_limit", 7.0))
     return {
         **family.sizes(fields),
         **family.rotation(fields),
@@ -24,7 +16,7 @@ def decoder(fields: Fields) -> dict[str, Any]:
         **family.windows(fields),
         "norm_float32": True,
         "attention_sinks": True,
-        "experts": experts,
+        **family.experts(fields, normalised=True, bias=True, clip=clip),
     }
 
 

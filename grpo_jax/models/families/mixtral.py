@@ -2,20 +2,13 @@
 
 from typing import Any
 
-from grpo_jax.models.experts import Experts
 from grpo_jax.models.families import family, mistral
 from grpo_jax.models.families.family import Family, Fields, Place
 
 
 def decoder(fields: Fields) -> dict[str, Any]:
     """As Mistral; the weights of a token's experts sum to 1."""
-    experts = Experts(
-        number=family.number_of_experts(fields),
-        per_token=fields["num_experts_per_tok"],
-        width=fields["intermediate_size"],
-        normalised=True,
-    )
-    return {**mistral.decoder(fields), "experts": experts}
+    return {**mistral.decoder(fields), **family.experts(fields, normalised=True)}
 
 
 def place(path: tuple[str, ...], fields: Fields) -> Place:

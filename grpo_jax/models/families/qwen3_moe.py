@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from grpo_jax.models.experts import Experts
 from grpo_jax.models.families import family
 from grpo_jax.models.families.family import Family, Fields, Place
 
@@ -15,12 +14,7 @@ def decoder(fields: Fields) -> dict[str, Any]:
         **family.attention_bias(fields),
         **family.windows(fields),
         "qk_norm": "head",
-        "experts": Experts(
-            number=family.number_of_experts(fields),
-            per_token=fields["num_experts_per_tok"],
-            width=fields["moe_intermediate_size"],
-            normalised=bool(fields["norm_topk_prob"]),
-        ),
+        **family.experts(fields, "moe_intermediate_size", normalised=bool(fields["norm_topk_prob"])),
     }
 
 
