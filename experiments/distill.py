@@ -21,20 +21,21 @@ import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from grpo_jax import advantages, data, losses, packing, run, sampling, testing
 from grpo_jax.freezing import bind
 from grpo_jax.models import hf
 from grpo_jax.models.settings import WeightSettings
-from grpo_jax.protocols import Loss, VocabularyDivergence
+from grpo_jax.protocols import Advantage, Loss, VocabularyDivergence
 from grpo_jax.run import digests, inputs
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
 from grpo_jax.scoring import Teacher
 from grpo_jax.train_step import make_train_step
-from grpo_jax.types import Params
+from grpo_jax.types import Array, Experience, Metrics, Params
 from grpo_jax.updates import Updates, init_state
 
 MAY_CHANGE = ("steps", "save_every", "tensorboard", "wandb")  # of a run that is resumed
@@ -79,14 +80,15 @@ def train(config: Config) -> Params:
         minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=config.max_grad_norm
     )
     updates.check(config.prompts_per_step)
-    loss, divergence = make_loss(config)
+    loss, divergence, advantage = make_loss(config)
     tokenizer, teachers = hf.load_tokenizer(config.model), hf.load_tokenizer(config.teacher)
     if tokenizer.get_vocab() != teachers.get_vocab():
         raise ValueError(
             f"--teacher {config.teacher} has other tokens than --model {config.model}: they cannot compare"
         )
     prompts = config.encode(tokenizer, config.read(config.data))
-    inputs.check_tokens(config.model, tokenizer, prompts.prompts, max_tokens=config.max_tokens)
+    for model in (config.model, config.teacher):
+        inputs.check_tokens(model, tokenizer, prompts.prompts, max_tokens=config.max_tokens)
     sampler = sampling.sampler(
         group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=hf.eos_ids(config.model, tokenizer),
         temperature=config.temperature,
@@ -100,10 +102,11 @@ def train(config: Config) -> Params:
     )
     optimizer = optax.adamw(rate, b2=0.99, weight_decay=0.0)
     step = make_train_step(
-        policy, optimizer, sampler, loss=loss, advantage=advantages.distillation_advantages(gamma=config.early),
-        updates=updates, teacher=Teacher(teacher, divergence),
+        policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates,
+        teacher=Teacher(teacher, divergence),
     ).jit()  # fmt: skip
-    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=[])
+    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=prompts.prompts)
+    began_with["the weights of the teacher"] = digests.of_arrays(teacher_params)
     state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen)
     state = state._replace(ref_params=teacher_params)
     del params, teacher_params
@@ -127,16 +130,22 @@ def train(config: Config) -> Params:
     return loop.state.params
 
 
-def make_loss(config: Config) -> tuple[Loss, VocabularyDivergence | None]:
-    """The loss, and the divergence that the scores are to hold; None where the token drawn is enough."""
+def make_loss(config: Config) -> tuple[Loss, VocabularyDivergence | None, Advantage]:
+    """The loss, the divergence that the scores are to hold, None where the token drawn is enough, and the advantage."""
     if config.divergence == "sampled":
         if config.top_k is not None:
             raise ValueError(f"--divergence sampled looks at no other tokens: leave out --top-k {config.top_k}")
-        return losses.cispo(), None  # the score function, weighed by the ratio where a rollout has several updates
+        # The score function, weighed by the ratio where a rollout has several updates.
+        return losses.cispo(), None, advantages.distillation_advantages(gamma=config.early)
     if config.early:
         raise ValueError(f"--early {config.early} is of --divergence sampled, not of {config.divergence}")
     divergence: VocabularyDivergence = resolve(config.divergence, "grpo_jax.losses")
-    return losses.distill(), divergence if config.top_k is None else losses.of_top_k(divergence, config.top_k)
+    return losses.distill(), divergence if config.top_k is None else losses.of_top_k(divergence, config.top_k), unused
+
+
+def unused(experience: Experience) -> tuple[Array, Metrics]:
+    """Advantages of 0, so that the teacher is not asked for the tokens drawn beside its whole distribution."""
+    return jnp.zeros(experience.rollout.lengths.shape), {}
 
 
 def smoke(config: Config) -> Config:
