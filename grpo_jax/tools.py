@@ -1,18 +1,21 @@
 """Tools: Python functions that the policy calls in the words of its chat template, as an environment of conversations.
 
-def weather(city: str) -> str:
-\"\"\"The weather of a city.
+    def weather(city: str) -> str:
+        '''The weather of a city.
 
-Args:
-city: its name, such as "Oslo".
-\"\"\"
-...
+        Args:
+            city: its name, such as "Oslo".
+        '''
+        ...
 
-functions = [weather, calculator, python()]
-told = {"tools": schemas(functions)}                             # what the template tells the policy of them
-prompts = data.encode_rows(tokenizer, rows, chat=True, template=told)
-talking = sampling.conversations(sampler, environment(functions, call_format(tokenizer)), tokenizer, prompts.rows,
-max_turns=5, between=data.between_turns(tokenizer, role="tool", **told))
+    functions = [weather, calculator, python()]
+    told = {"tools": schemas(functions)}                             # what the template tells the policy of them
+    prompts = data.encode_rows(tokenizer, rows, chat=True, template=told)
+    respond = environment(functions, call_format(tokenizer))
+    between = data.between_turns(tokenizer, role="tool", **told)
+    talking = sampling.conversations(sampler, respond, tokenizer, prompts.rows, max_turns=5, between=between)
+
+A tool is any function with type hints and a docstring in Google's style, from which the template's description is made.
 """
 
 import ast
