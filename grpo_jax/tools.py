@@ -1,14 +1,6 @@
 """Tools: Python functions that the policy calls in the words of its chat template, as an environment of conversations.
 
-    def weather(city: str) -> str:
-        '''The weather of a city.
-
-        Args:
-            city: its name, such as "Oslo".
-        '''
-        ...
-
-    functions = [weather, calculator, python()]
+    functions = [weather, calculator, python()]                      # weather: `(city: str) -> str`, your own
     told = {"tools": schemas(functions)}                             # what the template tells the policy of them
     prompts = data.encode_rows(tokenizer, rows, chat=True, template=told)
     respond = environment(functions, call_format(tokenizer))
