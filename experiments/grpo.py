@@ -69,9 +69,7 @@ class Config(data.PromptSettings, WeightSettings):
 
     loss: str = "grpo"  # of grpo_jax.losses, or your own as module:function
     advantage: str = "group_advantages"  # of grpo_jax.advantages, or your own as module:function; see from_function
-    transform: tuple[
-        str, ...
-    ] = ()  # of grpo_jax.transforms, such as mask_truncated or "top_entropy(0.2)", in this order
+    transform: tuple[str, ...] = ()  # of grpo_jax.transforms, such as "top_entropy(0.2)", in this order
     score_old: bool = False  # the policy that sampled, for what asks for it; measures its gap to the sampler, too
     epsilon: float | None = None  # the loss's own, if not given
     epsilon_high: float | None = None

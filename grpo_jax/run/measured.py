@@ -78,10 +78,11 @@ def sampler_gap(parts: int = 4) -> ExperienceTransform:
         sampler_kl              mean of gap: the divergence of the sampler from the scorer, in nats a token
         sampler_gap             mean of |gap|
         sampler_gap_max         the largest |gap|
-        sampler_kl/<i>, sampler_gap/<i>     of the tokens of the i-th of `parts` equal spans of the limit of sampling
+        sampler_kl/<i>, sampler_gap/<i>     of the tokens of the i-th of `parts` equal spans of the width
 
     0 to rounding where both are one program in float32. Other precisions, kernels and engines have a gap that a long
-    completion adds up; so has top-k or top-p, which the scorer does not replay. Spans without a token read 0.
+    completion adds up; so has top-k or top-p, which the scorer does not replay. The width is the rollout's, which
+    `packing.trim` makes that of the longest completion. Spans without a token read 0.
 
     Args:
       parts: spans, at least 1.
