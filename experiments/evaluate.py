@@ -16,6 +16,8 @@ the task's verifier, says what is right: from `--threshold` on.
 
 Into the folder `--output`, over what is there: `greedy.jsonl` and `samples.jsonl`, a prompt a line
 with its completions, each reward and the pass rate; `summary.json`, with the settings.
+With `--tools` or `--environment`, as in `grpo.py`, each completion is a conversation; its item has the `turns`, of
+the policy and of the environment.
 `--filtered` writes the rows that the model solves sometimes, to train on.
 """
 
@@ -31,13 +33,14 @@ import rich
 from grpo_jax import data, sampling
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, command, inputs, metrics
+from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.study import evaluation, items
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(data.PromptSettings):
+class Config(ConversationSettings):
     """Settings of an evaluation."""
 
     model: str
@@ -85,6 +88,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     tokenizer = hf.load_tokenizer(model, revision=config.revision)
     eos_ids = hf.eos_ids(model, tokenizer, revision=config.revision)
     as_read = dict(zip(map(id, problems), rows, strict=True))
+    talk = config.talk(tokenizer, problems)
     problems = config.encode(tokenizer, problems)
     inputs.check_arguments(functions, problems.rows[0], prompt_column=config.prompt_column)
     inputs.check_tokens(
@@ -111,6 +115,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         name: evaluation.make_evaluate(
             policy, sampler, tokenizer, problems, functions,
             prompt_column=config.prompt_column, batch_size=config.batch_size, bucket=config.bucket,
+            talk=talk,
         )
         for name, sampler in samplers.items()
     }  # fmt: skip

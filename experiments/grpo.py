@@ -19,6 +19,10 @@ every `--export-every` steps, after the last one, and to `best` whenever the eva
 `--lora-rank 16` trains adapters in place of the weights, and `--quantize nf4` holds the weights in 4 bits meanwhile.
 `--export adapters` writes a folder that PEFT reads, in place of a whole model.
 
+`--tools my_tools:weather calculator` lets the policy call functions in the words of its chat template, and
+`--environment my_game:respond` lets it talk with an environment, for `--max-turns` turns (`grpo_jax.tools`,
+`grpo_jax.environments`). Rewards then see whole conversations, and `grpo_jax.rewards:environment` is the environment's.
+
 `--mesh data=2,fsdp=4` divides all of it over eight devices: rows over both, the weights and the optimiser's state over
 `fsdp`. A run is resumed on another mesh, too, where it goes on to rounding.
 
@@ -42,6 +46,7 @@ from grpo_jax.models import hf, sharding
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Loss
 from grpo_jax.run import completions, digests, inputs, measured, memory, metrics, overlap
+from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import make_with, resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
@@ -52,12 +57,12 @@ from grpo_jax.updates import Updates, init_state
 
 MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export", "export_every", "show_every", "tensorboard", "wandb", "profile"),
-    *("stop_after_skipped", "stop_after_failed", "reward_timeout", "mesh"),
+    *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout", "mesh"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(data.PromptSettings, WeightSettings):
+class Config(ConversationSettings, WeightSettings):
     """Settings of a run."""
 
     model: str
@@ -132,11 +137,11 @@ def train(config: Config) -> Params:
     chosen += [measured.sampler_gap()] if config.score_old else []
     score_old = config.overlap or config.score_old
     tokenizer = hf.load_tokenizer(config.model)
-    rows, held_out = config.read(config.data), []
-    if config.eval_data is not None:
-        held_out = config.read(config.eval_data)
-    elif config.eval_rows:
+    rows = config.read(config.data)
+    held_out = [] if config.eval_data is None else config.read(config.eval_data)
+    if config.eval_rows and config.eval_data is None:
         rows, held_out = data.hold_out(rows, config.eval_rows, seed=config.seed)
+    talk = config.talk(tokenizer, rows)
     prompts, held_out = config.encode(tokenizer, rows), config.encode(tokenizer, held_out)
     inputs.check_arguments(functions, prompts.rows[0], prompt_column=config.prompt_column)
     inputs.check_tokens(config.model, tokenizer, [*prompts.prompts, *held_out.prompts], max_tokens=config.max_tokens)
@@ -149,7 +154,7 @@ def train(config: Config) -> Params:
     tolerant = [rewards.skip_failed_batches(function, batches=config.stop_after_failed) for function in functions]
     reward = rewards.host(
         tolerant, prompts.rows, tokenizer, prompt_column=config.prompt_column, eos_ids=sampler.eos_ids,
-        log_metric=logged, report_after=config.reward_timeout,
+        log_metric=logged, report_after=config.reward_timeout, read=talk.read,
     )  # fmt: skip
 
     dtype = compute_dtype(config.compute_dtype)
@@ -169,13 +174,13 @@ def train(config: Config) -> Params:
             budget=int(config.memory_gib * 2**30),
         )  # fmt: skip
     whole_step = make_train_step(
-        policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates, score_old=score_old,
-        transforms=(measured.repetition(), measured.unscored(names), *chosen),
+        policy, optimizer, talk.converse(sampler, prompts.rows), loss=loss, advantage=advantage, updates=updates,
+        score_old=score_old, transforms=(measured.repetition(), measured.unscored(names), *chosen),
     ).jit()  # fmt: skip
     evaluate = make_mean_rewards(
         policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,
         weights=config.reward_weights, stop_after_failed=config.stop_after_failed, batch_size=config.eval_batch,
-        prompt_column=config.prompt_column, bucket=config.bucket,
+        prompt_column=config.prompt_column, bucket=config.bucket, talk=talk,
     )  # fmt: skip
     began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=held_out.prompts)
     key = jax.random.key(config.seed)
@@ -190,9 +195,8 @@ def train(config: Config) -> Params:
 
     def export(name: str) -> None:
         with loop.exporting(name) as folder:
-            config.save(
-                policy, loop.state, folder, base_model=config.model, tokenizer=tokenizer, eos_ids=sampler.eos_ids
-            )
+            about = {"base_model": config.model, "tokenizer": tokenizer, "eos_ids": sampler.eos_ids}
+            config.save(policy, loop.state, folder, **about)
 
     def evaluate_and_keep_the_best() -> None:
         loop.log(evaluate(bind(loop.state.params, frozen), rewards.TrainerState(loop.step, config.steps)))
@@ -223,9 +227,8 @@ def train(config: Config) -> Params:
                 loop.show(completions.lines(experience, tokenizer, prompts.rows, names, column=config.prompt_column))
             experience = packing.trim(experience, multiple=config.completion_bucket)
             if config.pack:
-                experience = experience._replace(
-                    packing=packing.pack(experience.rollout, multiple=config.completion_bucket)
-                )
+                packed = packing.pack(experience.rollout, multiple=config.completion_bucket)
+                experience = experience._replace(packing=packed)
             loop.state, statistics = step.learn(loop.state, experience)
             loop.log(statistics | logged.take() | {"learning_rate": rate(n * updates.count)})
             loop.lap("learn")
@@ -243,6 +246,8 @@ def check(config: Config, mesh: Mesh | None = None) -> Updates:
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
     if config.group_size < 2:
         raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {config.group_size}")
+    if config.overlap and (config.tools or config.environment):
+        raise ValueError("--overlap samples in the background, and a conversation goes through the host: leave it out")
     names = ("iterations", "minibatches", "micro_batches", "max_grad_norm")
     updates = Updates(**{name: getattr(config, name) for name in names})
     updates.check(config.prompts_per_step)

@@ -23,7 +23,10 @@ PerToken = tuple[Array, dict[str, Array]]  # [B, G, T], and metrics [B, G, T] to
 
 
 class Sampler(Protocol):
-    """Draws a group of completions for each prompt; see `sampling`."""
+    """Draws a group of completions for each prompt; see `sampling`.
+
+    One that goes through the host, as conversations do, has `on_host = True`, and no program calls it.
+    """
 
     @property
     def temperature(self) -> Any:

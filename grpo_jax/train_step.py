@@ -27,7 +27,7 @@ from grpo_jax.protocols import Advantage, ExperienceTransform, Loss, Reward, Sam
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import Teacher, score
 from grpo_jax.statistics import Max, Mean
-from grpo_jax.types import Array, Experience, Metrics, Number, Packing, Params, Prompts, Rollout, TrainState
+from grpo_jax.types import Array, Experience, Metrics, Number, Packing, Params, Prompts, Rollout, Scores, TrainState
 from grpo_jax.updates import Learn, Updates, in_parts, jit_learn, make_updates, step_keys
 
 Collect = Callable[[TrainState, Prompts], Experience]
@@ -41,10 +41,12 @@ class Step:
       collect: `(state, prompts) -> experience`.
       learn: `(state, experience) -> (state, metrics)`. Metrics are `Mean` and `Max` statistics and scalars;
         `statistics.summary` turns them into numbers.
+      on_host: `collect` goes through the host, as conversations do, and is never a program.
     """
 
     collect: Collect
     learn: Learn
+    on_host: bool = False
 
     def __call__(self, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
         """The whole step, for a reward that is traced."""
@@ -53,10 +55,13 @@ class Step:
     def jit(self, *, compiler_options: Mapping[str, str | bool] | None = None) -> "Step":
         """The same step with each half jitted; `learn` donates the state that it is given; see `updates.jit_learn`.
 
+        A `collect` that goes through the host stays as it is: its parts are programs.
+
         Args:
           compiler_options: of XLA, for `learn`; `compiler_options.saving_memory()` unless given.
         """
-        return Step(jax.jit(self.collect), jit_learn(self.learn, compiler_options=compiler_options))
+        collect = self.collect if self.on_host else jax.jit(self.collect)
+        return Step(collect, jit_learn(self.learn, compiler_options=compiler_options), self.on_host)
 
 
 def make_train_step(
@@ -106,6 +111,7 @@ def make_train_step(
             updates=updates,
             teacher=teacher,
         ),
+        on_host=getattr(sampler, "on_host", False),
     )
 
 
@@ -127,6 +133,10 @@ def make_collect(
       score_parts: parts of the batch for which that is done, one after the other to save memory; a divisor of `B`.
     """
 
+    @jax.jit  # for a sampler of the host, outside of any program
+    def scored(params: Params, rollout: Rollout, temperature: Number) -> Scores:
+        return in_parts(lambda part: score(policy, params, part, temperature=temperature), rollout, score_parts)
+
     def collect(state: TrainState, prompts: Prompts) -> Experience:
         sample_key, _ = step_keys(state)
         draw, params = at(sampler, state), bind(state.params, state.frozen)
@@ -139,11 +149,7 @@ def make_collect(
             experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
         if score_old:
             with jax.named_scope("score_old"):
-                old = in_parts(
-                    lambda rollout: score(policy, params, rollout, temperature=draw.temperature),
-                    rollout,
-                    score_parts,
-                )
+                old = scored(params, rollout, draw.temperature)
             experience = experience._replace(
                 old_log_probs=old.log_probs, old_entropy=old.entropy, old_collision=old.collision
             )

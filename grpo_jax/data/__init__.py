@@ -19,7 +19,7 @@ from grpo_jax.data.batches import (
     make_prompts,
     pad,
 )
-from grpo_jax.data.between_turns import Between, between_texts, between_turns
+from grpo_jax.data.between_turns import Between, between_texts, between_turns, read_between
 from grpo_jax.data.prompt_sets import PromptSet, encode_demonstrations, encode_rows, hold_out, read_problems
 from grpo_jax.data.prompts import (
     Text,
@@ -58,6 +58,7 @@ __all__ = [
     "make_prompts",
     "pad",
     "prompt_tail",
+    "read_between",
     "read_csv",
     "read_hugging_face",
     "read_json",

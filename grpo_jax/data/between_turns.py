@@ -1,6 +1,6 @@
 """What a chat template writes between the policy's turns, as token ids that continue those that were sampled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo_jax.data.prompts import encode_after, encode_rendered, turn_end
@@ -88,6 +88,36 @@ def between_texts(tokenizer: "PreTrainedTokenizerBase") -> Between:
         return encode_after(tokenizer, "".join(message["content"] for message in messages), last)
 
     return encode
+
+
+def read_between(
+    tokenizer: "PreTrainedTokenizerBase", *, roles: Sequence[str] = ("user",), **template: Any
+) -> Callable[[str], dict[str, str]]:
+    """Makes the reader of what `between_turns` encoded: from the text between two turns to the environment's message.
+
+    What the template writes around it is taken off; between the messages of one answer, as of several calls of tools,
+    it stays.
+
+    Args:
+      tokenizer: as in `between_turns`.
+      roles: that messages may have; the last one is that of a text which begins as none of them does.
+      template: as in `between_turns`.
+    """
+    mark = "\ue000said\ue001"
+    end = turn_end(tokenizer, **template)
+    end_text = next((text for text, i in special_tokens(tokenizer).items() if i == end), "")
+    around = []
+    for role in roles:
+        whole = render(tokenizer, _exchange(SAID, [{"role": role, "content": mark}]), **template).text
+        before, _, after = whole.partition(SAID)[2].partition(mark)
+        around.append((role, before.partition(end_text)[2] if end_text else before, after))
+
+    def read(text: str) -> dict[str, str]:
+        text = text.removeprefix(end_text)
+        role, opening, after = next((one for one in around if text.startswith(one[1])), around[-1])
+        return {"role": role, "content": text.removeprefix(opening).removesuffix(after)}
+
+    return read
 
 
 def _exchange(said: str, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:

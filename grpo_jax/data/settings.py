@@ -11,7 +11,7 @@ prompts = config.encode(tokenizer, rows)
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpo_jax.data.prompt_sets import PromptSet, encode_rows, read_problems
 from grpo_jax.data.prompts import TooLong
@@ -44,10 +44,14 @@ class PromptSettings:
             answer_after=self.answer_after, rename=self.rename, split=split, subset=subset,
         )  # fmt: skip
 
+    @property
+    def template(self) -> dict[str, Any]:
+        """Arguments of the chat template."""
+        return {"enable_thinking": self.thinking, "date_string": self.date_string}
+
     def encode(self, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> PromptSet:
         """Encodes the prompts; see `encode_rows`."""
         return encode_rows(
             tokenizer, rows, prompt_column=self.prompt_column, chat=self.chat, system=self.system,
-            template={"enable_thinking": self.thinking, "date_string": self.date_string},
-            max_prompt_tokens=self.max_prompt_tokens, too_long=self.too_long,
+            template=self.template, max_prompt_tokens=self.max_prompt_tokens, too_long=self.too_long,
         )  # fmt: skip

@@ -5,6 +5,7 @@
     combining.py    combine: several functions as one
     failures.py     skip_failed_batches: a failed batch is masked
     completions.py  the text of a completion
+    conversations.py  environment: what an environment gave; conversations as messages
     answers.py      exact_answer, plain_answer: the answer in a text, by text or by number
     mathematics.py  accuracy: whether two answers are equal as mathematics (latex.py and units.py read them)
     calculations.py worked_steps: whether the calculations in a text are right
@@ -32,6 +33,7 @@ from grpo_jax.rewards.calling import RewardFunction, TrainerState, group_size_of
 from grpo_jax.rewards.combining import combine
 from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.consistency import self_consistency
+from grpo_jax.rewards.conversations import conversation_messages, environment
 from grpo_jax.rewards.failures import skip_failed_batches
 from grpo_jax.rewards.formats import R1_WEIGHTS, soft_format, strict_format, tag_count
 from grpo_jax.rewards.host import HostReward, callback, completion_texts, host
@@ -57,8 +59,10 @@ __all__ = [
     "callback",
     "combine",
     "completion_texts",
+    "conversation_messages",
     "cosine_length",
     "cosine_scale",
+    "environment",
     "exact_answer",
     "group_size_of",
     "host",

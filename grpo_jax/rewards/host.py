@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import io_callback
 
 from grpo_jax.rewards.calling import LogMetric, RewardFunction, TrainerState, call, group_size_of, ignore, name_of
+from grpo_jax.rewards.conversations import Read, conversation_messages, given_rewards
 from grpo_jax.types import Array, Prompts, Rollout
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def host(
     eos_ids: Sequence[int] | None = None,
     log_metric: LogMetric | None = None,
     report_after: float | None = 300.0,
+    read: Read | None = None,
 ) -> HostReward:
     """Makes `(rollout, trainer_state=None) -> (rewards, reward_mask)` of functions with TRL's signature.
 
@@ -49,7 +51,8 @@ def host(
 
     - `prompts`, as the data set has them;
     - `completions`, as text without the end token (`completion_texts`), or as
-      `[{"role": "assistant", "content": text}]` where prompts are messages;
+      `[{"role": "assistant", "content": text}]` where prompts are messages; of conversations, all messages after the
+      prompt (`conversation_messages`), and `turn_rewards`, what the environment gave for each turn;
     - every other column of the data set by its name, None where a row lacks it;
     - `completion_ids`, the tokens, with the end token;
     - `prompt_tail`, the end of the prompt's text as the template made it (`prompt_tails`), by which format rewards
@@ -71,10 +74,11 @@ def host(
         any case: there is no table of completions here.
       report_after: seconds after which a function that has not returned is reported as a `RuntimeWarning`, with the
         line that it is at; None never. It runs in this process and cannot be stopped (`in_worker_processes`).
+      read: of conversations, reads what the environment said; see `conversation_messages`.
 
     Returns:
-      The reward. An exception of a function passes through as it is, with a note that names the function;
-      `sys.exit` in one is a `RuntimeError`.
+      The reward. Conversations in which the environment failed have none. An exception of a function passes through
+      as it is, with a note that names the function; `sys.exit` in one is a `RuntimeError`.
 
     Raises:
       ValueError: if the data set has no `prompt_column`. From the reward, if the prompts
@@ -97,22 +101,39 @@ def host(
         rows = [dataset[row] for row in np.repeat(np.asarray(rollout.prompts.info["row"]), G).tolist()]
         prompts = [row[prompt_column] for row in rows]
         chat = not isinstance(prompts[0], str)
-        texts = [text for group in completion_texts(rollout, tokenizer, eos_ids) for text in group]
+        completions: list[Any] = _flat(completion_texts(rollout, tokenizer, eos_ids))
+        if chat:
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        if rollout.turns is not None:
+            completions = _flat(conversation_messages(rollout, tokenizer, _ends(tokenizer, eos_ids), read))
         columns = {name: [row.get(name) for row in rows] for name in names if name != prompt_column}
         arguments = columns | {
             "prompts": prompts,
-            "completions": [[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
+            "completions": completions,
             "completion_ids": _sampled(rollout),
             "prompt_tail": [tail for tail in prompt_tails(rollout.prompts, tokenizer) for _ in range(G)],
             "trainer_state": trainer_state,
             "log_metric": log_metric or ignore,
             "log_extra": ignore,
         }
+        if rollout.turns is not None:
+            arguments["turn_rewards"] = given_rewards(rollout)
         values = call(functions, arguments, B * G, report_after=report_after)
         rewards = np.array(values, np.float32).reshape(len(functions), B, G).transpose(1, 2, 0)
-        return np.nan_to_num(rewards), ~np.isnan(rewards)
+        mask = ~np.isnan(rewards)
+        if rollout.turns is not None:
+            mask &= ~np.asarray(rollout.turns.failed)[..., None]
+        return np.where(mask, rewards, 0.0).astype(np.float32), mask
 
     return reward
+
+
+def _flat(groups: Sequence[Sequence[Any]]) -> list[Any]:
+    return [entry for group in groups for entry in group]
+
+
+def _ends(tokenizer: "PreTrainedTokenizerBase", eos_ids: Sequence[int] | None) -> set[int]:
+    return {tokenizer.eos_token_id} if eos_ids is None else set(map(int, eos_ids))
 
 
 def completion_texts(
@@ -127,7 +148,7 @@ def completion_texts(
       tokenizer: of the policy.
       eos_ids: the end tokens; None for the tokenizer's one.
     """
-    ends = {tokenizer.eos_token_id} if eos_ids is None else set(map(int, eos_ids))
+    ends = _ends(tokenizer, eos_ids)
     written = [[token for token in ids if token not in ends] for ids in _sampled(rollout)]
     texts = tokenizer.batch_decode(written, skip_special_tokens=False)
     G = rollout.tokens.shape[1]

@@ -1,6 +1,5 @@
 """Sampled completions, to be read while a run goes: a table in the terminal, and lines of `completions.jsonl`."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,8 @@ import rich
 import rich.table
 import rich.text
 
-from grpo_jax.types import Experience
+from grpo_jax.rewards.conversations import written_in_turn
+from grpo_jax.types import Experience, Rollout
 
 Line = dict[str, Any]
 
@@ -41,8 +41,7 @@ def lines(
     tokens, lengths = np.asarray(rollout.tokens), np.asarray(rollout.lengths)
     said = {place: {"completion": tokenizer.decode(tokens[place][: lengths[place]])} for place in places}
     if rollout.turns is not None:
-        wrote = np.asarray(rollout.mask) | (np.asarray(rollout.log_probs) < 0)  # a failed conversation is masked whole
-        said = {place: {"turns": _turns(tokens[place][: lengths[place]], wrote[place], tokenizer)} for place in places}
+        said = {place: {"turns": turns(rollout, *place, tokenizer)} for place in places}
     return [
         {"prompt": prompts[b]}
         | said[b, g]
@@ -51,12 +50,11 @@ def lines(
     ]
 
 
-def _turns(tokens: np.ndarray, wrote: np.ndarray, tokenizer: Any) -> list[dict[str, str]]:
-    borders = [0, *(np.flatnonzero(np.diff(wrote[: len(tokens)])) + 1).tolist(), len(tokens)]
+def turns(rollout: Rollout, b: int, g: int, tokenizer: Any) -> list[dict[str, str]]:
+    """A conversation as it was read and written: `by` policy or environment, and `text` with all of its tokens."""
     return [
-        {"by": "policy" if wrote[start] else "environment", "text": tokenizer.decode(tokens[start:end])}
-        for start, end in itertools.pairwise(borders)
-        if end > start
+        {"by": "policy" if wrote else "environment", "text": tokenizer.decode(tokens)}
+        for tokens, wrote in written_in_turn(rollout, b, g)
     ]
 
 

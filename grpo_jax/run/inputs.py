@@ -10,6 +10,7 @@ from grpo_jax.rewards import group_size_of, name_of
 
 # Arguments that `rewards.host` passes beside the columns of the data.
 _PASSED = {"prompts", "completions", "completion_ids", "prompt_tail", "trainer_state", "log_metric", "log_extra"}
+_PASSED |= {"turn_rewards"}  # of conversations
 
 
 def check_tokens(

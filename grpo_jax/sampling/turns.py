@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class ConversationSampler:
     max_turns: int
     max_answer_tokens: int
     timeout: float
+    on_host: ClassVar[bool] = True
 
     @property
     def temperature(self) -> Number:

@@ -21,6 +21,8 @@ from grpo_jax import data, rewards
 from grpo_jax.policies import Policy
 from grpo_jax.rewards.calling import LogMetric, RewardFunction
 from grpo_jax.run import inputs
+from grpo_jax.run.completions import turns
+from grpo_jax.run.conversations import Talk
 from grpo_jax.run.metrics import Logged
 from grpo_jax.sampling import PolicySampler, greedy
 from grpo_jax.study.items import Item, judge, summarise
@@ -56,6 +58,7 @@ def make_evaluate(
     batch_size: int = 64,
     bucket: int = 64,
     log_metric: LogMetric | None = None,
+    talk: Talk | None = None,
 ) -> Evaluate:
     """Makes `evaluate(params) -> items`.
 
@@ -74,6 +77,7 @@ def make_evaluate(
       batch_size: prompts sampled at a time.
       bucket: prompts are padded to a multiple of this, so that few programs compile.
       log_metric: receives what reward functions log, once per batch, under `eval/<name>`, apart from training's.
+      talk: with an environment or with tools, of `run.conversations`; None draws one turn.
 
     Raises:
       ValueError: for no rows or functions, two functions of one name, several greedy completions per prompt, or a
@@ -97,8 +101,9 @@ def make_evaluate(
 
     reward = rewards.host(
         functions, rows, tokenizer, prompt_column=prompt_column, eos_ids=sampler.eos_ids,
-        log_metric=log_eval,
+        log_metric=log_eval, read=None if talk is None else talk.read,
     )  # fmt: skip
+    draw = sampler if talk is None else talk.converse(sampler, rows)
 
     def evaluate(params: Params, *, seed: int = 0, trainer_state: rewards.TrainerState | None = None) -> list[Item]:
         items: list[Item] = []
@@ -108,9 +113,12 @@ def make_evaluate(
             filled = np.resize(indices, min(batch_size, len(rows))).tolist()
             batch = data.make_prompts([prompts[i] for i in filled], filled, multiple=bucket)
             key = jax.random.fold_in(jax.random.key(seed), start)
-            rollout = _first(sampler(policy, params, batch, key), len(indices))
+            rollout = _first(draw(policy, params, batch, key), len(indices))
             scores, mask = reward(rollout, trainer_state)
             texts = rewards.completion_texts(rollout, tokenizer, sampler.eos_ids)
+            if rollout.turns is not None:
+                said = rewards.conversation_messages(rollout, tokenizer, sampler.eos_ids)
+                texts = [[rewards.text_of(messages) for messages in group] for group in said]
             for b, row in enumerate(indices):
                 items.append(
                     {
@@ -122,6 +130,8 @@ def make_evaluate(
                         "rewards": {name: _or_none(scores[b, :, i], mask[b, :, i]) for i, name in enumerate(names)},
                     }
                 )
+                if rollout.turns is not None:
+                    items[-1]["turns"] = [turns(rollout, b, g, tokenizer) for g in range(G)]
         return judge(items)
 
     return evaluate

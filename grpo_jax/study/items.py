@@ -2,7 +2,8 @@
 
 An item is one prompt, as plain values: `row` (its index), `prompt`, `completions`, `lengths` in tokens, `truncated`,
 `rewards` by name (None where there is none), `right` (None where it could not be scored), `pass_rate` (the share of
-scored completions that are right; None if none was), and `answers` where they were extracted.
+scored completions that are right; None if none was), and `answers` where they were extracted. Of conversations,
+`completions` is what the policy wrote, and `turns` all of it: who wrote what.
 `write_items` keeps them, `data.read_jsonl` reads them, and `judge` and `summarise` work on either.
 """
 
@@ -165,13 +166,19 @@ def sample_table(items: Sequence[Item], n: int = 4, *, completions: int = 2, cha
     for name in names:
         table.add_column(rich.text.Text(name), justify="right")
     for item in items[:n]:
-        for g, completion in enumerate(item["completions"][:completions]):
+        for g, completion in enumerate(_shown(item)[:completions]):
             scores = [item["rewards"][name][g] for name in names]
             shown = ["-" if score is None else f"{score:.3g}" for score in scores]
             prompt = _plain_prompt(item["prompt"]) if g == 0 else ""
             cells = [_visible(prompt, characters), _visible(completion, characters), *shown]
             table.add_row(*map(rich.text.Text, cells))
     return table
+
+
+def _shown(item: Item) -> list[str]:
+    if "turns" not in item:
+        return list(item["completions"])
+    return ["\n".join(f"{part['by']}> {part['text']}" for part in turns) for turns in item["turns"]]
 
 
 def _plain_prompt(prompt: Text) -> str:

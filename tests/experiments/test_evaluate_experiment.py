@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -42,6 +43,10 @@ def wants_target(completions, target):
 
 def first_letter(completion):
     return completion[:1] or None
+
+def answer(row, messages):
+    from grpo_jax.environments import Turn
+    return Turn(f"not {row['answer']}", reward=0.5)
 
 def my_task(seed):
     rows = [{"prompt": f"{seed} {i}?", "answer": str(i)} for i in range(6)]
@@ -127,6 +132,23 @@ def test_completions_end_at_stop_strings(files, finished, monkeypatch):
     for name in ("greedy", "samples"):
         assert stopped[name]["truncated"] < without[name]["truncated"]
         assert stopped[name]["length"] < without[name]["length"]
+
+
+def test_conversations_are_evaluated_and_show_who_wrote_what(files, tmp_path, capsys):
+    evaluate.run(settings(
+        files, tmp_path, reward=("grpo_jax.rewards:environment",), threshold=0.75, rows=2, max_tokens=80, chat=True,
+        environment="verifiers:answer", max_turns=2, stop=tuple("abcdefghijklmnopqrstuvwxyz"), extract=None,
+        greedy=False,
+    ))  # fmt: skip
+    for item in map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines()):
+        for turns, completion, right in zip(item["turns"], item["completions"], item["right"], strict=True):
+            mine = [turn["text"] for turn in turns if turn["by"] == "policy"]
+            assert right == (len(mine) == 2)
+            assert len(turns) == 2 * len(mine) - 1
+            if len(turns) > 1:
+                assert f"user\nnot {item['row'] + 1}<|im_end|>" in turns[1]["text"]
+                assert completion == re.sub(r"<\|(im_end|endoftext)\|>", "", "\n".join(mine))
+    assert "environment>" in capsys.readouterr().out
 
 
 def test_the_greedy_completions_are_those_of_the_checkpoint_after_its_chat_template(finished):

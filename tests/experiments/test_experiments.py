@@ -71,6 +71,16 @@ def too_few(prompts, completions, **kwargs):
 def equal(completions):
     return [1.0] * len(completions)
 
+def answer(row, messages):
+    from grpo_jax.environments import Turn
+    if "e" in messages[-1]["content"] and len(messages) > 2:
+        raise LookupError("the game is broken")
+    return Turn("go on", reward=0.25 * (1 + len(messages[-1]["content"]) % 2))
+
+def counts_turns(completions, turn_rewards, **kwargs):
+    assert all(m["role"] == ("user" if n % 2 else "assistant") for c in completions for n, m in enumerate(c))
+    return [float(len(given) % 2) for given in turn_rewards]
+
 def by_surprise(rewards, mask, experience):
     surprise = -experience.rollout.log_probs.mean(-1)
     return surprise - surprise.mean(-1, keepdims=True)
@@ -222,6 +232,26 @@ def test_completions_end_at_stop_strings(files, tmp_path):
     assert line["length"] < 6
     shown = [line["completion"] for line in metrics.read(tmp_path, metrics.COMPLETIONS_FILE)]
     assert any(set(letters) & set(text) for text in shown)
+
+
+@pytest.mark.filterwarnings("ignore:the environment failed:RuntimeWarning")
+def test_a_run_talks_with_an_environment_and_shows_who_wrote_what(files, tmp_path):
+    config = settings(
+        files, tmp_path, steps=1, chat=True, max_tokens=64, minibatches=2, max_turns=2, group_size=4,
+        environment="my_rewards:answer", stop=tuple("abcdefghijklmnopqrstuvwxyz"),
+        reward=("grpo_jax.rewards:environment", "my_rewards:counts_turns"),
+    )  # fmt: skip
+    grpo.train(config)
+    line = metrics.read(tmp_path)[0]
+    assert 1 < line["turns"] <= 2
+    assert 0.25 < line["reward/environment"] < 1
+    assert line["grad_norm"] > 0
+    shown = [line["turns"] for line in metrics.read(tmp_path, metrics.COMPLETIONS_FILE)]
+    assert all([turn["by"] for turn in turns] == ["policy", "environment", "policy"][: len(turns)] for turns in shown)
+    (middle,) = {turns[1]["text"].removeprefix("<|im_end|>") for turns in shown if len(turns) > 1}
+    assert middle == "\n<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ValueError, match="--overlap samples in the background"):
+        grpo.train(dataclasses.replace(config, overlap=True))
 
 
 def test_an_advantage_of_ones_own_may_see_log_probs(files, tmp_path):

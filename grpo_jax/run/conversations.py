@@ -1,0 +1,108 @@
+"""The settings of scripts that say whom the policy talks with: an environment, or tools.
+
+@dataclasses.dataclass(frozen=True)
+class Config(ConversationSettings):
+    model: str
+
+talk = config.talk(tokenizer, rows)
+prompts = config.encode(tokenizer, rows)                # the template tells the policy of its tools
+draw = talk.converse(sampler, prompts.rows)             # the sampler itself, where there is nobody to talk with
+reward = rewards.host(functions, prompts.rows, tokenizer, read=talk.read)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from grpo_jax import sampling, tools
+from grpo_jax.data import PromptSettings, between_turns, read_between
+from grpo_jax.environments import Respond
+from grpo_jax.rewards.conversations import Read
+from grpo_jax.run.names import resolve
+from grpo_jax.tools import Tool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Talk(NamedTuple):
+    """How the policy talks with an environment."""
+
+    converse: Callable[[sampling.PolicySampler, Rows], sampling.PolicySampler | sampling.ConversationSampler]
+    read: Read | None  # of `rewards.host`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversationSettings(PromptSettings):
+    """An environment or tools, and the limits of a conversation; without either, completions are single turns."""
+
+    environment: str | None = None  # what answers the policy, as module:respond; see grpo_jax.environments
+    tools: tuple[str, ...] = ()  # functions that the policy may call, as module:function; see grpo_jax.tools
+    max_turns: int = 8  # of the policy in a conversation, whose tokens are at most --max-tokens in all
+    max_answer_tokens: int = 1024  # of one answer of the environment or its tools
+    answer_timeout: float = 60.0  # seconds for one answer
+    keep_history: bool = False  # go on after what was sampled where the chat template would write it anew
+
+    @functools.cached_property
+    def functions(self) -> list[Tool]:
+        """The tools: those of `--tools`, or those that the environment brings as its attribute `tools`."""
+        if self.environment is not None and self.tools:
+            raise ValueError(
+                f"either --environment {self.environment}, which may have tools as its attribute `tools`, or --tools "
+                f"{' '.join(self.tools)}"
+            )
+        if self.environment is not None:
+            return [*getattr(self.respond, "tools", ())]
+        return [resolve(name, "grpo_jax.tools") for name in self.tools]
+
+    @functools.cached_property
+    def respond(self) -> Respond:
+        """The environment by its name."""
+        assert self.environment is not None
+        return resolve(self.environment)
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """Arguments of the chat template, with what the tools are."""
+        functions = self.functions
+        return super().template | ({"tools": tools.schemas(functions)} if functions else {})
+
+    def talk(self, tokenizer: "PreTrainedTokenizerBase", rows: Rows) -> Talk:
+        """How the policy talks.
+
+        Args:
+          tokenizer: of the policy.
+          rows: with prompts, of the form that all have.
+
+        Raises:
+          ValueError: for an environment beside tools, tools without chat messages, and as `data.between_turns`,
+            `tools.call_format` and `sampling.conversations`.
+        """
+        if not self.functions and self.environment is None:
+            return Talk(lambda sampler, rows: sampler, None)
+        chat = self.chat or self.system is not None or not isinstance(rows[0][self.prompt_column], str)
+        if self.functions and not chat:
+            raise ValueError("tools are told by the chat template: --chat, or give prompts as messages")
+        role = "tool" if self.functions else "user"
+        between = read = None
+        if chat:
+            between = between_turns(tokenizer, role=role, keep_history=self.keep_history, **self.template)
+            read = read_between(tokenizer, roles=(role, "user"), **self.template)
+        if self.environment is None:
+            respond = tools.environment(self.functions, tools.call_format(tokenizer))
+        else:
+            respond = self.respond
+
+        def converse(
+            sampler: sampling.PolicySampler, rows: Rows
+        ) -> sampling.PolicySampler | sampling.ConversationSampler:
+            return sampling.conversations(
+                sampler, respond, tokenizer, rows, max_turns=self.max_turns, between=between,
+                prompt_column=self.prompt_column, max_answer_tokens=self.max_answer_tokens,
+                timeout=self.answer_timeout,
+            )  # fmt: skip
+
+        return Talk(converse, read)

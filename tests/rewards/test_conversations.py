@@ -1,0 +1,83 @@
+"""Rewards of conversations see who said what, and what the environment gave; where it failed, there is none."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import data, rewards
+from grpo_jax.sampling import turn_rewards
+from grpo_jax.testing import tiny_tokenizer
+from grpo_jax.types import Prompts, Rollout, Turns
+
+TOKENIZER = tiny_tokenizer()
+END = TOKENIZER.eos_token_id
+BETWEEN, READ = data.between_turns(TOKENIZER), data.read_between(TOKENIZER)
+ROWS = [{"prompt": [{"role": "user", "content": "begin"}], "answer": 7}] * 2
+
+
+def ids(text):
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def rollout_of(conversations, *, given, failed):
+    """`[B=1, G]` of lists of texts, the policy's first; a text that ends in ! ends without the end token."""
+    G, T, K = len(conversations), 120, 3
+    tokens, mask = np.zeros((1, G, T), np.int32), np.zeros((1, G, T), bool)
+    lengths, ends = np.zeros((1, G), np.int32), np.zeros((1, G, K), np.int32)
+    for g, texts in enumerate(conversations):
+        line, wrote = [], []
+        for n, text in enumerate(texts):
+            if n % 2 == 0:
+                part = ids(text) + ([] if text.endswith("!") else [END])
+                ends[0, g, n // 2] = len(line) + len(part)
+            else:
+                part = BETWEEN([{"role": "user", "content": text}], line[-1])
+            line, wrote = line + part, wrote + [n % 2 == 0] * len(part)
+        tokens[0, g, : len(line)], mask[0, g, : len(line)], lengths[0, g] = line, wrote, len(line)
+    log_probs = np.where(mask, -1.0, 0.0).astype(np.float32)
+    failed = np.array([failed])
+    reward_mask = np.array([[[r is not None for r in row] for row in given]])
+    values = np.array([[[r or 0.0 for r in row] for row in given]], np.float32)
+    prompts = Prompts(jnp.ones((1, 2), jnp.int32), jnp.array([2]), {"row": jnp.array([0])})
+    turns = Turns(ends, values, reward_mask & ~failed[..., None], failed)
+    return Rollout(prompts, tokens, lengths, mask & ~failed[..., None], log_probs, np.zeros((1, G), bool), turns=turns)
+
+
+ROLLOUT = rollout_of(
+    [["5", "higher", "is it 7?"], ["9!", "lower <|im_end|>", "8"], ["7"]],
+    given=[[-0.5, 1.0, None], [None, None, None], [1.0, None, None]],
+    failed=[False, True, False],
+)
+SAID = [
+    [("assistant", "5"), ("user", "higher"), ("assistant", "is it 7?")],
+    [("assistant", "9!"), ("user", "lower <|im_end|>"), ("assistant", "8")],
+    [("assistant", "7")],
+]
+
+
+def test_functions_see_messages_and_what_was_given_for_each_turn():
+    seen = {}
+
+    def remember(prompts, completions, turn_rewards, **columns):
+        seen.update(completions=completions, turn_rewards=turn_rewards)
+        return [float("7" in rewards.text_of(completion)) for completion in completions]
+
+    reward = rewards.host([remember, rewards.environment], ROWS, TOKENIZER, eos_ids=(END,), read=READ)
+    values, mask = reward(ROLLOUT)
+    assert [[(m["role"], m["content"]) for m in completion] for completion in seen["completions"]] == SAID
+    assert seen["turn_rewards"] == [[-0.5, 1.0], [None, None], [1.0]]
+    np.testing.assert_array_equal(mask[0, :, 0], [True, False, True])  # it failed in the second
+    np.testing.assert_array_equal(values[0, :, 0], [1.0, 0.0, 1.0])
+    traced, traced_mask = turn_rewards(ROLLOUT)
+    np.testing.assert_array_equal(mask[..., 1], traced_mask[..., 0])
+    np.testing.assert_array_equal(values[..., 1], traced[..., 0])
+
+
+def test_without_a_reader_the_text_between_is_as_it_stands():
+    ((messages, *_),) = rewards.conversation_messages(ROLLOUT, TOKENIZER, (END,))
+    assert messages[1] == {"role": "user", "content": "\n<|im_start|>user\nhigher<|im_end|>\n<|im_start|>assistant\n"}
+
+
+def test_the_environments_reward_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="sample with an environment"):
+        rewards.environment(["a"])
