@@ -57,7 +57,8 @@ from grpo_jax.updates import Updates, init_state
 
 MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export", "export_every", "show_every", "tensorboard", "wandb", "profile"),
-    *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout", "mesh"),
+    *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout"),
+    *("environment_workers", "mesh"),
 )
 
 

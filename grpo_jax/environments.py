@@ -46,7 +46,8 @@ def answers(
     """Calls an environment for several conversations together.
 
     Plain functions run in threads; `async` ones on one event loop. A function that has not returned in time is left
-    behind, since Python cannot stop it.
+    behind, since Python cannot stop it. One with an attribute `together` is called as
+    `together(conversations, timeout) -> list[Turn | None | Failure]` instead (`environment_workers`).
 
     Args:
       respond: `(row, messages) -> Turn | None`; None is `Turn(None)`.
@@ -56,6 +57,8 @@ def answers(
     Returns:
       An answer or a failure for each: an exception, no answer in time, or something else than a turn.
     """
+    if (together := getattr(respond, "together", None)) is not None:
+        return [*map(_checked, together(conversations, timeout))]
     outcomes: dict[int, Any] = {}
     run = _run_async if inspect.iscoroutinefunction(respond) else _run_in_threads
     run(respond, conversations, timeout, outcomes)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Fault = Literal["timeout", "exhausted", "error", "lost"]
 
@@ -13,6 +13,7 @@ class Outcome(NamedTuple):
     value: float | None  # None where the function returned None, and where there is a fault
     fault: Fault | None = None
     message: str = ""
+    returned: Any = None  # of `WorkerPool.map(returned=)`: what the function returned, and the arguments after it
 
 
 def to_rewards(

@@ -87,13 +87,21 @@ class WorkerPool:
         self._lock = threading.Lock()
         weakref.finalize(self, _kill_all, self._workers)
 
-    def map(self, function: Callable[..., float | None] | str, items: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    def map(
+        self,
+        function: Callable[..., Any] | str,
+        items: Sequence[Mapping[str, Any]],
+        *,
+        returned: Sequence[str] | None = None,
+    ) -> list[Outcome]:
         """`[function(**item) for item in items]`, in the order of the items, with the fault of each that failed.
 
         Args:
           function: of a module's top level, or its name as `"package.module:function"`. Workers load
             its file by itself: one that imports neither JAX nor this package is ready at once.
           items: keyword arguments, as JSON can hold them.
+          returned: for a function, plain or async, that returns no number but what JSON can hold: the names of the
+            arguments that it may change, which come back with its result in `Outcome.returned`.
 
         Returns:
           One outcome per item.
@@ -104,7 +112,8 @@ class WorkerPool:
           RuntimeError: if workers cannot start or cannot load the function: no item is to blame.
         """
         target = _target(function)
-        requests = [encode({"id": i, "arguments": dict(item), **self._settings}) for i, item in enumerate(items)]
+        settings = self._settings | ({} if returned is None else {"returned": [*returned]})
+        requests = [encode({"id": i, "arguments": dict(item), **settings}) for i, item in enumerate(items)]
         with self._lock:
             try:
                 return self._run(target, requests)

@@ -6,6 +6,7 @@ imported, unless the file does so itself.
 """
 
 import importlib.util
+import inspect
 import json
 import os
 import resource
@@ -47,6 +48,23 @@ def answer(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
         return {"fault": "error", "message": f"the function returned a {kind}, and not a finite number or None"}
 
 
+def answer_json(function: Callable[..., Any], arguments: dict[str, Any], returned: list[str]) -> dict[str, Any]:
+    """The function's result as it is, plain or awaited, with the arguments that it may have changed."""
+    try:
+        value = function(**arguments)
+        if inspect.iscoroutine(value):
+            import asyncio
+
+            value = asyncio.run(value)
+        result = {"value": None, "returned": [value, {name: arguments[name] for name in returned}]}
+        json.dumps(result)
+        return result
+    except (RecursionError, MemoryError, OverflowError) as error:
+        return {"fault": "exhausted", "message": type(error).__name__}
+    except (Exception, SystemExit):
+        return {"fault": "error", "message": traceback.format_exc()[-MESSAGE:]}
+
+
 def limit(what: int, value: int) -> None:
     """Sets a limit of this process for good, or leaves one that is stricter."""
     hard = resource.getrlimit(what)[1]
@@ -78,7 +96,10 @@ def main() -> None:
             assert function is not None
             # The pool's own clock is the limit. This one ends a worker whose pool is no more, also within C code.
             signal.setitimer(signal.ITIMER_REAL, 2 * request["timeout"] + 5)
-            reply = answer(function, request["arguments"])
+            if "returned" in request:
+                reply = answer_json(function, request["arguments"], request["returned"])
+            else:
+                reply = answer(function, request["arguments"])
             signal.setitimer(signal.ITIMER_REAL, 0)
         results.write(json.dumps({"id": request["id"], **reply}).encode() + b"\n")
         results.flush()

@@ -135,6 +135,6 @@ def _decode(line: bytes, item: int | None) -> Outcome:
         value = reply["value"]
         if value is not None and not math.isfinite(value):
             return Outcome(None, "error", f"the function returned {value}, and not a finite number or None")
-        return Outcome(None if value is None else float(value))
+        return Outcome(None if value is None else float(value), returned=reply.get("returned"))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return Outcome(None, "lost")

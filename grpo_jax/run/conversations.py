@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo_jax import sampling, tools
 from grpo_jax.data import PromptSettings, between_turns, read_between
+from grpo_jax.environment_workers import in_worker_processes
 from grpo_jax.environments import Respond
 from grpo_jax.rewards.conversations import Read
 from grpo_jax.run.names import resolve
@@ -44,6 +45,7 @@ class ConversationSettings(PromptSettings):
     max_turns: int = 8  # of the policy in a conversation, whose tokens are at most --max-tokens in all
     max_answer_tokens: int = 1024  # of one answer of the environment or its tools
     answer_timeout: float = 60.0  # seconds for one answer
+    environment_workers: int = 0  # processes for an environment that may hang or crash; 0 calls it in this one
     keep_history: bool = False  # go on after what was sampled where the chat template would write it anew
 
     @functools.cached_property
@@ -62,7 +64,9 @@ class ConversationSettings(PromptSettings):
     def respond(self) -> Respond:
         """The environment by its name."""
         assert self.environment is not None
-        return resolve(self.environment)
+        respond = resolve(self.environment)
+        workers = self.environment_workers
+        return in_worker_processes(respond, workers=workers) if workers else respond
 
     @property
     def template(self) -> dict[str, Any]:

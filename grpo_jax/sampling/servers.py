@@ -1,0 +1,333 @@
+"""An inference server as a sampler: vLLM or SGLang behind HTTP, which is given the policy's weights as folders.
+
+    server = servers.vllm("http://localhost:8000", model="Qwen/Qwen3-8B")
+    sampler = servers.engine_sampler(
+        server, group_size=8, max_tokens=512, eos_ids=eos_ids, folder="runs/grpo/engine", max_lag=1,
+        write=lambda policy, params, folder: hf.save_pretrained(policy, params, folder, tokenizer=tokenizer),
+    )
+    step = make_train_step(policy, optimizer, sampler, loss=losses.grpo(weight=losses.truncated_importance(2.0)),
+                           score_old=True, transforms=(measured.sampler_gap(),)).jit()
+
+Token ids go in and token ids with their log-probs come out; no text is encoded or decoded on the way.
+"""
+
+import asyncio
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+
+from grpo_jax.policies import Policy
+from grpo_jax.rewards.calling import run_async
+from grpo_jax.sampling.engines import from_engine
+from grpo_jax.types import Params, PRNGKey, Prompts, Rollout
+
+TRANSIENT = (408, 409, 425, 429)  # statuses after which a request is sent again, beside 5xx
+
+Request = tuple[str, dict[str, Any]]  # a route of the server, and the JSON that is posted to it
+
+
+class Drawn(NamedTuple):
+    """A completion as a server returned it."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    truncated: bool
+
+
+class Server(NamedTuple):
+    """Where a server is and what it is asked."""
+
+    url: str
+    generate: Callable[[list[int], Mapping[str, Any], str | None], Request]  # (prompt, settings, adapters) -> request
+    read: Callable[[Any], list[Drawn]]  # its answer
+    load: Callable[[str, str, str | None], list[Request]]  # (folder, name, name of the earlier one) -> requests
+    adapters: bool  # folders hold adapters, as PEFT writes them, and no whole model
+
+
+def vllm(url: str, *, model: str, adapters: bool = False) -> Server:
+    """The routes of vLLM, of a server that was started with `--logprobs-mode processed_logprobs`.
+
+    Without that option its log-probs are those before the temperature. Whole models are reloaded in place, for which
+    it needs `VLLM_SERVER_DEV_MODE=1`; adapters, `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`.
+
+    Args:
+      url: of the server, without `/v1`.
+      model: its name there.
+      adapters: see `Server`.
+    """
+
+    def generate(prompt: list[int], settings: Mapping[str, Any], loaded: str | None) -> Request:
+        content = {
+            "model": loaded or model,
+            "prompt": prompt,
+            "n": settings["group_size"],
+            "max_tokens": settings["max_tokens"],
+            "temperature": settings["temperature"],
+            "top_p": settings["top_p"] or 1.0,
+            "top_k": settings["top_k"] or -1,
+            "min_p": settings["min_p"] or 0.0,
+            "seed": settings["seed"],
+            "stop": settings["stop"],
+            "stop_token_ids": settings["eos_ids"],
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        return "/v1/completions", content
+
+    def read(answer: Any) -> list[Drawn]:
+        return [
+            Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "length")
+            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+        ]
+
+    def load(folder: str, name: str, earlier: str | None) -> list[Request]:
+        if not adapters:
+            return [("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}),
+                    ("/reset_prefix_cache", {})]  # fmt: skip
+        gone = [] if earlier is None else [("/v1/unload_lora_adapter", {"lora_name": earlier})]
+        return [("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}), *gone]
+
+    return Server(url, generate, read, load, adapters)
+
+
+def sglang(url: str, *, adapters: bool = False) -> Server:
+    """The routes of SGLang, with `--enable-lora` for adapters.
+
+    Args:
+      url: of the server.
+      adapters: see `Server`.
+    """
+
+    def generate(prompt: list[int], settings: Mapping[str, Any], loaded: str | None) -> Request:
+        sampling_params = {
+            "n": settings["group_size"],
+            "max_new_tokens": settings["max_tokens"],
+            "temperature": settings["temperature"],
+            "top_p": settings["top_p"] or 1.0,
+            "top_k": settings["top_k"] or -1,
+            "min_p": settings["min_p"] or 0.0,
+            "sampling_seed": settings["seed"],
+            "stop": settings["stop"],
+            "stop_token_ids": settings["eos_ids"],
+            "no_stop_trim": True,
+            "skip_special_tokens": False,
+        }
+        content = {"input_ids": prompt, "sampling_params": sampling_params, "return_logprob": True}
+        return "/generate", content | ({} if loaded is None else {"lora_path": loaded})
+
+    def read(answer: Any) -> list[Drawn]:
+        drawn = []
+        for one in answer if isinstance(answer, list) else [answer]:
+            meta = one["meta_info"]
+            pairs = [(int(token), float(value)) for value, token, *_ in meta["output_token_logprobs"]]
+            tokens, log_probs = [token for token, _ in pairs], [value for _, value in pairs]
+            drawn.append(Drawn(tokens, log_probs, meta["finish_reason"]["type"] == "length"))
+        return drawn
+
+    def load(folder: str, name: str, earlier: str | None) -> list[Request]:
+        if not adapters:
+            return [("/update_weights_from_disk", {"model_path": folder})]
+        gone = [] if earlier is None else [("/unload_lora_adapter", {"lora_name": earlier})]
+        return [("/load_lora_adapter", {"lora_name": name, "lora_path": folder}), *gone]
+
+    return Server(url, generate, read, load, adapters)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSampler:
+    """Draws completions from a server; made by `engine_sampler`."""
+
+    server: Server
+    write: Callable[[Policy, Params, pathlib.Path], None]
+    folder: pathlib.Path
+    group_size: int
+    max_tokens: int
+    eos_ids: tuple[int, ...]
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    stop: tuple[str, ...]
+    max_lag: int
+    timeout: float
+    retries: int
+    backoff: float
+    concurrency: int
+    given: dict[str, int]  # what the server has: `version`, and `lag`, the calls since it was given
+    on_host: ClassVar[bool] = True
+
+    def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
+        """Draws `group_size` completions for each prompt, after giving the server the params if its are too old.
+
+        Raises:
+          RuntimeError: if the server cannot be reached or does not answer as it should, after all attempts.
+          ValueError: under jit; for completions that cannot be the policy's, see `from_engine`.
+        """
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, prompts, key))):
+            raise ValueError("a server cannot be called from a program: call `step.collect` without jit")
+        if self.given["version"] == 0 or self.given["lag"] >= self.max_lag:
+            self._give(policy, params)
+        else:
+            self.given["lag"] += 1
+        loaded = f"version_{self.given['version']}" if self.server.adapters else None
+        tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths).tolist()
+        seeds = np.asarray(jax.random.bits(key, (len(lengths),), np.uint32) >> 1).tolist()
+        settings = {
+            "group_size": self.group_size, "max_tokens": self.max_tokens, "eos_ids": [*self.eos_ids],
+            "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p,
+            "stop": [*self.stop],
+        }  # fmt: skip
+        requests = [
+            self.server.generate(row[:length].tolist(), settings | {"seed": seed}, loaded)
+            for row, length, seed in zip(tokens, lengths, seeds, strict=True)
+        ]
+        groups = [_read(self.server, answer) for answer in run_async(self._post(requests))]
+        return from_engine(
+            prompts,
+            [[one.tokens for one in group] for group in groups],
+            [[one.log_probs for one in group] for group in groups],
+            truncated=[[one.truncated for one in group] for group in groups],
+            eos_ids=self.eos_ids,
+            max_tokens=self.max_tokens,
+        )
+
+    def _give(self, policy: Policy, params: Params) -> None:
+        """Writes the params and has the server read them; the folder of the version before goes."""
+        version = self.given["version"] + 1
+        folder, earlier = self.folder / f"version_{version}", self.folder / f"version_{version - 1}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        self.write(policy, params, folder)
+        for request in self.server.load(os.path.abspath(folder), folder.name, earlier.name if version > 1 else None):
+            run_async(self._post([request]))
+        shutil.rmtree(earlier, ignore_errors=True)
+        self.given.update(version=version, lag=0)
+
+    async def _post(self, requests: Sequence[Request]) -> list[Any]:
+        """Sends requests together; the answers in their order."""
+        import httpx2
+
+        slots = asyncio.Semaphore(self.concurrency)
+
+        async def one(client: Any, route: str, content: dict[str, Any]) -> Any:
+            reason = ""
+            for attempt in range(self.retries + 1):
+                if attempt:
+                    await asyncio.sleep(self.backoff * 2 ** (attempt - 1))
+                try:
+                    async with slots, asyncio.timeout(self.timeout):
+                        answer = await client.post(self.server.url.rstrip("/") + route, json=content)
+                    reason = f"status {answer.status_code}: {answer.text[:300]}"
+                    if answer.status_code < 300:
+                        return json.loads(answer.content) if answer.content.strip() else None
+                    if answer.status_code not in TRANSIENT and answer.status_code < 500:
+                        break
+                except (httpx2.HTTPError, OSError, ValueError) as error:
+                    reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"{self.server.url}{route}: {reason}")
+
+        async with httpx2.AsyncClient(follow_redirects=False, timeout=None) as client:
+            return await asyncio.gather(*(one(client, *request) for request in requests))
+
+
+def engine_sampler(
+    server: Server,
+    *,
+    write: Callable[[Policy, Params, pathlib.Path], None],
+    folder: str | os.PathLike[str],
+    group_size: int,
+    max_tokens: int,
+    eos_ids: Sequence[int],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: Sequence[str] = (),
+    max_lag: int = 0,
+    timeout: float = 600.0,
+    retries: int = 3,
+    backoff: float = 1.0,
+    concurrency: int = 64,
+) -> EngineSampler:
+    """A sampler whose completions a server draws, with its own log-probs.
+
+    The server is given the policy's params as a folder that it reads: at the first call of a process, and whenever its
+    own are more than `max_lag` calls old. It needs to see that folder. A rollout's log-probs are the server's: score
+    the old policy, too (`score_old=True`), correct for the difference by a weight (`losses.truncated_importance`), and
+    `measured.sampler_gap()` logs it as `sampler_kl`, which holds both the other kernels and the lag.
+
+    The seed of a request follows from the step's key. Servers do not promise the same completions for it, so that a
+    run is not resumed to the bit.
+
+    Args:
+      server: `vllm(url, model=...)` or `sglang(url)`.
+      write: `(policy, params, folder)`, writes what the server reads: a whole model by `hf.save_pretrained`; or
+        adapters by `hf.save_adapters(policy, *partition(params, "^(?!.*lora_[ab]$)"), folder, base_model=...)`, with
+        `freezing.partition`.
+      folder: where versions are written, of which the newest stays.
+      group_size: as in `sampler`, and so the next seven.
+      max_tokens: of a completion.
+      eos_ids: tokens that end one.
+      temperature: of the server and of the scorer.
+      top_k: most likely tokens that are kept.
+      top_p: of the probability that is kept.
+      min_p: share of the likeliest token's probability.
+      stop: strings that end a completion.
+      max_lag: 0 gives the server new params at every call, 1 at every second one.
+      timeout: seconds for a request, with the time that the server has it wait.
+      retries: requests after the first that failed.
+      backoff: seconds before the first of them, doubled each time.
+      concurrency: the most requests at a time.
+
+    Raises:
+      ValueError: for a setting out of range.
+    """
+    if group_size < 1 or max_tokens < 1 or not temperature > 0:
+        raise ValueError(
+            f"group_size and max_tokens are at least 1 and temperature is above 0, got {group_size}, {max_tokens} and "
+            f"{temperature}"
+        )
+    if max_lag < 0 or retries < 0 or concurrency < 1 or not timeout > 0:
+        raise ValueError(
+            "max_lag and retries are at least 0, concurrency at least 1 and timeout above 0, got "
+            f"{max_lag}, {retries}, {concurrency} and {timeout}"
+        )
+    if not server.url.startswith(("http://", "https://")):
+        raise ValueError(f"a server's url begins with http:// or https://, got {server.url!r}")
+    return EngineSampler(
+        server=server,
+        write=write,
+        folder=pathlib.Path(folder),
+        group_size=group_size,
+        max_tokens=max_tokens,
+        eos_ids=tuple(eos_ids),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        stop=tuple(stop),
+        max_lag=max_lag,
+        timeout=timeout,
+        retries=retries,
+        backoff=backoff,
+        concurrency=concurrency,
+        given={"version": 0, "lag": 0},
+    )
+
+
+def _read(server: Server, answer: Any) -> list[Drawn]:
+    try:
+        return server.read(answer)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"{server.url} answered without token ids and log-probs ({type(error).__name__}: {error}): "
+            f"{json.dumps(answer)[:300]}"
+        ) from error

@@ -1,0 +1,187 @@
+"""Servers as samplers, against one that speaks vLLM's and SGLang's routes and draws with the sampler of the package."""
+
+import http.server
+import json
+import pathlib
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import sampling
+from grpo_jax.freezing import bind, partition
+from grpo_jax.models import hf, lora
+from grpo_jax.run import measured
+from grpo_jax.sampling import servers
+from grpo_jax.scoring import score
+from grpo_jax.statistics import summary
+from grpo_jax.testing import random_prompts, tiny_policy
+from grpo_jax.types import Experience
+
+POLICY = tiny_policy("llama")
+G, T, TEMPERATURE, EOS = 2, 8, 0.7, (1, *range(5, 20))
+PROMPTS = random_prompts(0, 2, 6)
+
+
+@jax.jit
+def draw(params, tokens, lengths, seed):
+    made = sampling.sampler(group_size=G, max_tokens=T, eos_ids=EOS, temperature=TEMPERATURE)
+    return made(POLICY, params, PROMPTS._replace(tokens=tokens, lengths=lengths), jax.random.key(seed))
+
+
+class Engine(http.server.BaseHTTPRequestHandler):
+    """What a server does: it reads folders that it is told of, and answers with tokens, log-probs and their end."""
+
+    def do_POST(self):
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            server.asked.append((self.path, content))
+            if server.faults:
+                return self.reply(*server.faults.pop(0))
+            if self.path in ("/v1/completions", "/generate"):
+                return self.reply(200, self.generated(content))
+            if self.path in ("/collective_rpc", "/update_weights_from_disk"):
+                folder = content.get("model_path") or content["kwargs"]["weights_path"]
+                server.weights[None] = hf.load_pretrained(folder, compute_dtype=jnp.float32)[1]
+            if self.path.endswith("/load_lora_adapter"):
+                read = bind(*hf.load_adapters(POLICY, server.base, content["lora_path"]))
+                server.weights[content["lora_name"]] = read
+            if self.path.endswith("/unload_lora_adapter"):
+                del server.weights[content["lora_name"]]
+            return self.reply(200, {"success": True})
+
+    def generated(self, content):
+        vllm = self.path == "/v1/completions"
+        prompt, settings = (content["prompt"], content) if vllm else (content["input_ids"], content["sampling_params"])
+        assert (settings["n"], settings["temperature"], settings["stop_token_ids"]) == (G, TEMPERATURE, list(EOS))
+        name = content["model"] if vllm else content.get("lora_path")
+        params = self.server.weights[None if name == "tiny" else name]
+        tokens = np.zeros((2, 6), np.int32)
+        tokens[:, : len(prompt)] = prompt
+        seed = settings["seed"] if vllm else settings["sampling_seed"]
+        drawn = jax.device_get(draw(params, tokens, np.full(2, len(prompt), np.int32), seed))
+        answers = []
+        for g in range(G):
+            n = drawn.lengths[0, g]
+            ids, log_probs = drawn.tokens[0, g, :n].tolist(), drawn.log_probs[0, g, :n].tolist()
+            end = "length" if drawn.truncated[0, g] else "stop"
+            if vllm:
+                choice = {"index": g, "token_ids": ids, "logprobs": {"token_logprobs": log_probs}, "finish_reason": end}
+                answers.insert(0, choice)  # in any order
+            else:
+                triples = [[value, token, None] for value, token in zip(log_probs, ids, strict=True)]
+                answers.append({"meta_info": {"output_token_logprobs": triples, "finish_reason": {"type": end}}})
+        return {"choices": answers} if vllm else answers
+
+    def reply(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *given):
+        pass
+
+
+@pytest.fixture
+def engine():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
+        server.lock, server.asked, server.faults, server.weights, server.base = threading.Lock(), [], [], {}, None
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def address(engine):
+    return f"http://127.0.0.1:{engine.server_port}"
+
+
+def server_of(kind, engine, **settings):
+    return (
+        servers.vllm(address(engine), model="tiny", **settings)
+        if kind == "vllm"
+        else servers.sglang(address(engine), **settings)
+    )
+
+
+def sampler_of(server, folder, write=hf.save_pretrained, **changes):
+    settings = {"group_size": G, "max_tokens": T, "eos_ids": EOS, "temperature": TEMPERATURE, "backoff": 0.01}
+    return servers.engine_sampler(server, write=write, folder=folder, **(settings | changes))
+
+
+PARAMS = jax.jit(POLICY.init)(jax.random.key(0))
+
+
+def gap(rollout, params):
+    """The largest difference of the server's log-probs to those of the params; `sampler_kl` tells of the same."""
+    scored = score(POLICY, params, rollout, temperature=TEMPERATURE).log_probs
+    _, metrics = measured.sampler_gap()(Experience(rollout, old_log_probs=scored))
+    found = summary(metrics)
+    mean = np.mean((rollout.log_probs - scored)[np.asarray(rollout.mask)])
+    np.testing.assert_allclose(found["sampler_kl"], mean, atol=1e-6)
+    return float(found["sampler_gap_max"])
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_the_server_draws_from_the_params_that_it_was_given_and_lags_at_most_as_told(kind, engine, tmp_path):
+    made = sampler_of(server_of(kind, engine), tmp_path, max_lag=1)
+    versions = [jax.tree.map(lambda x, n=n: x * (1 + 0.3 * n), PARAMS) for n in range(3)]
+    rollouts = [made(POLICY, params, PROMPTS, jax.random.key(n)) for n, params in enumerate(versions)]
+    for n, has in enumerate((0, 0, 2)):  # it is given the first and the third
+        assert gap(rollouts[n], versions[has]) < 1e-4
+        assert n == has or gap(rollouts[n], versions[n]) > 0.01
+    assert [path.name for path in tmp_path.iterdir()] == ["version_2"]
+    assert rollouts[0].truncated.any() != rollouts[0].truncated.all()
+    assert (rollouts[0].tokens != rollouts[1].tokens).any()  # other seeds
+    prompts = [content.get("prompt") or content.get("input_ids") for _, content in engine.asked]
+    assert np.asarray(PROMPTS.tokens)[0, : int(PROMPTS.lengths[0])].tolist() in prompts
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_adapters_go_to_the_server_as_a_folder_of_peft(kind, engine, tmp_path):
+    adapters, base = lora.adapt(POLICY, PARAMS, rank=2, alpha=4.0, key=jax.random.key(1))
+    engine.base = engine.weights[None] = PARAMS
+
+    def write(policy, params, folder):
+        hf.save_adapters(policy, *partition(params, "^(?!.*lora_[ab]$)"), folder, base_model="tiny")
+
+    made = sampler_of(server_of(kind, engine, adapters=True), tmp_path, write)
+    for n in range(2):
+        params = bind(jax.tree.map(lambda x, n=n: x + 0.05 * (n + 1), adapters), base)
+        assert gap(made(POLICY, params, PROMPTS, jax.random.key(0)), params) < 1e-4
+    assert set(engine.weights) == {None, "version_2"}
+    assert (pathlib.Path(tmp_path) / "version_2" / "adapter_config.json").exists()
+
+
+def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_told(engine, tmp_path):
+    made = sampler_of(server_of("vllm", engine), tmp_path, retries=1)
+    engine.faults = [(503, {"error": "starting"})]
+    made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    again = sampler_of(server_of("vllm", engine), tmp_path, retries=1)
+    engine.faults = [(404, {"error": "no such route"})]
+    with pytest.raises(RuntimeError, match=r"/collective_rpc: status 404.*no such route"):
+        again(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    engine.faults = [(200, {}), (200, {}), (200, {"choices": [{"text": "hello"}]})]
+    with pytest.raises(RuntimeError, match=r"without token ids and log-probs \(KeyError"):
+        again(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"call `step\.collect` without jit"):
+        jax.jit(lambda params: made(POLICY, params, PROMPTS, jax.random.key(0)))(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_lag": -1}, "max_lag and retries"),
+        ({"temperature": 0}, "temperature is above 0"),
+        ({"timeout": 0}, "timeout above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sampler_of(servers.sglang("http://localhost:1"), tmp_path, **changes)
+    with pytest.raises(ValueError, match="begins with http"):
+        sampler_of(servers.sglang("localhost:1"), tmp_path)
