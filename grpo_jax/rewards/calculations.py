@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ def worked_steps() -> RewardFunction:
     r"""The share of right ones among the calculations that the completion writes; 0.0 where it writes none.
 
     A calculation is what stands on both sides of an `=` in one line, where at least one
-    side has an operator: `3+4*2=11`, `12 = 3 × 4`, and in `3+4*2=3+8=11` two of them.
+    side has an operator: `3+4*2=11`, `12 = 3 × 4`, and in `3+4*2=3+8=11` two of them. A number
+    that follows a result is compared with what was calculated: `3+4=7=8` is right and then wrong.
     Sides are made of decimals with thousands separators or a `$`, of `+`, `-`, `*`, `x`,
     `×`, `·`, `⋅`, `/`, `÷`, `\times`, `\cdot`, `\div`, and of parentheses, computed exactly
     with the usual precedence. Where the left side divides, a single number with decimals
@@ -36,25 +37,27 @@ def worked_steps() -> RewardFunction:
 
 def _share_of_right(text: str) -> float:
     """The share of right ones among the calculations of a text, by the rule of `worked_steps`; 0 without any."""
-    steps = [
-        step
-        for line in text.splitlines()
-        for i, (left, right) in enumerate(itertools.pairwise(line.split("=")))
-        if (step := _step(left, right, starts_line=i == 0)) is not None
-    ]
+    steps = [step for line in text.splitlines() for step in _steps(line)]
     return sum(steps) / len(steps) if steps else 0.0
 
 
-def _step(left_text: str, right_text: str, *, starts_line: bool) -> bool | None:
-    """Whether what stands around an equals sign is right, None where it is no calculation."""
-    try:
-        left, right = _end_of(left_text, starts_line=starts_line), _start_of(right_text)
-        if not (_calculates(left) or _calculates(right)):
-            return None
-        difference: Any = _value(left) - _value(right)
-        return bool(abs(difference) <= _rounding(left, right))
-    except _Unreadable:
-        return None
+def _steps(line: str) -> Iterator[bool]:
+    """Whether each calculation of a line is right."""
+    calculation: list[_Token] = []  # of which the number on the left is a result
+    for i, (left_text, right_text) in enumerate(itertools.pairwise(line.split("="))):
+        try:
+            left, right = _end_of(left_text, starts_line=i == 0), _start_of(right_text)
+            if calculation and left != _start_of(left_text):
+                calculation = []  # 3+4=7, 5=5
+            if _calculates(left) or not calculation or _calculates(right):
+                calculation = left
+            if _calculates(calculation) or _calculates(right):
+                difference: Any = _value(calculation) - _value(right)
+                yield bool(abs(difference) <= _rounding(calculation, right))
+            else:
+                calculation = []
+        except _Unreadable:
+            calculation = []
 
 
 class _Unreadable(Exception):

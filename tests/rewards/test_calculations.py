@@ -44,6 +44,12 @@ STEPS = {  # text -> whether each calculation in it is right
     r"\$5 * 3 = \$15": [True],
     "3+4*2=3+8=11": [True, True],
     "3+4*2=3+8=12": [True, False],
+    "3 + 4 = 7 = 8": [True, False],
+    "3 + 4 = 8 = 7": [False, True],
+    "10/3 = 3.333 = 3.33": [True, True],
+    "10/3 = 3.33 = 3.34": [True, False],
+    "3+4=7, 8=8": [True],
+    "3+4=7=5+3=8": [True, False, True],
     "3+4=7*2=14": [False, True],
     "5*3=<<5*3=15>>15": [True],  # GSM8K's annotations
     "-5+3=-2": [True],
