@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from compiling import QUICKLY
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -111,7 +112,7 @@ for of_weights, of_prompts in ((everywhere, ("data", "model")), (columns, "data"
 def test_a_step_over_four_devices_is_that_of_one(script):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICKLY}",
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
     }
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)

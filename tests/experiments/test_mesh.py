@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
+from compiling import QUICKLY
 
 from grpo_jax import testing
 
@@ -22,7 +23,7 @@ SETTINGS = {
 
 
 def run(folder, **changes):
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=4 {QUICKLY}"
     path = os.pathsep.join([str(ROOT), str(folder)])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
     options = [f"--{name}={value}" for name, value in (SETTINGS | changes).items()]

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import pytest
+from compiling import QUICKLY
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from grpo_jax import testing
@@ -123,7 +124,7 @@ def test_rows_that_leave_devices_idle_are_refused_with_the_numbers():
 def test_eight_devices_compute_what_one_does(case, axes):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICKLY}",
     }
     done = subprocess.run([sys.executable, SCRIPT, case, axes], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
