@@ -88,6 +88,8 @@ class Config(ConversationSettings, WeightSettings):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    replay_truncation: bool = True  # score under top-k, top-p and min-p, too; TRL and verl do not
     stop: tuple[str, ...] = ()  # texts that end a completion, such as "</answer>", beside the end-of-sequence tokens
     iterations: int = 1  # over each rollout
     minibatches: int = 1  # updates in an iteration
@@ -148,7 +150,7 @@ def train(config: Config) -> Params:
     inputs.check_tokens(config.model, tokenizer, [*prompts.prompts, *held_out.prompts], max_tokens=config.max_tokens)
     sampler = sampling.sampler(
         group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=hf.eos_ids(config.model, tokenizer),
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
         stop=sampling.stop_strings(tokenizer, config.stop) if config.stop else None,
     )  # fmt: skip
     logged = metrics.Logged()
@@ -177,6 +179,7 @@ def train(config: Config) -> Params:
     whole_step = make_train_step(
         policy, optimizer, talk.converse(sampler, prompts.rows), loss=loss, advantage=advantage, updates=updates,
         score_old=score_old, transforms=(measured.repetition(), measured.unscored(names), *chosen),
+        replay_truncation=config.replay_truncation,
     ).jit()  # fmt: skip
     evaluate = make_mean_rewards(
         policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,

@@ -87,6 +87,7 @@ _MODULES = (
     "tools",
     "train_step",
     "transforms",
+    "truncation",
     "turn_advantages",
     "types",
     "updates",

@@ -26,6 +26,7 @@ class Sampler(Protocol):
     """Draws a group of completions for each prompt; see `sampling`.
 
     One that goes through the host, as conversations do, has `on_host = True`, and no program calls it.
+    One that does not draw from all tokens also has a `truncation`, which the scorer reads, too.
     """
 
     @property

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import VocabularyDivergence
+from grpo_jax.truncation import Truncation, replay
 from grpo_jax.types import Array, Likeliest, Packing, Params, Prompts, Rollout, Scores
 
 CHUNK_TOKENS = 1024  # tokens whose logits are held at a time, unless told otherwise
@@ -29,6 +30,7 @@ def score(
     *,
     packing: Packing | None = None,
     temperature: float | Array = 1.0,
+    truncation: Truncation | None = None,
     entropy: bool = True,
     chunk_tokens: int = CHUNK_TOKENS,
     teacher: Teacher | None = None,
@@ -47,6 +49,13 @@ def score(
     its group. The head is applied to about `chunk_tokens` tokens at a time, and
     its logits are recomputed in the backward pass.
 
+    With a `truncation`, `p` is the distribution that was drawn from: the softmax of the tokens that are kept, found
+    anew from these parameters' logits. The token that was drawn is kept in any case. Under the parameters that sampled
+    it is among them, up to a tie at the edge that rounding decides; under others it need not be, and its log-prob is
+    then that beside the kept ones, so that ratios are finite and the gradient can bring it back. `outside` tells where.
+    (NeMo-RL gives it -inf and masks it; TRL and verl score the whole distribution.) A divergence and `top_log_probs`
+    are of whole distributions.
+
     Args:
       policy: the network, static.
       params: its parameters, differentiable.
@@ -54,6 +63,7 @@ def score(
       packing: several completions in a row, so that little padding is computed; what
         comes out is the same, to rounding. See `packing.pack`.
       temperature: the one that the rollout was sampled at.
+      truncation: the one that the rollout was sampled under; None where every token could be drawn. Fills `outside`.
       entropy: False leaves it and `collision` out.
       chunk_tokens: tokens whose logits a device holds at a time.
       teacher: with a divergence, fills `divergence`; both heads are then applied a chunk at a time. Of vocabularies
@@ -63,8 +73,7 @@ def score(
       top_tokens: `[B, G, T, K]`, fills `top_log_probs` with the policy's log-probs of these tokens.
 
     Returns:
-      Scores `[B, G, T]` in float32, 0 on padding. Truncated sampling (top-k and the
-      like) is not replayed: see `sampling.sample`.
+      Scores `[B, G, T]` in float32, 0 on padding.
     """
     T = rollout.tokens.shape[-1]
     held = jnp.arange(T) < rollout.lengths[..., None]
@@ -79,17 +88,24 @@ def score(
         beside = jax.lax.stop_gradient(_hidden(teacher.policy, teacher_params, other, packing))
 
     def score_rows(
-        params: Params, of_rows: tuple[Array, Array, Array | None, Array | None], temperature: float | Array
+        params: Params,
+        of_rows: tuple[Array, Array, Array | None, Array | None],
+        temperature: float | Array,
+        truncation: Truncation | None,
     ) -> Scores:
         @jax.checkpoint
         def score_chunk(hidden: Array, tokens: Array, beside: Array | None, top_tokens: Array | None) -> Scores:
             shape = tokens.shape
             # In rows: XLA sums over the last of four axes with a scratch of five times the array on CPUs.
             hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
-            logits = policy.unembed(params["policy"], hidden).astype(jnp.float32) / temperature
+            whole = logits = policy.unembed(params["policy"], hidden).astype(jnp.float32) / temperature
+            outside = None
+            if truncation is not None:
+                logits, outside = replay(whole, tokens, truncation)
+                outside = outside.astype(jnp.float32).reshape(shape)
             normaliser = jax.nn.logsumexp(logits, axis=-1)
             log_probs = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
-            scores = Scores(log_probs.reshape(shape))
+            scores = Scores(log_probs.reshape(shape), outside=outside)
             if entropy:
                 probs = jax.nn.softmax(logits)
                 # A network may rule a token out by a logit of -inf; 0 * -inf is NaN.
@@ -99,12 +115,13 @@ def score(
             if teacher is not None and teacher.divergence is not None and beside is not None:
                 theirs = teacher.policy.unembed(params["teacher"], beside.reshape(-1, beside.shape[-1]))
                 theirs = jax.lax.stop_gradient(theirs.astype(jnp.float32)) / temperature
-                V = min(logits.shape[-1], theirs.shape[-1])
-                log_p, log_q = jax.nn.log_softmax(logits[:, :V]), jax.nn.log_softmax(theirs[:, :V])
+                V = min(whole.shape[-1], theirs.shape[-1])
+                log_p, log_q = jax.nn.log_softmax(whole[:, :V]), jax.nn.log_softmax(theirs[:, :V])
                 scores = scores._replace(divergence=teacher.divergence(log_p, log_q).reshape(shape))
             if top_tokens is not None:
-                picked = jnp.take_along_axis(logits, top_tokens.reshape(-1, top_tokens.shape[-1]), axis=-1)
-                scores = scores._replace(top_log_probs=(picked - normaliser[:, None]).reshape(top_tokens.shape))
+                picked = jnp.take_along_axis(whole, top_tokens.reshape(-1, top_tokens.shape[-1]), axis=-1)
+                of_all = normaliser if truncation is None else jax.nn.logsumexp(whole, axis=-1)
+                scores = scores._replace(top_log_probs=(picked - of_all[:, None]).reshape(top_tokens.shape))
             return scores
 
         # Chunks are cut along the rows, which leaves the axis that devices share, B, in one piece.
@@ -116,7 +133,7 @@ def score(
         return jax.tree.map(lambda x: _uncut(x)[:, :, :length], scores)
 
     read = {"policy": params, "teacher": teacher_params}
-    scores = policy.by_rows(score_rows)(read, (hidden, tokens, beside, top_tokens), temperature)
+    scores = policy.by_rows(score_rows)(read, (hidden, tokens, beside, top_tokens), temperature, truncation)
 
     def join(scores: Array) -> Array:
         if packing is not None:

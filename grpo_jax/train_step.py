@@ -22,11 +22,13 @@ import optax
 
 from grpo_jax.advantages import from_rewards
 from grpo_jax.freezing import bind
+from grpo_jax.losses.aggregates import token_mean
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Advantage, ExperienceTransform, Loss, Reward, Sampler, Terms
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import Teacher, score
 from grpo_jax.statistics import Max, Mean
+from grpo_jax.truncation import Truncation
 from grpo_jax.types import Array, Experience, Metrics, Number, Packing, Params, Prompts, Rollout, Scores, TrainState
 from grpo_jax.updates import Learn, Updates, in_parts, jit_learn, make_updates, step_keys
 
@@ -76,12 +78,14 @@ def make_train_step(
     updates: Updates = Updates(),
     score_old: bool = False,
     teacher: Teacher | None = None,
+    replay_truncation: bool = True,
 ) -> Step:
     """One step of GRPO.
 
     It can be jitted whole, scanned, and vmapped over states and over any setting that is a number. The sampler, the
-    loss and the advantage may each be `Scheduled`. Completions are scored at the sampler's temperature. The policy
-    that sampled is scored wherever several updates need it, in as many parts as the updates have.
+    loss and the advantage may each be `Scheduled`. Completions are scored at the sampler's temperature and under its
+    top-k, top-p and min-p, by the policy as by a reference. The policy that sampled is scored wherever several updates
+    need it, in as many parts as the updates have.
 
     Args:
       policy: the network.
@@ -96,10 +100,17 @@ def make_train_step(
       score_old: True scores the policy that sampled also for a single update: where the params change between
         `collect` and `learn`, or for what reads `old_log_probs`, `old_entropy` or `old_collision`.
       teacher: as in `make_learn`.
+      replay_truncation: False scores the whole distribution whatever the sampler draws from, as TRL and verl do: the
+        ratio to the sampler is then not 1 on the policy itself.
     """
     return Step(
         make_collect(
-            policy, sampler, reward=reward, score_old=score_old or updates.count > 1, score_parts=updates.parts
+            policy,
+            sampler,
+            reward=reward,
+            score_old=score_old or updates.count > 1,
+            score_parts=updates.parts,
+            replay_truncation=replay_truncation,
         ),
         make_learn(
             policy,
@@ -108,6 +119,7 @@ def make_train_step(
             advantage=from_rewards() if advantage is None else advantage,
             transforms=transforms,
             temperature=temperature_of(sampler),
+            truncation=truncation_of(sampler) if replay_truncation else None,
             updates=updates,
             teacher=teacher,
         ),
@@ -122,6 +134,7 @@ def make_collect(
     reward: Reward | None = None,
     score_old: bool = False,
     score_parts: int = 1,
+    replay_truncation: bool = True,
 ) -> Collect:
     """The first half of a step alone, `(state, prompts) -> experience`; `make_train_step` derives its settings.
 
@@ -131,11 +144,14 @@ def make_collect(
       reward: as in `make_train_step`.
       score_old: True fills `old_log_probs`, `old_entropy` and `old_collision`.
       score_parts: parts of the batch for which that is done, one after the other to save memory; a divisor of `B`.
+      replay_truncation: as in `make_train_step`.
     """
+    truncation = truncation_of(sampler) if replay_truncation else None
 
     @jax.jit  # for a sampler of the host, outside of any program
-    def scored(params: Params, rollout: Rollout, temperature: Number) -> Scores:
-        return in_parts(lambda part: score(policy, params, part, temperature=temperature), rollout, score_parts)
+    def scored(params: Params, rollout: Rollout, temperature: Number, truncation: Truncation | None) -> Scores:
+        settings = {"temperature": temperature, "truncation": truncation}
+        return in_parts(lambda part: score(policy, params, part, **settings), rollout, score_parts)
 
     def collect(state: TrainState, prompts: Prompts) -> Experience:
         sample_key, _ = step_keys(state)
@@ -149,7 +165,7 @@ def make_collect(
             experience = experience._replace(rewards=rewards, reward_mask=reward_mask)
         if score_old:
             with jax.named_scope("score_old"):
-                old = scored(params, rollout, draw.temperature)
+                old = scored(params, rollout, draw.temperature, at(truncation, state))
             experience = experience._replace(
                 old_log_probs=old.log_probs, old_entropy=old.entropy, old_collision=old.collision
             )
@@ -166,6 +182,7 @@ def make_learn(
     advantage: Advantage | Scheduled | None = None,
     transforms: Sequence[ExperienceTransform] = (),
     temperature: Number | Scheduled = 1.0,
+    truncation: Truncation | Scheduled | None = None,
     updates: Updates = Updates(),
     teacher: Teacher | None = None,
 ) -> Learn:
@@ -184,6 +201,8 @@ def make_learn(
       transforms: functions `experience -> (experience, metrics)`, called in this order once
         before the batch is split; see `grpo_jax.transforms`.
       temperature: of the scores; the one that the rollout was sampled at. May be `Scheduled`.
+      truncation: under which the rollout was sampled, as in `scoring.score`; may be `Scheduled`. Adds the metric
+        `outside_truncation`, the share of tokens that would not be kept now.
       updates: iterations, minibatches, micro-batches and the clipping of gradients.
       teacher: the network that reads `state.ref_params`, if it is not the policy's own, and the divergence from it
         that every update scores; see `losses.distillation`.
@@ -208,7 +227,14 @@ def make_learn(
         experience = mask_unscored(experience)
         if state.ref_params is not None:
             scorer = policy if teacher is None else teacher.policy
-            experience = add_reference(scorer, teacher_of(state), experience, at(temperature, state), updates.parts)
+            experience = add_reference(
+                scorer,
+                teacher_of(state),
+                experience,
+                at(temperature, state),
+                updates.parts,
+                truncation=at(truncation, state),
+            )
         if advantage is not None:
             advantages, reward_metrics = at(advantage, state)(experience)
             experience, metrics = experience._replace(advantages=advantages), metrics | reward_metrics
@@ -229,6 +255,7 @@ def make_learn(
             experience.rollout,
             packing=experience.packing,
             temperature=at(temperature, state),
+            truncation=at(truncation, state),
             teacher=teacher,
             teacher_params=None if teacher is None else teacher_of(state),
             teacher_prompts=experience.teacher_prompts,
@@ -236,7 +263,10 @@ def make_learn(
         )
         if experience.old_log_probs is None and updates.count == 1:  # else the loss refuses
             experience = experience._replace(old_log_probs=jax.lax.stop_gradient(scores.log_probs))
-        return at(loss, state)(scores, experience)
+        terms, metrics = at(loss, state)(scores, experience)
+        if scores.outside is not None:
+            metrics = metrics | {"outside_truncation": token_mean(scores.outside, experience.rollout.mask)}
+        return terms, metrics
 
     learn_from = make_updates(
         evaluate, optimizer, updates, has_data=lambda experience: jnp.any(experience.rollout.mask)
@@ -252,6 +282,14 @@ def temperature_of(sampler: Sampler | Scheduled) -> Number | Scheduled:
     return sampler.temperature
 
 
+def truncation_of(sampler: Sampler | Scheduled) -> Truncation | Scheduled | None:
+    """The truncation under which a sampler's completions are scored: its own, if it has one."""
+    if isinstance(sampler, Scheduled):
+        make = sampler.make
+        return Scheduled(lambda step, extra: truncation_of(make(step, extra)))
+    return getattr(sampler, "truncation", None)
+
+
 def mask_unscored(experience: Experience) -> Experience:
     """Takes completions without any reward out of the mask, so that they count nowhere."""
     if experience.reward_mask is None:
@@ -262,7 +300,13 @@ def mask_unscored(experience: Experience) -> Experience:
 
 
 def add_reference(
-    policy: Policy, ref_params: Params, experience: Experience, temperature: Number, parts: int
+    policy: Policy,
+    ref_params: Params,
+    experience: Experience,
+    temperature: Number,
+    parts: int,
+    *,
+    truncation: Truncation | None = None,
 ) -> Experience:
     """Adds the reference's log-probs, unless they are there, computed in `parts` to save memory.
 
@@ -273,7 +317,8 @@ def add_reference(
 
     def log_probs(part: tuple[Rollout, Packing | None]) -> Array:
         rollout, packing = part
-        return score(policy, ref_params, rollout, packing=packing, temperature=temperature, entropy=False).log_probs
+        settings = {"temperature": temperature, "truncation": truncation, "entropy": False}
+        return score(policy, ref_params, rollout, packing=packing, **settings).log_probs
 
     with jax.named_scope("score_reference"):
         rollout = experience.rollout

@@ -52,6 +52,7 @@ class Scores(NamedTuple):
     entropy: Array | None = None  # [B, G, T] float32 nats, of the distribution that the token was drawn from
     collision: Array | None = None  # [B, G, T] float32, sum_v p_v^2 of that distribution
     divergence: Array | None = None  # [B, G, T] float32 nats, from the teacher's distribution
+    outside: Array | None = None  # [B, G, T] float32, 1 where a truncation would not keep the token, else 0
     top_log_probs: Array | None = None  # [B, G, T, K] float32, of the tokens that a teacher thought likeliest
 
 

@@ -13,6 +13,7 @@ from grpo_jax import losses, sampling
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.scoring import Teacher, score
 from grpo_jax.testing import random_prompts, tiny_policy
+from grpo_jax.truncation import Truncation
 from grpo_jax.types import Prompts
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 4}, "qwen2": {}, "qwen3": {}}
@@ -150,7 +151,8 @@ def test_no_array_holds_logits_of_more_tokens_than_a_chunk(transform):
     policy, params = policy_and_params()
 
     def both(params, chunk_tokens):
-        scores = score(policy, params, rolled_out(), chunk_tokens=chunk_tokens)
+        truncation = Truncation(top_k=9, top_p=0.8, min_p=0.1)
+        scores = score(policy, params, rolled_out(), chunk_tokens=chunk_tokens, truncation=truncation)
         return jnp.sum(scores.log_probs) + jnp.sum(scores.entropy)
 
     def most_tokens(chunk_tokens):

@@ -27,7 +27,15 @@ from grpo_jax.protocols import Reward, Sampler, Terms
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import score
 from grpo_jax.statistics import Mean
-from grpo_jax.train_step import Step, add_reference, make_collect, mask_unscored, rollout_metrics, temperature_of
+from grpo_jax.train_step import (
+    Step,
+    add_reference,
+    make_collect,
+    mask_unscored,
+    rollout_metrics,
+    temperature_of,
+    truncation_of,
+)
 from grpo_jax.types import Array, Experience, Metrics, Number, Params, Scores, TrainState
 from grpo_jax.updates import Updates, in_parts, make_updates
 
@@ -164,6 +172,7 @@ def make_train_step(
     advantage = gae_advantages() if advantage is None else advantage
     total_loss = ppo_loss() if loss is None else loss
     policy, temperature = within(policy, "policy"), temperature_of(sampler)
+    truncation = truncation_of(sampler)
 
     def learn(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
         experience = mask_unscored(jax.tree.map(jnp.asarray, experience))  # rewards of the host are NumPy's
@@ -171,7 +180,9 @@ def make_train_step(
             raise ValueError("PPO needs the old_log_probs of the policy that sampled; its own `collect` adds them")
         if state.ref_params is not None:
             reference, now = bind(state.ref_params, state.frozen), at(temperature, state)
-            experience = add_reference(policy, reference, experience, now, updates.parts)
+            experience = add_reference(
+                policy, reference, experience, now, updates.parts, truncation=at(truncation, state)
+            )
         rollout, whole = experience.rollout, bind(state.params, state.frozen)
         old_values = in_parts(lambda part: values(critic, whole["critic"], part), rollout, updates.parts)
         valued, metrics = advantage(experience, old_values)
@@ -180,7 +191,14 @@ def make_train_step(
 
     def evaluate(params: Params, state: TrainState, valued: ValuedExperience) -> tuple[Terms, Metrics]:
         rollout, packing = valued.experience.rollout, valued.experience.packing
-        scores = score(policy, params, rollout, packing=packing, temperature=at(temperature, state))
+        scores = score(
+            policy,
+            params,
+            rollout,
+            packing=packing,
+            temperature=at(temperature, state),
+            truncation=at(truncation, state),
+        )
         return total_loss(scores, values(critic, params["critic"], rollout), valued)
 
     learn_from = make_updates(evaluate, optimizer, updates)

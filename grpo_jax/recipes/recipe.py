@@ -177,6 +177,7 @@ class Recipe:
             "transforms": (*self.transforms, *filters),
             "updates": self.updates,
             "score_old": self.entropy_share is not None,
+            "replay_truncation": False,  # the sources' frameworks score whole distributions
         }
 
     def after(self, state: TrainState, metrics: Metrics) -> TrainState:

@@ -1,4 +1,4 @@
-"""Logits to tokens: truncation, the draw, and the noise that belongs to one token of one completion."""
+"""Logits to tokens: the draw, and the noise that belongs to one token of one completion."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Policy
-from grpo_jax.types import Array, Number, Params, PRNGKey
+from grpo_jax.truncation import truncate
+from grpo_jax.types import Array, Params, PRNGKey
 
 if TYPE_CHECKING:
     from grpo_jax.sampling.samplers import PolicySampler
@@ -17,7 +18,7 @@ def next_token(
 ) -> tuple[Array, Array]:
     """Draws the token at place `t` from each of `hidden [..., D]`; returns tokens and log-probs `[...]`."""
     logits = policy.unembed(params, hidden).astype(jnp.float32) / sampler.temperature
-    return draw(keys, t, truncate(logits, sampler.top_k, sampler.top_p, sampler.min_p), sampler.greedy)
+    return draw(keys, t, truncate(logits, sampler.truncation), sampler.greedy)
 
 
 def completion_keys(key: PRNGKey, B: int, G: int) -> PRNGKey:
@@ -38,24 +39,6 @@ def draw(keys: PRNGKey, t: Array, logits: Array, greedy: bool) -> tuple[Array, A
         token = jax.vmap(jax.random.categorical)(token_keys, logits.reshape(-1, logits.shape[-1])).reshape(keys.shape)
     token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)[..., 0]
-
-
-def truncate(logits: Array, top_k: int | None, top_p: Number | None, min_p: Number | None) -> Array:
-    """Sets to -inf the logits `[..., V]` of the tokens that are not to be drawn, in the order of the arguments."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p is not None:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(descending)
-        before = jnp.cumsum(probs, axis=-1) - probs  # of the likelier tokens; 0 for the likeliest, which stays
-        within = (before < top_p) | (top_p >= 1)  # in float32 the sum of many reaches 1 before the last of them
-        least = jnp.min(jnp.where(within, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if min_p is not None:
-        least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
 
 
 def is_any(tokens: Array, ids: tuple[int, ...]) -> Array:

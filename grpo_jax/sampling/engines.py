@@ -18,7 +18,7 @@ SGLang returns the same as `output_ids` and as `meta_info["output_token_logprobs
 first is the log-prob. The engine's log-probs differ from the trainer's, by its kernels, its dtype, and its
 weights if they are older. Score the rollout with the params that the engine has, and correct for the rest:
 
-    old = score(policy, engine_params, rollout, temperature=1.0)
+    old = score(policy, engine_params, rollout, temperature=1.0)       # and truncation=Truncation(top_p=...) under one
     experience = Experience(rollout, rewards, mask, old_log_probs=old.log_probs, old_entropy=old.entropy)
     learn = make_learn(policy, optimizer, loss=losses.grpo(weight=losses.truncated_importance(2.0)), ...)
 """

@@ -10,6 +10,7 @@ from grpo_jax.policies import Policy
 from grpo_jax.sampling.batch import decode_together
 from grpo_jax.sampling.slots import decode_in_slots
 from grpo_jax.sampling.stopping import StopStrings
+from grpo_jax.truncation import Truncation
 from grpo_jax.types import Number, Params, PRNGKey, Prompts, Rollout
 
 
@@ -45,15 +46,18 @@ class PolicySampler:
             raise ValueError(f"group_size and max_tokens are at least 1, got {self.group_size} and {self.max_tokens}")
         if isinstance(self.temperature, int | float) and self.temperature <= 0:
             raise ValueError(f"temperature is above 0, got {self.temperature}; for the likeliest token: greedy=True")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is at least 1, got {self.top_k}; None keeps every token")
-        for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
-            if isinstance(value, int | float) and not 0 < value <= 1:
-                raise ValueError(f"{name} is above 0 and at most 1, got {value}; None keeps every token")
+        _ = self.truncation  # refuses what is out of range
         if self.slots is not None and self.slots < 1:
             raise ValueError(f"slots is at least 1, got {self.slots}")
         if isinstance(self.stop, str | tuple | list) and not isinstance(self.stop, StopStrings):
             raise ValueError(f"stop is what stop_strings(tokenizer, {self.stop!r}) makes: a table of the tokenizer's")
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """Which tokens are kept; None where all are, as in the greedy sampler's log-probs."""
+        if self.greedy or all(x is None for x in (self.top_k, self.top_p, self.min_p)):
+            return None
+        return Truncation(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
     def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
         """Draws `group_size` completions for each prompt.
@@ -101,7 +105,7 @@ def sampler(
 
     Returns:
       A sampler. Its rollout's log-probs are those of the distribution that was drawn from, the truncated one under
-      `top_k`, `top_p` or `min_p`, renormalised: `scoring.score`, which does not truncate, gives lower ones there.
+      `top_k`, `top_p` or `min_p`, renormalised; a step scores the completions under the same truncation.
 
     Raises:
       ValueError: for a setting out of range.

@@ -13,6 +13,7 @@ from grpo_jax.sampling import stopping
 from grpo_jax.sampling.drawing import completion_keys
 from grpo_jax.sampling.samplers import PolicySampler
 from grpo_jax.sampling.turn_decoding import Rows, decode_turns, read_texts
+from grpo_jax.truncation import Truncation
 from grpo_jax.types import Array, Number, Params, PRNGKey, Prompts, Rollout, Turns
 
 # Of one conversation: (tokens [W], length [], state) -> (tokens [S], length [], state, done [], reward []).
@@ -33,6 +34,11 @@ class TracedConversationSampler:
     def temperature(self) -> Number:
         """That of the sampler."""
         return self.sampler.temperature
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """That of the sampler."""
+        return self.sampler.truncation
 
     def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
         """Draws `group_size` conversations for each prompt.

@@ -24,6 +24,7 @@ from grpo_jax.sampling import stopping
 from grpo_jax.sampling.drawing import completion_keys
 from grpo_jax.sampling.samplers import PolicySampler
 from grpo_jax.sampling.turn_decoding import Rows, Written, decode_turns, read_texts
+from grpo_jax.truncation import Truncation
 from grpo_jax.types import Array, Number, Params, PRNGKey, Prompts, Rollout, Turns
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class ConversationSampler:
     def temperature(self) -> Number:
         """That of the sampler."""
         return self.sampler.temperature
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """That of the sampler."""
+        return self.sampler.truncation
 
     def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
         """Draws `group_size` conversations for each prompt, on the host between programs.

@@ -13,9 +13,10 @@ import pytest
 
 from grpo_jax import models, sampling
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.sampling.drawing import completion_keys, truncate
+from grpo_jax.sampling.drawing import completion_keys
 from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts, tiny_policy
+from grpo_jax.truncation import Truncation, truncate
 from grpo_jax.types import Prompts
 
 V = 7
@@ -140,27 +141,27 @@ def test_log_probs_are_those_of_the_distribution_drawn_from_and_sum_to_one_over_
 )
 def test_truncation_keeps_the_tokens_of_the_definition(settings):
     logits = 2 * jax.random.normal(jax.random.key(2), (50, V))
-    kept = truncate(logits, settings.get("top_k"), settings.get("top_p"), settings.get("min_p"))
+    kept = truncate(logits, Truncation(**settings))
     expected = np.stack([truncated_softmax(row, **settings) for row in logits])
     np.testing.assert_array_equal(kept, np.where(expected > 0, logits, -np.inf))
 
 
 def test_top_k_keeps_every_token_that_ties_with_the_last_one_kept():
-    kept = truncate(jnp.array([2.0, 1.0, 3.0, 1.0, 0.0, 1.0]), 3, None, None)
+    kept = truncate(jnp.array([2.0, 1.0, 3.0, 1.0, 0.0, 1.0]), Truncation(top_k=3))
     np.testing.assert_array_equal(jnp.isfinite(kept), [True, True, True, True, False, True])
 
 
 @pytest.mark.parametrize("top_p", [1e-9, np.finfo(np.float32).tiny], ids=str)
 def test_top_p_keeps_at_least_the_likeliest_token(top_p):
     logits = jax.random.normal(jax.random.key(3), (20, V))
-    kept = jnp.isfinite(truncate(logits, None, top_p, None))
+    kept = jnp.isfinite(truncate(logits, Truncation(top_p=top_p)))
     np.testing.assert_array_equal(kept, jax.nn.one_hot(jnp.argmax(logits, -1), V))
 
 
 def test_top_p_of_one_keeps_every_token_of_a_large_vocabulary():
     logits = 3 * jax.random.normal(jax.random.key(4), (2, 50_000))  # float32 sums reach 1 before the last token
-    np.testing.assert_array_equal(truncate(logits, None, 1.0, None), logits)
-    np.testing.assert_array_equal(jax.jit(truncate, static_argnums=1)(logits, None, jnp.float32(1.0), None), logits)
+    np.testing.assert_array_equal(truncate(logits, Truncation(top_p=1.0)), logits)
+    np.testing.assert_array_equal(jax.jit(truncate)(logits, Truncation(top_p=jnp.float32(1.0))), logits)
 
 
 def test_the_same_key_gives_the_same_completions_and_another_key_others():
