@@ -305,6 +305,49 @@ def process_advantages(rewards: Array, mask: Array, *, ddof: int = 0, eps: float
 # ------------------------------------------------------------------- of an experience
 
 
+def from_steps(
+    estimator: Callable[[Array, Array], Array] = process_advantages,
+    *,
+    weight: float | Array = 1.0,
+    outcome: Advantage | None = None,
+) -> Advantage:
+    """An advantage of the rewards of steps, alone or beside that of the outcome.
+
+        A[b, g, t] = weight * estimator(step rewards)[b, g, t] + outcome[b, g]
+
+    Args:
+      estimator: `(rewards [B, G, T], mask [B, G, T]) -> [B, G, T]`: `process_advantages`, or `rewards_to_go` for the
+        sum that is still to come, without a baseline.
+      weight: of the steps.
+      outcome: of the whole completion, such as `from_rewards()`; None for the steps alone.
+
+    Returns:
+      The advantage, `[B, G, T]`, 0 on padding. It needs `experience.step_rewards` and `step_mask`, as `rewards.steps`
+      makes them, and adds the metrics `step_reward`, the mean over steps, and `steps`, their number in a completion.
+
+    Raises:
+      ValueError: when called, for an experience without step rewards.
+    """
+
+    def advantage(experience: Experience) -> tuple[Array, Metrics]:
+        rewards, mask, rollout = experience.step_rewards, experience.step_mask, experience.rollout
+        if rewards is None or mask is None:
+            raise ValueError("the experience has no step rewards: put step_rewards and step_mask [B, G, T] into it")
+        held = jnp.arange(rewards.shape[-1]) < rollout.lengths[..., None]
+        advantages = weight * jnp.where(held, estimator(rewards, mask), 0.0)
+        metrics: Metrics = {
+            "step_reward": Mean(jnp.sum(jnp.where(mask, rewards, 0.0)), jnp.sum(mask)),
+            "steps": Mean(jnp.sum(mask), jnp.sum(rollout.lengths > 0)),
+        }
+        if outcome is not None:
+            of_outcome, more = outcome(experience)
+            of_outcome = of_outcome if of_outcome.ndim == 3 else of_outcome[..., None]
+            advantages, metrics = jnp.where(held, advantages + of_outcome, 0.0), metrics | more
+        return advantages, metrics
+
+    return advantage
+
+
 def from_rewards(
     estimator: Estimator = group_advantages,
     *,

@@ -43,6 +43,8 @@ def trim(experience: Experience, *, multiple: int = 64) -> Experience:
         "old_collision",
         "high_covariance",
         "environment_mask",
+        "step_rewards",
+        "step_mask",
     )
     if experience.teacher_top is not None:
         top = experience.teacher_top

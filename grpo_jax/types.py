@@ -79,6 +79,8 @@ class Experience(NamedTuple):
     old_log_probs: Array | None = None  # [B, G, T] float32, of the policy that sampled
     ref_log_probs: Array | None = None  # [B, G, T] float32, of the reference policy
     advantages: Array | None = None  # [B, G] or [B, G, T] float32
+    step_rewards: Array | None = None  # [B, G, T] float32, at the tokens that end a step: `advantages.from_steps`
+    step_mask: Array | None = None  # [B, G, T] bool, True at these tokens
     old_entropy: Array | None = None  # [B, G, T] float32 nats, of the policy that sampled
     old_collision: Array | None = None  # [B, G, T] float32, sum_v p_v^2 of the policy that sampled
     weights: Array | None = None  # [B, G, T] float32, what the gain of each token is multiplied by

@@ -22,6 +22,7 @@ from grpo_jax.advantages import (
     from_function,
     from_normalised_rewards,
     from_rewards,
+    from_steps,
     group_advantages,
     kl_cost,
     leave_one_out_advantages,
@@ -747,3 +748,36 @@ def test_distillation_compares_the_token_drawn_and_weighs_early_ones_more(gamma)
     assert summary(metrics)["reverse_kl"] == pytest.approx(-distance[counted].mean(), rel=1e-5)
     with pytest.raises(ValueError, match="reference"):
         distillation_advantages()(experience._replace(ref_log_probs=None))
+
+
+def test_rewards_of_steps_are_added_to_the_advantage_of_the_outcome():
+    rng = np.random.default_rng(0)
+    B, G, T = 2, 3, 5
+    lengths = np.array([[5, 3, 4], [2, 5, 5]])
+    held = np.arange(T) < lengths[..., None]
+    mask = held & (rng.random((B, G, T)) < 0.5)
+    rewards = np.where(mask, rng.normal(size=(B, G, T)), 0.0).astype(np.float32)
+    outcome = rng.normal(size=(B, G, 1)).astype(np.float32)
+    prompts = Prompts(jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32))
+    zeros = jnp.zeros((B, G, T))
+    rollout = Rollout(prompts, zeros.astype(int), jnp.asarray(lengths), jnp.asarray(held), zeros, zeros[..., 0] > 0)
+    experience = Experience(
+        rollout, rewards=jnp.asarray(outcome), reward_mask=jnp.ones((B, G, 1), bool),
+        step_rewards=jnp.asarray(rewards), step_mask=jnp.asarray(mask),
+    )  # fmt: skip
+    expected = np.zeros((B, G, T))
+    for b in range(B):
+        all_steps = rewards[b][mask[b]].astype(np.float64)
+        of_outcome = (outcome[b, :, 0] - outcome[b].mean()) / (outcome[b].std() + 1e-4)
+        for g in range(G):
+            for t in range(lengths[b, g]):
+                later = rewards[b, g, t:][mask[b, g, t:]]
+                normalised = (later - all_steps.mean()) / (all_steps.std() + 1e-4)
+                expected[b, g, t] = 0.5 * normalised.sum() + of_outcome[g]
+    found, metrics = from_steps(weight=0.5, outcome=from_rewards())(experience)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    found_summary = summary(metrics)
+    assert found_summary["step_reward"] == pytest.approx(rewards[mask].mean(), rel=1e-5)
+    assert found_summary["steps"] == pytest.approx(mask.sum() / (B * G))
+    with pytest.raises(ValueError, match="no step rewards: put step_rewards"):
+        from_steps()(experience._replace(step_mask=None))

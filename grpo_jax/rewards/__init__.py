@@ -16,6 +16,10 @@
     language.py     language_consistency
     python.py       python_tests: code against unit tests, in a sandbox
     judging.py      judge: a language model behind an HTTP endpoint
+    rubrics.py      rubric: a judge of each criterion of a row's list
+    comparing.py    pairwise, listwise: a judge of a group's completions against one another
+    process.py      steps: rewards of the steps of a completion, at their tokens; step_judge
+    held_out.py     held_out_metrics: a verifier that is not trained on
     model.py        reward_model: a sequence-classification checkpoint in JAX
     pool.py         WorkerPool, in_worker_processes: worker processes that can be killed
     sandbox.py      bubblewrap: the command that runs another in a sandbox
@@ -31,11 +35,13 @@ from grpo_jax.rewards.answers import answer_of, exact_answer, plain_answer
 from grpo_jax.rewards.calculations import worked_steps
 from grpo_jax.rewards.calling import RewardFunction, TrainerState, group_size_of, name_of
 from grpo_jax.rewards.combining import combine
+from grpo_jax.rewards.comparing import listwise, pairwise
 from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.consistency import self_consistency
 from grpo_jax.rewards.conversations import conversation_messages, environment
 from grpo_jax.rewards.failures import skip_failed_batches
 from grpo_jax.rewards.formats import R1_WEIGHTS, soft_format, strict_format, tag_count
+from grpo_jax.rewards.held_out import held_out_metrics
 from grpo_jax.rewards.host import HostReward, callback, completion_texts, host
 from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.language import language_consistency
@@ -43,8 +49,10 @@ from grpo_jax.rewards.lengths import cosine_length, cosine_scale, overlong_penal
 from grpo_jax.rewards.mathematics import accuracy
 from grpo_jax.rewards.model import reward_model
 from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
+from grpo_jax.rewards.process import step_judge, steps
 from grpo_jax.rewards.python import python_tests
 from grpo_jax.rewards.repetition import repetition_penalty
+from grpo_jax.rewards.rubrics import rubric
 from grpo_jax.rewards.tokens import TokenReward, traced
 
 __all__ = [
@@ -65,21 +73,27 @@ __all__ = [
     "environment",
     "exact_answer",
     "group_size_of",
+    "held_out_metrics",
     "host",
     "in_worker_processes",
     "judge",
     "language_consistency",
+    "listwise",
     "name_of",
     "overlong_penalty",
+    "pairwise",
     "plain_answer",
     "python_tests",
     "reasoning_length",
     "repetition_penalty",
     "reward_model",
+    "rubric",
     "self_consistency",
     "skip_failed_batches",
     "soft_format",
     "soft_overlong",
+    "step_judge",
+    "steps",
     "strict_format",
     "tag_count",
     "text_of",

@@ -110,7 +110,7 @@ def host(
         arguments = columns | {
             "prompts": prompts,
             "completions": completions,
-            "completion_ids": _sampled(rollout),
+            "completion_ids": sampled_tokens(rollout),
             "prompt_tail": [tail for tail in prompt_tails(rollout.prompts, tokenizer) for _ in range(G)],
             "trainer_state": trainer_state,
             "log_metric": log_metric or ignore,
@@ -149,7 +149,7 @@ def completion_texts(
       eos_ids: the end tokens; None for the tokenizer's one.
     """
     ends = _ends(tokenizer, eos_ids)
-    written = [[token for token in ids if token not in ends] for ids in _sampled(rollout)]
+    written = [[token for token in ids if token not in ends] for ids in sampled_tokens(rollout)]
     texts = tokenizer.batch_decode(written, skip_special_tokens=False)
     G = rollout.tokens.shape[1]
     return [texts[start : start + G] for start in range(0, len(texts), G)]
@@ -179,7 +179,7 @@ def _partner(word: str) -> str:
     return f"<{word[2:]}" if word.startswith("</") else f"</{word[1:]}"
 
 
-def _sampled(rollout: Rollout) -> list[list[int]]:
+def sampled_tokens(rollout: Rollout) -> list[list[int]]:
     """The tokens of each completion, group after group."""
     tokens = np.asarray(rollout.tokens).reshape(-1, rollout.tokens.shape[-1])
     lengths = np.asarray(rollout.lengths).reshape(-1)

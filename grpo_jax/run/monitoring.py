@@ -222,6 +222,32 @@ def reward_hacked(
     )
 
 
+def held_out_disagrees(
+    history: History, *, window: int = 5, spreads: float = 0.1, deviations: float = 3.0
+) -> str | None:
+    """The reward that is trained on rises while a verifier that is not, `held_out/<name>`, falls.
+
+    From one `window` to the next of the steps at which the verifier was asked (`rewards.held_out_metrics`); a change
+    counts as in `reward_hacked`.
+    """
+    named = {name for line in history for name in line if name.startswith("held_out/")}
+    for name in sorted(name for name in named if not name.endswith(("_std", "_agreement"))):
+        asked = [line for line in history if _is_number(line.get(name)) and _is_number(line.get("reward"))]
+        held = _change(asked, name, window, spreads, deviations)
+        trained = _change(asked, "reward", window, spreads, deviations)
+        if held is None or trained is None or not (held[1] < held[0] and trained[1] > trained[0]):
+            continue
+        agreement = _finite(asked, f"{name}_agreement", window)
+        told = f", and their correlation is {statistics.fmean(agreement):.2g} (`{name}_agreement`)" if agreement else ""
+        return (
+            f"the reward rose from {trained[0]:.3g} to {trained[1]:.3g}, while {name}, which is not trained on, fell "
+            f"from {held[0]:.3g} to {held[1]:.3g}{told}. The policy learns to please the reward instead of the task. "
+            "Read completions that the two disagree on; mend the reward, add a KL term, or go back to a checkpoint "
+            "from before"
+        )
+    return None
+
+
 def repeating(history: History, *, window: int = 5, threshold: float = 0.5) -> str | None:
     """Over the last `window` steps more than `threshold` of the n-grams had been there before in their completion."""
     share = _mean(_last(history, "repetition", window))
@@ -301,6 +327,7 @@ DEFAULT: tuple[Check, ...] = (
     sampler_disagrees,
     entropy_collapsed,
     reward_hacked,
+    held_out_disagrees,
     repeating,
     reward_failing,
     updates_skipped,
