@@ -32,8 +32,10 @@ device waiting. It then comes from the policy before the update, which the ratio
 
 import dataclasses
 import functools
+import inspect
 import pathlib
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -42,17 +44,18 @@ from jax.sharding import Mesh
 
 from grpo_jax import advantages, data, losses, packing, rewards, run, sampling
 from grpo_jax.freezing import bind
-from grpo_jax.models import hf, sharding
+from grpo_jax.models import hf, quantized, sharding
 from grpo_jax.models.settings import WeightSettings
-from grpo_jax.protocols import Loss
+from grpo_jax.protocols import Advantage, Loss
 from grpo_jax.run import completions, digests, inputs, measured, memory, metrics, overlap
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import make_with, resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
-from grpo_jax.schedules import learning_rates
+from grpo_jax.schedules import Scheduled, learning_rates, loss_scale, running_advantages
+from grpo_jax.schedules.running_advantages import RunningAdvantage
 from grpo_jax.study.evaluation import make_mean_rewards
-from grpo_jax.train_step import make_train_step
-from grpo_jax.types import Params
+from grpo_jax.train_step import followed_by, make_train_step
+from grpo_jax.types import Experience, Metrics, Params, TrainState
 from grpo_jax.updates import Updates, init_state
 
 MAY_CHANGE = (  # of a run that is resumed
@@ -71,10 +74,15 @@ class Config(ConversationSettings, WeightSettings):
     reward: tuple[str, ...]  # as module:function, of this folder or installed
     run_dir: pathlib.Path = pathlib.Path("runs/grpo")
     reward_weights: tuple[float, ...] | None = None  # one per function; 1 each if not given
+    held_out: tuple[str, ...] = ()  # verifiers that nothing is learned from, as --reward: held_out/<name> tells hacking
+    held_out_every: int = 10  # steps between the batches that they are asked about
     reward_timeout: float = 300.0  # seconds after which a reward function that has not returned is reported
 
     loss: str = "grpo"  # of grpo_jax.losses, or your own as module:function
     advantage: str = "group_advantages"  # of grpo_jax.advantages, or your own as module:function; see from_function
+    # or spo or rae, of schedules.running_advantages: a running baseline per prompt
+    baseline_column: str | None = None  # of spo and rae: prompts of one value in it, such as a role, share a baseline
+    baseline_decay: float | None = None  # of spo and rae: their own, if not given
     transform: tuple[str, ...] = ()  # of grpo_jax.transforms, such as "top_entropy(0.2)", in this order
     score_old: bool = False  # the policy that sampled, for what asks for it; measures its gap to the sampler, too
     epsilon: float | None = None  # the loss's own, if not given
@@ -104,6 +112,7 @@ class Config(ConversationSettings, WeightSettings):
     max_grad_norm: float = 1.0
     seed: int = 0
     compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
+    sample_weights: Literal["int8", "fp8"] | None = None  # sample from a copy of 8 bits; see --score-old, --loss dppo
     attention: str = "auto"  # of grpo_jax.models.attention (cudnn, splash, ...), or module:function
     mesh: str | None = None  # devices to share the work, such as data=2,fsdp=4; see grpo_jax.models.sharding
 
@@ -129,13 +138,11 @@ def train(config: Config) -> Params:
     mesh = None if config.mesh is None else sharding.parse(config.mesh)
     updates = check(config, mesh)
     functions = [resolve(name) for name in config.reward]
+    verifiers = [resolve(name) for name in config.held_out]
     names = [rewards.name_of(function) for function in functions]
     group_size = (config.eval_group_size or 1) if config.eval_data or config.eval_rows else None
     inputs.check_rewards(functions, weights=config.reward_weights, group_size=group_size)
     loss, attention = make_loss(config), resolve(config.attention, "grpo_jax.models.attention")
-    advantage = advantages.from_function(
-        resolve(config.advantage, "grpo_jax.advantages"), weights=config.reward_weights, names=names
-    )
     chosen = [resolve(name, "grpo_jax.transforms") for name in config.transform]
     chosen += [measured.sampler_gap()] if config.score_old else []
     score_old = config.overlap or config.score_old
@@ -146,7 +153,8 @@ def train(config: Config) -> Params:
         rows, held_out = data.hold_out(rows, config.eval_rows, seed=config.seed)
     talk = config.talk(tokenizer, rows)
     prompts, held_out = config.encode(tokenizer, rows), config.encode(tokenizer, held_out)
-    inputs.check_arguments(functions, prompts.rows[0], prompt_column=config.prompt_column)
+    advantage, running = make_advantage(config, names, prompts.rows)
+    inputs.check_arguments([*functions, *verifiers], prompts.rows[0], prompt_column=config.prompt_column)
     inputs.check_tokens(config.model, tokenizer, [*prompts.prompts, *held_out.prompts], max_tokens=config.max_tokens)
     sampler = sampling.sampler(
         group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=hf.eos_ids(config.model, tokenizer),
@@ -159,11 +167,17 @@ def train(config: Config) -> Params:
         tolerant, prompts.rows, tokenizer, prompt_column=config.prompt_column, eos_ids=sampler.eos_ids,
         log_metric=logged, report_after=config.reward_timeout, read=talk.read,
     )  # fmt: skip
+    verify = rewards.host(
+        verifiers, prompts.rows, tokenizer, prompt_column=config.prompt_column, eos_ids=sampler.eos_ids,
+        report_after=config.reward_timeout, read=talk.read,
+    )  # fmt: skip
 
     dtype = compute_dtype(config.compute_dtype)
     policy, params, frozen = config.load(
         config.model, compute_dtype=dtype, seed=config.seed, attention=attention, mesh=mesh
     )  # fmt: skip
+    if config.sample_weights is not None:
+        policy = quantized.sampled(policy, config.sample_weights)
     rate = learning_rates.learning_rate(
         config.rate(config.learning_rate, 1e-6), config.steps, warmup_steps=config.warmup_steps,
         updates_per_step=updates.count, decay=resolve(config.decay, "grpo_jax.schedules.learning_rates"),
@@ -176,11 +190,25 @@ def train(config: Config) -> Params:
             reference=config.beta > 0, params=params, frozen=frozen, score_old=score_old,
             budget=int(config.memory_gib * 2**30),
         )  # fmt: skip
+    kept: dict[str, Any] = {} if running is None else {"baselines": running.begin}  # in the state, beside the weights
+    if dtype == np.float16:
+        kept["loss_scale"] = loss_scale.init()
+        updates = dataclasses.replace(updates, loss_scale=Scheduled(lambda step, kept: kept["loss_scale"].scale))
+
+    def follow(state: TrainState, experience: Experience) -> TrainState:
+        kept = dict(state.extra)
+        if running is not None:
+            kept["baselines"] = running.after(kept["baselines"], experience)
+        if "loss_scale" in kept:
+            kept["loss_scale"] = loss_scale.follow(kept["loss_scale"], state.skipped, updates=updates.count)
+        return state._replace(extra=kept)
+
     whole_step = make_train_step(
         policy, optimizer, talk.converse(sampler, prompts.rows), loss=loss, advantage=advantage, updates=updates,
         score_old=score_old, transforms=(measured.repetition(), measured.unscored(names), *chosen),
         replay_truncation=config.replay_truncation,
-    ).jit()  # fmt: skip
+    )  # fmt: skip
+    whole_step = (followed_by(whole_step, follow) if kept else whole_step).jit()
     evaluate = make_mean_rewards(
         policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,
         weights=config.reward_weights, stop_after_failed=config.stop_after_failed, batch_size=config.eval_batch,
@@ -188,7 +216,7 @@ def train(config: Config) -> Params:
     )  # fmt: skip
     began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=held_out.prompts)
     key = jax.random.key(config.seed)
-    state = init_state(params, optimizer, key, frozen=frozen, reference=config.beta > 0)
+    state = init_state(params, optimizer, key, frozen=frozen, reference=config.beta > 0, extra=kept or ())
     del params
     batch = functools.partial(prompts.batch, config.seed, size=config.prompts_per_step, multiple=config.bucket)
     if mesh is not None:
@@ -225,6 +253,13 @@ def train(config: Config) -> Params:
             given, mask = reward(experience.rollout, rewards.TrainerState(n, config.steps))
             if any(logged.last(f"{name}/failed") for name in names):
                 mask = np.zeros_like(mask)  # nothing is learned from the rewards that did not fail alone
+            held_out_metrics: Metrics = {}
+            if verifiers and n % config.held_out_every == 0:
+                held_out_metrics = rewards.held_out_metrics(
+                    [rewards.name_of(verifier) for verifier in verifiers],
+                    verify(experience.rollout, rewards.TrainerState(n, config.steps)),
+                    (given, mask), weights=config.reward_weights,
+                )  # fmt: skip
             loop.lap("reward")
             experience = experience._replace(rewards=given, reward_mask=mask)
             if config.show_every and n % config.show_every == 0:
@@ -234,7 +269,7 @@ def train(config: Config) -> Params:
                 packed = packing.pack(experience.rollout, multiple=config.completion_bucket)
                 experience = experience._replace(packing=packed)
             loop.state, statistics = step.learn(loop.state, experience)
-            loop.log(statistics | logged.take() | {"learning_rate": rate(n * updates.count)})
+            loop.log(statistics | held_out_metrics | logged.take() | {"learning_rate": rate(n * updates.count)})
             loop.lap("learn")
         evaluate_and_keep_the_best()
         export(f"step_{loop.step}")
@@ -248,8 +283,6 @@ def check(config: Config, mesh: Mesh | None = None) -> Updates:
         raise ValueError(f"--memory-gib chooses the micro-batches, so give no --micro-batches {config.micro_batches}")
     if config.pack and config.attention in ("cudnn", "splash"):
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
-    if config.group_size < 2:
-        raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {config.group_size}")
     if config.overlap and (config.tools or config.environment):
         raise ValueError("--overlap samples in the background, and a conversation goes through the host: leave it out")
     names = ("iterations", "minibatches", "micro_batches", "max_grad_norm")
@@ -258,6 +291,26 @@ def check(config: Config, mesh: Mesh | None = None) -> Updates:
     if mesh is not None:
         sharding.check_rows(mesh, config.prompts_per_step // updates.parts, config.group_size)
     return updates
+
+
+def make_advantage(
+    config: Config, names: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> tuple[Advantage | Scheduled, RunningAdvantage | None]:
+    """The advantage by its name, and what it keeps in the state, if it is one of running baselines."""
+    function = resolve(config.advantage, "grpo_jax.advantages", "grpo_jax.schedules.running_advantages")
+    settings = {"weights": config.reward_weights, "names": names}
+    if "of_row" in inspect.signature(function).parameters:
+        decay = {} if config.baseline_decay is None else {"decay": config.baseline_decay}
+        running = function(running_advantages.of_rows(rows, config.baseline_column), **settings, **decay)
+        return Scheduled(lambda step, kept: running.advantage(kept["baselines"])), running
+    for flag in ("baseline_column", "baseline_decay"):
+        if (value := getattr(config, flag)) is not None:
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {value} is of --advantage spo and rae, not {config.advantage}"
+            )
+    if config.group_size < 2:
+        raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {config.group_size}")
+    return advantages.from_function(function, **settings), None
 
 
 def make_loss(config: Config) -> Loss:

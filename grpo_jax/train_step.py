@@ -127,6 +127,21 @@ def make_train_step(
     )
 
 
+def followed_by(step: Step, after: Callable[[TrainState, Experience], TrainState]) -> Step:
+    """The same step, whose `learn` then changes the state, such as what `extra` holds, in the same program.
+
+    Args:
+      step: not jitted yet.
+      after: `(state after the updates, experience as learn was given it) -> state`.
+    """
+
+    def learn(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
+        state, metrics = step.learn(state, experience)
+        return after(state, experience), metrics
+
+    return dataclasses.replace(step, learn=learn)
+
+
 def make_collect(
     policy: Policy,
     sampler: Sampler | Scheduled,

@@ -12,6 +12,7 @@ from grpo_jax import losses, statistics
 from grpo_jax.compiler_options import saving_memory
 from grpo_jax.freezing import bind, is_trainable, named_leaves
 from grpo_jax.protocols import Terms
+from grpo_jax.schedules import Scheduled, at
 from grpo_jax.statistics import Mean
 from grpo_jax.types import Array, Metrics, Number, Params, PRNGKey, TrainState
 
@@ -32,6 +33,8 @@ class Updates:
         whole minibatch's, whatever their number.
       max_grad_norm: gradients of a larger global norm are scaled down to it (Pascanu et al. 2013, arXiv:1211.5063,
         algorithm 1); None does not clip.
+      loss_scale: what the loss is multiplied by before its gradient is taken, and the gradient divided by after, so
+        that in float16 it neither vanishes nor overflows; above 0, may be `Scheduled`: see `schedules.loss_scale`.
 
     Raises:
       ValueError: for a setting out of range.
@@ -41,6 +44,7 @@ class Updates:
     minibatches: int = 1
     micro_batches: int = 1
     max_grad_norm: Number | None = None
+    loss_scale: Number | Scheduled | None = None
 
     def __post_init__(self) -> None:
         if min(self.iterations, self.minibatches, self.micro_batches) < 1:
@@ -49,6 +53,8 @@ class Updates:
                 f"{self.iterations}, {self.minibatches} and {self.micro_batches}"
             )
         _check_max_grad_norm(self.max_grad_norm)
+        if isinstance(self.loss_scale, int | float) and not self.loss_scale > 0:
+            raise ValueError(f"loss_scale is above 0, got {self.loss_scale}; None scales nothing")
 
     @property
     def count(self) -> int:
@@ -231,6 +237,10 @@ def make_updates(
     def update_once(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.named_scope("gradient"):
             grads, (terms, metrics) = gradient(state, batch)
+            if updates.loss_scale is not None:
+                scale = at(updates.loss_scale, state)
+                grads = jax.tree.map(lambda g: g / jnp.asarray(scale, g.dtype), grads)
+                metrics = metrics | {"loss_scale": Mean(jnp.asarray(scale, jnp.float32), jnp.ones((), jnp.int32))}
         total = losses.value(terms)
         counted = jnp.any(jnp.stack([term.count > 0 for term in terms])) & has_data(batch)
         with jax.named_scope("update"):
@@ -260,7 +270,8 @@ def make_updates(
         params: Params, state: TrainState, part: Batch, counts: tuple[Array, ...] | None
     ) -> tuple[Array, tuple[Terms, Metrics]]:
         terms, metrics = evaluate(bind(params, state.frozen), state, part)
-        return losses.value(terms, counts), (terms, metrics)
+        scale = 1.0 if updates.loss_scale is None else at(updates.loss_scale, state)
+        return scale * losses.value(terms, counts), (terms, metrics)
 
     return learn
 

@@ -61,6 +61,7 @@ class DecoderConfig:
     dtype: DTypeLike = jnp.float32  # of the layers' arithmetic
     cache_dtype: DTypeLike | None = None  # of completions' keys and values while they are sampled; None: dtype
     logits_dtype: DTypeLike = jnp.float32  # of the operands of the last product; logits themselves are float32
+    last_norm_dtype: DTypeLike | None = None  # of what the last norm returns, which the head reads; None: dtype
     attention: Attention = auto  # of grpo_jax.models.attention, or any function like them
     remat: bool | Callable[..., bool] = True  # recompute a layer's activations in the backward pass; or all but some
     mesh: Mesh | None = None  # of models.sharding: the devices over which all of it is divided; None for one device

@@ -6,6 +6,7 @@ heads, `h` head width, `L` layers. The layers are one scanned block, so params
 are stacked on axis 0 and compile time does not grow with depth.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -167,7 +168,8 @@ class MLP(nn.Module):
         rows = _rows(c, x)
         gate = Linear(c, c.intermediate_size, c.mlp_bias, name="gate_proj")(rows)
         up = Linear(c, c.intermediate_size, c.mlp_bias, name="up_proj")(rows)
-        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(c.activation(gate) * up).reshape(x.shape)
+        product = _gated(c.activation, gate, up)
+        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(product).reshape(x.shape)
 
 
 class Mixture(nn.Module):
@@ -229,12 +231,25 @@ class Block(nn.Module):
             mask_inputs._replace(window=window),
             rotation,
         )
-        x = x + _scaled(norm(out, "post_attention_layernorm", c.post_norm), c.residual_scale)
+        x = _within_float16(x + _scaled(norm(out, "post_attention_layernorm", c.post_norm), c.residual_scale))
         x = sharding.constrain(c.mesh, x, None, None)
         mlp = MLP if c.experts is None else Mixture
         out = mlp(c, name="mlp")(norm(x, before_mlp, c.pre_norm))
-        x = x + _scaled(norm(out, "post_feedforward_layernorm", c.post_norm), c.residual_scale)
+        x = _within_float16(x + _scaled(norm(out, "post_feedforward_layernorm", c.post_norm), c.residual_scale))
         return (sharding.constrain(c.mesh, x, None, None), stored), new
+
+
+def _within_float16(x: Array) -> Array:
+    """What overflows float16 as its largest number, 65504, so that no infinity goes on; other dtypes as they are."""
+    return jnp.clip(x, -65504, 65504) if x.dtype == jnp.float16 else x
+
+
+def _gated(activation: Callable[[Array], Array], gate: Array, up: Array) -> Array:
+    """`activation(gate) * up`, of float16 in float32: the products of its derivative overflow where it does not."""
+    if gate.dtype != jnp.float16:
+        return activation(gate) * up
+    gate, up = (_within_float16(x).astype(jnp.float32) for x in (gate, up))
+    return jnp.clip(activation(gate) * up, -65504, 65504).astype(jnp.float16)
 
 
 def _scaled(x: Array, factor: float) -> Array:
@@ -285,7 +300,8 @@ class Decoder(nn.Module):
             in_axes=(0, 0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c)
-        self.norm = RMSNorm(c)
+        last_dtype = c.dtype if c.last_norm_dtype is None else c.last_norm_dtype
+        self.norm = RMSNorm(dataclasses.replace(c, dtype=last_dtype))
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", initializer, (c.hidden_size, c.vocab_size), c.param_dtype)
 
@@ -369,6 +385,8 @@ def decoder(config: DecoderConfig) -> Policy:
             if quantized.is_quantized(leaf) or path[-1].key in in_float32:
                 return leaf  # which is used as it is
             head = "embed_tokens" if config.tie_embeddings else "lm_head"
+            if path[0].key == "norm" and config.last_norm_dtype is not None:
+                return leaf.astype(config.last_norm_dtype)
             return leaf.astype(config.logits_dtype if path[0].key == head else config.dtype)
 
         cast = jax.tree_util.tree_map_with_path(cast_leaf, params, is_leaf=quantized.is_quantized)

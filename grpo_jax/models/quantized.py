@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Params
 
 Kind = Literal["nf4", "int4", "int8", "fp8"]
@@ -49,6 +50,21 @@ def quantize(params: Params, kind: Kind) -> Params:
         return kernel if is_quantized(kernel) else jax.lax.map(lambda one: quantize_kernel(one, kind), kernel)
 
     return params | {"layers": of_node(params["layers"])}
+
+
+@functools.cache
+def sampled(policy: Policy, kind: Kind) -> Policy:
+    """The same policy, whose samplers draw from a copy of the weights in few bits, made anew for each rollout.
+
+    Training is in whole weights. What is sampled is then another policy than the one that learns: its log-probs are
+    the rollout's, and `losses.truncated_importance`, `masked_importance` or `dppo` correct for the difference.
+
+    Args:
+      policy: a decoder.
+      kind: see the module; int8 and fp8 are usual.
+    """
+    check(kind)
+    return policy._replace(cast=lambda params: quantize(policy.cast(params), kind))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def resolve(name: str, package: str | None = None) -> Callable[..., Any]:
+def resolve(name: str, *packages: str) -> Callable[..., Any]:
     """The function with a name.
 
     Modules are those of the working directory, and those that are installed. What a module
@@ -24,29 +24,34 @@ def resolve(name: str, package: str | None = None) -> Callable[..., Any]:
     Args:
       name: `module:function`; or `module:maker(arguments)`, for the function that the maker
         returns. The arguments are Python literals: numbers, strings, lists, None and so on.
-      package: the module of a name without one; None requires `module:`.
+      packages: the modules of a name without one, the first that has it; none requires `module:`.
 
     Raises:
       ValueError: for another form, an argument that is no literal, a module or a function
         that does not exist, or a result that cannot be called. The message is one line.
     """
-    module, path, arguments = _parse(name, package)
+    module, path, arguments = _parse(name, packages[0] if packages else None)
+    modules = packages if module in packages and ":" not in name.partition("(")[0] else (module,)
     if str(pathlib.Path.cwd()) not in sys.path:
         sys.path.insert(0, str(pathlib.Path.cwd()))
     if not _exists(module):
         raise ValueError(f"{name!r} names a module {module}, which is neither in {pathlib.Path.cwd()} nor installed")
-    try:
-        function = pkgutil.resolve_name(f"{module}:{path}")
-    except AttributeError:
-        function = None
-    if not callable(function):
-        raise ValueError(f"{module} has no function {path!r}")
+    function = next((found for one in modules if callable(found := _attribute(one, path))), None)
+    if function is None:
+        raise ValueError(f"{' and '.join(modules)} has no function {path!r}")
     if arguments is None:
         return function
     made = function(*arguments[0], **arguments[1])
     if not callable(made):
         raise ValueError(f"{name!r} returns a {type(made).__name__} and not a function")
     return made
+
+
+def _attribute(module: str, path: str) -> Any:
+    try:
+        return pkgutil.resolve_name(f"{module}:{path}")
+    except AttributeError:
+        return None
 
 
 def make_with(

@@ -15,7 +15,7 @@ holds it and a resumed run learns from the same bits.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,13 @@ from grpo_jax.train_step import Step
 from grpo_jax.types import Experience, Metrics, Prompts, TrainState
 
 Batch = Callable[[int], Prompts]  # the prompts of step n
+
+
+class Ahead(NamedTuple):
+    """What the state's `extra` is while a batch is in flight."""
+
+    experience: Experience  # of the next step
+    extra: Any  # what it is otherwise
 
 
 class NumberedStep(NamedTuple):
@@ -50,26 +57,26 @@ def ahead(step: Step, batch: Batch, state: TrainState, *, width: int) -> tuple[N
 
     Returns:
       The step's halves, of which `learn` puts the next batch into `state.extra`; and the state with room for a batch
-      there.
+      there, an `Ahead`.
     """
     waiting: list[Experience] = []
 
     def sample(state: TrainState, n: int) -> Experience:
-        state = state._replace(step=jnp.int32(n), extra=())  # the key of step n
+        state = state._replace(step=jnp.int32(n), extra=state.extra.extra)  # the key of step n
         return resize_prompts(step.collect(state, batch(n)), width)
 
     def collect(state: TrainState, n: int) -> Experience:
-        experience = state.extra if n else sample(state, 0)
+        experience = state.extra.experience if n else sample(state, 0)
         waiting[:] = [sample(state, n + 1)]  # under way when this returns
         return resize_prompts(experience, batch(n).tokens.shape[1])
 
     def learn(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
-        state, metrics = step.learn(state._replace(extra=()), experience)
-        return state._replace(extra=waiting.pop()), metrics
+        state, metrics = step.learn(state._replace(extra=state.extra.extra), experience)
+        return state._replace(extra=Ahead(waiting.pop(), state.extra)), metrics
 
     form = jax.eval_shape(lambda state, prompts: resize_prompts(step.collect(state, prompts), width), state, batch(0))
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
-    return NumberedStep(collect, learn), state._replace(extra=empty)
+    return NumberedStep(collect, learn), state._replace(extra=Ahead(empty, state.extra))
 
 
 def resize_prompts(experience: Experience, width: int) -> Experience:

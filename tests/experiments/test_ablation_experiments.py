@@ -28,8 +28,8 @@ def load(monkeypatch):
     sys.modules.pop("setting", None)
 
 
-def test_there_are_ten():
-    assert len(NAMES) == 10
+def test_there_are_eleven():
+    assert len(NAMES) == 11
 
 
 @pytest.mark.smoke

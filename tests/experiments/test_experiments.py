@@ -420,6 +420,7 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"reward": ("my_rewards:compares",), "eval_rows": 4}, r"groups of 2 completions .* --eval-group-size 2"),
         ({"memory_gib": 1.0, "micro_batches": 2}, r"give no --micro-batches 2"),
         ({"group_size": 1}, r"at least 2 completions to compare, got --group-size 1"),
+        ({"baseline_decay": 0.9}, r"--baseline-decay 0.9 is of --advantage spo and rae, not group_advantages"),
         ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),
         ({"reward_weights": (1.0, 2.0)}, r"2 weights for 1 reward functions"),
         ({"reward": ("my_rewards:brevity", "my_rewards:brevity")}, r"one name each, got brevity, brevity"),
@@ -464,10 +465,11 @@ def test_a_finished_run_is_not_trained_on_under_other_settings(finished):
 def test_objectives_advantages_and_transforms_of_2026_are_reached_by_their_names(files, tmp_path):
     config = settings(
         files, tmp_path, loss="dppo", advantage="pass_at_k(2)", transform=("second_moment(0.5)", "high_covariance()"),
-        score_old=True, group_size=4, reward=("my_rewards:brevity",),
+        score_old=True, group_size=4, reward=("my_rewards:brevity",), top_p=0.8,
     )  # fmt: skip
     grpo.train(config)
     line = metrics.read(tmp_path)[0]
+    assert line["outside_truncation"] == 0
     assert line["sampler_gap"] < 1e-3
     assert line["second_moment"] < 1e-5
     assert {"sampler_gap/3", "clip_low", "clip_high"} <= set(line)
@@ -544,6 +546,24 @@ def test_supervised_learning_refuses_a_completion_that_does_not_fit(files, tmp_p
 # ------------------------------------------------------------- sampling ahead
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True])
+def test_running_baselines_and_the_loss_scale_go_on_where_they_were(files, tmp_path, overlap):
+    """In float16, from a copy of 8 bits, one completion a prompt."""
+    settings_of = {
+        "advantage": "spo", "baseline_column": "answer", "compute_dtype": "float16", "sample_weights": "int8",
+        "score_old": True, "group_size": 1, "save_every": 1, "overlap": overlap, "reward": ("my_rewards:make()",),
+    }  # fmt: skip
+    grpo.train(settings(files, tmp_path / "stopped", steps=2, **settings_of))
+    resumed = grpo.train(settings(files, tmp_path / "stopped", steps=4, **settings_of))
+    whole = grpo.train(settings(files, tmp_path / "whole", steps=4, **settings_of))
+    chex.assert_trees_all_equal(resumed, whole)
+    lines = metrics.read(tmp_path / "whole")
+    assert metrics.read(tmp_path / "stopped") == lines
+    assert all(line["loss_scale"] == 2.0**15 and line["skipped"] == 0 for line in lines)
+    assert all(line["sampler_gap"] > 1e-4 for line in lines)
+
+
 def overlapping(files, run_dir, **changes):
     """A learning rate at which one update moves the policy visibly; checkpoints after steps 2, 4 and 6."""
     return settings(
@@ -609,8 +629,10 @@ def test_a_batch_in_flight_that_is_damaged_is_told_by_name(files, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             grpo.train(config)
     with monkeypatch.context() as patch:  # as if one bit of the tokens in flight had been flipped
-        patch.setattr(checkpoint, "_read_arrays", _flipped("extra/rollout/tokens", checkpoint._read_arrays))
-        with pytest.warns(UserWarning, match=r"passed over: step 4 \(the digest of extra/rollout/tokens differs"):
+        patch.setattr(checkpoint, "_read_arrays", _flipped("extra/experience/rollout/tokens", checkpoint._read_arrays))
+        with pytest.warns(
+            UserWarning, match=r"passed over: step 4 \(the digest of extra/experience/rollout/tokens differs"
+        ):
             chex.assert_trees_all_equal(grpo.train(config), expected)
 
 

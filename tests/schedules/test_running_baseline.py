@@ -9,7 +9,7 @@ import pytest
 from grpo_jax import losses, sampling
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.run import checkpoint
-from grpo_jax.schedules import Scheduled, running_baseline
+from grpo_jax.schedules import Scheduled, running_advantages, running_baseline
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Experience, Prompts, Rollout
@@ -103,6 +103,45 @@ def test_refuses_what_is_out_of_range():
         running_baseline.init(0)
     with pytest.raises(ValueError, match="count is at least 0, got -1"):
         running_baseline.init(1, count=-1)
+
+
+def test_rows_of_one_value_share_a_baseline_and_without_a_column_each_has_its_own():
+    rows = [{"role": "white"}, {"role": ["x"]}, {"role": "white"}, {"role": None}]
+    np.testing.assert_array_equal(running_advantages.of_rows(rows), [0, 1, 2, 3])
+    np.testing.assert_array_equal(running_advantages.of_rows(rows, "role"), [0, 1, 0, 2])
+    with pytest.raises(ValueError, match="1 rows have no column 'role', the first is row 1"):
+        running_advantages.of_rows([{"role": 1}, {}], "role")
+
+
+@pytest.mark.parametrize(
+    ("whole", "make", "move", "decay"),
+    [
+        (running_advantages.spo, running_baseline.spo, running_baseline.observe, 0.7),
+        (running_advantages.rae, running_baseline.rae, running_baseline.follow, 0.6),
+    ],
+)
+def test_a_whole_advantage_is_its_parts_by_the_rows_of_the_data(whole, make, move, decay):
+    of_row = np.array([0, 1, 0, 1], np.int32)
+    kept = whole(of_row, decay=decay, weights=(2.0,), names=("r",))
+    experience = experience_of([[1.0], [0.0], [0.5]], [3, 2, 0])
+    prompts = experience.rollout.prompts
+    by_name = prompts._replace(info={"row": prompts.info})
+    by_name = experience._replace(rollout=experience.rollout._replace(prompts=by_name))
+    held, running = kept.begin, running_baseline.init(2)
+
+    def index(experience):
+        return of_row[experience.rollout.prompts.info]
+
+    for _ in range(2):
+        advantages, _ = kept.advantage(held)(by_name)
+        expected, _ = make(running, index, weights=(2.0,))(experience)
+        np.testing.assert_array_equal(advantages, expected)
+        held = kept.after(held, by_name)
+        running = move(running, experience, index, decay=decay, weights=(2.0,))
+    np.testing.assert_array_equal(held.running.total, running.total)
+    assert np.any(running.total)
+    with pytest.raises(ValueError, match=r"decay is from 0 to 1, got 1\.5"):
+        whole(of_row, decay=1.5)
 
 
 def test_a_resumed_run_has_the_baselines_of_one_that_was_not_stopped(tmp_path):

@@ -41,6 +41,7 @@ def load_pretrained(
     compute_dtype: DTypeLike | None = None,
     cache_dtype: DTypeLike | None = None,
     logits_dtype: DTypeLike = jnp.float32,
+    last_norm_dtype: DTypeLike | None = None,
     quantize: quantized.Kind | None = None,
     attention: Attention = auto,
     remat: bool | Callable[..., bool] = True,
@@ -60,6 +61,7 @@ def load_pretrained(
       cache_dtype: of the keys and values of completions while they are sampled; None for
         `compute_dtype`. A narrower one saves memory and moves sampled log-probs away from scored ones.
       logits_dtype: of the operands of the last product.
+      last_norm_dtype: of what the last norm returns; None for `compute_dtype`.
       quantize: `"nf4"`, `"int4"`, `"int8"` or `"fp8"` quantises the kernels of the layers while they are read, a
         layer at a time, so that neither host nor device ever holds them as floats; see `models.quantized`. They are
         then to be frozen, and adapters trained. A checkpoint that is quantised already is refused.
@@ -91,6 +93,7 @@ def load_pretrained(
         dtype=dtype if compute_dtype is None else compute_dtype,
         cache_dtype=cache_dtype,
         logits_dtype=logits_dtype,
+        last_norm_dtype=last_norm_dtype,
         attention=attention,
         remat=remat,
         mesh=mesh,
