@@ -14,11 +14,14 @@ import ast
 import inspect
 import json
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from grpo_jax import data
 from grpo_jax.environments import Message, Respond, Row, Turn
+from grpo_jax.rewards.calling import run_async
 from grpo_jax.rewards.python import make_python_output
 
 if TYPE_CHECKING:
@@ -93,6 +96,11 @@ def llama_calls(text: str) -> list[Call]:
     return [_read(text, "parameters")] if text.startswith("{") and '"name"' in text else []
 
 
+def any_calls(text: str) -> list[Call]:
+    """Calls in either of these formats, for an environment that knows no tokenizer."""
+    return hermes_calls(text) or llama_calls(text)
+
+
 def _read(text: str, arguments: str) -> Call:
     try:
         call = json.loads(text)
@@ -119,8 +127,8 @@ def environment(
     so, and the conversation goes on. Several calls in a turn are answered in their order.
 
     Args:
-      functions: tools. One with an attribute `continued` is called as `continued(earlier, arguments)` instead, with the
-        arguments of its earlier calls in the conversation, and so has a state there.
+      functions: tools, plain or async. One with an attribute `continued` is called as `continued(earlier, arguments)`
+        instead, with the arguments of its earlier calls in the conversation, and so has a state there.
       calls: `call_format(tokenizer)`, or your own reader.
       score: `(row, messages) -> reward` of the whole conversation, given for its last turn; None for no reward.
       longest: characters of a result; the rest of a longer one is left out.
@@ -130,6 +138,26 @@ def environment(
     """
     schemas(functions)
     by_name = {_name(function): function for function in functions}
+
+    def respond(row: Row, messages: list[Message]) -> Turn:
+        written = [calls(message["content"]) for message in messages if message["role"] == "assistant"]
+        earlier, present = [call for turn in written[:-1] for call in turn], written[-1]
+        if not present:
+            return Turn(None, None if score is None else score(row, messages))
+        return called(by_name, present, earlier, longest=longest)
+
+    return respond
+
+
+def called(by_name: Mapping[str, Tool], calls: Sequence[Call], earlier: Sequence[Call] = (), *, longest: int) -> Turn:
+    """The answers to the calls of one turn, as messages of tools.
+
+    Args:
+      by_name: the tools, plain or async.
+      calls: in their order.
+      earlier: of the conversation, for tools that are `continued`; see `environment`.
+      longest: characters of a result.
+    """
 
     def answer(call: Call, earlier: Sequence[Call]) -> str:
         if call.error is not None:
@@ -145,27 +173,21 @@ def environment(
                 result = continued([c.arguments for c in earlier if c.name == call.name], call.arguments)
             else:
                 result = function(**call.arguments)
+            result = run_async(result) if inspect.iscoroutine(result) else result
             text = result if isinstance(result, str) else json.dumps(result, default=str)
         except Exception as error:
             text = f"error: {type(error).__name__}: {error}"
         return text if len(text) <= longest else f"{text[:longest]} ... ({len(text) - longest} characters left out)"
 
-    def respond(row: Row, messages: list[Message]) -> Turn:
-        written = [calls(message["content"]) for message in messages if message["role"] == "assistant"]
-        earlier, present = [call for turn in written[:-1] for call in turn], written[-1]
-        if not present:
-            return Turn(None, None if score is None else score(row, messages))
-        contents = [answer(call, [*earlier, *present[:n]]) for n, call in enumerate(present)]
-        return Turn([{"role": "tool", "content": content or "(no output)"} for content in contents])
-
-    return respond
+    contents = [answer(call, [*earlier, *calls[:n]]) for n, call in enumerate(calls)]
+    return Turn([{"role": "tool", "content": content or "(no output)"} for content in contents])
 
 
 def _name(function: Tool) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-# ------------------------------------------------------------------------------------ two tools
+# ---------------------------------------------------------------------------------- three tools
 
 
 def calculator(expression: str) -> str:
@@ -216,6 +238,49 @@ def _value(node: ast.AST) -> Fraction:
 
 def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length() - 1
+
+
+def search(documents: Sequence[str] | str, *, column: str = "text", results: int = 3, longest: int = 1000) -> Tool:
+    """Makes a tool that finds passages of a corpus by their words (BM25, of the extra `search`).
+
+    Words are runs of letters and digits, in lower case.
+
+    Args:
+      documents: the passages; or a file of rows, as `data.read_rows` reads it.
+      column: of such rows, with the passage.
+      results: passages that a search returns at most.
+      longest: characters of each; the rest is left out.
+
+    Raises:
+      ValueError: for no passages, or numbers below 1.
+    """
+    from rank_bm25 import BM25Okapi
+
+    texts = [row[column] for row in data.read_rows(documents)] if isinstance(documents, str) else [*documents]
+    if not texts or results < 1 or longest < 1:
+        raise ValueError(
+            f"a search needs passages, results and longest of at least 1, got {len(texts)}, {results} and {longest}"
+        )
+    words = [_words(text) for text in texts]
+    index = BM25Okapi(words)
+
+    def search(query: str) -> str:
+        """Finds the passages of a collection that fit a query best.
+
+        Args:
+            query: a few words to look for.
+        """
+        asked = _words(query)
+        scores = index.get_scores(asked)
+        order = sorted(range(len(texts)), key=lambda i: -scores[i])
+        found = [i for i in order if not set(asked).isdisjoint(words[i])][:results]
+        return "\n\n".join(f"[{i + 1}] {texts[i][:longest]}" for i in found) or "nothing found"
+
+    return search
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def python(**settings: Any) -> Any:

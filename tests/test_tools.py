@@ -137,6 +137,46 @@ def test_what_the_calculator_cannot_do_is_an_error_to_the_policy(expression):
     assert said.startswith("error: ")
 
 
+def test_the_search_finds_passages_by_their_words(tmp_path):
+    passages = [
+        "The otter lives by rivers.",
+        "A heron fishes by rivers too; a heron waits.",
+        "Granite is a rock." + "x" * 50,
+    ]
+    rows = tmp_path / "corpus.jsonl"
+    rows.write_text("".join(json.dumps({"body": text}) + "\n" for text in passages))
+    for find in (tools.search(passages, results=2, longest=45), tools.search(str(rows), column="body", results=2)):
+        heron, otter = find("Heron, rivers?").split("\n\n")  # the one with both words first
+        assert heron.startswith("[2] A heron")
+        assert otter == "[1] The otter lives by rivers."
+        assert find("volcano") == "nothing found"
+    assert len(tools.search(passages, longest=45)("granite")) == len("[3] ") + 45
+    assert answers(hermes(call("search", query="granite")), [tools.search(passages, longest=17)]) == [
+        "[3] Granite is a rock"
+    ]
+    with pytest.raises(ValueError, match="a search needs passages"):
+        tools.search([])
+
+
+async def slow_add(a: int, b: int) -> int:
+    """Adds two numbers, later.
+
+    Args:
+        a: the first.
+        b: the second.
+    """
+    return a + b
+
+
+def test_a_tool_may_be_async():
+    assert answers(hermes(call("slow_add", a=2, b=3)), [slow_add]) == ["5"]
+
+
+def test_calls_are_read_in_either_format_where_no_tokenizer_is_known():
+    written = [hermes(call("add", a=2)), '{"name": "add", "parameters": {"a": 2}}', "no call"]
+    assert [tools.any_calls(text) for text in written] == [[tools.Call("add", {"a": 2})]] * 2 + [[]]
+
+
 @pytest.fixture(scope="module")
 def python(sandbox):
     return tools.python(timeout=5.0)

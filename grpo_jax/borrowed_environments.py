@@ -1,0 +1,121 @@
+"""Environments that others wrote: TRL's classes, and any verifier that is asked several times.
+
+respond = trl_environment(Wordle)                          # a class with reset, get_reward and tools as methods
+rows = with_first_observations(Wordle, rows)               # what its reset says belongs to the prompt
+respond = attempts(task.verifier, again="That is not right. Try again.")      # such as of tasks.reasoning_gym
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from grpo_jax.environments import Message, Respond, Row, Turn
+from grpo_jax.rewards.calling import RewardFunction, call
+from grpo_jax.tools import Calls, any_calls, called
+
+STATE = "_environment"  # the column of a conversation's row that holds its environment
+
+
+def trl_environment(factory: Callable[[], Any], *, calls: Calls = any_calls, longest: int = 4000) -> Respond:
+    """Makes an environment of a class as TRL's `environment_factory` takes it.
+
+        class Counter:
+            def reset(self, **row) -> str | None: ...        # row: the columns of the data set
+            def increment(self, by: int) -> int: ...         # any other public method is a tool
+            def get_reward(self) -> float: ...               # may be left out
+
+    Each conversation has an object of its own, reset with its row before the first answer. Its reward is asked for
+    after each turn, and what it has gained since the turn before is that turn's: the sum is the last one, also where
+    the conversation is cut. What `reset` returns is not said here: see `with_first_observations`.
+
+    Args:
+      factory: the class, or a function that makes such an object.
+      calls: the reader of calls in the policy's text.
+      longest: characters of a tool's result.
+
+    Raises:
+      ValueError: if the object has no `reset`.
+    """
+    example = factory()
+    names = _tools(example)
+
+    def respond(row: Row, messages: list[Message]) -> Turn:
+        if STATE not in row:
+            columns = dict(row)
+            row[STATE] = made = factory()
+            made.reset(**columns)
+            row[f"{STATE}_rewarded"] = 0.0
+        made = row[STATE]
+        present = calls(messages[-1]["content"])
+        turn = Turn(None)
+        if present:
+            turn = called({name: getattr(made, name) for name in names}, present, longest=longest)
+        if not hasattr(made, "get_reward"):
+            return turn
+        total = float(made.get_reward())
+        gained, row[f"{STATE}_rewarded"] = total - row[f"{STATE}_rewarded"], total
+        return turn._replace(reward=gained)
+
+    told: Any = respond
+    told.tools = [getattr(example, name) for name in names]
+    return respond
+
+
+def with_first_observations(
+    factory: Callable[[], Any], rows: Sequence[Mapping[str, Any]], *, prompt_column: str = "prompt"
+) -> list[Row]:
+    """The rows with what `reset` returns for each of them added to the end of its prompt, as TRL does.
+
+    `reset` is called here and again when the conversation begins: it has to say the same of the same row.
+    """
+    made = factory()
+    told = []
+    for row in rows:
+        said, prompt = made.reset(**row), row[prompt_column]
+        if said and isinstance(prompt, str):
+            prompt = prompt + said
+        elif said:
+            prompt = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + said}]
+        told.append({**row, prompt_column: prompt})
+    return told
+
+
+def _tools(example: Any) -> list[str]:
+    if not callable(getattr(example, "reset", None)):
+        raise ValueError(
+            f"an environment of TRL's kind has a method `reset(**row)`, and {type(example).__name__} has none"
+        )
+    names = [name for name, _ in inspect.getmembers(example, callable) if not name.startswith("_")]
+    return [name for name in names if name not in ("reset", "get_reward")]
+
+
+def attempts(
+    verifier: RewardFunction, *, again: str = "That is not right. Try again.", right: float = 1.0, discount: float = 1.0
+) -> Respond:
+    """Makes an environment that lets the policy try again until a verifier is content.
+
+    The reward of the n-th attempt, from 0, is `discount**n` times what the verifier gives for it beyond the best
+    before; so the sum over a conversation is the best one's where nothing is discounted. `max_turns` limits the
+    attempts.
+
+    Args:
+      verifier: with TRL's signature, such as a task's; it is asked for one completion at a time.
+      again: what is said after an attempt that is not right.
+      right: the verifier's reward from which on the conversation is over.
+      discount: for each attempt before.
+
+    Raises:
+      ValueError: for a discount that is not from 0 to 1.
+    """
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount is from 0 to 1, got {discount}")
+
+    def respond(row: Row, messages: list[Message]) -> Turn:
+        columns = {name: [value] for name, value in row.items() if name not in ("prompt", STATE)}
+        arguments = {"prompts": [row.get("prompt")], "completions": [messages[-1]["content"]], **columns}
+        ((score,),) = call([verifier], arguments, 1)
+        tried, best = row.get(STATE, (0, 0.0))
+        row[STATE] = (tried + 1, max(best, score))
+        return Turn(None if score >= right else again, discount**tried * max(0.0, score - best))
+
+    return respond
