@@ -9,7 +9,7 @@ from grpo_jax import advantages, data, init_state, losses, make_train_step, rewa
 
 tokenizer = testing.tiny_tokenizer()  # transformers.AutoTokenizer.from_pretrained(folder)
 policy = testing.tiny_policy(vocab_size=len(tokenizer))  # policy, params = hf.load_pretrained(folder)
-params = policy.init(jax.random.key(0))
+params = jax.jit(policy.init)(jax.random.key(0))
 optimizer = optax.adam(3e-3)
 sampler = sampling.sampler(group_size=4, max_tokens=8, eos_ids=(tokenizer.eos_token_id,))
 
