@@ -14,8 +14,14 @@ from grpo_jax.types import Experience, Prompts, Rollout, Scores
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 T = 9  # the limit of sampling in the tables
-TABLE = (ROOT / "docs/pages/objectives/index.md").read_text()
-ROWS = dict(re.findall(r"^\| `(\w+\(T?\))` \| [^|]+ \| ([^|]+) \|", TABLE, re.MULTILINE))
+
+
+def rows_of(page):
+    """Of the table of objectives: each one as it is called, and the line that composes it."""
+    return dict(re.findall(r"^\| `(\w+\(T?\))` \| [^|]+ \| ([^|]+) \|", (ROOT / page).read_text(), re.MULTILINE))
+
+
+ROWS = rows_of("docs/pages/objectives/index.md")
 COMPOSED = [(name, line.split("`")[1]) for name, line in ROWS.items() if "policy_loss" in line]
 BLOCKS = re.findall(r"^(policy_loss\(.*\))  # (.+)$", (ROOT / "docs/pages/objectives/surrogates.md").read_text(), re.M)
 
@@ -27,6 +33,10 @@ def test_the_table_of_objectives_has_them_all():
         if inspect.isfunction(f) and "parts" in inspect.signature(f).parameters
     }
     assert {name.partition("(")[0] for name in ROWS} == makers | {"sft"}
+    readme = rows_of("README.md")
+    assert {name: line.split("`")[1:2] for name, line in readme.items()} == {
+        name: line.split("`")[1:2] for name, line in ROWS.items()
+    }
     assert len(COMPOSED) == len(ROWS) - 2
     assert {name for name, _ in COMPOSED} <= {name for _, name in BLOCKS}
 

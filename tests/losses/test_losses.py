@@ -678,6 +678,8 @@ def test_every_setting_has_an_effect_on_the_gradient(name):
 
 
 def test_every_setting_of_every_objective_is_in_the_table():
+    functions = {name: f for name, f in vars(losses.objectives).items() if inspect.isfunction(f)}
+    assert set(SETTINGS) == {name for name, f in functions.items() if "parts" in inspect.signature(f).parameters}
     for name, (_, changes) in (SETTINGS | OF_WEIGHTS).items():
         named = inspect.signature(getattr(losses, name)).parameters.values()
         assert {p.name for p in named if p.kind != p.VAR_KEYWORD} == set(changes), name
