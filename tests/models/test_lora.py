@@ -269,12 +269,12 @@ def test_many_adapters_over_one_base_train_as_each_alone():
     adapters, scales, shared = lora.stack(several)
     assert adapters["layers"]["mlp"]["up_proj"]["lora_a"].shape == (2, 2, 32, 3)
 
+    two_batches = jax.tree.map(lambda *x: jnp.stack(x), *(random_prompts(seed, 2, 5) for seed in range(2)))
+
     def train(adapters, scales, shared, rate):
         optimizer = optax.sgd(rate)
         state = init_state(adapters, optimizer, jax.random.key(2), frozen=bind(scales, shared), reference=True)
-        for n in range(2):
-            state, _ = grpo_step(policy, optimizer)(state, random_prompts(n, 2, 5))
-        return state.params
+        return jax.lax.scan(grpo_step(policy, optimizer), state, two_batches)[0].params
 
     rates = jnp.array([0.1, 0.3])
     together = jax.jit(jax.vmap(train, (0, 0, None, 0)))(adapters, scales, shared, rates)
