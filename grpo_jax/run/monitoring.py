@@ -289,6 +289,18 @@ def reward_failing(history: History, *, window: int = 10, share: float = 0.1, st
     )
 
 
+def environment_failing(history: History, *, window: int = 10, share: float = 0.1) -> str | None:
+    """The environment failed in more than `share` of the conversations of the last `window` steps."""
+    failed = _mean(_last(history, "environment_failed", window))
+    if failed is None or failed <= share:
+        return None
+    return (
+        f"the environment failed in {failed:.0%} of the conversations of the last {window} steps "
+        "(`environment_failed`), which are masked and teach nothing; the warnings of these steps say why. Mend it, or "
+        "give it more time (--answer-timeout) or tokens (--max-answer-tokens)"
+    )
+
+
 def updates_skipped(history: History) -> str | None:
     """At the last step an update was not finite and was not applied."""
     skipped = _mean(_last(history[-1:], "skipped", 1))
@@ -330,6 +342,7 @@ DEFAULT: tuple[Check, ...] = (
     held_out_disagrees,
     repeating,
     reward_failing,
+    environment_failing,
     updates_skipped,
     nothing_learned,
 )

@@ -26,6 +26,7 @@ import numpy as np
 from grpo_jax.policies import Policy
 from grpo_jax.rewards.calling import run_async
 from grpo_jax.sampling.engines import from_engine
+from grpo_jax.truncation import Truncation
 from grpo_jax.types import Params, PRNGKey, Prompts, Rollout
 
 TRANSIENT = (408, 409, 425, 429)  # statuses after which a request is sent again, beside 5xx
@@ -165,6 +166,13 @@ class EngineSampler:
     given: dict[str, int]  # what the server has: `version`, and `lag`, the calls since it was given
     on_host: ClassVar[bool] = True
 
+    @property
+    def truncation(self) -> Truncation | None:
+        """Under which the step scores what was drawn."""
+        if self.top_k is None and self.top_p is None and self.min_p is None:
+            return None
+        return Truncation(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
     def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
         """Draws `group_size` completions for each prompt, after giving the server the params if its are too old.
 
@@ -302,7 +310,7 @@ def engine_sampler(
         )
     if not server.url.startswith(("http://", "https://")):
         raise ValueError(f"a server's url begins with http:// or https://, got {server.url!r}")
-    return EngineSampler(
+    made = EngineSampler(
         server=server,
         write=write,
         folder=pathlib.Path(folder),
@@ -321,6 +329,8 @@ def engine_sampler(
         concurrency=concurrency,
         given={"version": 0, "lag": 0},
     )
+    _ = made.truncation  # refuses what is out of range
+    return made
 
 
 def _read(server: Server, answer: Any) -> list[Drawn]:

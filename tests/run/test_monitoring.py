@@ -108,6 +108,7 @@ FAULTS = {
     "unscored": (changed(40, unscored__accuracy=0.5), "reward_failing", 49, ["`unscored/accuracy`", "verifier"]),
     "failed": (changed(40, judge__failed=0.5), "reward_failing", 49, ["`judge/failed`", "the service"]),
     "faults": (changed(40, accuracy__faults=3.0), "reward_failing", 49, ["`accuracy/faults`", "times in"]),
+    "environment": (changed(40, environment_failed=0.5), "environment_failing", 49, ["`environment_failed`", "masked"]),
     "timeouts": (changed(40, accuracy__timeouts=3.0), "reward_failing", 49, ["`accuracy/timeouts`", "time limit"]),
     "no learning rate": (changed(40, learning_rate=0.0), "nothing_learned", 40, ["learning rate is 0", "schedule"]),
     "no change": (changed(40, update_norm=0.0), "nothing_learned", 40, ["changed no parameter", "bfloat16"]),

@@ -178,6 +178,7 @@ def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_t
         ({"max_lag": -1}, "max_lag and retries"),
         ({"temperature": 0}, "temperature is above 0"),
         ({"timeout": 0}, "timeout above 0"),
+        ({"top_p": 2.0}, "top_p is above 0 and at most 1, got 2.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message, tmp_path):
