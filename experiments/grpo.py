@@ -24,7 +24,9 @@ every `--export-every` steps, after the last one, and to `best` whenever the eva
 `grpo_jax.environments`). Rewards then see whole conversations, and `grpo_jax.rewards:environment` is the environment's.
 
 `--mesh data=2,fsdp=4` divides all of it over eight devices: rows over both, the weights and the optimiser's state over
-`fsdp`. A run is resumed on another mesh, too, where it goes on to rounding.
+`fsdp`. A run is resumed on another mesh, too, where it goes on to rounding. Where the devices are those of several
+processes, the same command is given in each, with `--coordinator HOST:PORT --processes 2 --process-id 0` (and 1), or
+with `--coordinator cluster` where Slurm, Open MPI, Kubernetes or Cloud TPUs started them.
 
 With `--overlap` the next batch is sampled while the rewards of this one are computed, for verifiers that keep the
 device waiting. It then comes from the policy before the update, which the ratio takes into account.
@@ -51,6 +53,7 @@ from grpo_jax.run import completions, digests, inputs, measured, memory, metrics
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import make_with, resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
+from grpo_jax.run.together import ProcessSettings
 from grpo_jax.schedules import Scheduled, learning_rates, loss_scale, running_advantages
 from grpo_jax.schedules.running_advantages import RunningAdvantage
 from grpo_jax.study.evaluation import make_mean_rewards
@@ -61,12 +64,12 @@ from grpo_jax.updates import Updates, init_state
 MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export", "export_every", "show_every", "tensorboard", "wandb", "profile"),
     *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout"),
-    *("environment_workers", "mesh"),
+    *("environment_workers", "mesh", "coordinator", "processes", "process_id"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ConversationSettings, WeightSettings):
+class Config(ConversationSettings, WeightSettings, ProcessSettings):
     """Settings of a run."""
 
     model: str
@@ -130,6 +133,12 @@ class Config(ConversationSettings, WeightSettings):
     stop_after_failed: int = 3  # batches in a row that a reward function raised on; 1 stops at once
     profile: bool = False  # write a trace of the second step and the next two into the run's folder, for xprof
     overlap: bool = False  # sample the next batch while this one is rewarded, from the policy before the update
+
+
+def main(config: Config) -> None:
+    """Trains, together with other processes where there are some."""
+    with config.joined():
+        train(config)
 
 
 def train(config: Config) -> Params:
@@ -283,11 +292,16 @@ def check(config: Config, mesh: Mesh | None = None) -> Updates:
         raise ValueError(f"--memory-gib chooses the micro-batches, so give no --micro-batches {config.micro_batches}")
     if config.pack and config.attention in ("cudnn", "splash"):
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
+    if jax.process_count() > 1 and (config.tools or config.environment):
+        raise ValueError("conversations go through the host of one process: leave out --coordinator")
     if config.overlap and (config.tools or config.environment):
         raise ValueError("--overlap samples in the background, and a conversation goes through the host: leave it out")
     names = ("iterations", "minibatches", "micro_batches", "max_grad_norm")
     updates = Updates(**{name: getattr(config, name) for name in names})
     updates.check(config.prompts_per_step)
+    if mesh is None and jax.process_count() > 1:
+        count = f"{jax.device_count()} devices of the {jax.process_count()} processes"
+        raise ValueError(f"say how the {count} share the work: --mesh fsdp={jax.device_count()}, for instance")
     if mesh is not None:
         sharding.check_rows(mesh, config.prompts_per_step // updates.parts, config.group_size)
     return updates
@@ -322,4 +336,4 @@ def make_loss(config: Config) -> Loss:
 
 
 if __name__ == "__main__":
-    run.command(train, Config, __doc__)
+    run.command(main, Config, __doc__)

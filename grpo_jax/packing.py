@@ -9,6 +9,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax import processes
 from grpo_jax.types import Experience, Packing, Rollout
 
 Tuple = TypeVar("Tuple", Experience, Rollout)
@@ -26,7 +27,7 @@ def trim(experience: Experience, *, multiple: int = 64) -> Experience:
     """
     _check(multiple)
     rollout = experience.rollout
-    longest = max(1, int(np.max(rollout.lengths)))
+    longest = max(1, int(np.max(processes.whole(rollout.lengths))))
     width = min(rollout.tokens.shape[-1], -(-longest // multiple) * multiple)
 
     def cut(held: Tuple, *names: str) -> Tuple:
@@ -70,7 +71,7 @@ def pack(rollout: Rollout, *, multiple: int = 64) -> Packing | None:
       The packing, or None where it would not save a token.
     """
     _check(multiple)
-    lengths = np.asarray(rollout.lengths)
+    lengths = processes.whole(rollout.lengths)
     B, G, T = rollout.tokens.shape
     shortest = max(1, -(-int(lengths.max()) // multiple))  # rows in multiples
     widest = min(2 * shortest, max(shortest, -(-int(lengths.sum(axis=1).max()) // multiple)))

@@ -128,12 +128,29 @@ def shardings(mesh: Mesh, tree: Tree) -> Tree:
 
 def place(mesh: Mesh, tree: Tree) -> Tree:
     """The same tree on the devices of the mesh, by the table; what it does not name is whole on each device."""
-    return jax.device_put(tree, shardings(mesh, tree))
+    return jax.tree.map(put, tree, shardings(mesh, tree))
+
+
+def put(x: Array, where: NamedSharding) -> Array:
+    """An array, which each of several processes has, or which lies on a mesh already, on the devices of a sharding."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(where, x.ndim):
+        return x
+    return jax.jit(lambda x: x, out_shardings=where)(x)
 
 
 def batch(mesh: Mesh, tree: Tree) -> Tree:
-    """Arrays of leading axis `B`, such as prompts, with their rows divided over `data` and `fsdp`."""
-    return jax.device_put(tree, batch_shardings(mesh, tree))
+    """Arrays of leading axis `B`, such as prompts, with their rows divided over `data` and `fsdp`.
+
+    Of several processes each has the whole arrays, and puts its rows on its devices.
+    """
+
+    def of_leaf(x: Array, where: NamedSharding) -> Array:
+        return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
+
+    where = batch_shardings(mesh, tree)
+    return jax.device_put(tree, where) if jax.process_count() == 1 else jax.tree.map(of_leaf, tree, where)
 
 
 def batches(mesh: Mesh, of_step: Callable[[int], Tree]) -> Callable[[int], Tree]:

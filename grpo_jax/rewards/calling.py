@@ -61,7 +61,8 @@ def call(
 
     Each function is given those of the arguments that it takes, in copies of its own, one per completion: a function
     that writes into them changes nothing for other functions, other completions, or the data set. Functions that are
-    `async` wait together.
+    `async` wait together. None is asked about no completions, unless it has something to tell other processes: then
+    its attribute `takes_part` is True.
 
     Args:
       functions: plain or async.
@@ -84,6 +85,9 @@ def call(
     results: list[Any] = []
     try:
         for function in functions:
+            if not count and not getattr(function, "takes_part", False):
+                results.append([])
+                continue
             with noted(function, count), _reported([function], count, report_after):
                 results.append(function(**accepted(function, arguments)))
         if any(map(inspect.isawaitable, results)):

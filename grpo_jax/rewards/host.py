@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
+from grpo_jax import processes
 from grpo_jax.rewards.calling import LogMetric, RewardFunction, TrainerState, call, group_size_of, ignore, name_of
 from grpo_jax.rewards.conversations import Read, conversation_messages, given_rewards
 from grpo_jax.types import Array, Prompts, Rollout
@@ -60,6 +61,9 @@ def host(
     - from TRL `trainer_state`, with `global_step` and `max_steps`, and the loggers `log_metric(name, value)` and
       `log_extra(column, values)`.
 
+    Of several processes (`grpo_jax.processes`) each calls the functions on its own groups, and all get the rewards of
+    all. A function that raises in one process raises in all.
+
     Each function has copies of its own, which it may change. None, and NaN with a warning, say that there is no
     reward for a completion; it is masked, not scored. Functions that are `async` wait together, on an event loop of
     their own.
@@ -91,6 +95,26 @@ def host(
         raise ValueError(f"the data set has no column {prompt_column!r} for the prompts, only {names}")
 
     def reward(rollout: Rollout, trainer_state: TrainerState | None = None) -> tuple[np.ndarray, np.ndarray]:
+        shape = (*rollout.lengths.shape, len(functions))
+        read = (rollout.prompts, rollout.tokens, rollout.lengths)
+        own, (prompts, tokens, lengths) = processes.own_rows(read, of=rollout.tokens)
+        rollout = rollout._replace(prompts=prompts, tokens=tokens, lengths=lengths)
+        logged: list[tuple[str, float]] = []
+
+        def log(name: str, value: float) -> None:
+            logged.append((name, float(value)))
+
+        with processes.alike("reward"):
+            values = of_groups(rollout, trainer_state, log)
+        rewards = np.empty(shape, np.float32)
+        for rows, found, metrics in processes.exchange("rewards", (own.tolist(), values.tolist(), logged)):
+            rewards[np.asarray(rows, int)] = np.reshape(found, (len(rows), *shape[1:]))
+            for name, value in metrics:
+                (log_metric or ignore)(name, value)
+        return np.nan_to_num(rewards), ~np.isnan(rewards)
+
+    def of_groups(rollout: Rollout, trainer_state: TrainerState | None, log: LogMetric) -> np.ndarray:
+        """Rewards `[B, G, R]` of groups that are here, NaN where there is none."""
         B, G, _ = rollout.tokens.shape
         if "row" not in rollout.prompts.info:
             raise ValueError("the prompts do not name their rows of the data set: make_prompts(prompts, rows)")
@@ -100,7 +124,7 @@ def host(
                 raise ValueError(f"{name_of(function)} compares groups of {size} completions, and these have {G}")
         rows = [dataset[row] for row in np.repeat(np.asarray(rollout.prompts.info["row"]), G).tolist()]
         prompts = [row[prompt_column] for row in rows]
-        chat = not isinstance(prompts[0], str)
+        chat = bool(prompts) and not isinstance(prompts[0], str)
         completions: list[Any] = _flat(completion_texts(rollout, tokenizer, eos_ids))
         if chat:
             completions = [[{"role": "assistant", "content": text}] for text in completions]
@@ -113,17 +137,14 @@ def host(
             "completion_ids": sampled_tokens(rollout),
             "prompt_tail": [tail for tail in prompt_tails(rollout.prompts, tokenizer) for _ in range(G)],
             "trainer_state": trainer_state,
-            "log_metric": log_metric or ignore,
+            "log_metric": log,
             "log_extra": ignore,
         }
         if rollout.turns is not None:
             arguments["turn_rewards"] = given_rewards(rollout)
         values = call(functions, arguments, B * G, report_after=report_after)
         rewards = np.array(values, np.float32).reshape(len(functions), B, G).transpose(1, 2, 0)
-        mask = ~np.isnan(rewards)
-        if rollout.turns is not None:
-            mask &= ~np.asarray(rollout.turns.failed)[..., None]
-        return np.where(mask, rewards, 0.0).astype(np.float32), mask
+        return rewards if rollout.turns is None else np.where(rollout.turns.failed[..., None], np.nan, rewards)
 
     return reward
 

@@ -12,7 +12,8 @@ leaf is kept beside the state, and names, shapes and dtypes are compared here. `
         ...
         checkpoint.save(checkpoints, state, {"config": config})
 
-One process drives all devices; several hosts are refused rather than half supported.
+Several processes write into one folder, that all of them see: each its parts of the arrays that are divided over them,
+of which each part has a digest of its own. They are read onto any mesh and any number of processes.
 """
 
 import hashlib
@@ -32,6 +33,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
+from grpo_jax import processes
+from grpo_jax.models.sharding import put
 from grpo_jax.run import compilation
 from grpo_jax.types import Params, TrainState
 
@@ -54,15 +57,10 @@ def manager(
       max_to_keep: older checkpoints than this many are deleted after a save; None keeps all.
       read_only: to look at the folder of a run that may be alive; nothing is created or removed.
     """
-    if jax.process_count() > 1:
-        raise NotImplementedError(f"checkpoints are for one process, this is one of {jax.process_count()}")
     folder = pathlib.Path(directory).absolute()
     if not read_only:
-        for leftover in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
-            shutil.rmtree(leftover)  # not by Orbax, which does it in the background, also of a save begun meanwhile
-        for step in folder.glob("[0-9]*"):
-            if step.is_dir() and not any(step.iterdir()):
-                step.rmdir()  # its deletion was killed; it would count as a checkpoint
+        with processes.alike("leftovers"):
+            _remove_leftovers(folder)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=max_to_keep,
         create=not read_only,
@@ -70,6 +68,16 @@ def manager(
         enable_async_checkpointing=False,  # an asynchronous save reports a full disk only at the next one
     )
     return ocp.CheckpointManager(folder, options=options, handler_registry=_handlers())
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+    if not processes.is_first():
+        return
+    for leftover in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
+        shutil.rmtree(leftover)  # not by Orbax, which does it in the background, also of a save begun meanwhile
+    for step in folder.glob("[0-9]*"):
+        if step.is_dir() and not any(step.iterdir()):
+            step.rmdir()  # its deletion was killed; it would count as a checkpoint
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
@@ -114,8 +122,9 @@ def save(
     _make_room(checkpoints, step, state)
     leaves = _leaves(state)
     unwritten = sorted(path for path in leaves if path.partition("/")[0] in initial)
-    arrays = {path: _to_host(leaf) for path, leaf in leaves.items() if path not in unwritten}
+    arrays = {path: _held(leaf) for path, leaf in leaves.items() if path not in unwritten}
     facts = {path: _facts(leaf, arrays[path]) if path in arrays else _facts_of(leaf) for path, leaf in leaves.items()}
+    facts = _merged(processes.exchange("facts", facts))
     content = {"meta": meta, "leaves": facts, "initial": unwritten, "made_with": _made_with(leaves)}
     content = json.loads(json.dumps(content))  # as it will be read: tuples are lists, keys are strings
     if checkpoints.all_steps():
@@ -281,6 +290,11 @@ def _is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _held(leaf: jax.Array) -> Any:
+    """The array on the host, or as it is where other processes have parts of it."""
+    return leaf if processes.is_spread(leaf) else _to_host(leaf)
+
+
 def _to_host(leaf: jax.Array) -> np.ndarray:
     array = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     # A second array of the same buffers, because a NumPy copy lives as long as the array that it was taken of.
@@ -292,9 +306,32 @@ def _host_form(leaf: Any) -> Any:
     return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
 
 
-def _facts(leaf: jax.Array, array: np.ndarray) -> dict[str, Any]:
+def _facts(leaf: jax.Array, array: Any) -> dict[str, Any]:
     kind = {"impl": jax.random.key_impl(leaf)} if _is_key(leaf) else {"weak": leaf.weak_type}
-    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "sha256": _digest(array), **kind}
+    facts = {"dtype": str(leaf.dtype), "shape": list(leaf.shape), **kind}
+    if not processes.is_spread(array):
+        return facts | {"sha256": _digest(array)}
+    own = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    return facts | {"parts": {_place_of(shard.index, leaf.shape): _digest(np.asarray(shard.data)) for shard in own}}
+
+
+def _merged(of_processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The facts with the parts of all processes."""
+    merged = of_processes[0]
+    for facts in of_processes[1:]:
+        for path, fact in facts.items():
+            if "parts" in fact:
+                merged[path]["parts"] |= fact["parts"]
+    return merged
+
+
+def _place_of(index: Sequence[slice], shape: Sequence[int]) -> str:
+    """`0:4,8:16` of slices."""
+    return ",".join("{}:{}".format(*part.indices(n)) for part, n in zip(index, shape, strict=True))
+
+
+def _index_of(place: str) -> tuple[slice, ...]:
+    return tuple(slice(*map(int, part.split(":"))) for part in place.split(","))
 
 
 _KNOWN: dict[int, tuple[weakref.ref[jax.Array], dict[str, Any]]] = {}  # id of an array, which may be another's later
@@ -305,20 +342,46 @@ def _facts_of(leaf: jax.Array) -> dict[str, Any]:
     known = _KNOWN.get(id(leaf))
     if known is None or known[0]() is not leaf:
         place = id(leaf)
-        known = weakref.ref(leaf, lambda _: _KNOWN.pop(place, None)), _facts(leaf, _to_host(leaf))
+        facts = _facts(leaf, _to_host(leaf)) if not processes.is_spread(leaf) else _facts_of_blocks(leaf)
+        known = weakref.ref(leaf, lambda _: _KNOWN.pop(place, None)), facts
         _KNOWN[place] = known
     return known[1]
 
 
-def _stored(array: np.ndarray) -> np.ndarray:
+def _facts_of_blocks(leaf: jax.Array) -> dict[str, Any]:
+    """`_facts` with one digest of an array that is divided over processes, which is the same on every mesh."""
+    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "sha256": _digest(leaf), "weak": leaf.weak_type}
+
+
+def _stored(array: Any) -> Any:
     """The array as Orbax can save it: a code of 4 bits without a sign as a byte."""
-    return array.view(np.uint8) if array.dtype == jnp.uint4 else array
+    if array.dtype != jnp.uint4:
+        return array
+    return array.view(np.uint8) if isinstance(array, np.ndarray) else array.astype(jnp.uint8)
 
 
-def _digest(array: np.ndarray) -> str:
+def _digest(array: Any) -> str:
+    """Of the whole array, wherever it lies."""
     digest = hashlib.sha256(f"{array.dtype} {array.shape}\n".encode())
-    digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    for block in processes.blocks(array):
+        digest.update(np.ascontiguousarray(block).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _is_as_saved(array: Any, fact: dict[str, Any]) -> bool:
+    """Whether an array has the digest, or those of its parts, that were written with it."""
+    if "sha256" in fact:
+        return _digest(array) == fact["sha256"]
+    here, somewhere, same = {}, set(), True
+    if processes.is_spread(array):
+        here = {_place_of(shard.index, array.shape): shard.data for shard in array.addressable_shards}
+        somewhere = {_place_of(i, array.shape) for i in array.sharding.devices_indices_map(array.shape).values()}
+    for place, digest in sorted(fact["parts"].items()):
+        if place in here:
+            same &= _digest(np.asarray(here[place])) == digest
+        elif place not in somewhere:  # else another process looks at it; this is gathered by all of them
+            same &= _digest(processes.whole(array[_index_of(place)])) == digest
+    return same
 
 
 def _json_digest(content: dict[str, Any]) -> str:
@@ -330,8 +393,9 @@ def _made_with(leaves: dict[str, Any]) -> dict[str, str]:
     shardings = [getattr(leaf, "sharding", None) for leaf in leaves.values()]
     meshes = {str(dict(s.mesh.shape)) for s in shardings if isinstance(s, jax.sharding.NamedSharding)}
     libraries = ("jax", "jaxlib", "flax", "optax", "numpy")
+    together = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return {
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}{together}",
         "mesh": " ".join(sorted(meshes)) or "none",
         **{name: importlib.metadata.version(name) for name in libraries},
     }
@@ -369,11 +433,15 @@ def _refuse_other_initial(unwritten: dict[str, tuple[Any, dict[str, Any]]]) -> N
 
 def _from_orbax(checkpoints: ocp.CheckpointManager, step: int, **item: Any) -> Any:
     """One item of a checkpoint; whatever Orbax makes of broken files (any exception there is) becomes one error."""
+    found, raised = None, None
     try:
-        return next(iter(checkpoints.restore(step, args=ocp.args.Composite(**item)).values()))
+        found = next(iter(checkpoints.restore(step, args=ocp.args.Composite(**item)).values()))
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise CheckpointCorruptError(f"step {step} ({next(iter(item))} unreadable, {reason})") from error
+        raised = error
+    if (raised := processes.shared_error("read", raised)) is not None:
+        reason = f"{type(raised).__name__}: {raised}".splitlines()[0][:200]
+        raise CheckpointCorruptError(f"step {step} ({next(iter(item))} unreadable, {reason})") from raised
+    return found
 
 
 def _read_content(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -403,18 +471,26 @@ def _read(
 def _read_arrays(
     checkpoints: ocp.CheckpointManager, step: int, leaves: dict[str, Any], facts: dict[str, Any]
 ) -> dict[str, jax.Array]:
-    """What was saved of the leaves, verified, on their devices; the host holds some of them at a time."""
+    """What was saved of the leaves, verified, on their devices; the host holds some of them at a time.
+
+    Of several processes each reads the parts that its devices hold, and all of what is not divided.
+    """
     placed: dict[str, jax.Array] = {}
     broken: list[str] = []
     for part in _parts({path: _host_form(leaf) for path, leaf in leaves.items()}):
         # Read as NumPy arrays: the devices and shardings of the run that saved then play no part.
-        arrays = {path: np.zeros(form.shape, form.dtype) for path, form in part.items()}
-        written = {path: _stored(array) for path, array in arrays.items() if array.size}
+        arrays = {
+            path: form if processes.is_spread(form) else np.zeros(form.shape, form.dtype) for path, form in part.items()
+        }
+        written = {path: _form_of(array) for path, array in arrays.items() if array.size}
         if written:
-            read = _from_orbax(checkpoints, step, state=ocp.args.PyTreeRestore(written, partial_restore=True))
-            arrays |= {path: x.view(arrays[path].dtype) if x.dtype == np.uint8 else x for path, x in read.items()}
+            how = ocp.checkpoint_utils.construct_restore_args(written)
+            item = ocp.args.PyTreeRestore(written, restore_args=how, partial_restore=True)
+            read = _from_orbax(checkpoints, step, state=item)
+            arrays |= {path: _unstored(x, arrays[path].dtype) for path, x in read.items()}
             del read
-        broken += [path for path, array in arrays.items() if _digest(array) != facts[path]["sha256"]]
+        wrong = [path for path, array in arrays.items() if not _is_as_saved(array, facts[path])]
+        broken += sorted({path for paths in processes.exchange("wrong", wrong) for path in paths})
         if not broken:
             placed |= {path: _place(arrays.pop(path), leaves[path], facts[path]) for path in part}
         compilation.give_back_freed()
@@ -437,14 +513,33 @@ def _parts(forms: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield part
 
 
-def _place(array: np.ndarray, like: Any, fact: dict[str, Any]) -> jax.Array:
+def _form_of(array: Any) -> Any:
+    """What Orbax is to read: a NumPy array, or parts of one that lies on many devices."""
+    if isinstance(array, np.ndarray):
+        return _stored(array)
+    dtype = np.uint8 if array.dtype == jnp.uint4 else array.dtype
+    return jax.ShapeDtypeStruct(array.shape, dtype, sharding=array.sharding)
+
+
+def _unstored(array: Any, dtype: Any) -> Any:
+    """The inverse of `_stored`."""
+    if dtype != jnp.uint4:
+        return array
+    return array.view(dtype) if isinstance(array, np.ndarray) else array.astype(dtype)
+
+
+def _place(array: Any, like: Any, fact: dict[str, Any]) -> jax.Array:
+    if isinstance(array, jax.Array):
+        return array  # read onto its devices
     sharding = like.sharding if getattr(like, "committed", like.sharding is not None) else None
     if "impl" in fact:
-        return jax.device_put(jax.random.wrap_key_data(jnp.array(array), impl=fact["impl"]), sharding)
-    if fact["weak"]:  # a weak float32 beside bfloat16 gives bfloat16, a strong one float32: other bits
-        return jax.device_put(jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array), sharding)
+        made = jax.random.wrap_key_data(jnp.array(array), impl=fact["impl"])
+    elif fact["weak"]:  # a weak float32 beside bfloat16 gives bfloat16, a strong one float32: other bits
+        made = jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
+    else:
+        made = jnp.array(array) if sharding is None else array
     # What was not committed to a device must not be now, or it could not meet arrays on a mesh.
-    return jnp.array(array) if sharding is None else jax.device_put(array, sharding)
+    return made if sharding is None else put(made, sharding)
 
 
 def _refuse_mismatch(facts: dict[str, Any], leaves: dict[str, Any], where: str) -> None:

@@ -8,6 +8,7 @@ import rich
 import rich.table
 import rich.text
 
+from grpo_jax import processes
 from grpo_jax.rewards.conversations import written_in_turn
 from grpo_jax.types import Experience, Rollout
 
@@ -33,12 +34,14 @@ def lines(
       rows: of the data set, into which `prompts.info["row"]` points.
       names: one per reward function.
       column: of the rows, with the prompt.
-      count: how many completions, in the order of the groups.
+      count: how many completions, in the order of the groups; of several processes, of those that this one rewards.
     """
-    rollout, rewards, mask = experience.rollout, np.asarray(experience.rewards), np.asarray(experience.reward_mask)
-    places = [(b, g) for b in range(rollout.tokens.shape[0]) for g in range(rollout.tokens.shape[1])][:count]
-    prompts = [rows[row][column] for row in np.asarray(rollout.prompts.info["row"]).tolist()]
-    tokens, lengths = np.asarray(rollout.tokens), np.asarray(rollout.lengths)
+    rollout = experience.rollout
+    read = (rollout.prompts, rollout.tokens, rollout.lengths)
+    own, (of_prompts, tokens, lengths) = processes.own_rows(read, of=rollout.tokens)
+    rewards, mask = np.asarray(experience.rewards)[own], np.asarray(experience.reward_mask)[own]
+    places = [(b, g) for b in range(tokens.shape[0]) for g in range(tokens.shape[1])][:count]
+    prompts = [rows[row][column] for row in of_prompts.info["row"].tolist()]
     said = {place: {"completion": tokenizer.decode(tokens[place][: lengths[place]])} for place in places}
     if rollout.turns is not None:
         said = {place: {"turns": turns(rollout, *place, tokenizer)} for place in places}

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax import processes
+
 
 def of_json(value: Any) -> str:
     """Of JSON values, in their order: encoded prompts, rows. Other values count as their text."""
@@ -18,12 +20,13 @@ def of_json(value: Any) -> str:
 
 
 def of_arrays(tree: Any) -> str:
-    """Of the names, shapes, dtypes and bytes of a tree's arrays; the host holds one at a time."""
+    """Of the names, shapes, dtypes and bytes of a tree's arrays, wherever they lie; the host holds one at a time."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
+        for block in processes.blocks(leaf):
+            digest.update(np.ascontiguousarray(block).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from grpo_jax import processes
 from grpo_jax.run import checkpoint, digests, metrics
 from grpo_jax.types import TrainState
 
@@ -39,15 +40,22 @@ def newest(
             )
         if lines:
             print(f"begins anew: the run was killed in step {lines[-1]['step'] + 1}, before its first checkpoint")
-        metrics.truncate(folder, 0)
+        _truncate(folder, 0)
         return state
     state, _ = restored
     first = int(state.step)
     print(f"resumed at step {first} of {steps}" + (": nothing to do" if first >= steps else ""))
-    metrics.truncate(folder, first)
+    _truncate(folder, first)
     if gaps := metrics.missing(folder, first):
         told = f"{gaps[0]} to {gaps[-1]}" if len(gaps) > 1 else f"{gaps[0]}"
         print(
             f"{folder / metrics.METRICS_FILE} lacks {len(gaps)} of the steps before (within {told}): curves have a hole"
         )
     return state
+
+
+def _truncate(folder: pathlib.Path, step: int) -> None:
+    """By the first process, before another reads."""
+    with processes.alike("truncate"):
+        if processes.is_first():
+            metrics.truncate(folder, step)

@@ -12,6 +12,9 @@ the state after `n` steps and may be saved. Everything here works without it, to
 
 A run ends in the same bits, however often it is killed and started again. Each step writes its line of metrics before
 the checkpoint that counts on it, and the state is saved before an export, after an exception and on a graceful stop.
+
+Of several processes (`grpo_jax.processes`) each goes through the loop, and the first writes; all see the run's folder.
+A stop that one is asked for stops all after the same step.
 """
 
 import contextlib
@@ -23,6 +26,7 @@ from typing import Any
 
 import jax
 
+from grpo_jax import processes
 from grpo_jax.run import (
     checkpoint,
     compilation,
@@ -86,13 +90,17 @@ def loop(
     folder = pathlib.Path(config.run_dir if run_dir is None else run_dir)
     meta = {"config": metrics.settings(config), "digests": dict(digests or {})}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(preemption.lock(folder))
+        first = processes.is_first()
+        with processes.alike("lock"):
+            if first:
+                stack.enter_context(preemption.lock(folder))
         stop_requested = stack.enter_context(preemption.graceful_stop())
         checkpoints = stack.enter_context(checkpoint.manager(folder / "checkpoints"))
-        leftovers.remove(folder)
+        if first:
+            leftovers.remove(folder)
         state = resuming.newest(checkpoints, state, folder, meta, ("run_dir", *allow), steps, save_every)
-        followers = [writers.tensorboard(folder, purge_step=int(state.step))] if tensorboard else []
-        if wandb is not None:
+        followers = [writers.tensorboard(folder, purge_step=int(state.step))] if tensorboard and first else []
+        if wandb is not None and first:
             run_id = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
             followers.append(writers.wandb(project=wandb, id=run_id, resume="allow", config=meta["config"]))
         show = stack.enter_context(display.progress(steps, start=int(state.step), keys=keys))
@@ -165,7 +173,7 @@ class Loop:
     def __iter__(self) -> Iterator[int]:
         """The steps; each begins with its number and ends when the next one is asked for."""
         while self.step < self.steps:
-            if self._profile and self.step == self._first + 1:
+            if self._profile and processes.is_first() and self.step == self._first + 1:
                 self._trace.enter_context(jax.profiler.trace(self.run_dir / "trace"))
             if self.step == self._first + 4:
                 self._trace.close()
@@ -173,7 +181,7 @@ class Loop:
             self._began = self._mark = time.monotonic()
             yield self.step
             self._finish()
-            if self._stop_requested() and self.step < self.steps:
+            if any(processes.exchange("stop", self._stop_requested())) and self.step < self.steps:
                 self.save()
                 print(f"stopped after step {self.step} of {self.steps}; the same command goes on from there")
                 raise SystemExit(preemption.STOPPED)
@@ -191,6 +199,8 @@ class Loop:
 
     def show(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Shows completions of this step in a table, and writes them to `completions.jsonl`; see `run.completions`."""
+        if not processes.is_first():
+            return
         metrics.append_completions(self.run_dir, self.step, lines)
         completions.print_table(self.step, lines)
         for writer in self._writers:
@@ -208,7 +218,8 @@ class Loop:
             return
         if int(self.state.step) != self.step:
             raise RuntimeError(f"step {self.step} has changed the state already; save before that, or in the next step")
-        metrics.sync(self.run_dir)
+        if processes.is_first():
+            metrics.sync(self.run_dir)
         self._save(self.state)
         self._saved = self.step
 
@@ -224,7 +235,8 @@ class Loop:
         """
         self.save()
         try:
-            yield self.run_dir / name
+            with processes.alike("export"):
+                yield self.run_dir / name
         except Exception as error:
             told = f"could not export to {self.run_dir / name}; the state of step {self.step} is saved"
             if self.step >= self.steps:
@@ -257,7 +269,8 @@ class Loop:
             self.save()
 
     def _append(self, timing: Mapping[str, Any] | None = None) -> None:
-        metrics.append(self.run_dir, self.step, self._line, timing)
+        if processes.is_first():
+            metrics.append(self.run_dir, self.step, self._line, timing)
         self.history.append({"step": self.step} | self._line)
         for writer in self._writers:
             writer.metrics(self.step, self._line)
@@ -268,6 +281,9 @@ class Loop:
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array)):
             return  # given to a program that failed
         if self._saved == self.step or int(self.state.step) != self.step:
+            return
+        if not processes.agree("rescue", seconds=10):
+            error.add_note(f"the state of step {self.step} is not saved, since this happened in one process of several")
             return
         try:
             self.save()
@@ -281,6 +297,8 @@ class Loop:
             return
         if self._line:
             self._append()
+        if not processes.is_first():
+            return
         metrics.sync(self.run_dir)
         if self.history:
             print(f"curves: {plots.plot(self.run_dir, keys=curves)}")

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grpo_jax import data, rewards
+from grpo_jax import data, processes, rewards
 from grpo_jax.policies import Policy
 from grpo_jax.rewards.calling import LogMetric, RewardFunction
 from grpo_jax.run import inputs
@@ -188,7 +188,7 @@ def make_mean_rewards(
 
 def _first(rollout: Rollout, count: int) -> Rollout:
     """The completions of the first prompts, on the host."""
-    return jax.tree.map(lambda x: np.asarray(x)[:count], rollout)
+    return jax.tree.map(lambda x: x[:count], processes.whole(rollout))
 
 
 def _or_none(values: np.ndarray, mask: np.ndarray) -> list[Any]:

@@ -496,10 +496,20 @@ def test_restores_the_same_bits_onto_other_devices_and_says_that_the_run_will_di
         assert_same(restore(tmp_path / "run", state)[0], state)
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(NotImplementedError, match="one of 2"):
-        checkpoint.manager(tmp_path)
+def test_parts_have_digests_of_their_own_by_which_a_whole_array_is_verified(tmp_path):
+    array = np.arange(12, dtype=np.float32).reshape(4, 3)
+    parts = {f"{i}:{i + 2},0:3": checkpoint._digest(array[i : i + 2]) for i in (0, 2)}
+    assert checkpoint._is_as_saved(array, {"parts": parts})
+    broken = array.copy()
+    broken[3, 1] = 0
+    assert not checkpoint._is_as_saved(broken, {"parts": parts})
+    merged = checkpoint._merged(
+        [
+            {"w": {"parts": {"0:2,0:3": "a"}}, "b": {"sha256": "c"}},
+            {"w": {"parts": {"2:4,0:3": "d"}}, "b": {"sha256": "c"}},
+        ]
+    )
+    assert merged == {"w": {"parts": {"0:2,0:3": "a", "2:4,0:3": "d"}}, "b": {"sha256": "c"}}
 
 
 CONFIG = {"seed": 0, "optimizer": {"learning_rate": 1e-6, "b1": 0.9}, "sizes": (1, 2), "name": None}

@@ -7,6 +7,7 @@
 The metadata of what is written here hold a digest of the base, so that adapters are not put on another one unawares.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
+from grpo_jax import processes
 from grpo_jax.freezing import bind, named_leaves
 from grpo_jax.models import lora
 from grpo_jax.models.hf.folders import local_folder, open_shard, read_json, short, write_json
@@ -83,7 +85,7 @@ def save_adapters(
     for layers, module in lora.linear_layers(policy, bind(adapters, base)):
         if lora.A not in module:
             continue
-        a, b, scale = (np.asarray(module[name], np.float32) for name in (lora.A, lora.B, lora.SCALE))
+        a, b, scale = (processes.whole(module[name]).astype(np.float32) for name in (lora.A, lora.B, lora.SCALE))
         for i in range(len(a)):
             name = f"{_PREFIX}model.layers.{i}.{'.'.join(layers[1:])}"
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
@@ -114,11 +116,13 @@ def save_adapters(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with replacing(Path(path).expanduser().resolve()) as folder:
+    metadata = {_DIGEST: _digest(base)}
+    with processes.alike("export"), contextlib.ExitStack() as stack:
+        if not processes.is_first():
+            return
+        folder = stack.enter_context(replacing(Path(path).expanduser().resolve()))
         write_json(folder / CONFIG, config)
-        write_shard(
-            folder / WEIGHTS, {name: held(tensor) for name, tensor in tensors.items()}, {_DIGEST: _digest(base)}
-        )
+        write_shard(folder / WEIGHTS, {name: held(tensor) for name, tensor in tensors.items()}, metadata)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -246,7 +250,7 @@ def _digest(base: Params) -> str:
     digest = hashlib.sha256()
     for name, leaf in named_leaves(base):
         if not name.endswith(lora.SCALE):
-            array = np.asarray(leaf)
-            digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+            digest.update(json.dumps([name, str(leaf.dtype), leaf.shape]).encode())
+            for block in processes.blocks(leaf):
+                digest.update(np.ascontiguousarray(block).view(np.uint8).data)
     return digest.hexdigest()

@@ -4,13 +4,15 @@ safetensors' own writer takes all tensors at once and makes a copy of each: twic
 orders the metadata by chance, and gives the file to its owner alone.
 """
 
+import contextlib
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from grpo_jax.models.hf.replacing import MARK
@@ -52,7 +54,7 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """
     if other := sorted({tensor.dtype.name for tensor in tensors.values()} - _DTYPES.keys()):
         raise ValueError(f"a checkpoint holds {', '.join(_DTYPES)}, not {', '.join(other)}")
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    ordered = _ordered(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(({"format": "pt"} | MARK | dict(metadata or {})).items()))}
     end = 0
     for name, tensor in ordered:
@@ -64,6 +66,34 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         opened.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in ordered:
             opened.write(_bytes(name, tensor))
+
+
+@contextlib.contextmanager
+def written_by_first(shards: Sequence[Mapping[str, Tensor]]) -> Iterator[list[dict[str, Tensor]]]:
+    """Files whose tensors are made by all processes together and written, in the block, by the first.
+
+    What the first has not come to when the block ends is made all the same, since the others wait for it.
+    """
+    made = 0
+
+    def counted(tensor: Tensor) -> Tensor:
+        def make() -> np.ndarray:
+            nonlocal made
+            made += 1
+            return tensor.make()
+
+        return tensor._replace(make=make)
+
+    try:
+        yield [{name: counted(tensor) for name, tensor in shard.items()} for shard in shards]
+    finally:
+        if jax.process_count() > 1:
+            for _, tensor in [item for shard in shards for item in _ordered(shard)][made:]:
+                tensor.make()
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 
 def _bytes(name: str, tensor: Tensor) -> memoryview:

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ import numpy as np
 import transformers
 from jax.typing import DTypeLike
 
+from grpo_jax import processes
 from grpo_jax.freezing import named_leaves
 from grpo_jax.models import lora
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.hf.folders import INDEX, WEIGHTS, write_json
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
 from grpo_jax.models.hf.replacing import replacing
-from grpo_jax.models.hf.shards import Tensor, write_shard
+from grpo_jax.models.hf.shards import Tensor, write_shard, written_by_first
 from grpo_jax.models.hf.tokenizers import ids_of
 from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Params
@@ -41,6 +42,9 @@ def save_pretrained(
     The folder appears whole or not at all, and where `path` holds an earlier export, in its place: `path` is there
     all the time. The same params give the same bytes. What generation_config.json held where the model was loaded
     (sampling settings, special tokens) is kept.
+
+    Of several processes all call this and the first writes. Each tensor is gathered in its turn: a host or a device
+    never has more than one of them beside its own parts.
 
     Args:
       policy: a decoder whose config came from `models.from_hf_config`.
@@ -71,9 +75,24 @@ def save_pretrained(
     leaves, arrays = leaves_of(policy), jax.tree.leaves(params)
     dtypes = [jnp.dtype(array.dtype if dtype is None else dtype) for array in arrays]
 
-    with replacing(Path(path).expanduser().resolve()) as folder:
-        write_json(folder / "config.json", _exported_config(fields, dtypes[0].name))
-        _write_shards(folder, leaves, arrays, dtypes, max_shard_bytes)
+    shards = _shards(leaves, arrays, dtypes, max_shard_bytes)
+    with processes.alike("export"), written_by_first(shards) as shards:
+        if processes.is_first():
+            _write(policy, fields, shards, dtypes[0].name, Path(path).expanduser().resolve(), tokenizer, eos_ids)
+
+
+def _write(
+    policy: Policy,
+    fields: dict[str, Any],
+    shards: Sequence[Mapping[str, Tensor]],
+    dtype: str,
+    path: Path,
+    tokenizer: transformers.PreTrainedTokenizerBase | None,
+    eos_ids: Sequence[int],
+) -> None:
+    with replacing(path) as folder:
+        write_json(folder / "config.json", _exported_config(fields, dtype))
+        _write_shards(folder, shards)
         generation = json.loads(getattr(policy.config, "generation_config", "") or "{}")
         ends = [generation.get("eos_token_id"), fields.get("eos_token_id"), getattr(tokenizer, "eos_token_id", None)]
         ordered = dict.fromkeys(i for end in [*ends, eos_ids] for i in sorted(ids_of(end)))
@@ -100,16 +119,16 @@ def _get(leaf: Array, index: tuple[int | Array, ...], transposed: bool, dtype: n
     return (tensor.T if transposed else tensor).astype(dtype)
 
 
-def _write_shards(
-    folder: Path, leaves: list[Leaf], arrays: list[Array], dtypes: list[np.dtype], max_shard_bytes: int
-) -> None:
-    """Writes the weights into one file, or into several with an index."""
+def _shards(
+    leaves: list[Leaf], arrays: list[Array], dtypes: list[np.dtype], max_shard_bytes: int
+) -> list[dict[str, Tensor]]:
+    """The tensors of each file."""
     parts: dict[str, list[_Part]] = {}
     for leaf, array, dtype in zip(leaves, arrays, dtypes, strict=True):
         for index, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
             parts.setdefault(name, []).append(_Part(array, index, leaf, dtype))
     shards: list[dict[str, Tensor]] = [{}]
-    room, total = max_shard_bytes, 0
+    room = max_shard_bytes
     for name, of_tensor in parts.items():
         leaf, dtype = of_tensor[0].leaf, of_tensor[0].dtype
         tensor = Tensor(leaf.tensor_shape, dtype, functools.partial(_make, of_tensor))
@@ -117,8 +136,13 @@ def _write_shards(
             shards.append({})
             room = max_shard_bytes
         shards[-1][name] = tensor
-        room, total = room - tensor.size, total + tensor.size
+        room -= tensor.size
+    return shards
 
+
+def _write_shards(folder: Path, shards: Sequence[Mapping[str, Tensor]]) -> None:
+    """Writes the weights into one file, or into several with an index."""
+    total = sum(tensor.size for shard in shards for tensor in shard.values())
     files = [WEIGHTS]
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -131,7 +155,7 @@ def _write_shards(
 def _make(parts: list[_Part]) -> np.ndarray:
     """A tensor, of one parameter or of several, one below the other or column by column."""
     ordered = sorted(parts, key=lambda part: (part.leaf.first_row, part.leaf.columns or ()))
-    made = [np.asarray(_get(part.array, part.place, part.leaf.transposed, part.dtype)) for part in ordered]
+    made = [processes.whole(_get(part.array, part.place, part.leaf.transposed, part.dtype)) for part in ordered]
     if ordered[0].leaf.columns is not None:
         return np.stack(made, axis=-1).reshape(ordered[0].leaf.tensor_shape)
     return made[0] if len(made) == 1 else np.concatenate(made)
