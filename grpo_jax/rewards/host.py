@@ -96,8 +96,8 @@ def host(
 
     def reward(rollout: Rollout, trainer_state: TrainerState | None = None) -> tuple[np.ndarray, np.ndarray]:
         shape = (*rollout.lengths.shape, len(functions))
-        read = (rollout.prompts, rollout.tokens, rollout.lengths)
-        own, (prompts, tokens, lengths) = processes.own_rows(read, of=rollout.tokens)
+        looked_at = (rollout.prompts, rollout.tokens, rollout.lengths)
+        own, (prompts, tokens, lengths) = processes.own_rows(looked_at, of=rollout.tokens)
         rollout = rollout._replace(prompts=prompts, tokens=tokens, lengths=lengths)
         logged: list[tuple[str, float]] = []
 
