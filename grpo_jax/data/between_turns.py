@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo_jax.data.prompts import encode_after, encode_rendered, turn_end
-from grpo_jax.data.templates import render, special_tokens
+from grpo_jax.data.templates import render, special_pattern, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,16 +66,19 @@ def between_turns(
     def encode(messages: Sequence[Mapping[str, str]], last: int) -> list[int]:
         rendered = render(tokenizer, _exchange(SAID, messages), **template)
         before, _, after = rendered.text.partition(SAID)
-        if end_text is None or not after.lstrip().startswith(end_text):
+        closing = special_pattern(tokenizer).match(after.lstrip())
+        # Where a last turn has an end of its own, as in gpt-oss, the history has that which was sampled.
+        if end_text is None or closing is None or (closing[0] != end_text and not keep_history):
             raise ValueError(
                 f"the chat template does not end the policy's turn with a special token, which would tell where the "
                 f"environment's begins: {rendered.text!r}"
             )
         ids = encode_rendered(tokenizer, rendered)
         # Special tokens of messages are spelled out, so that these are the template's own.
-        ends = [place for place, token in enumerate(ids) if token == end]
-        place = ends[rendered.masked[: len(before)].count(end_text)]
-        return ids[place + 1 :] if last == end else ids[place:]
+        closes = special_tokens(tokenizer)[closing[0]]
+        ends = [place for place, token in enumerate(ids) if token == closes]
+        place = ends[rendered.masked[: len(before)].count(closing[0])]
+        return ids[place + 1 :] if last in (end, closes) else ids[place:]
 
     encode([{"role": role, "content": "Go."}], 0)
     return encode

@@ -133,7 +133,7 @@ def prompt_tail(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str
     end = [*ids[last + 1 :]] if last else [*ids[-64:]]
     text = str(tokenizer.decode(end, clean_up_tokenization_spaces=False))
     if last:
-        return re.sub(r"^\s*((assistant|model)\s*\n)?\s*", "", text)
+        return re.sub(r"^\s*((assistant|model)\s*(\n|$))?\s*", "", text)
     tags = re.search(r"(</?\w+>\s*)*$", text)
     return tags[0] if tags and ids else ""
 

@@ -69,6 +69,34 @@ GEMMA = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- "<start_of_turn>model\\n" }}{%- endif %}"""
 
+PHI4 = """\
+{%- for message in messages %}{{- "<|" + message.role + "|>" + message.content + "<|end|>" }}{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|assistant|>" }}{%- else %}{{- eos_token }}{%- endif %}"""
+
+PHI3 = """\
+{%- for message in messages %}{{- "<|" + message.role + "|>\n" + message.content + "<|end|>\n" }}{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|assistant|>\n" }}{%- else %}{{- eos_token }}{%- endif %}"""
+
+GRANITE = """\
+{%- if messages[0].role != "system" %}
+{{- "<|start_of_role|>system<|end_of_role|>You are helpful.<|end_of_text|>\n" }}
+{%- endif %}
+{%- for message in messages %}
+{{- "<|start_of_role|>" + message.role + "<|end_of_role|>" + message.content + "<|end_of_text|>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start_of_role|>assistant<|end_of_role|>" }}{%- endif %}"""
+
+# gpt-oss: the last turn of an assistant ends in another token than earlier ones, and what it says has a channel.
+HARMONY = """\
+{{- "<|start|>system<|message|>You are helpful. Reasoning: " + (reasoning_effort or "medium") + "<|end|>" }}
+{%- for message in messages %}
+{%- if message.role == "assistant" %}
+{{- "<|start|>assistant<|channel|>final<|message|>" + message.content }}
+{{- "<|return|>" if loop.last and not add_generation_prompt else "<|end|>" }}
+{%- else %}{{- "<|start|>" + message.role + "<|message|>" + message.content + "<|end|>" }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start|>assistant" }}{%- endif %}"""
+
 TOKENIZERS = {
     # kind, special tokens, beginning of sequence, end of sequence, template
     "llama": ("bytes", "<|begin_of_text|> <|eot_id|> <|start_header_id|> <|end_header_id|>", 0, 1, LLAMA),
@@ -77,6 +105,10 @@ TOKENIZERS = {
     "r1": ("bytes", "<|begin|> <|end|> <|User|> <|Assistant|>", 0, 1, R1),
     "mistral": ("sentencepiece", "<s> </s>", 0, 1, MISTRAL),
     "gemma": ("gemma", "<bos> <eos> <start_of_turn> <end_of_turn>", 0, 1, GEMMA),
+    "phi4": ("bytes", "<|endoftext|> <|end|> <|user|> <|assistant|> <|system|>", None, 0, PHI4),
+    "phi3": ("pairs", "<s> <|endoftext|> <|end|> <|user|> <|assistant|> <|system|>", 0, 1, PHI3),
+    "granite": ("bytes", "<|end_of_text|> <|start_of_role|> <|end_of_role|>", None, 0, GRANITE),
+    "harmony": ("bytes", "<|endoftext|> <|return|> <|end|> <|start|> <|channel|> <|message|>", None, 1, HARMONY),
 }
 
 
@@ -121,7 +153,13 @@ def make_tokenizer(name, *, prepend_scheme="first", ends=False, special_tags=Fal
         scores = [(token, 0.0) for token in [*special, "<unk>", *byte_tokens]]
         scores += [("▁", -3.0), *((word, -2.0) for word in words), *((word[1:], -2.5) for word in words)]
         scores += [(piece, -4.0) for piece in pieces]
-        backend = Tokenizer(models.Unigram(scores, unk_id=len(special), byte_fallback=True))
+        if kind == "pairs":  # byte-pair encoding in SentencePiece's way
+            merges = [(word[:n], word[n]) for word in words for n in range(1, len(word))]
+            vocabulary = dict.fromkeys([*(token for token, _ in scores), *(a + b for a, b in merges)])
+            ids = {token: i for i, token in enumerate(vocabulary)}
+            backend = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
+        else:
+            backend = Tokenizer(models.Unigram(scores, unk_id=len(special), byte_fallback=True))
         if kind == "gemma":  # no space before a text
             backend.normalizer = normalizers.Replace(" ", "▁")
         else:
@@ -129,7 +167,10 @@ def make_tokenizer(name, *, prepend_scheme="first", ends=False, special_tags=Fal
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.decoder = decoders.Sequence(steps if kind == "gemma" else [*steps, decoders.Strip(" ", 1, 0)])
     tags = [AddedToken(tag, special=special_tags, normalized=False) for tag in ("<think>", "</think>")]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    strips = {"<|end|>", "<|user|>", "<|assistant|>", "<|system|>"} if name == "phi3" else set()  # what follows them
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False, rstrip=token in strips) for token in special]
+    )
     (backend.add_special_tokens if special_tags else backend.add_tokens)(tags)
     named = {
         "bos_token": None if bos is None else special[bos],
@@ -151,6 +192,7 @@ def make_tokenizer_fixture():
     return make_tokenizer
 
 
-@pytest.fixture(scope="session", params=TOKENIZERS)
+# A decoded text of Phi 3 lacks the white space that its special tokens strip.
+@pytest.fixture(scope="session", params=[name for name in TOKENIZERS if name != "phi3"])
 def tokenizer(request):
     return make_tokenizer(request.param)
