@@ -92,6 +92,9 @@ class Config(ConversationSettings, WeightSettings, ProcessSettings):
     epsilon_high: float | None = None
     beta: float = 0.0  # weight of the KL term (k3); above 0, the first policy is kept as the reference
 
+    load_balance: float = 0.0  # weight of the balance of loads in a mixture of experts
+    record_experts: bool = False  # tokens are scored by the experts that they were sampled by (router replay)
+
     steps: int = 500
     prompts_per_step: int = 16
     group_size: int = 8
@@ -169,6 +172,7 @@ def train(config: Config) -> Params:
         group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=hf.eos_ids(config.model, tokenizer),
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
         stop=sampling.stop_strings(tokenizer, config.stop) if config.stop else None,
+        record_experts=config.record_experts,
     )  # fmt: skip
     logged = metrics.Logged()
     tolerant = [rewards.skip_failed_batches(function, batches=config.stop_after_failed) for function in functions]
@@ -332,7 +336,8 @@ def make_loss(config: Config) -> Loss:
     stated = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
     stated["penalty"] = losses.k3(config.beta) if config.beta else None
     make = resolve(config.loss, "grpo_jax.losses")
-    return make_with(make, config.loss, stated, offered={"max_tokens": config.max_tokens})
+    loss = make_with(make, config.loss, stated, offered={"max_tokens": config.max_tokens})
+    return losses.plus(loss, losses.load_balance(config.load_balance)) if config.load_balance else loss
 
 
 if __name__ == "__main__":

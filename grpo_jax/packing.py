@@ -50,6 +50,8 @@ def trim(experience: Experience, *, multiple: int = 64) -> Experience:
     if experience.teacher_top is not None:
         top = experience.teacher_top
         experience = experience._replace(teacher_top=type(top)(*(x[:, :, :width] for x in top)))
+    if rollout.experts is not None:
+        rollout = rollout._replace(experts=rollout.experts[:, :, :width])
     return experience._replace(rollout=cut(rollout, "tokens", "mask", "log_probs"))
 
 

@@ -18,6 +18,14 @@ PromptCache = Any  # pytree of arrays
 Cache = Any  # pytree of arrays
 
 
+class Routes(NamedTuple):
+    """What the routers of a mixture of experts did with the tokens that `extend_routed` read."""
+
+    experts: Array  # [B, G, S, L, k] int16, those that each layer chose
+    probabilities: Array | None = None  # [B, G, L, E] float32, of each expert, summed over the tokens that count
+    choices: Array | None = None  # [B, G, L, E] float32, how many of these tokens chose it
+
+
 class Policy(NamedTuple):
     """A causal language model as functions.
 
@@ -50,6 +58,9 @@ class Policy(NamedTuple):
         order, in its first columns; writing goes on after the longest row.
       by_rows: makes of `f(params, of_rows, *others)` the function that computes it on each device for the rows `[B, G]`
         there; `f` may call `unembed` and nothing else of the policy. Only a policy of several devices has one.
+      extend_routed: `extend` of a policy with experts, else None; returns `Routes` as a third. With `given
+        [B, G, S, L, k]`, tokens go to these experts, weighted as the router now weighs them; `counted [B, G, S]`
+        says over which tokens the routes' sums are.
     """
 
     config: Any
@@ -64,6 +75,7 @@ class Policy(NamedTuple):
     gather_rows: Callable[[Cache, Array], Cache]
     compact: Callable[[Cache, Array], Cache]
     by_rows: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
+    extend_routed: Callable[..., tuple[Array, Cache, Any]] | None = None
 
 
 class TokenCache(NamedTuple):
@@ -164,6 +176,7 @@ def within(policy: Policy, name: str) -> Policy:
         cast=lambda params: {name: policy.cast(params[name])},
         prefill=at_name(policy.prefill),
         extend=at_name(policy.extend),
+        extend_routed=None if policy.extend_routed is None else at_name(policy.extend_routed),
         unembed=at_name(policy.unembed),
     )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import VocabularyDivergence
 from grpo_jax.truncation import Truncation, replay
-from grpo_jax.types import Array, Likeliest, Packing, Params, Prompts, Rollout, Scores
+from grpo_jax.types import Array, Likeliest, Packing, Params, Prompts, Rollout, Routers, Scores
 
 CHUNK_TOKENS = 1024  # tokens whose logits are held at a time, unless told otherwise
 
@@ -73,7 +73,8 @@ def score(
       top_tokens: `[B, G, T, K]`, fills `top_log_probs` with the policy's log-probs of these tokens.
 
     Returns:
-      Scores `[B, G, T]` in float32, 0 on padding.
+      Scores `[B, G, T]` in float32, 0 on padding. Where the rollout holds the experts that the sampler chose, tokens
+      go to these (router replay; Ma et al. 2025, arXiv:2510.11370), and those of the prompts to experts chosen anew.
     """
     T = rollout.tokens.shape[-1]
     held = jnp.arange(T) < rollout.lengths[..., None]
@@ -81,11 +82,12 @@ def score(
     if packing is not None:
         tokens = _take(tokens, _places(packing, T))
         top_tokens = None if top_tokens is None else _of_each(_take, top_tokens, _places(packing, T))
-    hidden = _hidden(policy, params, rollout, packing)
+    hidden, routers = _hidden(policy, params, rollout, packing)
     beside: Array | None = None
     if teacher is not None and teacher.divergence is not None:
         other = rollout if teacher_prompts is None else rollout._replace(prompts=teacher_prompts)
-        beside = jax.lax.stop_gradient(_hidden(teacher.policy, teacher_params, other, packing))
+        other = other._replace(experts=None)  # it chooses its own
+        beside = jax.lax.stop_gradient(_hidden(teacher.policy, teacher_params, other, packing)[0])
 
     def score_rows(
         params: Params,
@@ -140,7 +142,8 @@ def score(
             scores = _take(scores, packing.starts[..., None] + jnp.arange(T))
         return jnp.where(held, scores, 0.0)
 
-    return jax.tree.map(lambda x: join(x) if x.ndim == 3 else _of_each(join, x), scores)
+    scores = jax.tree.map(lambda x: join(x) if x.ndim == 3 else _of_each(join, x), scores)
+    return scores._replace(routers=routers)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("k", "chunk_tokens"))
@@ -166,7 +169,7 @@ def likeliest(
       chunk_tokens: as in `score`.
     """
     B, G, T = rollout.tokens.shape
-    hidden = _hidden(policy, params, rollout, None)
+    hidden, _ = _hidden(policy, params, rollout._replace(experts=None), None)  # a teacher chooses its own
 
     def of_chunk(hidden: Array) -> Likeliest:
         logits = policy.unembed(params, hidden.reshape(-1, hidden.shape[-1])).astype(jnp.float32) / temperature
@@ -179,16 +182,29 @@ def likeliest(
     return jax.tree.map(lambda x: jnp.where(held, _uncut(x)[:, :, :T], jnp.zeros((), x.dtype)), top)
 
 
-def _hidden(policy: Policy, params: Params, rollout: Rollout, packing: Packing | None) -> Array:
-    """What predicts each token: `[B, G, T, D]`, or `[B, R, W, D]` packed."""
+def _hidden(policy: Policy, params: Params, rollout: Rollout, packing: Packing | None) -> tuple[Array, Routers | None]:
+    """What predicts each token: `[B, G, T, D]`, or `[B, R, W, D]` packed; and the routers, if there are some."""
     prompts = rollout.prompts
     prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
     read, positions = decoder_inputs(prompts, rollout.tokens[..., :-1], rollout.lengths)
-    segments = None
+    segments, given = None, rollout.experts
+    T = rollout.tokens.shape[-1]
+    counted = jnp.arange(T) < rollout.lengths[..., None]
     if packing is not None:
         segments = packing.segments
-        read, positions = (_take(x, _places(packing, rollout.tokens.shape[-1])) for x in (read, positions))
-    return policy.extend(params, read, positions, prompt_cache, segments=segments)[0]
+        counted, places = segments >= 0, _places(packing, T)
+        read, positions = (_take(x, places) for x in (read, positions))
+        if given is not None:
+            of_each = _of_each(_take, given.reshape(*given.shape[:3], -1), places)
+            given = of_each.reshape(*places.shape, *given.shape[3:])
+    if policy.extend_routed is None:
+        if given is not None:
+            raise ValueError("the rollout has experts, and this policy has none: rollout._replace(experts=None)")
+        return policy.extend(params, read, positions, prompt_cache, segments=segments)[0], None
+    hidden, _, routes = policy.extend_routed(
+        params, read, positions, prompt_cache, segments=segments, given=given, counted=counted
+    )
+    return hidden, Routers(jnp.sum(routes.probabilities, axis=1), jnp.sum(routes.choices, axis=1))
 
 
 def decoder_inputs(prompts: Prompts, tokens: Array, lengths: Array) -> tuple[Array, Array]:

@@ -336,7 +336,7 @@ def add_reference(
         return score(policy, ref_params, rollout, packing=packing, **settings).log_probs
 
     with jax.named_scope("score_reference"):
-        rollout = experience.rollout
+        rollout = experience.rollout._replace(experts=None)  # the reference chooses its own
         if experience.teacher_prompts is not None:
             rollout = rollout._replace(prompts=experience.teacher_prompts)
         return experience._replace(ref_log_probs=in_parts(log_probs, (rollout, experience.packing), parts))

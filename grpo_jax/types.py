@@ -43,6 +43,14 @@ class Rollout(NamedTuple):
     log_probs: Array  # [B, G, T] float32, of the distribution that was drawn from; 0 on padding
     truncated: Array  # [B, G] bool, True where neither an end-of-sequence token nor a stop string came
     turns: Turns | None = None  # of conversations; what the policy did not write has mask False and log-prob 0
+    experts: Array | None = None  # [B, G, T, L, k] int16, those of each layer by which the token was predicted
+
+
+class Routers(NamedTuple):
+    """What the routers of a mixture of experts did with the tokens of a rollout's completions."""
+
+    probabilities: Array  # [B, L, E] float32, of each expert, summed over the tokens of a prompt's group
+    choices: Array  # [B, L, E] float32, how many of these tokens chose it
 
 
 class Scores(NamedTuple):
@@ -54,6 +62,7 @@ class Scores(NamedTuple):
     divergence: Array | None = None  # [B, G, T] float32 nats, from the teacher's distribution
     outside: Array | None = None  # [B, G, T] float32, 1 where a truncation would not keep the token, else 0
     top_log_probs: Array | None = None  # [B, G, T, K] float32, of the tokens that a teacher thought likeliest
+    routers: Routers | None = None  # of a policy with experts
 
 
 class Likeliest(NamedTuple):

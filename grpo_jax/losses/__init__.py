@@ -21,6 +21,7 @@ from grpo_jax.losses.aggregates import (
     token_mean,
 )
 from grpo_jax.losses.anchors import corrected, old_policy, sampler
+from grpo_jax.losses.balance import load_balance
 from grpo_jax.losses.composition import normalize_by_rollout_tokens, plus, policy_loss, value
 from grpo_jax.losses.distillation import (
     distill,
@@ -115,6 +116,7 @@ __all__ = [
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "load_balance",
     "luspo",
     "m2po",
     "masked_importance",

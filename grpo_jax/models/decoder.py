@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import experts, lora, quantized, rope, sharding
+from grpo_jax.models import experts, lora, mixture, quantized, rope, sharding
 from grpo_jax.models.attention import KeyValues, MaskInputs, head_copies, over_mesh
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.policies import Policy, kept_columns, reset_rows
+from grpo_jax.policies import Policy, Routes, kept_columns, reset_rows
 from grpo_jax.types import Array, Params, PRNGKey
 
 
@@ -172,28 +172,75 @@ class MLP(nn.Module):
         return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(product).reshape(x.shape)
 
 
+class Routed(NamedTuple):
+    """What a layer's router did; of tokens that do not count only the first."""
+
+    experts: Array  # [B, G, S, k] int16, those that were chosen
+    probabilities: Array | None  # [B, G, E] float32, of each expert, summed over the tokens that count
+    choices: Array | None  # [B, G, E] float32, how many of them chose it
+
+
+class Stack(nn.Module):
+    """The leaves of one linear layer of all experts, gathered; see `mixture.linear`."""
+
+    config: DecoderConfig
+    shape: tuple[int, int, int]
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self) -> Params:
+        c = self.config
+        kernel: Any = self.get_variable("params", "kernel")
+        if not quantized.is_quantized(kernel):
+            initializer = nn.initializers.normal(c.initializer_range)
+            kernel = self.param("kernel", initializer, self.shape, c.param_dtype).astype(c.dtype)
+        leaves = {"kernel": kernel}
+        if self.use_bias:
+            leaves["bias"] = self.param("bias", nn.initializers.zeros, (self.shape[0], self.shape[2]), c.param_dtype)
+        if self.has_variable("params", lora.A):
+            leaves |= {name: self.get_variable("params", name) for name in (lora.A, lora.B, lora.SCALE)}
+        return {name: sharding.gather(c.mesh, leaf, f"{self.name}/{name}") for name, leaf in leaves.items()}
+
+
 class Mixture(nn.Module):
     """A router and its experts; see `grpo_jax.models.experts`."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, given: Array | None, counted: Array | None) -> tuple[Array, Routed]:
+        """Of `x [B, G, S, D]`, by the experts given `[B, G, S, k]`, if any; `counted [B, G, S]` as in `Routed`."""
         c, e = self.config, self.config.experts
         assert e is not None
-        weights = {}
-        for name, shape in experts.shapes(e, c.hidden_size).items():
-            zeros, normal = nn.initializers.zeros, nn.initializers.normal(c.initializer_range)
-            leaf = self.param(name, zeros if name.endswith("_bias") else normal, shape, c.param_dtype)
+        weights: dict[str, Any] = {
+            name: Stack(c, shape, e.bias, name=name)() for name, shape in experts.shapes(e, c.hidden_size).items()
+        }
+        router = {"router": (c.hidden_size, e.number)} | ({"router_bias": (e.number,)} if e.bias else {})
+        for name, shape in router.items():
+            initializer = nn.initializers.zeros if len(shape) == 1 else nn.initializers.normal(c.initializer_range)
+            leaf = self.param(name, initializer, shape, c.param_dtype)
             # In float32 whatever the rest is in: a rounded logit of the router is another expert.
-            dtype = jnp.float32 if name.startswith("router") else c.dtype
-            weights[name] = sharding.gather(c.mesh, leaf.astype(dtype), name)
+            weights[name] = sharding.gather(c.mesh, leaf.astype(jnp.float32), name)
 
-        def of_rows(x: Array, weights: Params) -> Array:
-            rows = experts.mixture(x.reshape(-1, c.hidden_size), weights, e, c.activation)
-            return rows.astype(c.dtype).reshape(x.shape)
+        def of_rows(given: tuple[Array, Array | None, Array | None], weights: Params) -> tuple[Array, Routed]:
+            x, chosen, counted = given
+            chosen = None if chosen is None else chosen.reshape(-1, e.per_token).astype(jnp.int32)
+            mixed = mixture.mixture(x.reshape(-1, c.hidden_size), weights, e, c.activation, chosen)
+            rows = mixed.rows.astype(c.dtype).reshape(x.shape)
+            chosen = mixed.experts.reshape(*x.shape[:-1], e.per_token)
+            probabilities = choices = None
+            if counted is not None:
+                shares = jax.nn.softmax(mixed.logits).reshape(*x.shape[:-1], e.number)
+                probabilities = jnp.einsum("bgse,bgs->bge", shares, counted.astype(jnp.float32))
+                # Tokens that do not count choose an expert that there is not.
+                of_counted = jnp.where(counted[..., None], chosen, e.number).reshape(*x.shape[:2], -1)
+                choices = jax.vmap(jax.vmap(lambda x: jnp.bincount(x, length=e.number)))(of_counted).astype(jnp.float32)
+            return rows, Routed(chosen.astype(jnp.int16), probabilities, choices)
 
-        return sharding.each_its_rows(c.mesh, of_rows)(x.astype(c.dtype), weights)
+        # As in `Linear`, codes are kept for the backward pass, not floats.
+        apart = quantized.is_quantized(weights["experts_gate"]["kernel"]) and not c.remat
+        compute = jax.checkpoint(of_rows) if apart else of_rows
+        return sharding.each_its_rows(c.mesh, compute)((x.astype(c.dtype), given, counted), weights)
 
 
 class Block(nn.Module):
@@ -209,10 +256,12 @@ class Block(nn.Module):
         prompt: KeyValues | None,
         window: Array | None,
         which_rotation: Array | None,
+        given: Array | None,
         mask_inputs: MaskInputs,
         rotations: tuple[Array, Array],
         column: Array | None,
-    ) -> tuple[tuple[Array, KeyValues | None], KeyValues]:
+        counted: Array | None,
+    ) -> tuple[tuple[Array, KeyValues | None], tuple[KeyValues, Routed | None]]:
         c = self.config
         x, stored = carry
         cache = None if stored is None or column is None else (stored, column)
@@ -233,10 +282,13 @@ class Block(nn.Module):
         )
         x = _within_float16(x + _scaled(norm(out, "post_attention_layernorm", c.post_norm), c.residual_scale))
         x = sharding.constrain(c.mesh, x, None, None)
-        mlp = MLP if c.experts is None else Mixture
-        out = mlp(c, name="mlp")(norm(x, before_mlp, c.pre_norm))
+        read, routed = norm(x, before_mlp, c.pre_norm), None
+        if c.experts is None:
+            out = MLP(c, name="mlp")(read)
+        else:
+            out, routed = Mixture(c, name="mlp")(read, given, counted)
         x = _within_float16(x + _scaled(norm(out, "post_feedforward_layernorm", c.post_norm), c.residual_scale))
-        return (sharding.constrain(c.mesh, x, None, None), stored), new
+        return (sharding.constrain(c.mesh, x, None, None), stored), (new, routed)
 
 
 def _within_float16(x: Array) -> Array:
@@ -297,7 +349,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c)
         last_dtype = c.dtype if c.last_norm_dtype is None else c.last_norm_dtype
@@ -312,8 +364,13 @@ class Decoder(nn.Module):
         prompt: KeyValues | None,
         stored: KeyValues | None,
         column: Array | None,
-    ) -> tuple[Array, KeyValues | None, KeyValues]:
-        """Hidden states `[B, G, S, D]`, the updated cache, and the keys and values of every layer."""
+        given: Array | None = None,
+        counted: Array | None = None,
+    ) -> tuple[Array, KeyValues | None, KeyValues, Routed | None]:
+        """Hidden states `[B, G, S, D]`, the updated cache, and keys, values and routes of every layer.
+
+        By the experts `given [L, B, G, S, k]`, if any.
+        """
         c = self.config
         windows = None
         if c.windows is not None:
@@ -323,17 +380,19 @@ class Decoder(nn.Module):
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, c.dtype)
         rotations, which_rotation = _rotations(c, mask_inputs.queries)
-        (x, stored), new = self.layers(
+        (x, stored), (new, routed) = self.layers(
             (x, stored),
             jnp.arange(c.num_layers),
             prompt,
             windows,
             which_rotation,
+            given,
             mask_inputs,
             rotations,
             column,
+            counted,
         )
-        return self.norm(x), stored, new
+        return self.norm(x), stored, new, routed
 
     def _embed(self, tokens: Array) -> Array:
         c = self.config
@@ -405,7 +464,7 @@ def decoder(config: DecoderConfig) -> Policy:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         # A pad id may lie outside the vocabulary; its embedding is NaN, and a weight of 0 does not remove that.
         tokens = jnp.where(positions < lengths[:, None, None], tokens, 0)
-        _, _, new = apply({"params": params}, tokens, MaskInputs(positions, positions), None, None, None)
+        _, _, new, _ = apply({"params": params}, tokens, MaskInputs(positions, positions), None, None, None)
         layers = jax.tree.map(lambda layers: layers[:, :, 0], new)
         return PromptCache(_constrain_layers(config, layers), lengths - 1)
 
@@ -415,7 +474,7 @@ def decoder(config: DecoderConfig) -> Policy:
         layers = _constrain_layers(config, KeyValues(empty, empty))
         return Cache(layers, jnp.full((B, G, T), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
-    def extend(
+    def extend_routed(
         params: Params,
         tokens: Array,
         positions: Array,
@@ -423,7 +482,9 @@ def decoder(config: DecoderConfig) -> Policy:
         cache: Cache | None = None,
         segments: Array | None = None,
         columns: int | None = None,
-    ) -> tuple[Array, Cache | None]:
+        given: Array | None = None,
+        counted: Array | None = None,
+    ) -> tuple[Array, Cache | None, Routes | None]:
         own, column, stored = positions, None, None
         if cache is not None:
             stored, column = cache.layers, cache.column % cache.positions.shape[-1]
@@ -434,8 +495,19 @@ def decoder(config: DecoderConfig) -> Policy:
         check_positions(prompt_cache.layers.keys.shape[2] + 1 + own.shape[-1])
         held = jnp.broadcast_to(prompt_cache.lengths[:, None], positions.shape[:2])
         mask_inputs = MaskInputs(positions, own, held, segments)
-        hidden, stored, _ = apply({"params": params}, tokens, mask_inputs, prompt_cache.layers, stored, column)
-        return hidden, None if cache is None else Cache(stored, written, cache.column + tokens.shape[-1])
+        of_layers = None if given is None else jnp.moveaxis(given, 3, 0)
+        hidden, stored, _, routed = apply(
+            {"params": params}, tokens, mask_inputs, prompt_cache.layers, stored, column, of_layers, counted
+        )
+        cache = None if cache is None else Cache(stored, written, cache.column + tokens.shape[-1])
+        if routed is None:
+            return hidden, cache, None
+        sums = [None if x is None else jnp.moveaxis(x, 0, 2) for x in (routed.probabilities, routed.choices)]
+        return hidden, cache, Routes(jnp.moveaxis(routed.experts, 0, 3), *sums)
+
+    def extend(*arguments: Any, **options: Any) -> tuple[Array, Cache | None]:
+        hidden, cache, _ = extend_routed(*arguments, **options)
+        return hidden, cache
 
     def unembed(params: Params, hidden: Array) -> Array:
         return apply({"params": params}, hidden, method="unembed")
@@ -457,4 +529,5 @@ def decoder(config: DecoderConfig) -> Policy:
     return Policy(
         config, init, cast, prefill, init_cache, extend, unembed, gather_prompts, reset_rows, gather_rows, compact,
         by_rows=functools.partial(sharding.by_rows, config.mesh),
+        extend_routed=None if config.experts is None else extend_routed,
     )  # fmt: skip

@@ -4,16 +4,15 @@
 
 Shazeer et al. 2017, arXiv:1701.06538, without noise and without a capacity: no token is dropped, so that a token's
 output depends on no other token, and sampler and scorer agree. Tokens are sorted by expert, and each expert's are one
-block of a grouped matrix product (`jax.lax.ragged_dot`).
+block of a grouped matrix product (`models.mixture`).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.types import Array, Params
+from grpo_jax.types import Array
 
 
 class Experts(NamedTuple):
@@ -27,17 +26,13 @@ class Experts(NamedTuple):
     clip: tuple[float, float] | None = None  # (alpha, limit) of gpt-oss's clipped gate; None: activation(gate) * up
 
 
-def shapes(experts: Experts, D: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's parameters."""
+LAYERS = ("experts_gate", "experts_up", "experts_down")
+
+
+def shapes(experts: Experts, D: int) -> dict[str, tuple[int, int, int]]:
+    """The shapes of the kernels of a layer's experts."""
     E, width = experts.number, experts.width
-    kernels = {
-        "router": (D, E),
-        "experts_gate": (E, D, width),
-        "experts_up": (E, D, width),
-        "experts_down": (E, width, D),
-    }
-    biases = {f"{name}_bias": (*shape[:-2], shape[-1]) for name, shape in kernels.items()}
-    return kernels | (biases if experts.bias else {})
+    return dict(zip(LAYERS, ((E, D, width), (E, D, width), (E, width, D)), strict=True))
 
 
 class Routing(NamedTuple):
@@ -47,9 +42,12 @@ class Routing(NamedTuple):
     weights: Array  # [R, k] float32
 
 
-def route(logits: Array, experts: Experts) -> Routing:
-    """The `k` experts of the largest logits `[R, E]` float32, and their weights."""
-    chosen, indices = jax.lax.top_k(logits, experts.per_token)
+def route(logits: Array, experts: Experts, given: Array | None = None) -> Routing:
+    """The `k` experts of the largest logits `[R, E]` float32, or those given `[R, k]`, and their weights."""
+    if given is None:
+        chosen, indices = jax.lax.top_k(logits, experts.per_token)
+    else:
+        chosen, indices = jnp.take_along_axis(logits, given, axis=-1), given
     total = jax.nn.logsumexp(chosen if experts.normalised else logits, axis=-1, keepdims=True)
     return Routing(indices, jnp.exp(chosen - total))
 
@@ -82,30 +80,5 @@ def combine(outputs: Array, back: Array, weights: Array) -> Array:
 
     Gathered, not scattered: sums have the same order in every run.
     """
-    of_choices = outputs[back].reshape(*weights.shape, -1).astype(jnp.float32)
+    of_choices = outputs[back].reshape(*weights.shape, outputs.shape[-1]).astype(jnp.float32)
     return jnp.einsum("rkd,rk->rd", of_choices, weights)
-
-
-def mixture(x: Array, weights: Params, experts: Experts, activation: Callable[[Array], Array]) -> Array:
-    """The weighted sum of the chosen experts' outputs.
-
-    Args:
-      x: `[R, D]`, tokens.
-      weights: of `shapes`; the router's in float32.
-      experts: what they are.
-      activation: of the gate, where it is not clipped.
-
-    Returns:
-      `[R, D]` float32.
-    """
-    logits = jnp.matmul(x.astype(jnp.float32), weights["router"], precision="highest")
-    routing = route(logits + weights["router_bias"] if experts.bias else logits, experts)
-    grouped = group(x, routing.experts, experts.number)
-
-    def product(rows: Array, name: str) -> Array:
-        y = jax.lax.ragged_dot(rows, weights[name], grouped.sizes)
-        return y + weights[f"{name}_bias"][grouped.experts] if experts.bias else y
-
-    gate, up = product(grouped.rows, "experts_gate"), product(grouped.rows, "experts_up")
-    inner = activation(gate) * up if experts.clip is None else clipped_gate(gate, up, *experts.clip)
-    return combine(product(inner, "experts_down"), grouped.back, routing.weights)

@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.freezing import bind, near, partition
-from grpo_jax.models import quantized
+from grpo_jax.models import experts, quantized
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Params, PRNGKey
 
-A, B, SCALE = "lora_a", "lora_b", "lora_scale"  # [L, in, r] and [L, r, out], trained; [L], frozen
+# [L, in, r] and [L, r, out], or of experts [L, E, in, r] and [L, E, r, out], trained; [L], frozen
+A, B, SCALE = "lora_a", "lora_b", "lora_scale"
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of the decoder
 
 
@@ -55,7 +56,9 @@ def adapt(
         fine-tuning; reinforcement learning needs less.
       alpha: of the scale; 32 with a rank of 16 is PEFT's and TRL's usual choice.
       targets: names of linear layers, such as `("q_proj", "v_proj")`; None for all of them (those of `rank`, if it
-        is by target) but experts, which is best (Dettmers et al. 2023, arXiv:2305.14314, figure 2).
+        is by target), which is best (Dettmers et al. 2023, arXiv:2305.14314, figure 2), but experts. These are
+        `experts_gate`, `experts_up` and `experts_down`, each expert with a pair of its own, so that a rank of 16 is
+        many parameters: `rank={"q_proj": 16, "experts_up": 2}`.
       rslora: scale by `alpha / sqrt(r)`, so that the size of an update does not fall with the rank (Kalajdzievski
         2023, arXiv:2312.03732).
 
@@ -75,13 +78,14 @@ def adapt(
         raise ValueError(f"alpha is above 0, got {alpha}")
     named = targets is not None or isinstance(rank, Mapping)
     if named and (absent := sorted(ranks.keys() - {path[-1] for path, _ in modules})):
-        raise ValueError(f"this model has no {absent[0]}, only experts, which have no adapters: leave it out")
+        found = sorted({path[-1] for path, _ in modules})
+        raise ValueError(f"this model has no {absent[0]}: leave it out; there are {', '.join(found)}")
     adapters: Params = {}
     scales: Params = {}
     for number, (path, module) in enumerate(modules):
         if (r := ranks.get(path[-1])) is None:
             continue
-        layers, inputs, outputs = module["kernel"].shape
+        *stack, inputs, outputs = module["kernel"].shape  # layers, and experts
         if r > min(inputs, outputs):
             warnings.warn(
                 f"rank {r} of {path[-1]} is above the {min(inputs, outputs)} that its kernel of {inputs} x {outputs} "
@@ -89,9 +93,9 @@ def adapt(
                 stacklevel=2,
             )
         bound = inputs**-0.5
-        a = jax.random.uniform(jax.random.fold_in(key, number), (layers, inputs, r), jnp.float32, -bound, bound)
-        put(adapters, path, {A: a, B: jnp.zeros((layers, r, outputs), jnp.float32)})
-        put(scales, path, {SCALE: jnp.full((layers,), alpha / (r**0.5 if rslora else r), jnp.float32)})
+        a = jax.random.uniform(jax.random.fold_in(key, number), (*stack, inputs, r), jnp.float32, -bound, bound)
+        put(adapters, path, {A: a, B: jnp.zeros((*stack, r, outputs), jnp.float32)})
+        put(scales, path, {SCALE: jnp.full((stack[0],), alpha / (r**0.5 if rslora else r), jnp.float32)})
     return adapters, bind(params, scales)
 
 
@@ -153,7 +157,8 @@ def delta(x: Array, a: Array, b: Array, scale: Array) -> Array:
 
 
 def linear_layers(policy: Policy, params: Params) -> list[tuple[tuple[str, ...], Params]]:
-    """The linear layers of a decoder, as `(path, {"kernel": [L, in, out], ...})` in a fixed order.
+    """The linear layers of a decoder, as `(path, {"kernel": [L, in, out], ...})` in a fixed order; [L, E, in, out] of
+    experts.
 
     Raises:
       ValueError: for a policy that is no decoder, or params of another.
@@ -184,9 +189,10 @@ def ranks_of(rank: int | Mapping[str, int], targets: Sequence[str] | None) -> di
         ranks = dict.fromkeys(LAYERS if targets is None else targets, rank)
     if not ranks:
         raise ValueError(f"no targets: name some of {', '.join(LAYERS)}")
+    known = (*LAYERS, *experts.LAYERS)
     for name, r in ranks.items():
-        if name not in LAYERS:
-            raise ValueError(f"{name!r} is no linear layer of the decoder{near(name, LAYERS)}")
+        if name not in known:
+            raise ValueError(f"{name!r} is no linear layer of the decoder{near(name, known)}")
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"the rank of {name} is a whole number from 1 on, got {r!r}")
     return ranks

@@ -69,10 +69,12 @@ def sampled(policy: Policy, kind: Kind) -> Policy:
 
 @functools.partial(jax.jit, static_argnums=1)
 def quantize_kernel(kernel: Array, kind: Kind) -> Any:
-    """One layer's kernel `[in, out]` as codes `[in, out]` and float32 scales `[tiles of in, out]`."""
+    """A layer's kernel `[in, out]` as codes `[in, out]` and float32 scales `[tiles of in, out]`; or each expert's."""
     import qwix
 
     check(kind)
+    if kernel.ndim > 2:
+        return jax.lax.map(lambda one: quantize_kernel(one, kind), kernel)
     kernel = kernel.astype(jnp.float32)
     if kind in ("int8", "fp8"):
         return qwix.quantize(kernel, jnp.int8 if kind == "int8" else jnp.float8_e4m3fn, channelwise_axes=(1,))

@@ -49,8 +49,9 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(o|down)_proj/bias", ("fsdp",)),
     (r"router", ("fsdp", None)),
     (r"router_bias", ("fsdp",)),
-    (r"experts_(gate|up|down)", ("fsdp", None, None)),  # experts; each device then computes all of them for its rows
-    (r"experts_(gate|up|down)_bias", ("fsdp", None)),
+    # Experts lie in parts, and each device computes all of them for its rows.
+    (r"experts_(gate|up|down)/(kernel(/qvalue|/scale)?|lora_a|lora_b)", ("fsdp", None, None)),
+    (r"experts_(gate|up|down)/bias", ("fsdp", None)),
 )
 
 
@@ -313,15 +314,18 @@ def _own(parts: PartitionSpec, V: int, tokens: Array) -> tuple[Array, Array]:
     return jnp.where(held, place, 0), held
 
 
-def each_its_rows(mesh: Mesh | None, f: Callable[[Array, Params], Array]) -> Callable[[Array, Params], Array]:
-    """`f(x [B, G, ...], params)` on each device for its own rows, with whole params; for what sorts or counts rows."""
+def each_its_rows(mesh: Mesh | None, f: Callable[[Any, Params], Tree]) -> Callable[[Any, Params], Tree]:
+    """`f(of_rows, params)` on each device for its own rows, with whole params; for what sorts or counts rows.
+
+    `of_rows` and what `f` returns are trees of arrays `[B, G, ...]`.
+    """
     if mesh is None:
         return f
 
-    def divided(x: Array, params: Params) -> Array:
-        places = PartitionSpec(*rows(mesh, *x.shape[:2]))
+    def divided(of_rows: Any, params: Params) -> Tree:
+        places = PartitionSpec(*rows(mesh, *jax.tree.leaves(of_rows)[0].shape[:2]))
         whole = jax.tree.map(lambda _: PartitionSpec(), params)
-        return jax.shard_map(f, mesh=mesh, in_specs=(places, whole), out_specs=places, check_vma=False)(x, params)
+        return jax.shard_map(f, mesh=mesh, in_specs=(places, whole), out_specs=places, check_vma=False)(of_rows, params)
 
     return divided
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Cache, Policy
-from grpo_jax.sampling import stopping
+from grpo_jax.sampling import routes, stopping
 from grpo_jax.sampling.drawing import completion_keys, is_any, next_token
 from grpo_jax.types import Array, Params, PRNGKey, Prompts, Rollout
 
@@ -24,6 +24,7 @@ class _Decoding(NamedTuple):
     tokens: Array  # [B, G, T] int32
     log_probs: Array  # [B, G, T] float32
     lengths: Array  # [B, G] int32
+    experts: Array | None  # [B, G, T, L, k] int16
     stopping: Array | None  # [B, G] int32, what of a stop string has come
     cache: Cache
 
@@ -44,9 +45,10 @@ def decode_together(
 
     def decode(columns: int, state: _Decoding) -> _Decoding:
         positions = jnp.broadcast_to(prompts.lengths[:, None] - 1 + state.t, (B, G))
-        hidden, cache = policy.extend(
-            params, state.last[..., None], positions[..., None], prompt_cache, state.cache, columns=columns
-        )
+        hidden, cache, experts = routes.extend(
+            policy, sampler, params, state.last[..., None], positions[..., None], prompt_cache, state.cache,
+            columns=columns,
+        )  # fmt: skip
         token, log_prob = next_token(policy, sampler, params, hidden[:, :, 0], keys, state.t)
         token = jnp.where(state.ended, 0, token)
         stop_state, stopped = stopping.follow(sampler.stop, state.stopping, token)
@@ -57,6 +59,7 @@ def decode_together(
             tokens=state.tokens.at[:, :, state.t].set(token),
             log_probs=state.log_probs.at[:, :, state.t].set(jnp.where(state.ended, 0.0, log_prob)),
             lengths=state.lengths + ~state.ended,
+            experts=jax.tree.map(lambda held, new: held.at[:, :, state.t].set(new[:, :, 0]), state.experts, experts),
             stopping=stop_state,
             cache=cache,
         )
@@ -69,13 +72,15 @@ def decode_together(
         tokens=jnp.zeros((B, G, T), jnp.int32),
         log_probs=jnp.zeros((B, G, T), jnp.float32),
         lengths=jnp.zeros((B, G), jnp.int32),
+        experts=routes.start(policy, sampler, params, prompt_cache, B, (B, G, T)),
         stopping=stopping.start(sampler.stop, (B, G)),
         cache=policy.init_cache(B, G, T),
     )
     for columns in live_columns(T):
         state = jax.lax.while_loop(functools.partial(unfinished, columns), functools.partial(decode, columns), state)
     mask = jnp.arange(T) < state.lengths[..., None]
-    return Rollout(prompts, state.tokens, state.lengths, mask, state.log_probs, truncated=~state.ended)
+    rollout = Rollout(prompts, state.tokens, state.lengths, mask, state.log_probs, truncated=~state.ended)
+    return rollout._replace(experts=state.experts)
 
 
 def live_columns(T: int, first: int = 128) -> list[int]:

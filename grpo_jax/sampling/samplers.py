@@ -39,6 +39,7 @@ class PolicySampler:
     min_p: Number | None = None
     stop: StopStrings | None = None
     greedy: bool = _static(default=False)
+    record_experts: bool = _static(default=False)  # of a policy that has some, for router replay
     slots: int | None = _static(default=None)  # completions decoded at a time; None decodes all of them together
 
     def __post_init__(self) -> None:
@@ -82,6 +83,7 @@ def sampler(
     top_p: Number | None = None,
     min_p: Number | None = None,
     stop: StopStrings | None = None,
+    record_experts: bool = False,
 ) -> PolicySampler:
     """A sampler that decodes all completions of a batch together, until every one of them has ended.
 
@@ -102,6 +104,8 @@ def sampler(
       min_p: keep tokens at least `min_p` times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
       stop: `stop_strings(tokenizer, ("</answer>",))`: strings that end a completion, with the token in which one of
         them is completed; such a completion is not truncated.
+      record_experts: of a mixture of experts, put those that predicted each token into `rollout.experts`, so that the
+        scorer sends it to the same ones. `2 L k` bytes a token.
 
     Returns:
       A sampler. Its rollout's log-probs are those of the distribution that was drawn from, the truncated one under
@@ -119,6 +123,7 @@ def sampler(
         top_p=top_p,
         min_p=min_p,
         stop=stop,
+        record_experts=record_experts,
     )
 
 

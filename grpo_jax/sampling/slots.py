@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policies import Cache, Policy, PromptCache
-from grpo_jax.sampling import stopping
+from grpo_jax.sampling import routes, stopping
 from grpo_jax.sampling.drawing import completion_keys, is_any, next_token
 from grpo_jax.types import Array, Params, PRNGKey, Prompts, Rollout
 
@@ -27,6 +27,7 @@ class _Slots(NamedTuple):
     tokens: Array  # [B G, T] int32
     log_probs: Array  # [B G, T] float32
     lengths: Array  # [B G] int32
+    experts: Array | None  # [B G, T, L, k] int16
     ended: Array  # [B G] bool
     cache: Cache
 
@@ -65,8 +66,8 @@ def decode_in_slots(
     def decode(slot_prompts: PromptCache, state: _Slots) -> _Slots:
         busy = state.completion < count
         positions = prompts.lengths[prompt_of(state.completion)] - 1 + state.t
-        hidden, cache = policy.extend(
-            params, state.last[:, None, None], positions[:, None, None], slot_prompts, state.cache
+        hidden, cache, experts = routes.extend(
+            policy, sampler, params, state.last[:, None, None], positions[:, None, None], slot_prompts, state.cache
         )
         slot_keys = keys[jnp.minimum(state.completion, count - 1)]
         token, log_prob = next_token(policy, sampler, params, hidden[:, 0, 0], slot_keys, state.t)
@@ -81,6 +82,11 @@ def decode_in_slots(
             tokens=state.tokens.at[state.completion, state.t].set(token, mode="drop"),
             log_probs=state.log_probs.at[state.completion, state.t].set(log_prob, mode="drop"),
             lengths=state.lengths.at[state.completion].set(state.t + 1, mode="drop"),
+            experts=jax.tree.map(
+                lambda held, new: held.at[state.completion, state.t].set(new[:, 0, 0], mode="drop"),
+                state.experts,
+                experts,
+            ),
             ended=state.ended.at[state.completion].set(ended, mode="drop"),
             cache=cache,
         )
@@ -121,6 +127,7 @@ def decode_in_slots(
         tokens=jnp.zeros((count, T), jnp.int32),
         log_probs=jnp.zeros((count, T), jnp.float32),
         lengths=jnp.zeros((count,), jnp.int32),
+        experts=routes.start(policy, sampler, params, prompt_cache, B, (count, T)),
         ended=jnp.zeros((count,), bool),
         cache=policy.init_cache(N, 1, T),
     )
@@ -129,7 +136,8 @@ def decode_in_slots(
     tokens, log_probs, lengths, ended = (
         x.reshape(B, G, *x.shape[1:]) for x in (state.tokens, state.log_probs, state.lengths, state.ended)
     )
-    return Rollout(prompts, tokens, lengths, jnp.arange(T) < lengths[..., None], log_probs, truncated=~ended)
+    rollout = Rollout(prompts, tokens, lengths, jnp.arange(T) < lengths[..., None], log_probs, truncated=~ended)
+    return rollout._replace(experts=jax.tree.map(lambda x: x.reshape(B, G, *x.shape[1:]), state.experts))
 
 
 def halvings(slots: int) -> list[int]:

@@ -93,6 +93,8 @@ def traced_conversations(
         raise ValueError(f"max_turns and turn_tokens are at least 1, got {max_turns} and {turn_tokens}")
     if sampler.slots is not None:
         raise ValueError(f"traced conversations are decoded together: a sampler without slots, not {sampler.slots}")
+    if sampler.record_experts:
+        raise ValueError("record_experts is for completions of one turn: leave it out where there are conversations")
     return TracedConversationSampler(
         sampler=sampler, environment=environment, begin=begin, max_turns=max_turns, turn_tokens=turn_tokens
     )

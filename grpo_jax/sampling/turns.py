@@ -123,6 +123,8 @@ def conversations(
         raise ValueError(f"max_turns and max_answer_tokens are at least 1, got {max_turns} and {max_answer_tokens}")
     if not timeout > 0:
         raise ValueError(f"timeout is a number of seconds above 0, got {timeout}")
+    if sampler.record_experts:
+        raise ValueError("record_experts is for completions of one turn: leave it out where there are conversations")
     return ConversationSampler(
         sampler=sampler,
         respond=respond,

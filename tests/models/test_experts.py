@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from grpo_jax import models, testing
-from grpo_jax.models import experts, hf, lora
+from grpo_jax.freezing import bind
+from grpo_jax.models import experts, hf, lora, quantized
 from grpo_jax.models.decoder import Mixture
 from grpo_jax.models.experts import Experts
 
@@ -29,39 +30,49 @@ def mixture(name):
     config = models.from_hf_config(testing.tiny_hf_config("qwen3_moe", hidden_size=D, **SOME))
     module = Mixture(dataclasses.replace(config, experts=CASES[name]))
     x = jax.random.normal(jax.random.key(1), (R, D))
-    params = module.init(jax.random.key(0), x)["params"]
+    params = module.init(jax.random.key(0), x[None, None], None, None)["params"]
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     noise = [0.7 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     return module, jax.tree.unflatten(structure, noise), x
 
 
-def one_at_a_time(e, params, x):
+def apply(module, params, x, given=None):
+    """Of rows `[R, D]`."""
+    given = None if given is None else given[None, None]
+    return module.apply({"params": params}, x[None, None], given, None)[0][0, 0]
+
+
+def one_at_a_time(e, params, x, given=None):
     """The formula in NumPy."""
-    w = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    w = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     out = np.zeros(x.shape)
     for r, row in enumerate(np.asarray(x, np.float64)):
         logits = row @ w["router"] + w.get("router_bias", 0)
-        chosen = np.argsort(-logits)[: e.per_token]
+        chosen = np.argsort(-logits)[: e.per_token] if given is None else given[r]
         weights = np.exp(logits[chosen]) / np.exp(logits[chosen] if e.normalised else logits).sum()
         for i, weight in zip(chosen, weights, strict=True):
-            bias = {n: w[f"experts_{n}_bias"][i] if e.bias else 0 for n in ("gate", "up", "down")}
-            gate, up = (row @ w[f"experts_{n}"][i] + bias[n] for n in ("gate", "up"))
+            bias = {n: w[f"experts_{n}"]["bias"][i] if e.bias else 0 for n in ("gate", "up", "down")}
+            gate, up = (row @ w[f"experts_{n}"]["kernel"][i] + bias[n] for n in ("gate", "up"))
             if e.clip is None:
                 inner = gate / (1 + np.exp(-gate)) * up
             else:
                 alpha, limit = e.clip
                 gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
                 inner = (up + 1) * gate / (1 + np.exp(-alpha * gate))
-            out[r] += weight * (inner @ w["experts_down"][i] + bias["down"])
+            out[r] += weight * (inner @ w["experts_down"]["kernel"][i] + bias["down"])
     return out
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_weighted_sum_of_the_chosen_experts(name):
     module, params, x = mixture(name)
-    actual = jit(lambda params, x: module.apply({"params": params}, x))(params, x)
-    np.testing.assert_allclose(actual, one_at_a_time(CASES[name], params, x), rtol=0, atol=2e-5)
+    given = np.random.default_rng(0).permuted(np.tile(np.arange(CASES[name].number), (R, 1)), axis=1)
+    given = given[:, : CASES[name].per_token]
+    run = jit(lambda params, x, given: (apply(module, params, x), apply(module, params, x, given)))
+    of_router, of_given = run(params, x, given)
+    np.testing.assert_allclose(of_router, one_at_a_time(CASES[name], params, x), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(of_given, one_at_a_time(CASES[name], params, x, given), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["normalised", "clipped, with biases"])
@@ -75,8 +86,8 @@ def test_gradients_are_those_of_all_experts_computed_and_most_weighted_by_zero(n
         weights = jnp.sum(jax.nn.one_hot(routing.experts, e.number) * routing.weights[..., None], axis=1)
 
         def product(x, n, equation):
-            y = jnp.einsum(equation, x, params[f"experts_{n}"])
-            return y + params[f"experts_{n}_bias"] if e.bias else y
+            y = jnp.einsum(equation, x, params[f"experts_{n}"]["kernel"])
+            return y + params[f"experts_{n}"]["bias"] if e.bias else y
 
         gate, up = product(x, "gate", "rd,edf->ref"), product(x, "up", "rd,edf->ref")
         inner = jax.nn.silu(gate) * up if e.clip is None else experts.clipped_gate(gate, up, *e.clip)
@@ -85,7 +96,7 @@ def test_gradients_are_those_of_all_experts_computed_and_most_weighted_by_zero(n
     def gradients(f):
         return jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(f(params, x))), (0, 1)))(params, x)
 
-    actual, expected = gradients(lambda params, x: module.apply({"params": params}, x)), gradients(dense)
+    actual, expected = gradients(lambda params, x: apply(module, params, x)), gradients(dense)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected)
 
@@ -93,17 +104,66 @@ def test_gradients_are_those_of_all_experts_computed_and_most_weighted_by_zero(n
 def test_a_token_is_computed_the_same_whatever_else_is_in_the_batch():
     """There is no capacity that others could use up."""
     module, params, x = mixture("normalised")
-    alone = [module.apply({"params": params}, row[None])[0] for row in x]
-    np.testing.assert_allclose(module.apply({"params": params}, x), np.stack(alone), rtol=1e-5, atol=1e-6)
+    alone = [apply(module, params, row[None])[0] for row in x]
+    np.testing.assert_allclose(apply(module, params, x), np.stack(alone), rtol=1e-5, atol=1e-6)
 
 
-def test_experts_have_no_adapters_and_are_not_quantised(tmp_path):
-    policy = testing.tiny_policy("qwen3_moe", **SOME)
+LORA = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_adapters_of_experts_compute_and_learn_as_the_model_that_they_are_merged_into(kind):
+    """By the chain rule, as those of other layers; over codes as over what the codes stand for."""
+    policy = testing.tiny_policy("qwen3_moe", **LORA, num_hidden_layers=1)
     params = jit(policy.init)(jax.random.key(0))
+    params = params if kind is None else quantized.quantize(params, kind)
+    adapters, base = lora.adapt(policy, params, rank={"experts_up": 2, "experts_down": 3}, key=jax.random.key(1))
+    adapters = jax.tree.map(lambda x: x + 0.05, adapters)
+    tokens = jax.random.randint(jax.random.key(2), (2, 1, 6), 2, 60)
+
+    def value(params):
+        prompt_cache = policy.prefill(params, tokens[:, 0, :2], jnp.full(2, 2))
+        positions = jnp.broadcast_to(1 + jnp.arange(5), (2, 1, 5))
+        return jnp.sum(
+            jnp.sin(policy.unembed(params, policy.extend(params, tokens[..., 1:], positions, prompt_cache)[0]))
+        )
+
+    found, gradients = jit(jax.value_and_grad(lambda x: value(bind(x, base))))(adapters)
+    expected, dense = jit(jax.value_and_grad(value))(lora.merge(adapters, base))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+    for name, r in (("experts_up", 2), ("experts_down", 3)):
+        a, b = (np.asarray(adapters["layers"]["mlp"][name][x], np.float64) for x in (lora.A, lora.B))
+        dW = np.asarray(dense["layers"]["mlp"][name]["kernel"], np.float64)
+        of = gradients["layers"]["mlp"][name]
+        assert np.max(np.abs(of[lora.A])) > 0.1
+        np.testing.assert_allclose(of[lora.A], 32 / r * dW @ b.swapaxes(-1, -2), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(of[lora.B], 32 / r * a.swapaxes(-1, -2) @ dW, rtol=1e-3, atol=1e-3)
+
+
+def test_codes_of_experts_become_floats_within_their_layer_only():
+    """The compiled program makes floats of one layer's experts at a time, never of the stack."""
+    policy = testing.tiny_policy("qwen3_moe", **LORA, num_hidden_layers=3)
+    params = quantized.quantize(jit(policy.init)(jax.random.key(0)), "int8")
+    adapters, base = lora.adapt(policy, params, rank=2, key=jax.random.key(1))
+    tokens = jnp.ones((1, 1, 4), jnp.int32)
+
+    def value(adapters, base):
+        params = bind(adapters, base)
+        prompt_cache = policy.prefill(params, tokens[:, 0, :2], jnp.full(1, 2))
+        return jnp.sum(policy.extend(params, tokens, jnp.arange(1, 5)[None, None], prompt_cache)[0])
+
+    text = jit(jax.grad(value)).lower(adapters, base).compile().as_text()
+    assert "f32[4,32,16]" in text
+    assert "f32[3,4,32,16]" not in text
+
+
+def test_experts_are_read_as_the_codes_of_their_floats_and_have_adapters_only_if_they_are_named(tmp_path):
+    folder = testing.tiny_checkpoint(tmp_path / "model", "qwen3_moe", **LORA)
+    policy, params = hf.load_pretrained(folder)
+    _, codes = hf.load_pretrained(folder, quantize="nf4")
+    jax.tree.map(np.testing.assert_array_equal, codes, quantized.quantize(params, "nf4"))
+    assert quantized.is_quantized(codes["layers"]["mlp"]["experts_up"]["kernel"])
     adapters, _ = lora.adapt(policy, params, rank=2, key=jax.random.key(1))
     assert sorted(adapters["layers"]) == ["self_attn"]
-    with pytest.raises(ValueError, match="this model has no down_proj, only experts, which have no adapters"):
+    with pytest.raises(ValueError, match="this model has no down_proj: leave it out; there are experts_down"):
         lora.adapt(policy, params, rank=2, key=jax.random.key(1), targets=("q_proj", "down_proj"))
-    folder = testing.tiny_checkpoint(tmp_path / "model", "qwen3_moe", **SOME)
-    with pytest.raises(ValueError, match="those of experts, which are not quantised: leave it out"):
-        hf.load_pretrained(folder, quantize="int8")

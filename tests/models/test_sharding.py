@@ -29,7 +29,9 @@ def abstract(data=1, fsdp=1, tensor=1):
 def test_the_table_names_every_matrix_of_every_family(family):
     policy = testing.tiny_policy(family)
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    adapters, _ = jax.eval_shape(lambda p: lora.adapt(policy, p, rank=4, key=jax.random.key(0)), shapes)
+    targets = sorted({path[-1] for path, _ in lora.linear_layers(policy, shapes)})  # experts, too
+    settings = {"rank": 4, "targets": targets, "key": jax.random.key(0)}
+    adapters, _ = jax.eval_shape(lambda params: lora.adapt(policy, params, **settings), shapes)
     for path, leaf in named_leaves(shapes) + named_leaves(adapters):
         stacked = path.startswith("layers/")
         found = sharding.spec(abstract(), path, leaf.shape)
@@ -41,6 +43,7 @@ def test_codes_and_scales_lie_as_their_kernel_does():
     found = {path: sharding.spec(abstract(fsdp=2), path, leaf.shape) for path, leaf in named_leaves(shapes)}
     assert found["layers/mlp/up_proj/kernel/qvalue"] == PartitionSpec(None, "fsdp", "tensor")
     assert found["layers/mlp/up_proj/kernel/scale"] == PartitionSpec(None, None, "tensor")  # one tile of 32 weights
+    assert sharding.spec(abstract(fsdp=2), "layers/mlp/experts_up/kernel/scale", (2, 8, 1, 16))[1] == "fsdp"
 
 
 def test_a_moment_lies_as_its_parameter_does_and_a_size_that_does_not_divide_stays_whole():

@@ -45,12 +45,17 @@ def shrunk(fields):
     sizes |= {name: fields[name][:layers] for name in ("layer_types", "no_rope_layers") if name in fields}
     if fields.get("sliding_window"):
         sizes["sliding_window"] = 5
+    fields = {name: value for name, value in fields.items() if name != "quantization_config"}  # of the files
     return fields | sizes | {"torch_dtype": "float32", "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
 
 
 def one_of_equals():
     """Checkpoints whose shrunk configurations differ: sizes of one family are often one network."""
-    fields_of = {name: json.loads((FOUND["FOLDER"] / f"{name}.json").read_text()) for name in FOUND["READ"]}
+    fields_of = {
+        name: json.loads((FOUND["FOLDER"] / f"{name}.json").read_text())
+        for name in FOUND["READ"]
+        if name not in FOUND["SEE_IMAGES"]
+    }
     return sorted({json.dumps(shrunk(fields), sort_keys=True): name for name, fields in fields_of.items()}.values())
 
 

@@ -104,3 +104,45 @@ def test_transformers_reads_a_merged_model_to_the_same_logits(folder, tmp_path):
     hf.save_pretrained(policy, lora.merge(adapters, base), tmp_path / "merged")
     ours = logits(policy, bind(adapters, base))
     np.testing.assert_allclose(ours, logits_in_torch(in_torch(tmp_path / "merged"))[:, 1:], rtol=0, atol=2e-4)
+
+
+FUSED = {
+    "phi3": {"sliding_window": None, "tie_word_embeddings": False, "pad_token_id": 0},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+}
+EXPERTS = {"q_proj": 3, "experts_gate": 2, "experts_up": 3, "experts_down": 4}
+OF_FAMILY = {"phi3": {"q_proj": 2, "v_proj": 3, "o_proj": 4, "gate_proj": 2, "up_proj": 5}}
+OF_PEFT = {"phi3": {"target_modules": ["qkv_proj", "gate_up_proj"]}}
+OF_EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+OF_DOWN = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+
+
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("mixtral", "gpt_oss")]
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen3_moe", *SLOW])
+def test_adapters_of_what_peft_adapts_together_go_out_and_in_to_the_same_logits(family, tmp_path):
+    """Phi's fused projections and stacks of experts: blocks of one adapter there, adapters of their own here."""
+    base_folder = tiny_checkpoint(tmp_path / "base", family, **FUSED[family])
+    policy, params = hf.load_pretrained(base_folder)
+    adapters, base = random_adapters(policy, params, rank=OF_FAMILY.get(family, EXPERTS), alpha=7.0)
+    hf.save_adapters(policy, adapters, base, tmp_path / "ours", base_model=str(base_folder))
+    model = peft.PeftModel.from_pretrained(in_torch(base_folder), tmp_path / "ours")
+    ours = logits(policy, bind(adapters, base))
+    assert np.max(np.abs(ours - logits(policy, params))) > 0.1
+    np.testing.assert_allclose(ours, logits_in_torch(model)[:, 1:], rtol=0, atol=2e-4)
+    read, base_of_read = hf.load_adapters(policy, params, tmp_path / "ours")
+    assert jax.tree.map(jnp.shape, read) == jax.tree.map(jnp.shape, adapters)
+    np.testing.assert_allclose(logits(policy, bind(read, base_of_read)), ours, rtol=0, atol=1e-5)
+
+    for number, settings in enumerate([OF_PEFT.get(family, OF_EXPERTS), *([] if family in OF_PEFT else [OF_DOWN])]):
+        torch.manual_seed(number)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=2, lora_alpha=3, **settings)
+        model = peft.get_peft_model(in_torch(base_folder), config).eval()
+        model.save_pretrained(tmp_path / f"theirs{number}")
+        read, base_of_read = hf.load_adapters(policy, params, tmp_path / f"theirs{number}")
+        found = logits(policy, lora.merge(read, base_of_read))
+        assert np.max(np.abs(found - logits(policy, params))) > 0.1
+        np.testing.assert_allclose(found, logits_in_torch(model)[:, 1:], rtol=0, atol=2e-4)

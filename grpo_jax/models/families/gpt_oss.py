@@ -27,10 +27,9 @@ def place(path: tuple[str, ...], fields: Fields) -> Place:
         return Place(f"{layer}.self_attn.sinks")
     if leaf.startswith("router"):
         return Place(f"{layer}.mlp.router.{'bias' if leaf == 'router_bias' else 'weight'}")
-    if not leaf.startswith("experts"):
+    if len(path) < 2 or not path[-2].startswith("experts"):
         return family.place(path, fields)
-    suffix = "_bias" if leaf.endswith("_bias") else ""
-    part = leaf.removeprefix("experts_").removesuffix(suffix)
+    part, suffix = path[-2].removeprefix("experts_"), "_bias" if leaf == "bias" else ""
     if part == "down":
         return Place(f"{layer}.mlp.experts.down_proj{suffix}", transposed=False)
     turn = (("gate", "up").index(part), 2)

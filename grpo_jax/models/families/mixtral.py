@@ -14,8 +14,9 @@ def decoder(fields: Fields) -> dict[str, Any]:
 def place(path: tuple[str, ...], fields: Fields) -> Place:
     """Each expert's kernels are tensors of their own; w1 is the gate, w3 up and w2 down."""
     names = {"router": "gate", **{f"experts_{part}": f"experts.{{expert}}.{w}" for part, w in PARTS.items()}}
-    if path[-1] in names:
-        return Place(f"model.layers.{{layer}}.block_sparse_moe.{names[path[-1]]}.weight")
+    own = path[-2] if path[-1] == "kernel" else path[-1]
+    if own in names:
+        return Place(f"model.layers.{{layer}}.block_sparse_moe.{names[own]}.weight")
     return family.place(path, fields)
 
 

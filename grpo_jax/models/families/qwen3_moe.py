@@ -21,8 +21,9 @@ def decoder(fields: Fields) -> dict[str, Any]:
 def place(path: tuple[str, ...], fields: Fields) -> Place:
     """Each expert's kernels are tensors of their own."""
     names = {"router": "gate", **{f"experts_{part}": f"experts.{{expert}}.{part}_proj" for part in PARTS}}
-    if path[-1] in names:
-        return Place(f"model.layers.{{layer}}.mlp.{names[path[-1]]}.weight")
+    own = path[-2] if path[-1] == "kernel" else path[-1]
+    if own in names:
+        return Place(f"model.layers.{{layer}}.mlp.{names[own]}.weight")
     return family.place(path, fields)
 
 

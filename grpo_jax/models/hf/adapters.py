@@ -4,17 +4,27 @@
                                 base_model.model.model.layers.{i}.self_attn.q_proj.lora_B.weight [out, r]
     adapter_config.json         rank, alpha, targets
 
-The metadata of what is written here hold a digest of the base, so that adapters are not put on another one unawares.
+PEFT has one adapter where the model's class has one tensor: for `qkv_proj` and `gate_up_proj` of Phi, and for gate and
+up of all experts, `target_parameters` of its config. Here each kernel has its own. They are written as one whose rank
+is the sum of theirs, with blocks of zeros, which computes the same:
+
+    lora_A = [a_q; a_k; a_v]      lora_B = diag(b_q, b_k, b_v)
+
+and read as one of the same `lora_a` for each kernel, which training then moves apart.
+
+The metadata of what is written here hold the ranks of such blocks, and a digest of the base, so that adapters are not
+put on another one unawares.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +32,7 @@ import transformers
 
 from grpo_jax import processes
 from grpo_jax.freezing import bind, named_leaves
-from grpo_jax.models import lora
+from grpo_jax.models import experts, lora
 from grpo_jax.models.hf.folders import local_folder, open_shard, read_json, short, write_json
 from grpo_jax.models.hf.layout import leaves_of
 from grpo_jax.models.hf.replacing import replacing
@@ -33,12 +43,14 @@ from grpo_jax.types import Params
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DIGEST = "base_sha256"
 _PREFIX = "base_model.model."
-_TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.([a-z_.]+)\.lora_([AB])\.weight")
+_RANKS = "ranks_of_parts"
+_OF_EXPERTS = "mlp.experts."
 
 # Fields of a PEFT config that a reader has no use for, and the values that the others may have.
 _NEUTRAL = {
     *("base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"),
     *("lora_dropout", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"),
+    "target_parameters",
     *("exclude_modules", "megatron_core", "runtime_config", "ensure_weight_tying", "layers_pattern"),
 }
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -79,22 +91,23 @@ def save_adapters(
       FileExistsError: if `path` holds what no export wrote.
       ValueError: if these are no adapters of this base, or its family's tensors hold several layers' kernels.
     """
-    _refuse_fused(policy)
     tensors: dict[str, np.ndarray] = {}
     settings: dict[str, list[tuple[int, float]]] = {}  # rank and alpha of each layer, by target
-    for layers, module in lora.linear_layers(policy, bind(adapters, base)):
-        if lora.A not in module:
-            continue
-        a, b, scale = (processes.whole(module[name]).astype(np.float32) for name in (lora.A, lora.B, lora.SCALE))
+    ranks: dict[str, dict[str, int]] = {}
+    targets = [target for target in _targets(policy, bind(adapters, base)) if target.adapted]
+    nested = {_OF_EXPERTS + "gate_up_proj", _OF_EXPERTS + "down_proj"} <= {target.name for target in targets}
+    for target in targets:
+        a, b, scale = _together(target, [other for other in targets if other.of_experts == target.of_experts])
         for i in range(len(a)):
-            name = f"{_PREFIX}model.layers.{i}.{'.'.join(layers[1:])}"
-            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
-            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
-        alphas = [float(f"{x * a.shape[-1]:.7g}") for x in scale.tolist()]
-        settings[".".join(layers[1:])] = [(a.shape[-1], alpha) for alpha in alphas]
+            name = _module(target.name, i, nested)
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _to_peft(a[i], b[i])
+        settings[target.name] = [(a.shape[-1], float(f"{x * a.shape[-1]:.7g}")) for x in scale.tolist()]
+        if len(target.parts) > 1 or target.of_experts:
+            ranks[target.name] = {part.path[-1]: part.module[lora.A].shape[-1] for part in target.adapted}
     if not tensors:
         raise ValueError("there are no adapters: pass save_adapters(policy, state.params, state.frozen, ...)")
-    rank, alpha = next(iter(settings.values()))[0]
+    # PEFT warns of patterns for parameters, so that those of experts have the ranks and alphas that need none.
+    rank, alpha = max(settings.items(), key=lambda item: item[0].startswith(_OF_EXPERTS))[1][0]
     others = {
         f"model.layers.{i}.{target}": values
         for target, of_layers in settings.items()
@@ -109,14 +122,15 @@ def save_adapters(
         "lora_alpha": alpha,
         "rank_pattern": {name: r for name, (r, _) in others.items() if r != rank},
         "alpha_pattern": {name: a for name, (_, a) in others.items() if a != alpha},
-        "target_modules": sorted(target.rpartition(".")[2] for target in settings),
+        "target_modules": sorted(name.rpartition(".")[2] for name in settings if not name.startswith(_OF_EXPERTS)),
+        "target_parameters": sorted(name for name in settings if name.startswith(_OF_EXPERTS)) or None,
         "use_rslora": False,  # the scale is alpha / r, whatever it was made of
         "bias": "none",
         "lora_dropout": 0.0,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    metadata = {_DIGEST: _digest(base)}
+    metadata = {_DIGEST: _digest(base), _RANKS: json.dumps(ranks, sort_keys=True)}
     with processes.alike("export"), contextlib.ExitStack() as stack:
         if not processes.is_first():
             return
@@ -154,7 +168,6 @@ def load_adapters(
       ValueError: for another base, tensors that do not fit the decoder, or a config that asks for what it does not do;
         all that do are named.
     """
-    _refuse_fused(policy)
     folder = local_folder(path_or_repo, revision, [CONFIG, WEIGHTS])
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}, only {short(sorted(os.listdir(folder)))}")
@@ -170,10 +183,17 @@ def load_adapters(
         named = ", ".join(f"{name} = {short(value, 80)}" for name, value in sorted(refused.items()))
         raise ValueError(f"{folder / CONFIG} asks for what adapters here do not do: {named}")
     with open_shard(folder / WEIGHTS) as shard:
-        trained_on = (shard.metadata() or {}).get(_DIGEST)
+        metadata = shard.metadata() or {}
         tensors = {name: shard.get_tensor(name) for name in sorted(shard.keys())}
-    modules = dict(lora.linear_layers(policy, params))
-    if offenders := list(_offenders(tensors, modules)):
+    trained_on, ranks = metadata.get(_DIGEST), json.loads(metadata.get(_RANKS, "{}"))
+    nested = any(f".{_OF_EXPERTS}base_layer." in name for name in tensors)
+    targets = [
+        target
+        for target in _targets(policy, params)
+        if f"{_module(target.name, 0, nested)}.lora_A.weight" in tensors
+        and (nested or _is_targeted(target.name, config))
+    ]
+    if offenders := list(_offenders(tensors, targets, nested)):
         raise ValueError("\n  ".join([f"{folder} does not hold adapters of this base:", *map(short, offenders[:20])]))
     if not any_base and trained_on not in (None, _digest(params)):
         raise ValueError(
@@ -182,32 +202,132 @@ def load_adapters(
         )
     adapters: Params = {}
     scales: Params = {}
-    for path, module in modules.items():
-        layers, inputs, outputs = module["kernel"].shape
-        names = [f"{_PREFIX}model.layers.{i}.{'.'.join(path[1:])}" for i in range(layers)]
-        if f"{names[0]}.lora_A.weight" not in tensors:
-            continue
-        pairs = [(tensors[f"{name}.lora_A.weight"].T, tensors[f"{name}.lora_B.weight"].T) for name in names]
+    for target in targets:
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        scale: list[float] = []
+        for i in range(target.stack[0]):
+            name = _module(target.name, i, nested)
+            rows, columns = (tensors[f"{name}.lora_{x}.weight"] for x in "AB")
+            pairs.append(_from_peft(rows, columns, target.stack[1:]))
+            scale.append(_scale(config, f"model.layers.{i}.{target.name}", pairs[-1][0].shape[-1]))
         rank = max(a.shape[-1] for a, _ in pairs)
-        a, b = np.zeros((layers, inputs, rank), np.float32), np.zeros((layers, rank, outputs), np.float32)
+        a = np.zeros((*target.stack, target.inputs, rank), np.float32)
+        b = np.zeros((*target.stack, rank, target.outputs), np.float32)
         for i, (of_a, of_b) in enumerate(pairs):
-            a[i, :, : of_a.shape[-1]], b[i, : of_b.shape[0]] = of_a, of_b
-        scale = [
-            _scale(config, name.removeprefix(_PREFIX), pair[0].shape[-1])
-            for name, pair in zip(names, pairs, strict=True)
-        ]
-        lora.put(adapters, path, {lora.A: jnp.asarray(a), lora.B: jnp.asarray(b)})
-        lora.put(scales, path, {lora.SCALE: jnp.asarray(scale, jnp.float32)})
+            a[i, ..., : of_a.shape[-1]], b[i, ..., : of_b.shape[-2], :] = of_a, of_b
+        first, own = 0, ranks.get(target.name)
+        for part in target.parts:
+            if own is not None and part.path[-1] not in own:
+                continue
+            r = rank if own is None else own[part.path[-1]]
+            held_a, held_b = a[..., first : first + r], b[..., first : first + r, part.columns]
+            first += 0 if own is None else r
+            lora.put(adapters, part.path, {lora.A: jnp.asarray(held_a), lora.B: jnp.asarray(held_b)})
+            lora.put(scales, part.path, {lora.SCALE: jnp.asarray(scale, jnp.float32)})
     return adapters, bind(params, scales)
 
 
-def _refuse_fused(policy: Policy) -> None:
-    """Where one tensor holds several kernels, as Phi-3's qkv_proj, PEFT adapts them together and the decoder apart."""
-    if fused := sorted({leaf.names[0].split(".")[-2] for leaf in leaves_of(policy) if leaf.rows is not None}):
-        raise ValueError(
-            f"PEFT has one adapter for {' and one for '.join(fused)} of this family, and here each of the kernels in "
-            "them has its own: export the merged model, by save_pretrained(policy, lora.merge(params, frozen), ...)"
-        )
+class _Part(NamedTuple):
+    """A linear layer of the decoder, whose outputs are some of a target's."""
+
+    path: tuple[str, ...]
+    module: Params
+    columns: slice  # of the target's outputs
+
+
+class _Target(NamedTuple):
+    """What PEFT has one adapter for in each layer."""
+
+    name: str  # such as self_attn.qkv_proj, in a layer
+    stack: tuple[int, ...]  # layers, and of experts their number
+    inputs: int
+    outputs: int
+    parts: tuple[_Part, ...]  # in the order of their columns
+
+    @property
+    def adapted(self) -> list[_Part]:
+        return [part for part in self.parts if lora.A in part.module]
+
+    @property
+    def of_experts(self) -> bool:
+        return self.name.startswith(_OF_EXPERTS)
+
+
+def _targets(policy: Policy, params: Params) -> list[_Target]:
+    leaves = {leaf.path: leaf for leaf in leaves_of(policy)}
+    parts: dict[str, list[_Part]] = {}
+    outputs: dict[str, int] = {}
+    for path, module in lora.linear_layers(policy, params):
+        leaf, width = leaves["/".join([*path, "kernel"])], module["kernel"].shape[-1]
+        name, total, columns = ".".join(path[1:]), width, slice(0, width)
+        if path[-1] == "experts_down":
+            name = _OF_EXPERTS + "down_proj"
+        elif path[-1] in experts.LAYERS:  # one tensor in transformers, whatever they are in a checkpoint
+            name, total, turn = _OF_EXPERTS + "gate_up_proj", 2 * width, path[-1] == "experts_up"
+            columns = slice(turn * width, (turn + 1) * width)
+            if leaf.columns is not None:
+                columns = slice(leaf.columns[0], None, leaf.columns[1])
+        elif leaf.rows is not None:
+            name, total = ".".join([*path[1:-1], leaf.names[0].split(".")[-2]]), leaf.rows[1]
+            columns = slice(leaf.first_row, leaf.first_row + width)
+        parts.setdefault(name, []).append(_Part(path, module, columns))
+        outputs[name] = total
+    found = []
+    for name, of_name in parts.items():
+        *stack, inputs, _ = of_name[0].module["kernel"].shape
+        ordered = tuple(sorted(of_name, key=lambda part: part.columns.start))
+        found.append(_Target(name, tuple(stack), inputs, outputs[name], ordered))
+    return found
+
+
+def _together(target: _Target, others: Sequence[_Target]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`lora_a [L, .., in, R]`, `lora_b [L, .., R, out]` and the scale `[L]` of a target, with a block for each part.
+
+    The targets of experts, which are `others`, have one scale and, filled up with zeros, one rank.
+    """
+    like = others[0] if target.of_experts else target
+    scale = processes.whole(like.adapted[0].module[lora.SCALE]).astype(np.float32)
+    a: list[np.ndarray] = []
+    b: list[np.ndarray] = []
+    for part in target.adapted:
+        of_a, of_b, own = (processes.whole(part.module[x]).astype(np.float32) for x in (lora.A, lora.B, lora.SCALE))
+        block = np.zeros((*of_b.shape[:-1], target.outputs), np.float32)
+        block[..., part.columns] = of_b * (own / scale).reshape(-1, *[1] * (of_b.ndim - 1))
+        a.append(of_a)
+        b.append(block)
+    joined_a, joined_b = np.concatenate(a, axis=-1), np.concatenate(b, axis=-2)
+    if target.of_experts:
+        longest = max(sum(part.module[lora.A].shape[-1] for part in other.adapted) for other in others)
+        fill = [(0, 0)] * (joined_a.ndim - 1) + [(0, longest - joined_a.shape[-1])]
+        joined_a, joined_b = np.pad(joined_a, fill), np.pad(joined_b, [*fill[:-2], fill[-1], fill[-2]])
+    return joined_a, joined_b, scale
+
+
+def _module(target: str, layer: int, nested: bool) -> str:
+    """PEFT's name of a target: of two tensors of experts, the wrapper of the first lies within that of the second."""
+    if target.startswith(_OF_EXPERTS):
+        target = "mlp.experts.base_layer" if nested and target.endswith("gate_up_proj") else "mlp.experts"
+    return f"{_PREFIX}model.layers.{layer}.{target}"
+
+
+def _is_targeted(target: str, config: dict[str, Any]) -> bool:
+    """Whether adapters of experts, whose tensors do not say so, are this target's; those of others say so."""
+    name = f"model.layers.0.{target}"
+    return not target.startswith(_OF_EXPERTS) or any(
+        name == x or name.endswith(f".{x}") for x in config.get("target_parameters") or ()
+    )
+
+
+def _to_peft(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`[in, r]` and `[r, out]` as `[r, in]` and `[out, r]`; of experts `[E r, in]` and `[out, r E]`."""
+    rows, columns = a.swapaxes(-1, -2).reshape(-1, a.shape[-2]), b.T.reshape(b.shape[-1], -1)
+    return np.ascontiguousarray(rows), np.ascontiguousarray(columns)
+
+
+def _from_peft(rows: np.ndarray, columns: np.ndarray, stack: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The other way; `stack` is `(E,)` of experts, else `()`."""
+    a = rows.reshape(*stack, -1, rows.shape[-1]).swapaxes(-1, -2)
+    return a, columns.reshape(columns.shape[0], -1, *stack).T
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
@@ -217,16 +337,18 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def _offenders(tensors: dict[str, np.ndarray], modules: dict[tuple[str, ...], Params]) -> Iterator[str]:
+def _offenders(tensors: dict[str, np.ndarray], targets: list[_Target], nested: bool) -> Iterator[str]:
     """A line for each tensor that is not an adapter's, of another shape, or missing."""
-    targets = {match[2] for match in map(_TENSOR.fullmatch, tensors) if match}
-    wanted: dict[str, int] = {}  # name -> the size that is not the rank
-    for path, module in modules.items():
-        layers, inputs, outputs = module["kernel"].shape
-        if (target := ".".join(path[1:])) in targets:
-            for i in range(layers):
-                name = f"{_PREFIX}model.layers.{i}.{target}"
-                wanted |= {f"{name}.lora_A.weight": inputs, f"{name}.lora_B.weight": outputs}
+    wanted: dict[
+        str, tuple[int, int]
+    ] = {}  # name -> the size that is not the rank, and of how many experts the rank is
+    for target in targets:
+        for i in range(target.stack[0]):
+            name, times = _module(target.name, i, nested), math.prod(target.stack[1:])
+            wanted |= {
+                f"{name}.lora_A.weight": (target.inputs, times),
+                f"{name}.lora_B.weight": (target.outputs, times),
+            }
     if not wanted:
         yield "no tensor is an adapter of one of its layers"
     for name in sorted(wanted.keys() - tensors.keys()):
@@ -237,8 +359,11 @@ def _offenders(tensors: dict[str, np.ndarray], modules: dict[tuple[str, ...], Pa
             continue
         size, rank = (tensor.shape if "lora_B" in name else tensor.shape[::-1]) if tensor.ndim == 2 else (0, 0)
         other = name.replace("lora_B", "lora_A") if "lora_B" in name else name.replace("lora_A", "lora_B")
-        if size != wanted[name]:
-            yield f"{name}: shape {list(tensor.shape)}, and the layer's width there is {wanted[name]}"
+        width, times = wanted[name]
+        if size != width:
+            yield f"{name}: shape {list(tensor.shape)}, and the layer's width there is {width}"
+        elif rank % times:
+            yield f"{name}: shape {list(tensor.shape)}, and a rank of {times} experts is a multiple of {times}"
         elif other in tensors and rank not in tensors[other].shape:
             yield f"{name}: rank {rank}, and that of {other} is another: {list(tensors[other].shape)}"
         elif not np.isfinite(tensor.astype(np.float32)).all():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,31 @@ def short(value: Any, limit: int = 400) -> str:
 
 
 def read_config(folder: Path) -> transformers.PretrainedConfig:
-    """The config.json of a checkpoint; no code of it is run."""
+    """The config.json of a checkpoint; no code of it is run.
+
+    Of Gemma 3 with images that of its language model; of gpt-oss in mxfp4 that of the floats.
+    """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, only {short(sorted(os.listdir(folder)))}")
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many kinds, by the field
         raise ValueError(f"transformers does not read {folder / 'config.json'}: {short(str(error), 1000)}") from error
+    if config.model_type == "gpt_oss" and _method(config) == "mxfp4":
+        del config.quantization_config  # its codes are read as the floats that they stand for
+    if config.model_type != "gemma3":
+        return config
+    warnings.warn(
+        f"{folder} also sees images; only its language model is read, and exports are language models, too",
+        stacklevel=2,
+    )
+    return config.get_text_config()
+
+
+def _method(config: transformers.PretrainedConfig) -> str | None:
+    found = getattr(config, "quantization_config", None) or {}
+    method = (found if isinstance(found, dict) else found.to_dict()).get("quant_method")
+    return getattr(method, "value", method)
 
 
 def local_folder(path_or_repo: str | os.PathLike[str], revision: str | None, patterns: list[str]) -> Path:

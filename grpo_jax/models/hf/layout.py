@@ -16,7 +16,7 @@ from grpo_jax.models import families
 from grpo_jax.policies import Policy
 from grpo_jax.types import Params
 
-_KERNELS = {"kernel", "lm_head", "router", "experts_gate", "experts_up", "experts_down"}
+_KERNELS = {"kernel", "lm_head", "router"}
 
 
 class Leaf(NamedTuple):
@@ -29,7 +29,7 @@ class Leaf(NamedTuple):
     transposed: bool
     rows: tuple[int, int] | None = None  # the first row, and the rows in all, of tensors that hold several parameters
     columns: tuple[int, int] | None = None  # the first column and the step, of tensors in which parameters alternate
-    is_kernel: bool = False  # that of a linear layer
+    is_kernel: bool = False  # that of a linear layer, or of all experts'
     path: str = ""  # such as layers/self_attn/q_proj/kernel
 
     @property

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from grpo_jax import models
 from grpo_jax.models import quantized, sharding
 from grpo_jax.models.attention import Attention, auto
+from grpo_jax.models.hf import views
 from grpo_jax.models.hf.folders import TEXT_FILES, local_folder, open_shard, read_config, read_json, short, weight_map
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
 from grpo_jax.policies import Policy
@@ -99,11 +100,6 @@ def load_pretrained(
         mesh=mesh,
         generation_config=_generation_config(folder),
     )
-    if quantize is not None and config.experts is not None:
-        raise ValueError(
-            f'quantize="{quantize}" is of linear layers, and most of this model\'s weights are those of experts, which '
-            "are not quantised: leave it out"
-        )
     policy = models.decoder(config)
     shapes = shapes_of(policy)
     params = _read(folder, leaves_of(policy), config.tie_embeddings, quantize, mesh)
@@ -162,8 +158,9 @@ def _read(
 ) -> list[Any]:
     """The parameters, if the folder's tensors are exactly theirs."""
     with contextlib.ExitStack() as stack:
-        places = weight_map(folder)
-        shards = {file: stack.enter_context(open_shard(folder / file)) for file in sorted(set(places.values()))}
+        places: views.Places = weight_map(folder)
+        files = {file: stack.enter_context(open_shard(folder / file)) for file in sorted(set(places.values()))}
+        places, shards = views.of_floats(*views.of_text(places, files))
         offenders = _offenders(leaves, shards, places, tied)
         if named := [short(line) for line in itertools.islice(offenders, _NAMED)]:
             more = sum(1 for _ in offenders)
@@ -259,8 +256,11 @@ def _fill_parts(
         of_tensor = of_tensor[::-1] if leaf.transposed else of_tensor
         start, stop, _ = of_tensor[0].indices(leaf.part_shape[0])
         of_tensor = (slice(leaf.first_row + start, leaf.first_row + stop), *of_tensor[1:])
+        first, step = leaf.columns or (0, 1)
+        start, stop, _ = of_tensor[-1].indices(leaf.part_shape[-1])
+        of_tensor = (*of_tensor[:-1], slice(start * step, stop * step)) if step > 1 else of_tensor
         for number, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
-            found = shards[weight_map[name]].get_slice(name)[of_tensor]
+            found = shards[weight_map[name]].get_slice(name)[of_tensor][..., first::step]
             if not np.all(np.isfinite(found.astype(np.float32))):
                 wrong[name] = None
             part[number] = found.T if leaf.transposed else found
@@ -288,8 +288,10 @@ def _fill_quantized(
         form = jax.eval_shape(lambda: {leaf.path: quantized.empty(leaf.shape, kind)})
         where = sharding.shardings(mesh, form)[leaf.path]
         stack = jax.jit(quantized.empty, static_argnums=(0, 1), out_shardings=where)(leaf.shape, kind)
-    for layer, name in enumerate(leaf.names):
-        one = leaf._replace(names=[name], shape=leaf.shape[1:], dtype=np.dtype(np.float32), stacked=0)
+    number = len(leaf.names) // leaf.shape[0]  # a layer's tensors: 1, or 1 for each expert
+    for layer in range(leaf.shape[0]):
+        names = leaf.names[layer * number : (layer + 1) * number]
+        one = leaf._replace(names=names, shape=leaf.shape[1:], dtype=np.dtype(np.float32), stacked=leaf.stacked - 1)
         kernel, of_layer = _fill(one, shards, weight_map, mesh)
         stack = quantized.put(stack, jnp.asarray(layer), kernel, kind)
         wrong += of_layer

@@ -1,0 +1,65 @@
+"""What a layer of experts computes: grouped matrix products, over codes and with adapters, too."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.models import experts, lora, quantized
+from grpo_jax.models.experts import Experts
+from grpo_jax.types import Array, Params
+
+
+def linear(x: Array, grouped: experts.Grouped, leaves: Params) -> Array:
+    """`x[i] @ kernel[e] + bias[e] + scale * (x[i] @ lora_a[e]) @ lora_b[e]`, with `e` the expert of row `i`.
+
+    Args:
+      x: `[R k, in]`, in the order of `grouped`.
+      grouped: whose row each is.
+      leaves: `kernel [E, in, out]`, quantised or not; `bias [E, out]` and adapters, if there are some.
+    """
+    kernel = quantized.dequantize(leaves["kernel"]).astype(x.dtype)
+    y = jax.lax.ragged_dot(x, kernel, grouped.sizes)
+    if "bias" in leaves:
+        y = y + leaves["bias"].astype(x.dtype)[grouped.experts]
+    if lora.A in leaves:
+        inner = jax.lax.ragged_dot(x, leaves[lora.A].astype(x.dtype), grouped.sizes)
+        added = jax.lax.ragged_dot(inner, leaves[lora.B].astype(x.dtype), grouped.sizes)
+        y = y + leaves[lora.SCALE].astype(x.dtype) * added
+    return y
+
+
+class Mixed(NamedTuple):
+    """What a layer of experts made of tokens."""
+
+    rows: Array  # [R, D] float32
+    experts: Array  # [R, k] int32, those that were chosen
+    logits: Array  # [R, E] float32, of the router
+
+
+def mixture(
+    x: Array,
+    weights: Params,
+    settings: Experts,
+    activation: Callable[[Array], Array],
+    given: Array | None = None,
+) -> Mixed:
+    """The weighted sum of the chosen experts' outputs.
+
+    Args:
+      x: `[R, D]`, tokens.
+      weights: `router [D, E]` and perhaps `router_bias [E]` in float32; and of each of `experts.LAYERS` what `linear`
+        takes.
+      settings: what the experts are.
+      activation: of the gate, where it is not clipped.
+      given: `[R, k]`, experts to be taken in place of the router's; their weights stay the router's.
+    """
+    logits = jnp.matmul(x.astype(jnp.float32), weights["router"], precision="highest")
+    logits = logits + weights["router_bias"] if settings.bias else logits
+    routing = experts.route(logits, settings, given)
+    grouped = experts.group(x, routing.experts, settings.number)
+    gate, up = (linear(grouped.rows, grouped, weights[name]) for name in ("experts_gate", "experts_up"))
+    inner = activation(gate) * up if settings.clip is None else experts.clipped_gate(gate, up, *settings.clip)
+    rows = experts.combine(linear(inner, grouped, weights["experts_down"]), grouped.back, routing.weights)
+    return Mixed(rows, routing.experts, logits)
