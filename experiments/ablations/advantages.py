@@ -1,8 +1,9 @@
 """The scale of the advantages, and how tokens count: deviations, leave-one-out, and the length bias.
 
 python experiments/ablations/advantages.py
+python experiments/ablations/advantages.py --rank   # each at its best rate; --estimate tells the time before
 
-Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
+Two CPU cores take a few minutes for the first. What came of it: `experiments/README.md`.
 """
 
 import setting

@@ -1,8 +1,9 @@
 """The KL term: its weight, its estimate, a schedule of the weight, and renewal of the reference.
 
 python experiments/ablations/kl.py
+python experiments/ablations/kl.py --rank   # each at its best rate; --estimate tells the time before
 
-Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
+Two CPU cores take a few minutes for the first. What came of it: `experiments/README.md`.
 """
 
 import functools

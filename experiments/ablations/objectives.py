@@ -1,8 +1,9 @@
 """Every objective of the table, at the same budget: 2 iterations over each rollout, so that ratios act.
 
 python experiments/ablations/objectives.py
+python experiments/ablations/objectives.py --rank              # with those of 2026; --estimate tells the time before
 
-Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
+Two CPU cores take a few minutes for the first. What came of it: `experiments/README.md`.
 """
 
 import dataclasses
@@ -11,7 +12,13 @@ import setting
 from setting import Condition, Config
 
 from grpo_jax import losses
-from grpo_jax.advantages import batch_normalised_advantages, centered_advantages, leave_one_out_advantages
+from grpo_jax.advantages import (
+    batch_normalised_advantages,
+    centered_advantages,
+    leave_one_out_advantages,
+    max_rl_advantages,
+    pass_at_k,
+)
 from grpo_jax.protocols import Advantage, Loss
 
 
@@ -36,6 +43,16 @@ def experiment(config: Config) -> None:
         "rloo (reinforce)": (losses.reinforce(), others),
         "reinforce++": (losses.dapo(epsilon_high=0.2), batch),
     }
+    if config.rank:
+        parts |= {
+            "dppo": (losses.dppo(), group),
+            "drpo": (losses.drpo(), group),
+            "dro": (losses.dro(), group),
+            "pspo": (losses.pspo(), group),
+            "squared log-ratio": (losses.grpo(penalty=losses.squared_log_ratio(1e-3)), group),
+            "max_rl": (losses.grpo(), setting.advantage(max_rl_advantages)),
+            "pass_at_k(2)": (losses.grpo(), setting.advantage(pass_at_k(2))),
+        }
     conditions = [Condition(name, make(config, loss, advantage)) for name, (loss, advantage) in parts.items()]
     names = ("greedy", "sampled", "entropy", "length")
     setting.run("objectives", config, conditions, metrics=names, curves=names[:3], against="grpo")

@@ -8,15 +8,22 @@ twice, and guesses a tenth of them without any work. So the start knows the form
 wrong one better, and GRPO has to find out which is which: as in the quickstart, elicitation.
 All conditions of a seed start from the same parameters and see the same problems.
 
+`--task exploration` asks for the opposite: the start is warmed up on a teacher who always guesses, `guess=1`, on sums
+of 2 digits. Its answers are independent of the digits, so that no way to add can have been shown, and none can be
+elicited: what the policy can do after GRPO it has found out by trying. That this is so follows from how the
+demonstrations are made, and shows in the start's accuracy, which is chance, 0.1.
+
 A run is 100 steps of 8 prompts x 8 completions unless the ablation says otherwise. Problems
 are drawn anew at each step and for the evaluation, from 10^terms: in 100 steps a run sees at most 8%
 of the easy ones and 0.8% of the standard ones.
 """
 
 import dataclasses
+import math
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +38,7 @@ from grpo_jax.protocols import Advantage, Estimator, Reward
 from grpo_jax.run import checkpoint, command
 from grpo_jax.sampling import PolicySampler
 from grpo_jax.statistics import Mean
-from grpo_jax.study import figures, grid, intervals, results, runs, tables
+from grpo_jax.study import figures, grid, intervals, ranking, results, runs, tables
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.results import Row, Summary
 from grpo_jax.study.runs import Run, make_run
@@ -41,10 +48,12 @@ from grpo_jax.types import Array, Experience, Metrics, Number, Params, PRNGKey, 
 from grpo_jax.updates import Updates, init_state
 
 EASY, STANDARD, HARD = 4, 5, 6  # terms
+UNSHOWN = 2  # terms of the task of exploration
 LEARNING_RATE = 3e-4
 WEIGHTS = (1.0, 0.1)  # of accuracy and format
 UPDATES = Updates(max_grad_norm=1.0)
 TEACHER = modular_sums.Teacher(slip=0.6, guess=0.1, check=0.2)
+GUESSER = modular_sums.Teacher(guess=1.0)  # of the task of exploration
 HERE = pathlib.Path(__file__).parent
 
 policy = models.decoder(
@@ -73,7 +82,13 @@ class Config:
     seeds: int = 8
     steps: int = 100
     warmup_steps: int = 400
+    task: Literal["elicitation", "exploration"] = "elicitation"  # see above; the second one has 2 terms throughout
     smoke: bool = False  # two seeds and a few steps of everything, to see that it runs
+    rank: bool = False  # each condition at its own best learning rate, on seeds of its own: see `rank`
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # of --rank
+    rate_seeds: int = 8  # that choose the rates
+    rank_seeds: int = 32  # that compare
+    estimate: bool = False  # of --rank: measure a chunk of steps, say how long all of it will take, and end
 
 
 # ----------------------------------------------------------------------------- a run
@@ -109,6 +124,7 @@ def make(
       begin: what changes the state before the first step.
       after: what changes the state after each step.
     """
+    terms = terms_of(config, terms)
 
     def optimizer(hyper: Hyper) -> optax.GradientTransformation:
         return optax.adam(hyper.get("learning_rate", LEARNING_RATE), b2=0.99)
@@ -143,6 +159,11 @@ def make(
         evaluate=lambda params, hyper: evaluate(params, terms),
         evaluate_every=config.steps // 10,
     )
+
+
+def terms_of(config: Config, terms: int) -> int:
+    """The terms that an ablation asks for, or those of the task of exploration."""
+    return UNSHOWN if config.task == "exploration" else terms
 
 
 def sampler(terms: int = STANDARD, *, group_size: int = 8, temperature: Number = 1.0) -> PolicySampler:
@@ -187,7 +208,7 @@ def evaluate(params: Params, terms: int) -> dict[str, Array]:
 # -------------------------------------------------------------------------- the start
 
 
-def warm_up(key: PRNGKey, terms: int, steps: int) -> Params:
+def warm_up(key: PRNGKey, terms: int, steps: int, teacher: modular_sums.Teacher = TEACHER) -> Params:
     """A model from nothing, after `steps` of supervised learning from the teacher, 128 demonstrations each."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(20, steps // 2), steps, 1.5e-4)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
@@ -196,22 +217,24 @@ def warm_up(key: PRNGKey, terms: int, steps: int) -> Params:
     def imitate(state: TrainState, n: Array) -> tuple[TrainState, Array]:
         of_problems, of_teacher = jax.random.split(jax.random.fold_in(runs.prompt_key(key), n))
         problems = modular_sums.problems(of_problems, 128, terms=terms)
-        state, measured = learn(state, Experience(modular_sums.demonstrations(of_teacher, problems, TEACHER)))
+        state, measured = learn(state, Experience(modular_sums.demonstrations(of_teacher, problems, teacher)))
         return state, statistics.summary(measured)["loss"]
 
     state = init_state(policy.init(key), optimizer, key)
     return jax.lax.scan(imitate, state, jnp.arange(steps))[0].params
 
 
-def starts(config: Config, terms: int = STANDARD) -> Params:
+def starts(config: Config, terms: int = STANDARD, seeds: int | None = None) -> Params:
     """The parameters that each seed starts from, `[seeds, ...]`; made once, then read from the run folder."""
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds) + 1_000_000)  # none of the runs' own
-    make_all = jax.jit(jax.vmap(lambda key: warm_up(key, terms, config.warmup_steps)))
-    folder = config.run_dir / f"start_{terms}_terms_{config.seeds}_seeds_{config.warmup_steps}_steps"
+    seeds = config.seeds if seeds is None else seeds
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds) + 1_000_000)  # none of the runs' own
+    terms, teacher = terms_of(config, terms), GUESSER if config.task == "exploration" else TEACHER
+    make_all = jax.jit(jax.vmap(lambda key: warm_up(key, terms, config.warmup_steps, teacher)))
+    folder = config.run_dir / f"start_{terms}_terms_{seeds}_seeds_{config.warmup_steps}_steps"
     like = jax.eval_shape(make_all, keys)
     with checkpoint.manager(folder) as checkpoints:
         if (found := checkpoint.restore(checkpoints, _as_state(like))) is None:
-            print(f"warming up {config.seeds} models on sums of {terms} terms")
+            print(f"warming up {seeds} models on sums of {terms} terms")
             found = _as_state(make_all(keys)), {}
             checkpoint.save(checkpoints, *found)
     return found[0].params
@@ -243,6 +266,9 @@ def run(
     higher for what learns sooner, with its difference to the condition `against`. `seconds` adds the mean time
     of a step, of all seeds together and with its share of the evaluation.
     """
+    name = name if config.task == "elicitation" else f"{name}_{config.task}"
+    if config.rank:
+        return rank(name, config, conditions, terms=terms, against=against)
     per_seed = {"params": starts(config, terms)}
     if config.smoke:  # traces all conditions and runs the two that the table needs
         for condition in {condition.run: condition for condition in conditions}.values():
@@ -269,6 +295,75 @@ def run(
     print(figures.curves(rows, curves, config.results / f"{name}.png", against=against))
 
 
+def rank(name: str, config: Config, conditions: Sequence[Condition], *, terms: int, against: str) -> None:
+    """Ranks the conditions by the greedy accuracy averaged over the run, each at its own best learning rate.
+
+    `rate_seeds` seeds run every condition at each of `rates`; `rank_seeds` others run it at its best one and are
+    compared with `against` in pairs. Leaves `name_rates.csv`, `.png` (accuracy over learning rates), `name_ranked.csv`
+    and `.md` (means, paired differences, Holm's p, seeds that a difference of 0.02 needs; and the mean accuracy over
+    all rates, which says how much a search for the rate matters). A run that was killed goes on where it was.
+    """
+    seeds = config.rate_seeds + config.rank_seeds
+    params = starts(config, terms, seeds)
+    first, others = (
+        jax.tree.map(lambda x, part=part: x[part], params)
+        for part in (slice(config.rate_seeds), slice(config.rate_seeds, None))
+    )
+    at_each = ranking.at_each_rate(conditions, config.rates)
+    if config.estimate:
+        return estimate(config, conditions, first)
+    path = grid.run_grid(
+        config.run_dir / f"{name}_rates", at_each, seeds=range(config.rate_seeds), per_seed={"params": first},
+        show=("greedy",),
+    )  # fmt: skip
+    rows = results.read(path)
+    best = ranking.best_rates(rows, "greedy", results.average)
+    if edge := ranking.at_the_edge(rows, best, "greedy"):
+        print(f"the best rate is the lowest or the highest of the grid, for {', '.join(edge)}: widen --rates")
+    sensitive = ranking.sensitivity(rows, "greedy", results.average)
+    of_rates = ranking.by_rate(rows, "greedy", results.average)
+    config.results.mkdir(parents=True, exist_ok=True)
+    results.write(config.results / f"{name}_rates.csv", _greedy(rows))
+    print(figures.rates(of_rates, "greedy over the run", config.results / f"{name}_rates.png", against=against))
+    path = grid.run_grid(
+        config.run_dir / f"{name}_ranked", ranking.at_rates(conditions, best),
+        seeds=range(config.rate_seeds, seeds), per_seed={"params": others}, at_once=config.rate_seeds, show=("greedy",),
+    )  # fmt: skip
+    rows = results.read(path)
+    results.write(config.results / f"{name}_ranked.csv", _greedy(rows))
+    ranked = ranking.rank(rows, "greedy", against=against, reduce=results.average)
+    header, lines = ranking.cells(ranked, best, "greedy over the run")
+    header.append("over all rates")
+    lines = [[*line, tables.text(sensitive[line[0]])] for line in lines]
+    (config.results / f"{name}_ranked.md").write_text(tables.markdown(header, lines))
+    rich.print(tables.terminal(header, lines))
+
+
+def estimate(config: Config, conditions: Sequence[Condition], params: Params) -> None:
+    """Measures one chunk of the first condition, of as many runs as go together, and says what all of them take."""
+    run, together = conditions[0].run, config.rate_seeds
+    keys = jax.vmap(jax.random.key)(jnp.arange(together))
+    numbers = {**conditions[0].hyper, ranking.RATE: LEARNING_RATE}
+    hyper = {"params": params} | {key: jnp.full(together, x, jnp.float32) for key, x in numbers.items()}
+    state, _ = jax.jit(jax.vmap(run.start))(keys, hyper)
+    advance = jax.jit(jax.vmap(run.advance)).lower(state, hyper).compile()
+    began, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(advance(state, hyper))
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    blocks = len(conditions) * (len(config.rates) + math.ceil(config.rank_seeds / together))
+    programs = len({condition.run for condition in conditions})
+    chunks = blocks * run.chunks
+    print(
+        f"{len(conditions)} conditions, {programs} programs to compile, {blocks * together} runs of {config.steps} "
+        f"steps: about {chunks * seconds / 60:.0f} minutes here, {chunks * cpu / 60:.0f} of CPU time, and the compiling"
+    )
+
+
+def _greedy(rows: Sequence[Row]) -> list[Row]:
+    columns = {"condition", "seed", "step", "greedy"}
+    return [{column: x for column, x in row.items() if column in columns} for row in rows]
+
+
 def summarise(rows: Sequence[Row], metrics: Sequence[str], *, against: str) -> Summary:
     """The metrics at the end, and the greedy accuracy averaged over the run with its difference to a condition."""
     summary = results.summarise(rows, metrics)
@@ -285,6 +380,9 @@ def main(experiment: Callable[[Config], Any], description: str | None, default: 
 
 def configured(config: Config) -> Config:
     """The configuration, or that of a smoke run, whose results stay in the run folder."""
+    if config.estimate and not config.rank:
+        raise ValueError("--estimate is of --rank")
     if not config.smoke:
         return config
-    return dataclasses.replace(config, seeds=2, steps=10, warmup_steps=10, results=config.run_dir / "results")
+    small = {"seeds": 2, "steps": 10, "warmup_steps": 10, "rates": config.rates[:2], "rate_seeds": 2, "rank_seeds": 2}
+    return dataclasses.replace(config, **small, results=config.run_dir / "results")

@@ -7,7 +7,7 @@ grey, since thirteen bands over one another show nothing.
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -101,6 +101,44 @@ def _one_panel_per_condition(
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
     return figure
+
+
+def rates(
+    of_rates: Mapping[str, Mapping[float, np.ndarray]], name: str, path: str | os.PathLike[str], *, against: str
+) -> pathlib.Path:
+    """Draws a metric over learning rates, a panel for each condition with one of them in grey, and returns the path.
+
+    Args:
+      of_rates: condition -> rate -> `[seeds]`, from `ranking.by_rate`.
+      name: of the metric.
+      path: of the PNG.
+      against: the condition in grey.
+
+    Raises:
+      ValueError: if there is no such condition.
+    """
+    if against not in of_rates:
+        raise ValueError(f"there is no condition {against!r}; there are {sorted(of_rates)}")
+    others = [condition for condition in of_rates if condition != against] or [against]
+    columns = min(5, len(others))
+    height = math.ceil(len(others) / columns)
+    figure = Figure(figsize=(2.4 * columns, 1.9 * height + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    shared: Axes | None = None
+    for place, condition in enumerate(others):
+        axes = _panel(figure, (height, columns, place + 1), condition, shared)
+        shared = shared or axes
+        axes.set_xscale("log")
+        axes.set_ylabel(name if place % columns == 0 else "", fontsize=8)
+        axes.set_xlabel("learning rate" if place + columns >= len(others) else "", fontsize=8)
+        for drawn, colour in ((against, GREY), (condition, PALETTE[0])):
+            label = f"in grey: {against}" if drawn == against else "the condition above the panel"
+            points = [{"rate": rate, name: x} for rate, values in of_rates[drawn].items() for x in values.tolist()]
+            _curve(axes, points, name, "rate", colour, label)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
+    save(figure, path)
+    return pathlib.Path(path)
 
 
 def _panel(figure: Figure, position: tuple[int, int, int], title: str, shared: Axes | None = None) -> Axes:

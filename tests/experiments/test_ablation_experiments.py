@@ -49,6 +49,28 @@ def test_a_smoke_run_leaves_a_table_a_figure_and_tidy_rows(name, load, tmp_path)
         assert (config.results / f"{stem}.png").stat().st_size > 10_000
 
 
+@pytest.mark.smoke
+def test_conditions_are_ranked_at_their_best_rates_on_seeds_of_their_own(load, tmp_path, capsys):
+    module = load("clipping")
+    setting, config = module.setting, module.setting.Config(run_dir=tmp_path, smoke=True, rank=True)
+    run = module.make(config := setting.configured(config), 1, dual=False)
+    conditions = [setting.Condition(name, run, {"low": x, "high": x}) for name, x in (("0.1", 0.1), ("0.2", 0.2))]
+
+    def ranked(**changes):
+        changed = setting.dataclasses.replace(config, **changes)
+        setting.run("clipping", changed, conditions, against="0.2")
+
+    ranked(estimate=True)
+    assert "2 conditions, 1 programs to compile, 12 runs of 10 steps: about" in capsys.readouterr().out
+    ranked()
+    rates, rows = (results.read(config.results / f"clipping_{name}.csv") for name in ("rates", "ranked"))
+    assert {row["condition"] for row in rates} == {f"{x} @ {rate:g}" for x in ("0.1", "0.2") for rate in config.rates}
+    assert {row["seed"] for row in rates} == {0, 1}
+    assert {row["seed"] for row in rows} == {2, 3}
+    assert (config.results / "clipping_ranked.md").read_text().count("\n") == 4
+    assert (config.results / "clipping_rates.png").stat().st_size > 5_000
+
+
 @pytest.mark.slow
 def test_runs_at_once_take_memory_in_proportion(load):
     setting = load("temperature").setting
