@@ -3,6 +3,8 @@
     python experiments/distill.py --model Qwen/Qwen2.5-0.5B-Instruct --teacher runs/grpo/best \
         --data gsm8k.jsonl --prompt-column question --chat
     python experiments/distill.py --smoke                        # minutes on a CPU, two tiny random models
+    python experiments/distill.py ... --completion-column completion --top-k 64 --write teacher.safetensors
+    python experiments/distill.py ... --completion-column completion --top-k 64 --teacher-file teacher.safetensors
 
 The policy samples completions of the prompts; at each of their tokens it is moved towards the teacher. No rewards and
 no answers are needed. Both models have the same tokenizer; their sizes and families may differ.
@@ -13,12 +15,21 @@ log-prob of the token drawn alone, which is then the advantage of that token (Th
 Distillation", 2025). The teacher's logits are computed a chunk of tokens at a time; its weights are kept in the
 compute dtype.
 
+With `--completion-column` the completions are given: off-policy, one of each prompt, as `sft.py` reads them. Then the
+teacher's likeliest tokens may be computed once: `--write` does that and ends, and `--teacher-file` trains by them,
+without the teacher in memory (`run.teacher_files`: it refuses a file of another tokenizer, other prompts or
+completions).
+`--quantize-teacher int8` keeps the teacher's weights in 8 or 4 bits.
+
 The loop below is the algorithm. The state is saved every few steps and on the way out; the same command goes on where
 the run stopped. The model is exported as a Hugging Face folder after the last step.
 """
 
 import dataclasses
+import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +37,20 @@ import optax
 
 from grpo_jax import advantages, data, losses, packing, run, sampling, testing
 from grpo_jax.freezing import bind
-from grpo_jax.models import hf
+from grpo_jax.models import hf, quantized
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Advantage, Loss, VocabularyDivergence
-from grpo_jax.run import digests, inputs
+from grpo_jax.run import digests, inputs, teacher_files
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
-from grpo_jax.scoring import Teacher
+from grpo_jax.scoring import Teacher, likeliest
 from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Array, Experience, Metrics, Params
 from grpo_jax.updates import Updates, init_state
 
 MAY_CHANGE = ("steps", "save_every", "tensorboard", "wandb")  # of a run that is resumed
+Pair = tuple[list[int], list[int]]  # a prompt and its completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +65,10 @@ class Config(data.PromptSettings, WeightSettings):
 
     divergence: str = "reverse_kl"  # of grpo_jax.losses, or your own as module:function; or sampled
     top_k: int | None = None  # of the teacher; the whole vocabulary, if not given
+    completion_column: str | None = None  # learn from these completions in place of the policy's own
+    write: pathlib.Path | None = None  # compute the teacher's --top-k tokens at their places into this file, and end
+    teacher_file: pathlib.Path | None = None  # of --write, in place of --teacher
+    quantize_teacher: quantized.Kind | None = None  # its weights to few bits
     early: float = 0.0  # of --divergence sampled: early tokens weigh up to 1 + early (IW-OPD has 0.5)
     steps: int = 200
     prompts_per_step: int = 16
@@ -74,20 +90,22 @@ class Config(data.PromptSettings, WeightSettings):
 
 def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
-    if not (config.model and config.teacher and config.data.is_file()):
+    if not (config.model and (config.teacher or config.teacher_file) and config.data.is_file()):
         raise ValueError("give --model, --teacher and --data, or --smoke")
+    if config.write is not None or config.teacher_file is not None:
+        check_file(config)
     updates = Updates(
         minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=config.max_grad_norm
     )
     updates.check(config.prompts_per_step)
     loss, divergence, advantage = make_loss(config)
-    tokenizer, teachers = hf.load_tokenizer(config.model), hf.load_tokenizer(config.teacher)
-    if tokenizer.get_vocab() != teachers.get_vocab():
+    tokenizer = hf.load_tokenizer(config.model)
+    if config.teacher and tokenizer.get_vocab() != hf.load_tokenizer(config.teacher).get_vocab():
         raise ValueError(
             f"--teacher {config.teacher} has other tokens than --model {config.model}: they cannot compare"
         )
-    prompts = config.encode(tokenizer, config.read(config.data))
-    for model in (config.model, config.teacher):
+    prompts, completions = read(config, tokenizer)
+    for model in filter(None, (config.model, config.teacher)):
         inputs.check_tokens(model, tokenizer, prompts.prompts, max_tokens=config.max_tokens)
     sampler = sampling.sampler(
         group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=hf.eos_ids(config.model, tokenizer),
@@ -95,18 +113,29 @@ def train(config: Config) -> Params:
     )  # fmt: skip
 
     dtype = compute_dtype(config.compute_dtype)
+    pairs = [] if completions is None else list(zip(prompts.prompts, completions, strict=True))
+    about = teacher_files.about(
+        tokenizer, pairs, k=config.top_k or 0, temperature=config.temperature, teacher=config.teacher
+    )
+    teacher, teacher_params = None, None
+    if config.teacher_file is None:
+        settings = {"dtype": dtype, "compute_dtype": dtype, "quantize": config.quantize_teacher}
+        network, teacher_params = hf.load_pretrained(config.teacher, **settings)
+        teacher = Teacher(network, divergence)
+        if config.write is not None:
+            return write(config, teacher, teacher_params, pairs, about)
+    held = None if config.teacher_file is None else teacher_files.read(config.teacher_file, about)
     policy, params, frozen = config.load(config.model, compute_dtype=dtype, seed=config.seed)
-    teacher, teacher_params = hf.load_pretrained(config.teacher, dtype=dtype, compute_dtype=dtype)
     rate = learning_rates.learning_rate(
         config.rate(config.learning_rate, 5e-6), warmup_steps=config.warmup_steps, updates_per_step=updates.count
     )
     optimizer = optax.adamw(rate, b2=0.99, weight_decay=0.0)
     step = make_train_step(
         policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates,
-        teacher=Teacher(teacher, divergence),
+        teacher=teacher,
     ).jit()  # fmt: skip
-    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=prompts.prompts)
-    began_with["the weights of the teacher"] = digests.of_arrays(teacher_params)
+    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs or prompts.prompts)
+    began_with["the weights of the teacher"] = digests.of_arrays(teacher_params if held is None else held)
     state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen)
     state = state._replace(ref_params=teacher_params)
     del params, teacher_params
@@ -118,8 +147,12 @@ def train(config: Config) -> Params:
     ) as loop:  # fmt: skip
         del state
         for n in loop:
-            batch = prompts.batch(config.seed, n, size=config.prompts_per_step, multiple=config.bucket)
-            experience = packing.trim(step.collect(loop.state, batch), multiple=config.completion_bucket)
+            if completions is None:
+                batch = prompts.batch(config.seed, n, size=config.prompts_per_step, multiple=config.bucket)
+                experience = packing.trim(step.collect(loop.state, batch), multiple=config.completion_bucket)
+            else:
+                rows = data.batch_indices(config.seed, n, len(pairs), config.prompts_per_step)
+                experience = given(config, [pairs[row] for row in rows], None if held is None else (held, rows))
             loop.state, statistics = step.learn(loop.state, experience)
             loop.log(statistics | {"learning_rate": rate(n * updates.count)})
         with loop.exporting("model") as folder:
@@ -128,6 +161,58 @@ def train(config: Config) -> Params:
             )
     print(f"model: {folder}")
     return loop.state.params
+
+
+def read(config: Config, tokenizer: Any) -> tuple[data.PromptSet, list[list[int]] | None]:
+    """The prompts, and their completions with an end-of-sequence token each, if they are given."""
+    rows = config.read(config.data)
+    prompts = config.encode(tokenizer, rows)
+    if config.completion_column is None:
+        return prompts, None
+    if config.divergence == "sampled":
+        raise ValueError("--divergence sampled is of tokens that the policy drew: leave out --completion-column")
+    end = hf.eos_ids(config.model, tokenizer)[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    end = data.turn_end(tokenizer, **config.template) or end if config.chat or config.system is not None else end
+    _, completions = data.encode_demonstrations(
+        tokenizer, prompts.rows, end=end, prompt_column=config.prompt_column,
+        completion_column=config.completion_column,
+        chat=config.chat, system=config.system, template=config.template, max_prompt_tokens=config.max_prompt_tokens,
+        max_tokens=config.max_tokens,
+    )  # fmt: skip
+    return prompts, completions
+
+
+def given(
+    config: Config, pairs: Sequence[Pair], held: tuple[teacher_files.TeacherFile, Sequence[int]] | None
+) -> Experience:
+    """Completions that were given, with the teacher's likeliest tokens of these rows, if they were computed before."""
+    rollout = data.make_demonstrations(*zip(*pairs, strict=True), multiple=config.bucket)
+    if held is None:
+        return Experience(rollout)
+    of_teacher, rows = held
+    return Experience(rollout, teacher_top=of_teacher.batch(rows, rollout.tokens.shape[-1]))
+
+
+def write(config: Config, teacher: Teacher, params: Params, pairs: Sequence[Pair], about: dict[str, str]) -> Params:
+    """Computes the teacher's likeliest tokens for all completions into a file; returns the teacher's parameters."""
+    assert config.write is not None
+    assert config.top_k is not None
+    with teacher_files.writing(config.write, about) as write_rows:
+        for start in range(0, len(pairs), config.prompts_per_step):
+            rollout = given(config, pairs[start : start + config.prompts_per_step], None).rollout
+            top = likeliest(teacher.policy, params, rollout, config.top_k, temperature=config.temperature)
+            write_rows(top, rollout.lengths)
+    print(f"the {config.top_k} likeliest tokens of {config.teacher} for {len(pairs)} completions: {config.write}")
+    return params
+
+
+def check_file(config: Config) -> None:
+    """Refuses what does not go with a file of the teacher's likeliest tokens."""
+    flag = "--write" if config.write is not None else "--teacher-file"
+    if config.top_k is None or config.completion_column is None or config.divergence == "sampled":
+        raise ValueError(f"{flag} holds the likeliest tokens for given completions: --completion-column and --top-k")
+    if config.write is not None and (config.teacher_file is not None or not config.teacher):
+        raise ValueError("--write needs a --teacher, and no --teacher-file")
 
 
 def make_loss(config: Config) -> tuple[Loss, VocabularyDivergence | None, Advantage]:
@@ -140,6 +225,8 @@ def make_loss(config: Config) -> tuple[Loss, VocabularyDivergence | None, Advant
     if config.early:
         raise ValueError(f"--early {config.early} is of --divergence sampled, not of {config.divergence}")
     divergence: VocabularyDivergence = resolve(config.divergence, "grpo_jax.losses")
+    if config.teacher_file is not None:
+        return losses.distill_top(divergence), None, unused
     return losses.distill(), divergence if config.top_k is None else losses.of_top_k(divergence, config.top_k), unused
 
 
@@ -154,9 +241,11 @@ def smoke(config: Config) -> Config:
     if not files.exists():
         testing.tiny_checkpoint(files / "student")
         testing.tiny_checkpoint(files / "teacher", seed=1)
-        (files / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a} plus 2 is "}}\n' for a in range(8)))
+        lines = [json.dumps({"prompt": f"{a} plus 2 is ", "completion": f"{a + 2}."}) for a in range(8)]
+        (files / "prompts.jsonl").write_text("\n".join(lines))
+    teacher = "" if config.teacher_file else str(files / "teacher")
     return dataclasses.replace(
-        config, model=str(files / "student"), teacher=str(files / "teacher"), data=files / "prompts.jsonl", steps=4,
+        config, model=str(files / "student"), teacher=teacher, data=files / "prompts.jsonl", steps=4,
         prompts_per_step=4, max_tokens=8, minibatches=1, micro_batches=2, warmup_steps=0, save_every=2,
         learning_rate=1e-2, compute_dtype="float32", prompt_column="prompt", bucket=16, completion_bucket=8,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
     python -m grpo_jax.run.memory --model Qwen/Qwen2.5-0.5B --group-size 16 --prompts 32 --device-gib 80
     python -m grpo_jax.run.memory --model Qwen/Qwen2.5-7B --lora-rank 16 --quantize nf4 --device-gib 24
+    python -m grpo_jax.run.memory --model Qwen/Qwen2.5-0.5B --teacher Qwen/Qwen2.5-7B --quantize-teacher int8
     python -m grpo_jax.run.memory --model Qwen/Qwen2.5-7B --topology v5p:2x2x1 --mesh fsdp=4 --attention splash
 
 Nothing is allocated: sizes of what is kept come from `jax.eval_shape`, and those of what a step needs
@@ -36,7 +37,7 @@ from grpo_jax.protocols import Loss
 from grpo_jax.run import chips, command
 from grpo_jax.run.names import resolve
 from grpo_jax.sampling import PolicySampler
-from grpo_jax.scoring import CHUNK_TOKENS
+from grpo_jax.scoring import CHUNK_TOKENS, Teacher
 from grpo_jax.train_step import Step, make_train_step
 from grpo_jax.types import Experience, Params, Prompts, TrainState
 from grpo_jax.updates import Updates, init_state
@@ -53,7 +54,7 @@ class Plan(NamedTuple):
     parameters: int  # what is trained
     frozen: int  # and what is not; 0 without adapters
     optimizer: int
-    reference: int  # 0 without one
+    reference: int  # or a teacher; 0 without one
     cast: int  # in sampling: copies of the parameters, trained or frozen, that are not in the compute dtype
     sampling: int
     learning: int
@@ -88,6 +89,8 @@ def planned(
     frozen: Params | None = None,
     updates: Updates = Updates(),
     score_old: bool = False,
+    teacher: Teacher | None = None,
+    teacher_params: Params | None = None,
 ) -> "Planned":
     """The memory of one step of `prompts * sampler.group_size` completions, by device of the policy's mesh.
 
@@ -109,14 +112,20 @@ def planned(
       frozen: the rest of what the network reads, such as the base of adapters, or its shapes.
       updates: of the step.
       score_old: as of `make_train_step`.
+      teacher: of distillation, in place of a reference; its divergence is a part of learning.
+      teacher_params: its parameters, or their shapes; None for those of its `init`.
     """
     array: Callable[..., Any] = jax.ShapeDtypeStruct
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(policy.init, key) if params is None else jax.eval_shape(lambda: params)
     init = functools.partial(init_state, optimizer=optimizer, reference=reference)
     state = jax.eval_shape(lambda params, frozen, key: init(params, frozen=frozen, key=key), params, frozen, key)
+    if teacher is not None:
+        make = teacher.policy.init
+        theirs = jax.eval_shape(make, key) if teacher_params is None else jax.eval_shape(lambda: teacher_params)
+        state = state._replace(ref_params=theirs)
     batch = Prompts(array((prompts, prompt_tokens), jnp.int32), array((prompts,), jnp.int32))
-    step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates, score_old=score_old)
+    step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates, score_old=score_old, teacher=teacher)
     mesh: Mesh | None = getattr(policy.config, "mesh", None)
     # The programs of chips that are not there know nothing of a CPU's options.
     options: dict[str, str | bool] | None = None if mesh is None or mesh.devices.flat[0].platform == "cpu" else {}
@@ -362,7 +371,10 @@ class Config:
     max_tokens: int = 512  # T
     micro_batches: int = 1
     beta: float = 0.0  # above 0, a reference policy is kept
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    teacher: str | None = None  # of distillation, a folder or a repository
+    quantize_teacher: quantized.Kind | None = None
+    divergence: str = "reverse_kl"  # from the teacher, of grpo_jax.losses
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     remat: bool = True
     lora_rank: int | None = None  # of adapters, over a base in the compute dtype
     lora_targets: tuple[str, ...] | None = None  # all linear layers if not given
@@ -391,6 +403,15 @@ def main(config: Config) -> Plan:
     policy = models.decoder(models.from_hf_config(hf_config, **settings))
     params, frozen = weights.shapes(policy)
     loss = losses.grpo(penalty=losses.k3(config.beta)) if config.beta else losses.grpo()
+    teacher, teacher_params = None, None
+    if config.teacher is not None:
+        if config.beta:
+            raise ValueError(f"a teacher is in the place of the reference: leave out --beta {config.beta}")
+        loss = losses.distill()
+        theirs = transformers.AutoConfig.from_pretrained(config.teacher, trust_remote_code=False)
+        network = models.decoder(models.from_hf_config(theirs, **settings | {"param_dtype": dtype}))
+        teacher = Teacher(network, resolve(config.divergence, "grpo_jax.losses"))
+        teacher_params = jax.eval_shape(functools.partial(_made, network, config.quantize_teacher))
 
     @functools.cache
     def made(prompts: int, micro_batches: int) -> Planned:
@@ -405,6 +426,8 @@ def main(config: Config) -> Plan:
             params=params,
             frozen=frozen,
             updates=Updates(micro_batches=micro_batches),
+            teacher=teacher,
+            teacher_params=teacher_params,
         )
 
     def peak(prompts: int, micro_batches: int) -> int:
@@ -437,6 +460,11 @@ def main(config: Config) -> Plan:
         except ValueError as reason:
             print(f"{config.prompts} prompts do not fit: {reason}")
     return found
+
+
+def _made(network: Policy, kind: quantized.Kind | None) -> Params:
+    params = network.init(jax.random.key(0))
+    return params if kind is None else quantized.quantize(params, kind)
 
 
 def needs(plan: Plan, programs: Programs, config: Config, mesh: Mesh) -> tuple[chips.Need, chips.Need]:

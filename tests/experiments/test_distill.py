@@ -48,12 +48,42 @@ def test_the_sampled_form_runs_and_logs_its_own_estimate(tmp_path):
     assert "divergence" not in lines[0]
 
 
+def test_by_a_file_of_the_teachers_likeliest_tokens_it_learns_as_by_the_teacher(tmp_path):
+    path = tmp_path / "top.safetensors"
+    settings = {"top_k": 4, "completion_column": "completion", "run_dir": tmp_path / "run"}
+    config = distill.smoke(distill.Config(**settings))
+    distill.train(dataclasses.replace(config, write=path))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    by_file = distill.train(dataclasses.replace(config, teacher="", teacher_file=path, run_dir=tmp_path / "file"))
+    by_teacher = distill.train(config)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), by_file, by_teacher)
+    lines = metrics.read(tmp_path / "file")
+    assert lines[-1]["divergence"] < lines[0]["divergence"]
+    with pytest.raises(ValueError, match="temperature differ"):
+        distill.train(dataclasses.replace(config, teacher="", teacher_file=path, temperature=0.5))
+
+
+@pytest.mark.slow
+def test_the_teacher_may_be_quantised(tmp_path):
+    whole, few = (
+        distill.smoke(distill.Config(run_dir=tmp_path / str(kind), quantize_teacher=kind)) for kind in (None, "int8")
+    )
+    distill.train(whole)
+    distill.train(few)
+    first = [metrics.read(config.run_dir)[0]["divergence"] for config in (whole, few)]
+    assert first[0] != first[1]
+    np.testing.assert_allclose(*first, rtol=0.05)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"divergence": "sampled", "top_k": 4}, "leave out --top-k 4"),
         ({"early": 0.5}, "--early 0.5 is of --divergence sampled, not of reverse_kl"),
         ({"divergence": "no_such"}, "no function 'no_such'"),
+        ({"teacher_file": "x"}, "--teacher-file holds the likeliest tokens for given completions: --completion-column"),
+        ({"write": "x", "top_k": 4, "completion_column": "completion", "teacher_file": "y"}, "no --teacher-file"),
+        ({"divergence": "sampled", "completion_column": "completion"}, "leave out --completion-column"),
         ({"teacher": ""}, "give --model, --teacher and --data, or --smoke"),
         ({"prompts_per_step": 3, "micro_batches": 2}, "3 prompts do not divide"),
     ],

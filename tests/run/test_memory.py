@@ -11,9 +11,10 @@ import optax
 import pytest
 
 from grpo_jax import losses, models, sampling, testing
-from grpo_jax.models import lora
+from grpo_jax.models import lora, quantized
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import memory
+from grpo_jax.scoring import Teacher
 from grpo_jax.updates import Updates, init_state
 
 POLICY = testing.tiny_policy("qwen2", dtype=jnp.bfloat16)
@@ -52,6 +53,21 @@ def test_what_is_kept_has_the_size_of_the_arrays(planned):
     assert planned.peak == kept + max(planned.sampling, planned.learning)
     assert planned.sampling > planned.prompt_cache + planned.completion_cache + planned.cast
     assert planned.learning >= planned.gradients + planned.logits
+
+
+@pytest.mark.slow
+def test_a_teacher_is_kept_in_the_place_of_the_reference_and_scored_in_learning():
+    network = testing.tiny_policy("qwen2", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, hidden_size=64)
+    settings = {"loss": losses.distill(), "reference": False, "teacher": Teacher(network, losses.reverse_kl)}
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    few = jax.eval_shape(lambda: quantized.quantize(network.init(jax.random.key(0)), "int8"))
+    whole, quantised = plan(**settings), plan(**settings, teacher_params=few)
+    assert whole.reference == memory.size(params)
+    assert quantised.reference == memory.size(few) < whole.reference
+    without = plan(loss=losses.grpo(), reference=False)
+    assert whole.sampling == without.sampling
+    assert whole.learning > without.learning
+    assert whole.peak == whole.parameters + whole.optimizer + whole.reference + max(whole.sampling, whole.learning)
 
 
 @pytest.mark.parametrize("kind", [None, "nf4"])
@@ -122,6 +138,7 @@ import pathlib, sys, jax, jax.numpy as jnp, optax
 from grpo_jax import losses, models, sampling, testing
 from grpo_jax.compiler_options import saving_memory
 from grpo_jax.run import memory
+from grpo_jax.scoring import Teacher
 from grpo_jax.train_step import make_train_step
 from grpo_jax.updates import Updates, init_state
 
