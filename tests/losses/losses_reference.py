@@ -450,32 +450,36 @@ def experience_of(case):
 # --------------------------------------------------------------- what the code says of a case
 
 
-@functools.cache
-def compiled(loss):
+def differentiated(loss):
     """`(log_probs, entropy, experience) -> ((value, (terms, metrics)), gradients)`."""
 
     def value(log_probs, entropy, experience):
         terms, metrics = loss(Scores(log_probs, entropy), experience)
         return losses.value(terms), (terms, metrics)
 
-    # Compiled for one call each, so that optimising would take longer than it saves.
-    return jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True), compiler_options=UNOPTIMISED)
+    return jax.value_and_grad(value, (0, 1), has_aux=True)
 
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 
-def run(loss, case):
-    """Value, gradient `[B, G, T, 2]` by log-probs and entropies, metrics, and the terms."""
-    (value, (terms, metrics)), gradients = compiled(loss)(
+@functools.cache
+def compiled(loss):
+    """For a few calls each, so that optimising would take longer than it saves."""
+    return jax.jit(differentiated(loss), compiler_options=UNOPTIMISED)
+
+
+def run(loss, case, *, once=False):
+    """Value, gradient `[B, G, T, 2]` by log-probs and entropies, metrics, and the terms; not compiled for `once`."""
+    (value, (terms, metrics)), gradients = (differentiated if once else compiled)(loss)(
         jnp.asarray(case.log_probs), jnp.asarray(case.entropy), experience_of(case)
     )
     return np.asarray(value), np.stack(gradients, -1), metrics, terms
 
 
-def evaluate(loss, case):
+def evaluate(loss, case, *, once=False):
     """Value, gradient `[B, G, T, 2]` and metrics of a case."""
-    value, gradient, metrics, _ = run(loss, case)
+    value, gradient, metrics, _ = run(loss, case, once=once)
     return value, gradient, {name: np.asarray(x) for name, x in statistics.summary(metrics).items()}
 
 

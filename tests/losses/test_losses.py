@@ -339,7 +339,7 @@ every_kind = pytest.mark.parametrize("full", [False, True], ids=["per_completion
 def test_value_and_gradient_match_the_formula_in_float64(name, full):
     case = case_of(full=full)
     with jax.enable_x64(True):
-        value, gradient, _ = evaluate(OBJECTIVES[name].loss, case)
+        value, gradient, _ = evaluate(OBJECTIVES[name].loss, case, once=True)
     assert gradient.dtype == np.float64
     assert_close((value, gradient), reference(OBJECTIVES[name].terms, case), 1e-12)
 
@@ -579,7 +579,7 @@ OTHERS_ERRORS = {
 def test_the_reference_tells_the_errors_of_other_libraries_apart(name):
     loss, objective, in_value = OTHERS_ERRORS[name]
     case = case_of(full=True)
-    value, gradient, _ = evaluate(loss, case)
+    value, gradient, _ = evaluate(loss, case, once=True)
     expected_value, expected_gradient = reference(OBJECTIVES[objective].terms, case)
     assert np.abs(gradient - expected_gradient).max() > 0.02 * np.abs(expected_gradient).max()
     assert (abs(value - expected_value) > 5e-4) == in_value
@@ -673,7 +673,7 @@ def test_every_setting_has_an_effect_on_the_gradient(name):
     base, changed = EFFECTS[name]
     case = case_of(154, precision=np.float32)
     _, before, _ = evaluate(base, case)
-    _, after, _ = evaluate(changed, case)
+    _, after, _ = evaluate(changed, case, once=True)
     assert np.abs(after - before).max() > 1e-3 * np.abs(before).max()
 
 
@@ -737,8 +737,8 @@ def test_wider_padding_changes_nothing(name):
     case = case_of(full=True)
     wide = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 0), (0, 4))) if x.ndim == 3 else x, case)
     with jax.enable_x64(True):
-        value, gradient, metrics = evaluate(loss, case)
-        wide_value, wide_gradient, wide_metrics = evaluate(loss, wide)
+        value, gradient, metrics = evaluate(loss, case, once=True)
+        wide_value, wide_gradient, wide_metrics = evaluate(loss, wide, once=True)
     assert_close((wide_value, wide_gradient[:, :, :-4]), (value, gradient), 1e-12)
     np.testing.assert_array_equal(wide_gradient[:, :, -4:], 0.0)
     chex.assert_trees_all_close(wide_metrics, metrics, rtol=1e-12)
@@ -752,8 +752,8 @@ def test_reordering_a_group_or_the_prompts_reorders_the_gradient(name):
     order = np.ix_(prompts, group)
     reordered = jax.tree.map(lambda x: x[order] if x.ndim > 1 else x[prompts], case)
     with jax.enable_x64(True):
-        value, gradient, metrics = evaluate(loss, case)
-        other_value, other_gradient, other_metrics = evaluate(loss, reordered)
+        value, gradient, metrics = evaluate(loss, case, once=True)
+        other_value, other_gradient, other_metrics = evaluate(loss, reordered, once=True)
     assert_close((other_value, other_gradient), (value, gradient[order]), 1e-12)
     chex.assert_trees_all_close(other_metrics, metrics, rtol=1e-12)
 
@@ -772,7 +772,7 @@ def test_parts_of_a_batch_add_up_to_the_whole_batch(name):
 
     of_part = jax.jit(jax.value_and_grad(evaluate_part, (0, 1), has_aux=True), compiler_options=UNOPTIMISED)
     with jax.enable_x64(True):
-        value, gradient, whole_metrics, whole = run(loss, case)
+        value, gradient, whole_metrics, whole = run(loss, case, once=True)
         counts = tuple(term.count for term in whole)
         values, gradients = zip(
             *(of_part(jnp.asarray(p.log_probs), jnp.asarray(p.entropy), experience_of(p), counts) for p in parts),
