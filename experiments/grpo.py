@@ -298,8 +298,6 @@ def check(config: Config, mesh: Mesh | None = None) -> Updates:
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
     if jax.process_count() > 1 and (config.tools or config.environment):
         raise ValueError("conversations go through the host of one process: leave out --coordinator")
-    if config.overlap and (config.tools or config.environment):
-        raise ValueError("--overlap samples in the background, and a conversation goes through the host: leave it out")
     names = ("iterations", "minibatches", "micro_batches", "max_grad_norm")
     updates = Updates(**{name: getattr(config, name) for name in names})
     updates.check(config.prompts_per_step)

@@ -12,8 +12,12 @@
 The policy of every batch but the first is then the one before the last update, which the ratio takes into account: make
 the step with `score_old=True`. The batch in flight is a part of the state, `TrainState.extra`, so that a checkpoint
 holds it and a resumed run learns from the same bits.
+
+What goes through the host, as conversations and servers do, is collected by a thread: environments answer while the
+device learns. Which policy a batch is of does not depend on who is faster.
 """
 
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +33,7 @@ Batch = Callable[[int], Prompts]  # the prompts of step n
 class Ahead(NamedTuple):
     """What the state's `extra` is while a batch is in flight."""
 
-    experience: Experience  # of the next step
+    experience: Experience | None  # of the next step; None while that is collected
     extra: Any  # what it is otherwise
 
 
@@ -49,7 +53,8 @@ def ahead(step: Step, batch: Batch, state: TrainState, *, width: int) -> tuple[N
     """Samples each batch one step before it is needed.
 
     Args:
-      step: jitted, without a reward, made with `score_old=True`.
+      step: jitted, without a reward, made with `score_old=True`. Where its `collect` goes through the host, the first
+        batch is collected here, also in a run that is resumed: only then are its shapes known.
       batch: the prompts of step `n`, as a function of `n` alone.
       state: that a run begins with.
       width: of the widest prompts; to that, the prompts of a batch in flight are padded, since the arrays of a state
@@ -59,22 +64,33 @@ def ahead(step: Step, batch: Batch, state: TrainState, *, width: int) -> tuple[N
       The step's halves, of which `learn` puts the next batch into `state.extra`; and the state with room for a batch
       there, an `Ahead`.
     """
-    waiting: list[Experience] = []
+    waiting: list[Callable[[], Experience]] = []
+    thread = concurrent.futures.ThreadPoolExecutor(1, "collect")
 
     def sample(state: TrainState, n: int) -> Experience:
         state = state._replace(step=jnp.int32(n), extra=state.extra.extra)  # the key of step n
         return resize_prompts(step.collect(state, batch(n)), width)
 
+    def begin(state: TrainState, n: int) -> Callable[[], Experience]:
+        if not step.on_host:
+            experience = sample(state, n)  # under way when this returns
+            return lambda: experience
+        # Of copies, since `learn` donates its state meanwhile.
+        read = {"params": state.params, "key": state.key, "extra": Ahead(None, state.extra.extra)}
+        copied = jax.tree.map(lambda x: x.copy(), read)
+        return thread.submit(sample, state._replace(**copied, opt_state=None, ref_params=None), n).result
+
     def collect(state: TrainState, n: int) -> Experience:
-        experience = state.extra.experience if n else sample(state, 0)
-        waiting[:] = [sample(state, n + 1)]  # under way when this returns
+        experience = state.extra.experience if n else first or sample(state, 0)
+        waiting[:] = [begin(state, n + 1)]
         return resize_prompts(experience, batch(n).tokens.shape[1])
 
     def learn(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
         state, metrics = step.learn(state._replace(extra=state.extra.extra), experience)
-        return state._replace(extra=Ahead(waiting.pop(), state.extra)), metrics
+        return state._replace(extra=Ahead(waiting.pop()(), state.extra)), metrics
 
-    form = jax.eval_shape(lambda state, prompts: resize_prompts(step.collect(state, prompts), width), state, batch(0))
+    first = sample(state._replace(extra=Ahead(None, state.extra)), 0) if step.on_host else None
+    form = first or jax.eval_shape(lambda state: resize_prompts(step.collect(state, batch(0)), width), state)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
     return NumberedStep(collect, learn), state._replace(extra=Ahead(empty, state.extra))
 

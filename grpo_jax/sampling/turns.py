@@ -60,12 +60,17 @@ class ConversationSampler:
         """Draws `group_size` conversations for each prompt, on the host between programs.
 
         Raises:
-          ValueError: under jit; if the prompts do not name their rows.
+          ValueError: under jit; in a run of several processes; if the prompts do not name their rows.
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, prompts, key))):
             raise ValueError(
                 "conversations go through the host, which a program cannot: call `step.collect` without jit, or use "
                 "an environment that is traced"
+            )
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"conversations are held by one process, and this run has {jax.process_count()}: use the devices of "
+                "one, or an environment that is traced"
             )
         if "row" not in prompts.info:
             raise ValueError("the prompts do not name their rows of the data set: make_prompts(prompts, rows)")

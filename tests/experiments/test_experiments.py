@@ -250,8 +250,6 @@ def test_a_run_talks_with_an_environment_and_shows_who_wrote_what(files, tmp_pat
     assert all([turn["by"] for turn in turns] == ["policy", "environment", "policy"][: len(turns)] for turns in shown)
     (middle,) = {turns[1]["text"].removeprefix("<|im_end|>") for turns in shown if len(turns) > 1}
     assert middle == "\n<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(ValueError, match="--overlap samples in the background"):
-        grpo.train(dataclasses.replace(config, overlap=True))
 
 
 def test_an_advantage_of_ones_own_may_see_log_probs(files, tmp_path):

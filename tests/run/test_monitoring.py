@@ -104,6 +104,14 @@ FAULTS = {
         ), "reward_hacked", 59,
         ["reward/format rose from 0.8", "while reward/accuracy fell from 0.4", "Read completions"],
     ),
+    "held out": (
+        changed(
+            40,
+            held_out__exact=lambda step: 0.8 - 0.02 * (step - 40),
+            reward=lambda step: 0.6 + 0.02 * (step - 40),
+        ),
+        "held_out_disagrees", 49, ["the reward rose from 0.6", "while held_out/exact", "fell from 0.7"],
+    ),
     "repetition": (changed(40, repetition=0.8), "repeating", 44, ["say they have said before", "mask_truncated"]),
     "unscored": (changed(40, unscored__accuracy=0.5), "reward_failing", 49, ["`unscored/accuracy`", "verifier"]),
     "failed": (changed(40, judge__failed=0.5), "reward_failing", 49, ["`judge/failed`", "the service"]),
