@@ -1,5 +1,6 @@
 """Logits to tokens: the draw, and the noise that belongs to one token of one completion."""
 
+import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -30,15 +31,47 @@ def completion_keys(key: PRNGKey, B: int, G: int) -> PRNGKey:
 def draw(keys: PRNGKey, t: Array, logits: Array, greedy: bool) -> tuple[Array, Array]:
     """Draws one token from each of `logits [..., V]`; returns the tokens and their log-probs.
 
-    By the Gumbel trick, without a sort, with the noise of place `t` under each of `keys [...]`.
+    By the Gumbel trick in two levels, with the noise of place `t` under each of `keys [...]`: first among `K` blocks
+    of `W` tokens, then among the tokens of the block drawn.
+
+        mass[k] = log sum_{v in block k} exp(logits[v])
+        block   = argmax_k (mass[k] + noise[k])
+        token   = argmax_{v in block} (logits[v] + noise[K + place of v in the block])
+
+    These are draws of the softmax, for `K + W` numbers, some two roots of `V`, in place of one for each token. Nothing
+    is summed up from block to block, so that the unlikely ones are not lost in the rounding of a sum.
     """
+    V = logits.shape[-1]
     if greedy:
-        token = jnp.argmax(logits, axis=-1)
-    else:
-        token_keys = jax.vmap(jax.random.fold_in)(keys.reshape(-1), jnp.broadcast_to(t, keys.shape).reshape(-1))
-        token = jax.vmap(jax.random.categorical)(token_keys, logits.reshape(-1, logits.shape[-1])).reshape(keys.shape)
-    token = token.astype(jnp.int32)
-    return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)[..., 0]
+        log_prob = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), log_prob
+    K, W = _blocks(V)
+    blocks = jnp.pad(logits.reshape(-1, V), ((0, 0), (0, K * W - V)), constant_values=-jnp.inf).reshape(-1, K, W)
+    most = jnp.max(blocks, axis=(1, 2))
+    mass = most[:, None] + jnp.log(jnp.sum(jnp.exp(blocks - most[:, None, None]), axis=-1))
+
+    token_keys = jax.vmap(jax.random.fold_in)(keys.reshape(-1), jnp.broadcast_to(t, keys.shape).reshape(-1))
+    # In its usual mode no noise is above 16.6: what is less likely than e^-16.6 would be drawn too seldom.
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (K + W,), mode="high"))(token_keys)
+    block = jnp.argmax(mass + noise[:, :K], axis=-1)
+    of_block = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    place = jnp.argmax(of_block + noise[:, K:], axis=-1)
+    drawn = jnp.take_along_axis(of_block, place[:, None], axis=-1)[:, 0]
+    # Of the masses, not of `blocks` over again: XLA would make one pass over all tokens of a sum of their sums.
+    log_prob = drawn - jax.nn.logsumexp(mass, axis=-1)
+    return (block * W + place).astype(jnp.int32).reshape(keys.shape), log_prob.reshape(keys.shape)
+
+
+def _blocks(V: int) -> tuple[int, int]:
+    """`K` blocks of `W` tokens for `V`, the last of them padded where `V` does not divide.
+
+    `K` is the power of two near the root of `V`, or one that divides `V`, if it is not much smaller: such a number
+    divides the vocabularies of most models, and over devices.
+    """
+    K = 2 ** (V.bit_length() // 2)
+    divisor = math.gcd(V, K)
+    K = divisor if 4 * divisor >= K else K
+    return K, -(-V // K)
 
 
 def is_any(tokens: Array, ids: tuple[int, ...]) -> Array:

@@ -222,7 +222,7 @@ def test_greedy_takes_the_chain_of_likeliest_tokens():
 
 @pytest.mark.parametrize("eos_ids", [(1, 4, 6), ()], ids=str)
 def test_a_completion_ends_with_the_first_of_several_end_tokens(eos_ids):
-    T = 6
+    T = 4  # a tenth of the completions is cut off
     rollout = sampling.sampler(group_size=16, max_tokens=T, eos_ids=eos_ids)(
         TABLE_POLICY, TABLE, a_batch(4), jax.random.key(7)
     )
