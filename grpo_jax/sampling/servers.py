@@ -182,23 +182,14 @@ class EngineSampler:
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, prompts, key))):
             raise ValueError("a server cannot be called from a program: call `step.collect` without jit")
-        if self.given["version"] == 0 or self.given["lag"] >= self.max_lag:
-            self._give(policy, params)
-        else:
-            self.given["lag"] += 1
-        loaded = f"version_{self.given['version']}" if self.server.adapters else None
+        self.refresh(policy, params)
         tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths).tolist()
-        seeds = np.asarray(jax.random.bits(key, (len(lengths),), np.uint32) >> 1).tolist()
-        settings = {
-            "group_size": self.group_size, "max_tokens": self.max_tokens, "eos_ids": [*self.eos_ids],
-            "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p,
-            "stop": [*self.stop],
-        }  # fmt: skip
-        requests = [
-            self.server.generate(row[:length].tolist(), settings | {"seed": seed}, loaded)
-            for row, length, seed in zip(tokens, lengths, seeds, strict=True)
-        ]
-        groups = [_read(self.server, answer) for answer in run_async(self._post(requests))]
+        groups = self.draw(
+            [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)],
+            seeds=seeds_of(key, len(lengths)),
+            limits=[self.max_tokens] * len(lengths),
+            group_size=self.group_size,
+        )
         return from_engine(
             prompts,
             [[one.tokens for one in group] for group in groups],
@@ -207,6 +198,28 @@ class EngineSampler:
             eos_ids=self.eos_ids,
             max_tokens=self.max_tokens,
         )
+
+    def refresh(self, policy: Policy, params: Params) -> None:
+        """Gives the server the params if its own are too old; to be called once a batch."""
+        if self.given["version"] == 0 or self.given["lag"] >= self.max_lag:
+            self._give(policy, params)
+        else:
+            self.given["lag"] += 1
+
+    def draw(
+        self, prompts: Sequence[list[int]], *, seeds: Sequence[int], limits: Sequence[int], group_size: int
+    ) -> list[list[Drawn]]:
+        """Asks for `group_size` completions of each prompt, of at most so many tokens, all together."""
+        loaded = f"version_{self.given['version']}" if self.server.adapters else None
+        settings = {
+            "group_size": group_size, "eos_ids": [*self.eos_ids], "temperature": self.temperature,
+            "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p, "stop": [*self.stop],
+        }  # fmt: skip
+        requests = [
+            self.server.generate(prompt, settings | {"seed": seed, "max_tokens": limit}, loaded)
+            for prompt, seed, limit in zip(prompts, seeds, limits, strict=True)
+        ]
+        return [_read(self.server, answer) for answer in run_async(self._post(requests))]
 
     def _give(self, policy: Policy, params: Params) -> None:
         """Writes the params and has the server read them; the folder of the version before goes."""
@@ -331,6 +344,11 @@ def engine_sampler(
     )
     _ = made.truncation  # refuses what is out of range
     return made
+
+
+def seeds_of(key: PRNGKey, count: int) -> list[int]:
+    """Seeds for so many requests, of 31 bits."""
+    return list(np.asarray(jax.random.bits(key, (count,), np.uint32) >> 1).tolist())
 
 
 def _read(server: Server, answer: Any) -> list[Drawn]:

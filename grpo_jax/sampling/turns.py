@@ -23,6 +23,7 @@ from grpo_jax.policies import Policy, PromptCache
 from grpo_jax.sampling import stopping
 from grpo_jax.sampling.drawing import completion_keys
 from grpo_jax.sampling.samplers import PolicySampler
+from grpo_jax.sampling.servers import EngineSampler, seeds_of
 from grpo_jax.sampling.turn_decoding import Rows, Written, decode_turns, read_texts
 from grpo_jax.truncation import Truncation
 from grpo_jax.types import Array, Number, Params, PRNGKey, Prompts, Rollout, Turns
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 class ConversationSampler:
     """Draws conversations of the policy with an environment; made by `conversations`."""
 
-    sampler: PolicySampler
+    sampler: PolicySampler | EngineSampler
     respond: Respond
     tokenizer: "PreTrainedTokenizerBase"
     rows: Sequence[Mapping[str, Any]]
@@ -74,11 +75,13 @@ class ConversationSampler:
             )
         if "row" not in prompts.info:
             raise ValueError("the prompts do not name their rows of the data set: make_prompts(prompts, rows)")
-        return _converse(self, policy, params, prompts, key)
+        if isinstance(self.sampler, EngineSampler):
+            return _converse_with_server(self, self.sampler, policy, params, prompts, key)
+        return _converse(self, self.sampler, policy, params, prompts, key)
 
 
 def conversations(
-    sampler: PolicySampler,
+    sampler: PolicySampler | EngineSampler,
     respond: Respond,
     tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[Mapping[str, Any]],
@@ -108,7 +111,8 @@ def conversations(
     metric `environment_failed`, and reported as a warning.
 
     Args:
-      sampler: of the turns; its `max_tokens` are those of a conversation, the environment's included.
+      sampler: of the turns; its `max_tokens` are those of a conversation, the environment's included. That of a server
+        (`servers.engine_sampler`) is asked for a turn of all conversations at a time, with their tokens so far.
       respond: `(row, messages) -> Turn | None`, plain or async; see `environments`. The row is a copy that belongs to
         the conversation, so that an environment may keep its state in it. Messages are the prompt's and one for each
         turn since, the policy's as text without the end token.
@@ -128,7 +132,7 @@ def conversations(
         raise ValueError(f"max_turns and max_answer_tokens are at least 1, got {max_turns} and {max_answer_tokens}")
     if not timeout > 0:
         raise ValueError(f"timeout is a number of seconds above 0, got {timeout}")
-    if sampler.record_experts:
+    if isinstance(sampler, PolicySampler) and sampler.record_experts:
         raise ValueError("record_experts is for completions of one turn: leave it out where there are conversations")
     return ConversationSampler(
         sampler=sampler,
@@ -205,8 +209,10 @@ class _Conversation:
         self.mask += [mask] * len(tokens)
 
 
-def _converse(made: ConversationSampler, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
-    sampler, T = made.sampler, made.sampler.max_tokens
+def _converse(
+    made: ConversationSampler, sampler: PolicySampler, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey
+) -> Rollout:
+    T = sampler.max_tokens
     B, G = prompts.tokens.shape[0], sampler.group_size
     count = B * G
     widest = bucket(min(made.max_answer_tokens, T), 64)
@@ -251,6 +257,40 @@ def _converse(made: ConversationSampler, policy: Policy, params: Params, prompts
             rows = _read(
                 policy, sampler, params, row_prompts, row_lengths, rows, jnp.asarray(padded), jnp.asarray(counts)
             )
+    return _rollout(prompts, begun, (B, G, T), made.max_turns)
+
+
+def _converse_with_server(
+    made: ConversationSampler, sampler: EngineSampler, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey
+) -> Rollout:
+    B, G, T = prompts.tokens.shape[0], sampler.group_size, sampler.max_tokens
+    sampler.refresh(policy, params)
+    rows = np.repeat(np.asarray(prompts.info["row"]), G).tolist()
+    begun = [_begin(made, row) for row in rows]
+    lengths, tokens = np.asarray(prompts.lengths).tolist(), np.asarray(prompts.tokens)
+    heads = [tokens[i // G, : lengths[i // G]].tolist() for i in range(B * G)]
+    held = np.arange(B * G)  # -1 for a conversation that is over
+    for turn in range(made.max_turns):
+        live = [i for i in range(B * G) if held[i] >= 0]
+        if not live:
+            break
+        seeds = seeds_of(jax.random.fold_in(key, turn), B * G)
+        limits = {i: T - len(begun[i].tokens) for i in live}
+        prefixes = [heads[i] + begun[i].tokens for i in live]
+        groups = sampler.draw(prefixes, seeds=[seeds[i] for i in live], limits=[limits[i] for i in live], group_size=1)
+        wrote, log_probs = np.zeros((B * G, T), np.int32), np.zeros((B * G, T), np.float32)
+        counts, ended = np.zeros(B * G, np.int32), np.zeros(B * G, bool)
+        for i, (drawn,) in zip(live, groups, strict=True):
+            count = len(drawn.tokens)
+            if not 1 <= count <= limits[i] or (drawn.truncated and count < limits[i]):
+                raise RuntimeError(
+                    f"{sampler.server.url} wrote a turn of {count} tokens{', cut,' if drawn.truncated else ''} where "
+                    f"{limits[i]} were left: is the context of the server too short for --max-tokens?"
+                )
+            wrote[i, :count], log_probs[i, :count] = drawn.tokens, drawn.log_probs
+            counts[i], ended[i] = count, not drawn.truncated
+        written = Written(*map(jnp.asarray, (wrote, log_probs, counts, ended)))
+        _take_turns(made, begun, held, jax.device_get(written))
     return _rollout(prompts, begun, (B, G, T), made.max_turns)
 
 

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from grpo_jax import sampling
+from grpo_jax.data import make_prompts
+from grpo_jax.environments import Turn
 from grpo_jax.freezing import bind, partition
 from grpo_jax.models import hf, lora
 from grpo_jax.run import measured
 from grpo_jax.sampling import servers
 from grpo_jax.scoring import score
 from grpo_jax.statistics import summary
-from grpo_jax.testing import random_prompts, tiny_policy
+from grpo_jax.testing import random_prompts, tiny_policy, tiny_tokenizer
 from grpo_jax.types import Experience
 
 POLICY = tiny_policy("llama")
@@ -27,7 +29,7 @@ PROMPTS = random_prompts(0, 2, 6)
 
 @jax.jit
 def draw(params, tokens, lengths, seed):
-    made = sampling.sampler(group_size=G, max_tokens=T, eos_ids=EOS, temperature=TEMPERATURE)
+    made = sampling.sampler(group_size=G, max_tokens=2 * T, eos_ids=EOS, temperature=TEMPERATURE)
     return made(POLICY, params, PROMPTS._replace(tokens=tokens, lengths=lengths), jax.random.key(seed))
 
 
@@ -56,18 +58,19 @@ class Engine(http.server.BaseHTTPRequestHandler):
     def generated(self, content):
         vllm = self.path == "/v1/completions"
         prompt, settings = (content["prompt"], content) if vllm else (content["input_ids"], content["sampling_params"])
-        assert (settings["n"], settings["temperature"], settings["stop_token_ids"]) == (G, TEMPERATURE, list(EOS))
+        assert (settings["temperature"], settings["stop_token_ids"]) == (TEMPERATURE, list(EOS))
+        limit = settings["max_tokens" if vllm else "max_new_tokens"]
         name = content["model"] if vllm else content.get("lora_path")
         params = self.server.weights[None if name == "tiny" else name]
-        tokens = np.zeros((2, 6), np.int32)
+        tokens = np.zeros((2, 40), np.int32)
         tokens[:, : len(prompt)] = prompt
         seed = settings["seed"] if vllm else settings["sampling_seed"]
         drawn = jax.device_get(draw(params, tokens, np.full(2, len(prompt), np.int32), seed))
         answers = []
-        for g in range(G):
-            n = drawn.lengths[0, g]
+        for g in range(settings["n"]):
+            n = min(limit, drawn.lengths[0, g])
             ids, log_probs = drawn.tokens[0, g, :n].tolist(), drawn.log_probs[0, g, :n].tolist()
-            end = "length" if drawn.truncated[0, g] else "stop"
+            end = "length" if drawn.truncated[0, g] or n < drawn.lengths[0, g] else "stop"
             if vllm:
                 choice = {"index": g, "token_ids": ids, "logprobs": {"token_logprobs": log_probs}, "finish_reason": end}
                 answers.insert(0, choice)  # in any order
@@ -155,6 +158,40 @@ def test_adapters_go_to_the_server_as_a_folder_of_peft(kind, engine, tmp_path):
         assert gap(made(POLICY, params, PROMPTS, jax.random.key(0)), params) < 1e-4
     assert set(engine.weights) == {None, "version_2"}
     assert (pathlib.Path(tmp_path) / "version_2" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_holds_conversations(kind, engine, tmp_path):
+    """What the environment says is read by the server with all tokens so far, and is masked."""
+    tokenizer = tiny_tokenizer(259)  # bytes
+    rows = [{"prompt": "ab"}, {"prompt": "c"}]
+    prompts = make_prompts([[20, 30], [40, 3]], rows=[0, 1])
+    asked = []
+
+    def respond(row, messages):
+        asked.append(len(messages))
+        return Turn("!" * 3, reward=0.5)
+
+    def as_ids(messages, last):
+        return [7, 8, 9]
+
+    made = sampler_of(server_of(kind, engine), tmp_path, max_tokens=2 * T)
+    talking = sampling.conversations(made, respond, tokenizer, rows, max_turns=3, between=as_ids)
+    rollout = talking(POLICY, PARAMS, prompts, jax.random.key(0))
+    assert gap(rollout, PARAMS) < 1e-4
+    ends = np.asarray(rollout.turns.ends)
+    assert (ends[..., 1] > 0).sum() >= 2
+    assert 6 in asked or 4 in asked
+    for place in np.ndindex(2, G):
+        length, tokens, mask = (np.asarray(x[place]) for x in (rollout.lengths, rollout.tokens, rollout.mask))
+        assert length == ends[place].max() <= 2 * T
+        for end in ends[place][ends[place] > 0]:
+            if end < length:
+                assert tokens[end : end + 3].tolist() == [7, 8, 9]
+                assert not mask[end : end + 3].any()
+                assert mask[end - 1]
+                assert mask[end + 3]
+    assert sum(path == ("/v1/completions" if kind == "vllm" else "/generate") for path, _ in engine.asked) >= 6
 
 
 def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_told(engine, tmp_path):
