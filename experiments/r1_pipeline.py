@@ -1,4 +1,4 @@
-r"""The four stages of DeepSeek-R1 (DeepSeek-AI 2025, arXiv:2501.12948, section 2.3; Nature 645), on a small task.
+r"""The stages of DeepSeek-R1 (DeepSeek-AI 2025, arXiv:2501.12948, sections 2.3 and 2.4), on a small task.
 
     python experiments/r1_pipeline.py                  # the small task, from nothing
     python experiments/r1_pipeline.py --smoke          # a few steps of everything
@@ -13,6 +13,8 @@ r"""The four stages of DeepSeek-R1 (DeepSeek-AI 2025, arXiv:2501.12948, section 
    language reward and, if there is one, a judge keep what is good. From the base again,
    not from stage 2, a model is trained on it.
 4. GRPO with the rewards of stage 2 and one for preference.
+5. Distillation: a smaller model learns, supervised, what stage 3 kept, without GRPO (section 2.4). Of a model it takes
+   `--student`; the small task makes a student of half the width from the same texts as the base.
 
 Each stage has its folder with checkpoints, metrics, its test and the model as a Hugging
 Face folder. A run that was killed goes on in the stage where it was when the command
@@ -64,6 +66,8 @@ the format only ranks. Its last stage has prompts of its own for the preference,
 model's, in its last 400 of 1700 steps; here every completion gets all rewards in all
 steps. Its reference is renewed every 400 updates; here it is the start of the stage.
 
+The stage of distillation has no result here yet.
+
 With a model, `--data` and `--verifier`, or a `--task`, give the problems, and functions are named as in
 `experiments/grpo.py`. This path has been run on a tiny random model only, and has no result of its own.
 """
@@ -71,7 +75,6 @@ With a model, `--data` and `--verifier`, or a `--task`, give the problems, and f
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -92,15 +95,19 @@ from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Reward
 from grpo_jax.run import checkpoint, preemption
+from grpo_jax.run.files import made_once, write_json
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
+from grpo_jax.study import tables
+from grpo_jax.study.rollout_means import make_rollout_means
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import make_learn, make_train_step
 from grpo_jax.types import Array, Experience, Params, PRNGKey, Prompts, Rollout
 from grpo_jax.updates import Updates, init_state
 
-STAGES = ("base", "cold_start", "reasoning_rl", "rejection_sampling", "final_rl")
+STAGES = ("base", "cold_start", "reasoning_rl", "rejection_sampling", "final_rl", "student", "distilled")
+OF_MODELS = ("data", "task", "demonstrations", "judge", "preference", "student")  # settings without the small task
 REWARDS = ("accuracy", "format", "language", "preference")  # the last one in the last stage only
 
 
@@ -117,6 +124,7 @@ class Config:
     verifier: str = "grpo_jax.rewards:accuracy()"  # for `data`, as module:function, or module:maker()
     task: str | None = None  # or a task in place of both, such as grpo_jax.tasks.countdown:task
     demonstrations: pathlib.Path | None = None  # of the cold start: JSONL with `prompt` and `completion`
+    student: str | None = None  # a smaller model of the same tokenizer, for the stage of distillation
     judge: str | None = None  # a reward function that what is kept in the third stage has to please as well
     preference: str | None = None  # the last stage's reward; unless given, right answers had better be short
     script: str = "Latin"  # of the language that is wanted, for the language reward
@@ -140,6 +148,7 @@ class Config:
     keep: int = 2  # of them at most, the best
     min_language: float = 1.0  # share of the wanted language that is asked of what is kept
     judge_threshold: float = 0.5  # the judge has to give more
+    distill_steps: int = 300
     mix: bool = False  # put the cold start's demonstrations among what was kept
 
     # Stages 2 and 4, GRPO.
@@ -180,6 +189,7 @@ class Problem(NamedTuple):
     preference: Reward
     judge: Reward | None
     text: Callable[[Sequence[int]], str]
+    student: Callable[[], tuple[Policy, Params]] | None = None  # a smaller model before it learns
     tokenizer: Any = None
 
 
@@ -188,18 +198,17 @@ def train(config: Config) -> dict[str, Any]:
     began = time.monotonic()
     check(config)
     problem = small(config) if config.model is None else pretrained(config)
-    evaluate = make_evaluate(problem, config)
     folders = {name: config.run_dir / f"{number}_{name}" for number, name in enumerate(STAGES)}
     tests: dict[str, dict[str, float]] = {}
 
-    def finish(name: str, params: Params) -> Params:
+    evaluate = functools.cache(lambda policy: make_evaluate(problem._replace(policy=policy), config))
+
+    def finish(name: str, params: Params, policy: Policy = problem.policy) -> Params:
         """The test of a stage and its export, unless they are there."""
         folder = folders[name]
         if not (folder / "test.json").exists():
-            hf.save_pretrained(
-                problem.policy, params, folder / "model", tokenizer=problem.tokenizer, eos_ids=problem.eos_ids
-            )
-            write(folder / "test.json", evaluate(params))
+            hf.save_pretrained(policy, params, folder / "model", tokenizer=problem.tokenizer, eos_ids=problem.eos_ids)
+            write_json(folder / "test.json", evaluate(policy)(params))
         tests[name] = json.loads((folder / "test.json").read_text())
         return params
 
@@ -244,26 +253,31 @@ def train(config: Config) -> dict[str, Any]:
         params = grpo(config, problem, folders["final_rl"], params, config.final_steps, reward=mixed, **last)
         finish("final_rl", params)
 
+        # ------------------------------------------------------------------ 5 distillation
+        if problem.student is not None:
+            network, params = problem.student()
+            smaller, texts = problem._replace(policy=network), problem.pretraining
+            if texts:
+                rate_of = {"rate": config.base_learning_rate, "key": 6}
+                params = sft(config, smaller, folders["student"], params, texts, config.base_steps, **rate_of)
+            params = finish("student", params, network)
+            params = sft(config, smaller, folders["distilled"], params, pairs, config.distill_steps, rate=rate, key=7)
+            finish("distilled", params, network)
+
         results = {"stages": tests, "rejection_sampling": counts}
-        write(config.run_dir / "results.json", results)
-    rich.print(table(results, len(problem.test)))
+        write_json(config.run_dir / "results.json", results)
+    print(f"test, {len(problem.test)} problems")
+    rich.print(table(results))
     drawn = "{drawn} completions drawn, {right} right, {kept} kept".format(**counts)
     print(f"rejection sampling: {drawn}\n{time.monotonic() - began:.0f} s in all")
     return results
 
 
-def table(results: dict[str, Any], count: int) -> rich.table.Table:
+def table(results: dict[str, Any]) -> rich.table.Table:
     """What the test says after each stage."""
-    shown = rich.table.Table(title=f"test, {count} problems")
-    shown.add_column("stage")
-    for name in ("greedy", "sampled", "format", "language", "length"):
-        shown.add_column(name, justify="right")
-    for number, (name, values) in enumerate(results["stages"].items()):
-        accuracies = (values["greedy/accuracy"], values["sampled/accuracy"])
-        others = (values["sampled/format"], values["sampled/language"])
-        shares = [f"{value:.3f}" for value in (*accuracies, *others)]
-        shown.add_row(f"{number} {name.replace('_', ' ')}", *shares, f"{values['sampled/length']:.1f}")
-    return shown
+    names = ("greedy/accuracy", "sampled/accuracy", "sampled/format", "sampled/language", "sampled/length")
+    lines = [[stage, *(f"{tested[name]:.3f}" for name in names)] for stage, tested in results["stages"].items()]
+    return tables.terminal(["stage", *names], lines)
 
 
 # ------------------------------------------------------------------------------- stages
@@ -351,22 +365,16 @@ def rejection_sample(
 
     Each batch has a file, in which it is found again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     sampler = make_sampler(problem, group_size=config.samples, temperature=config.temperature)
     draw = jax.jit(functools.partial(sampler, problem.policy))
     rows = problem.train[data.batch_indices(config.seed + 3, 0, len(problem.train), config.sampled_prompts)]
     rows = np.unique(rows)  # a prompt comes once, also where there are fewer than are asked for
-    lines: list[dict[str, Any]] = []
-    with preemption.graceful_stop() as stop_requested:
-        for n, batch in enumerate(batches(rows, config.test_batch)):
-            path = folder / f"{n:05d}.json"
-            if not path.exists():
-                if stop_requested():
-                    print(f"stopped after {n} batches of {folder}; the same command goes on")
-                    raise SystemExit(preemption.STOPPED)
-                rollout = draw(params, problem.prompts(batch), jax.random.fold_in(stage_key(config, 5), n))
-                write(path, select(config, problem, rollout))
-            lines.append(json.loads(path.read_text()))
+
+    def kept(n: int, batch: np.ndarray) -> dict[str, Any]:
+        key = jax.random.fold_in(stage_key(config, 5), n)
+        return select(config, problem, draw(params, problem.prompts(batch), key))
+
+    lines = made_once(folder, batches(rows, config.test_batch), kept)
     counts = {name: sum(line[name] for line in lines) for name in ("drawn", "right")}
     # Two rows may have the same prompt; a dict keeps what came first, in order.
     pairs = list({(tuple(item["prompt"]), tuple(item["completion"])): None for line in lines for item in line["kept"]})
@@ -410,24 +418,8 @@ def make_evaluate(problem: Problem, config: Config) -> Callable[[Params], dict[s
         "greedy": sampling.greedy(max_tokens=problem.max_tokens, eos_ids=problem.eos_ids),
         "sampled": make_sampler(problem, group_size=1),
     }
-    draws = {name: jax.jit(functools.partial(sampler, problem.policy)) for name, sampler in samplers.items()}
-
-    def evaluate(params: Params) -> dict[str, float]:
-        measured = {}
-        for name, draw in draws.items():
-            total, count, tokens = np.zeros(3), np.zeros(3), 0
-            for n, rows in enumerate(batches(problem.test, config.test_batch)):
-                rollout = draw(params, problem.prompts(rows), jax.random.key(n))
-                given, mask = map(np.asarray, problem.reasoning(rollout))
-                total += np.sum(given * mask, axis=(0, 1), dtype=np.float64)
-                count += np.sum(mask, axis=(0, 1))
-                tokens += int(np.sum(rollout.lengths))
-            means = (total / np.maximum(count, 1)).tolist()
-            measured |= {f"{name}/{reward}": mean for reward, mean in zip(REWARDS, means, strict=False)}
-            measured[f"{name}/length"] = tokens / len(problem.test)
-        return measured
-
-    return evaluate
+    rows = batches(problem.test, config.test_batch)
+    return make_rollout_means(problem.policy, samplers, rows, problem.prompts, problem.reasoning, REWARDS[:3])
 
 
 def batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -440,36 +432,27 @@ def stage_key(config: Config, stage: int) -> Array:
     return jax.random.fold_in(jax.random.key(config.seed), stage)
 
 
-def write(path: pathlib.Path, content: Any) -> None:
-    """JSON that is there whole or not at all."""
-    half = path.with_suffix(".half")
-    half.write_text(json.dumps(content, indent=2))
-    os.replace(half, path)
-
-
 # ----------------------------------------------------------------------- the small task
 
 TERMS = 5
 MAJORITY = modular_sums.Teacher(slip=0.4, guess=0.05, check=0.2)  # who wrote what the base is made from
 TEACHER = modular_sums.Teacher(slip=0.3, check=0.5)  # who wrote the demonstrations of the cold start
-OTHER = "零一二三四五六七八九"  # whose tokens come after those of the task
-WORDS = (*modular_sums.WORDS, *OTHER)
+WORDS = modular_sums.WORDS_OF_TWO_SCRIPTS
+
+
+def llama(*, width: int) -> Policy:
+    """0.1 M parameters at a width of 64, and a quarter of that at 32."""
+    hf_config = transformers.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None,
+        eos_token_id=modular_sums.EOS,
+    )  # fmt: skip
+    return models.decoder(models.from_hf_config(hf_config))
 
 
 def small(config: Config) -> Problem:
     """Sums of five digits modulo 10, and a Llama of 0.1 M parameters that is made from nothing."""
-    llama = transformers.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=modular_sums.EOS,
-    )
-    policy = models.decoder(models.from_hf_config(llama))
+    policy = llama(width=64)
     problems_key, majority_key, teacher_key, params_key = jax.random.split(jax.random.key(config.seed), 4)
     problems = jax.device_get(modular_sums.problems(problems_key, 12_000, terms=TERMS))
     _, first = np.unique(problems.tokens, axis=0, return_index=True)
@@ -482,20 +465,15 @@ def small(config: Config) -> Problem:
     def demonstrate(rows: np.ndarray, teacher: modular_sums.Teacher, mixed: float, key: PRNGKey) -> list[Pair]:
         """What a teacher writes, of whose working a share of the digits is in the other script."""
         words_key, script_key = jax.random.split(key)
-        written = jax.device_get(modular_sums.demonstrations(words_key, prompts(rows), teacher))
+        written = modular_sums.demonstrations(words_key, prompts(rows), teacher)
+        written = jax.device_get(modular_sums.in_two_scripts(script_key, written, mixed))
         tokens, lengths = written.tokens[:, 0], written.lengths[:, 0]
-        working = (tokens < 10) & (np.cumsum(tokens == modular_sums.TAGS[1], axis=1) == 0)
-        other = np.asarray(jax.random.bernoulli(script_key, mixed, tokens.shape))
-        tokens = np.where(working & other, tokens + len(modular_sums.WORDS), tokens)
         completions = [ids[:length].tolist() for ids, length in zip(tokens, lengths, strict=True)]
         return list(zip(problems.tokens[rows].tolist(), completions, strict=True))
 
-    def language(rollout: Rollout) -> Array:
-        """The share of digits that are of the first script; 0 where there are none."""
-        written = jnp.arange(rollout.tokens.shape[-1]) < rollout.lengths[..., None]
-        wanted = jnp.sum(written & (rollout.tokens < 10), axis=-1)
-        other = jnp.sum(written & (rollout.tokens >= len(modular_sums.WORDS)), axis=-1)
-        return wanted / jnp.maximum(wanted + other, 1)
+    def student() -> tuple[Policy, Params]:
+        half = llama(width=32)
+        return half, jax.jit(half.init)(jax.random.fold_in(params_key, 1))
 
     max_tokens = modular_sums.max_tokens(TERMS)
     accuracy, formed = modular_sums.accuracy(), modular_sums.strict_format()
@@ -510,10 +488,11 @@ def small(config: Config) -> Problem:
         train=train,
         test=test,
         prompts=prompts,
-        reasoning=jax.jit(rewards.traced(accuracy, formed, language)),
+        reasoning=jax.jit(rewards.traced(accuracy, formed, modular_sums.first_script())),
         preference=jax.jit(rewards.traced(brief)),
         judge=None,
         text=lambda ids: "".join(WORDS[token] for token in ids),
+        student=student,
     )
 
 
@@ -579,6 +558,7 @@ def pretrained(config: Config) -> Problem:
         preference=reward(brief if config.preference is None else resolve(config.preference)),
         judge=None if config.judge is None else reward(resolve(config.judge)),
         text=tokenizer.decode,
+        student=None if config.student is None else lambda: hf.load_pretrained(config.student, compute_dtype=dtype),
         tokenizer=tokenizer,
     )
 
@@ -586,7 +566,7 @@ def pretrained(config: Config) -> Problem:
 def check(config: Config) -> None:
     """Refuses settings that do not go together."""
     if config.model is None:
-        needs = [name for name in ("data", "task", "demonstrations", "judge", "preference") if getattr(config, name)]
+        needs = [name for name in OF_MODELS if getattr(config, name)]
         if needs:
             raise ValueError(f"{', '.join(needs)} are for a model: give --model, or leave them out")
     elif config.demonstrations is None or (config.data is None) == (config.task is None):
@@ -607,7 +587,7 @@ def main(config: Config) -> dict[str, Any]:
         config = dataclasses.replace(
             config, base_steps=60, cold_start_steps=60, sft_steps=60, sft_learning_rate=config.base_learning_rate,
             sft_batch=32, rl_steps=4, final_steps=4, final_temperature=1.0, prompts_per_step=4, group_size=4,
-            sampled_prompts=96, samples=4, test_rows=64, test_batch=64, save_every=30,
+            sampled_prompts=96, samples=4, distill_steps=60, test_rows=64, test_batch=64, save_every=30,
         )  # fmt: skip
     return train(config)
 

@@ -101,3 +101,37 @@ def strict_format() -> rewards.TokenReward:
 def text(tokens: Array, length: int | Array) -> str:
     """The words of one row of tokens."""
     return "".join(WORDS[token] for token in tokens[: int(length)])
+
+
+# ------------------------------------------------------------------ a second script
+
+SECOND_SCRIPT = "零一二三四五六七八九"  # whose tokens come after those of the task
+WORDS_OF_TWO_SCRIPTS = (*WORDS, *SECOND_SCRIPT)
+
+
+def in_two_scripts(key: PRNGKey, demonstrations: Rollout, share: float | Array) -> Rollout:
+    """The same demonstrations with a share of the digits of their working in a second script: `<think>5五1七9</think>`.
+
+    It stands for a language that a model mixes into its reasoning.
+
+    Args:
+      key: which digits they are is a function of it.
+      demonstrations: of `demonstrations`.
+      share: from 0 to 1, of the digits before the reasoning's end.
+    """
+    tokens = demonstrations.tokens
+    working = (tokens < EQUALS) & demonstrations.mask & (jnp.cumsum(tokens == TAGS[1], axis=-1) == 0)
+    other = jax.random.bernoulli(key, share, tokens.shape)
+    return demonstrations._replace(tokens=jnp.where(working & other, tokens + VOCABULARY, tokens))
+
+
+def first_script() -> rewards.TokenReward:
+    """The share of digits that are of the first script; 0 where there are none."""
+
+    def language(rollout: Rollout) -> Array:
+        written = jnp.arange(rollout.tokens.shape[-1]) < rollout.lengths[..., None]
+        wanted = jnp.sum(written & (rollout.tokens < EQUALS), axis=-1)
+        other = jnp.sum(written & (rollout.tokens >= VOCABULARY), axis=-1)
+        return wanted / jnp.maximum(wanted + other, 1)
+
+    return language

@@ -18,7 +18,10 @@ from grpo_jax.tasks import modular_sums
 from grpo_jax.types import Prompts, Rollout
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "r1_pipeline.py"
-STEPS = {"0_base": 60, "1_cold_start": 60, "2_reasoning_rl": 4, "3_rejection_sampling": 60, "4_final_rl": 4}
+STEPS = {
+    "0_base": 60, "1_cold_start": 60, "2_reasoning_rl": 4, "3_rejection_sampling": 60, "4_final_rl": 4,
+    "5_student": 60, "6_distilled": 60,
+}  # fmt: skip
 
 
 def load_script():
@@ -60,7 +63,7 @@ def last_saved(run_dir, stage):
 def test_every_stage_leaves_its_metrics_checkpoints_test_and_model(finished):
     run_dir, results = finished
     assert json.loads((run_dir / "results.json").read_text()) == results
-    assert list(results["stages"]) == ["base", "cold_start", "reasoning_rl", "rejection_sampling", "final_rl"]
+    assert list(results["stages"]) == [stage[2:] for stage in STEPS]
     for stage, steps in STEPS.items():
         assert [line["step"] for line in metrics.read(run_dir / stage)] == list(range(steps))
         assert last_saved(run_dir, stage).is_dir()
@@ -70,6 +73,19 @@ def test_every_stage_leaves_its_metrics_checkpoints_test_and_model(finished):
         _, params = hf.load_pretrained(run_dir / stage / "model")
         saved = checkpoint.restore_params(run_dir / stage / "checkpoints", params)
         jax.tree.map(np.testing.assert_array_equal, params, saved)
+
+
+@pytest.mark.smoke
+def test_the_student_is_smaller_and_learns_what_was_kept_by_imitation(finished):
+    run_dir, _ = finished
+    sizes = [
+        sum(x.size for x in jax.tree.leaves(hf.load_pretrained(run_dir / stage / "model")[1]))
+        for stage in ("4_final_rl", "5_student", "6_distilled")
+    ]
+    assert sizes[1] == sizes[2] < sizes[0] / 2
+    losses = [line["loss"] for line in metrics.read(run_dir / "6_distilled")]
+    assert losses[-1] < losses[0]
+    assert "reward" not in metrics.read(run_dir / "6_distilled")[0]
 
 
 @pytest.mark.smoke
@@ -97,7 +113,7 @@ def test_what_the_third_stage_learns_is_right_of_one_script_and_different(finish
     for item in kept:
         prompt, _, completion = item["text"].partition("=")
         assert completion.partition("<answer>")[2] == f"{sum(map(int, prompt)) % 10}</answer><eos>"
-        assert not set(completion) & set(pipeline.OTHER)
+        assert not set(completion) & set(modular_sums.SECOND_SCRIPT)
 
 
 @pytest.mark.smoke
@@ -136,7 +152,9 @@ def test_a_run_killed_in_the_third_stage_goes_on_there_and_ends_as_one_that_was_
         metrics, "append", lambda folder, n, *given: (steps.append((folder.name, n)), append(folder, n, *given))
     )
     assert pipeline.main(make_config(run_dir)) == finished[1]
-    assert steps == [("3_rejection_sampling", n) for n in range(30, 60)] + [("4_final_rl", n) for n in range(4)]
+    assert steps == [("3_rejection_sampling", n) for n in range(30, 60)] + [("4_final_rl", n) for n in range(4)] + [
+        (stage, n) for stage in ("5_student", "6_distilled") for n in range(60)
+    ]
     assert outcome(run_dir) == outcome(finished[0])
     assert before == [path.stat().st_mtime_ns for path in kept]
 

@@ -263,3 +263,23 @@ def test_a_policy_can_be_taught_by_demonstrations():
     assert np.all(log_probs[rollout.mask] < 0)
     assert not log_probs[~rollout.mask].any()
     np.testing.assert_allclose(loss, -log_probs[rollout.mask].astype(np.float64).mean(), rtol=1e-5)
+
+
+def test_a_share_of_the_digits_of_the_working_is_in_the_second_script_and_the_reward_sees_it():
+    rollout = drawn(check=0.3).rollout
+    mixed = jax.device_get(modular_sums.in_two_scripts(jax.random.key(5), rollout, 0.3))
+    words, other, working = modular_sums.WORDS_OF_TWO_SCRIPTS, modular_sums.SECOND_SCRIPT, 0
+    shares = np.asarray(modular_sums.first_script()(mixed))[:, 0]
+    moved = 0
+    for b in range(200):
+        length = int(mixed.lengths[b, 0])
+        text = "".join(words[token] for token in mixed.tokens[b, 0, :length])
+        back = "".join(str(other.index(x)) if x in other else x for x in text)
+        assert back == modular_sums.text(np.asarray(rollout.tokens)[b, 0], length)
+        thought, _, rest = text.removeprefix("<think>").partition("</think>")
+        assert not set(rest) & set(other)
+        digits = [x for x in thought + rest if x.isdecimal() or x in other]
+        seconds = sum(x in other for x in digits)
+        assert shares[b] == pytest.approx(1 - seconds / len(digits))
+        working, moved = working + len(thought), moved + seconds
+    assert moved / working == pytest.approx(0.3, abs=0.04)

@@ -1,0 +1,44 @@
+"""JSON files that are there whole or not at all, and work of which each part is found again in its file."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from grpo_jax.run import preemption
+
+Part = TypeVar("Part")
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    path = pathlib.Path(path)
+    half = path.with_suffix(".half")
+    half.write_text(json.dumps(content, indent=2))
+    os.replace(half, path)
+
+
+def made_once(folder: str | os.PathLike[str], parts: Sequence[Part], make: Callable[[int, Part], Any]) -> list[Any]:
+    """`make(number, part)` of each part, as JSON: read from `folder/00000.json` and on, or made and written there.
+
+    A run that was killed goes on with the first part that has no file. At a request to stop it ends between two parts,
+    with the exit status of `preemption`.
+
+    Args:
+      folder: of these parts alone; it is made.
+      parts: in an order that is always the same.
+      make: `(number, part) -> ` JSON values.
+    """
+    folder, found = pathlib.Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    with preemption.graceful_stop() as stop_requested:
+        for number, part in enumerate(parts):
+            path = folder / f"{number:05d}.json"
+            if not path.exists():
+                if stop_requested():
+                    print(f"stopped after {number} parts of {folder}; the same command goes on")
+                    raise SystemExit(preemption.STOPPED)
+                write_json(path, make(number, part))
+            found.append(json.loads(path.read_text()))
+    return found
