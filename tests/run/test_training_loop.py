@@ -168,7 +168,7 @@ def test_completions_are_read_off_an_experience(capsys):
 
     class Tokenizer:
         def decode(self, ids):
-            return " ".join(map(str, ids.tolist()))
+            return " ".join(map(str, np.asarray(ids).tolist()))
 
     assert completions.lines(experience, Tokenizer(), rows, ["right", "format"], count=3) == [
         {"prompt": "a", "completion": "0 1 2", "right": 0.0, "format": 1.0},
