@@ -303,13 +303,13 @@ def test_a_run_is_not_resumed_on_other_inputs_under_the_same_names(files, tmp_pa
     [("dr_grpo", {}), ("dapo", {"epsilon_high": 0.3}), ("gspo", {}), ("grpo_jax.losses:grpo", {"epsilon": 0.1})],
 )
 def test_any_loss_is_taken_by_name_with_the_settings_that_it_has(files, loss, changes):
-    made = grpo.make_loss(settings(files, files, loss=loss, **changes))
+    made = settings(files, files, loss=loss, **changes).make_loss(max_tokens=8)
     assert callable(made)
 
 
 def test_a_loss_refuses_settings_that_it_does_not_have(files):
     with pytest.raises(ValueError, match=r"the loss grpo_jax.losses:sft has no setting epsilon"):
-        grpo.make_loss(settings(files, files, loss="grpo_jax.losses:sft", epsilon=0.1))
+        settings(files, files, loss="grpo_jax.losses:sft", epsilon=0.1).make_loss(max_tokens=8)
 
 
 def test_an_exception_of_a_reward_passes_through_and_the_state_is_kept(files, tmp_path):

@@ -1,0 +1,88 @@
+"""The settings of scripts that say what completions are rewarded for.
+
+@dataclasses.dataclass(frozen=True)
+class Config(RewardSettings):
+    model: str
+
+reward = config.make_reward(rows, tokenizer, eos_ids=eos_ids)
+given, mask, measured = reward(rollout, rewards.TrainerState(n, steps))
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grpo_jax import rewards
+from grpo_jax.rewards.conversations import Read
+from grpo_jax.run import metrics
+from grpo_jax.run.names import resolve
+from grpo_jax.types import Metrics, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rewarded = Callable[[Rollout, rewards.TrainerState], tuple[np.ndarray, np.ndarray, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """Reward functions by their names, and what is done about those that fail."""
+
+    reward: tuple[str, ...]  # as module:function, of this folder or installed
+    reward_weights: tuple[float, ...] | None = None  # one per function; 1 each if not given
+    held_out: tuple[str, ...] = ()  # verifiers that nothing is learned from, as --reward: held_out/<name> tells hacking
+    held_out_every: int = 10  # steps between the batches that they are asked about
+    reward_timeout: float = 300.0  # seconds after which a reward function that has not returned is reported
+    stop_after_failed: int = 3  # batches in a row that a reward function raised on; 1 stops at once
+
+    @functools.cached_property
+    def reward_functions(self) -> list[Any]:
+        """What is learned from."""
+        return [resolve(name) for name in self.reward]
+
+    @functools.cached_property
+    def verifiers(self) -> list[Any]:
+        """What is not."""
+        return [resolve(name) for name in self.held_out]
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Of the rewards, as in the metrics."""
+        return [rewards.name_of(function) for function in self.reward_functions]
+
+    def make_reward(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        eos_ids: Sequence[int],
+        prompt_column: str = "prompt",
+        read: Read | None = None,
+    ) -> Rewarded:
+        """Makes `(rollout, trainer_state) -> (rewards [B, G, R], mask, metrics)`; see `rewards.host`.
+
+        Of a batch that one function raised on, nothing is learned from the others alone: all of it is masked.
+        """
+        settings: dict[str, Any] = {
+            "prompt_column": prompt_column, "eos_ids": eos_ids, "report_after": self.reward_timeout, "read": read
+        }  # fmt: skip
+        logged, names = metrics.Logged(), self.reward_names
+        tolerant = [rewards.skip_failed_batches(f, batches=self.stop_after_failed) for f in self.reward_functions]
+        reward = rewards.host(tolerant, rows, tokenizer, log_metric=logged, **settings)
+        verify = rewards.host(self.verifiers, rows, tokenizer, **settings) if self.verifiers else None
+        of_verifiers = [rewards.name_of(verifier) for verifier in self.verifiers]
+
+        def rewarded(rollout: Rollout, trainer_state: rewards.TrainerState) -> tuple[np.ndarray, np.ndarray, Metrics]:
+            given, mask = reward(rollout, trainer_state)
+            if any(logged.last(f"{name}/failed") for name in names):
+                mask = np.zeros_like(mask)
+            measured: Metrics = {}
+            if verify is not None and trainer_state.global_step % self.held_out_every == 0:
+                found = verify(rollout, trainer_state)
+                measured = rewards.held_out_metrics(of_verifiers, found, (given, mask), weights=self.reward_weights)
+            return given, mask, measured | logged.take()
+
+        return rewarded
