@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import cells, floor, gpu, ours, report, run, scaling, startup, worker
+from benchmarks import cells, floor, gpu, loading, ours, report, run, scaling, startup, worker
 from grpo_jax import models, sampling
 from grpo_jax.models import attention
 
@@ -48,6 +48,12 @@ def test_a_peak_is_forgotten():
     del block
     worker.forget_peak()
     assert worker.peak_memory() < reached - 200
+
+
+def test_loading_is_timed_with_what_the_host_held(checkpoint):
+    found = loading.read("ours", checkpoint)
+    assert 0 < found["seconds"] < 300
+    assert found["peak_mib"] >= 0
 
 
 def test_a_worker_that_fails_says_why(tmp_path):
