@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import sys
 
 import pytest
@@ -94,3 +95,11 @@ def test_it_trains_evaluates_exports_goes_on_and_draws(tmp_path, capsys):
     smollm2.main(smollm2.Config(collect=(config.run_dir,), results=tmp_path))
     assert "| right, greedy |" in (tmp_path / "smollm2.md").read_text()
     assert (tmp_path / "smollm2.png").stat().st_size > 10_000
+
+
+def test_the_readme_tells_the_committed_result():
+    table = (ROOT / "experiments/results/smollm2.md").read_text()
+    before, after = re.search(r"right, greedy \| ([0-9.]+) -> ([0-9.]+)", table).groups()
+    minutes = re.search(r"minutes of a core \| (\d+)", table)[1]
+    readme = (ROOT / "README.md").read_text().replace("\n", " ")
+    assert f"a greedy accuracy of {before} to {after} on 300 held-out problems (one seed, {minutes} minutes" in readme
