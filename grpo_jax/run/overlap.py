@@ -90,7 +90,9 @@ def ahead(step: Step, batch: Batch, state: TrainState, *, width: int) -> tuple[N
         return state._replace(extra=Ahead(waiting.pop()(), state.extra)), metrics
 
     first = sample(state._replace(extra=Ahead(None, state.extra)), 0) if step.on_host else None
-    form = first or jax.eval_shape(lambda state: resize_prompts(step.collect(state, batch(0)), width), state)
+    form = first or jax.eval_shape(
+        lambda state, prompts: resize_prompts(step.collect(state, prompts), width), state, batch(0)
+    )
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
     return NumberedStep(collect, learn), state._replace(extra=Ahead(empty, state.extra))
 
