@@ -5,7 +5,8 @@ python experiments/ablations/rewards.py
 Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def experiment(config: Config) -> None:
     )
     length = reasoning_length(modular_sums.TAGS, (modular_sums.EOS,), per=T)
     agreement = self_consistency(modular_sums.TAGS[2], modular_sums.TAGS[3])
-    noisy = make(config, (erring,), (1.0,), problems=with_luck)
+    noisy = make(config, (erring,), (1.0,), problems=functools.partial(with_luck, setting.problems_of(config)))
     conditions = [
         Condition("accuracy", make(config, (accuracy,), (1.0,))),
         Condition("accuracy + 0.1 format", make(config, (accuracy, formed), (1.0, 0.1))),
@@ -55,9 +56,9 @@ def make(
     return setting.make(config, change, **settings)
 
 
-def with_luck(key: Array, count: int, *, terms: int) -> Prompts:
+def with_luck(make_problems: Callable[..., Prompts], key: Array, count: int, *, terms: int) -> Prompts:
     """Problems with a number in [0, 1) for each completion, which decides whether its verdict is flipped."""
-    problems = modular_sums.problems(key, count, terms=terms)
+    problems = make_problems(key, count, terms=terms)
     luck = jax.random.uniform(jax.random.fold_in(key, 1), (count, GROUP))
     return problems._replace(info=problems.info | {"luck": luck})
 

@@ -48,6 +48,7 @@ def test_the_sampled_form_runs_and_logs_its_own_estimate(tmp_path):
     assert "divergence" not in lines[0]
 
 
+@pytest.mark.slow
 def test_by_a_file_of_the_teachers_likeliest_tokens_it_learns_as_by_the_teacher(tmp_path):
     path = tmp_path / "top.safetensors"
     settings = {"top_k": 4, "completion_column": "completion", "run_dir": tmp_path / "run"}

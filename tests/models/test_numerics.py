@@ -38,9 +38,13 @@ def error(policy):
     return float(jnp.mean(jnp.abs(score(policy, params_of(), rollout_of(), entropy=False).log_probs - whole)))
 
 
-def test_float16_is_nearer_to_float32_than_bfloat16_is_and_the_last_norm_in_float32_is_not_rounded():
+def test_float16_is_nearer_to_float32_than_bfloat16_is():
     bfloat16, float16 = error(policy_in(jnp.bfloat16)), error(policy_in(jnp.float16))
     assert 3 * float16 < bfloat16  # it has 3 bits more
+
+
+@pytest.mark.slow
+def test_the_last_norm_in_float32_is_not_rounded():
     policy = policy_in(jnp.bfloat16, last_norm_dtype=jnp.float32)
     prompt_cache = policy.prefill(params_of(), *PROMPTS[:2])
     read = jnp.full((2, 1, 1), 7), jnp.full((2, 1, 1), 5)
@@ -66,9 +70,8 @@ def test_what_overflows_float16_leaves_values_and_gradients_finite():
     assert np.any(gradient["lm_head"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "low", "high"), [pytest.param("int8", 1e-4, 0.05, marks=pytest.mark.slow), ("fp8", 1e-3, 1.0)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "low", "high"), [("int8", 1e-4, 0.05), ("fp8", 1e-3, 1.0)])
 def test_a_copy_in_few_bits_is_sampled_from_and_the_whole_weights_are_scored(kind, low, high):
     policy = quantized.sampled(POLICY, kind)
     assert policy == quantized.sampled(POLICY, kind)  # so that nothing is compiled twice
