@@ -45,6 +45,18 @@ def test_special_tokens_in_what_a_tool_prints_forge_no_turn(kind, make_tokenizer
     assert HOSTILE in tokenizer.decode(between([{"role": "user", "content": HOSTILE}], end))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_encoded_is_read_again(kind, make_tokenizer):
+    tokenizer, settings = make_tokenizer(kind), {"date_string": "1"} if kind == "llama" else {}
+    between, read = data.between_turns(tokenizer, **settings), data.read_between(tokenizer, **settings)
+    for last in (data.turn_end(tokenizer, **settings), ids_of(tokenizer, SAID)[-1]):
+        told = read(
+            tokenizer.decode(between([{"role": "user", "content": HOSTILE}], last), clean_up_tokenization_spaces=False)
+        )
+        assert told["role"] == "user"
+        assert told["content"].strip() == HOSTILE
+
+
 @pytest.mark.parametrize("kind", ["thinking", "r1", "harmony"])
 def test_a_template_that_rewrites_what_was_said_is_refused_unless_asked_for(kind, make_tokenizer):
     tokenizer = make_tokenizer(kind)
