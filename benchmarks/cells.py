@@ -62,6 +62,7 @@ CELLS = {
         Cell("W2", TINY, prompts=4, group=16, prompt_tokens=512, completion_tokens=64),
         Cell("W3", TINY, prompts=8, group=8, prompt_tokens=64, completion_tokens=128, mean_length=32),
         Cell("small", SMALL, prompts=4, group=4, prompt_tokens=64, completion_tokens=128),
+        Cell("long", TINY, prompts=8, group=8, prompt_tokens=64, completion_tokens=1984),  # positions up to 2,048
     )
 }
 

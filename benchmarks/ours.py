@@ -1,6 +1,6 @@
 """One step of grpo_jax, as experiments/grpo.py makes it: `collect`, host rewards, `learn`.
 
-Where lengths differ the completions are trimmed and packed between the two, as its `--pack` does.
+Where lengths differ the completions are packed between the two, as its `--pack` does.
 
 Seconds of a step: `generate` is `collect`; `score` is the reference's log-probs in a
 program of their own, run after the step and not counted in `whole`; `train` is what
@@ -105,7 +105,6 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
         )[..., None]
         given = experience._replace(rewards=rewards, reward_mask=np.ones(rewards.shape, bool))
         if cell.mean_length is not None:
-            given = packing.trim(given)
             given = given._replace(packing=packing.pack(given.rollout))
         rewarded = time.perf_counter()
         shapes = str(jax.tree.map(np.shape, given))

@@ -83,7 +83,7 @@ class Config(
 
     score_old: bool = False  # the policy that sampled, for what asks for it; measures its gap to the sampler, too
     completion_bucket: int = 256  # to learn, completions are cut to the longest, up to a multiple of this
-    pack: bool = False  # and several are laid into a row of such a length; more programs, less padding
+    pack: bool = False  # or several are laid into a row, of few shapes: `packing.shapes`
     overlap: bool = False  # sample the next batch while this one is rewarded, from the policy before the update
     compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
     sample_weights: Literal["int8", "fp8"] | None = None  # sample from a copy of 8 bits; see --score-old, --loss dppo
@@ -208,10 +208,11 @@ def train(config: Config) -> Params:
             experience = experience._replace(rewards=given, reward_mask=mask)
             if config.show_every and n % config.show_every == 0:
                 loop.show(completions.lines(experience, tokenizer, prompts.rows, names, column=config.prompt_column))
-            experience = packing.trim(experience, multiple=config.completion_bucket)
             if config.pack:
                 packed = packing.pack(experience.rollout, multiple=config.completion_bucket)
                 experience = experience._replace(packing=packed)
+            else:
+                experience = packing.trim(experience, multiple=config.completion_bucket)
             loop.state, statistics = step.learn(loop.state, experience)
             loop.log(statistics | of_rewards | {"learning_rate": rate(n * updates.count)})
             loop.lap("learn")

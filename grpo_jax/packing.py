@@ -1,7 +1,8 @@
 """Less padding to compute: completions cut to the longest, and several in a row.
 
 Both run on the host, between `collect` and `learn`, and look at the lengths, so that they
-wait for the rollout. Each shape of their results compiles its own program; `multiple` keeps the shapes few.
+wait for the rollout. Each shape of their results compiles its own program: `trim` has one for each multiple up to `T`,
+`pack` those of `shapes`, so that who packs does not trim as well.
 """
 
 from typing import TypeVar
@@ -55,37 +56,54 @@ def trim(experience: Experience, *, multiple: int = 64) -> Experience:
     return experience._replace(rollout=cut(rollout, "tokens", "mask", "log_probs"))
 
 
+def shapes(G: int, T: int, *, multiple: int = 64) -> list[tuple[int, int]]:
+    """The shapes `(R, W)` that `pack` chooses from: rows of a group and their width, the most tokens first.
+
+    Rows as wide as a completion may be, of which there are 1, 2, 3, 4, 6, 8, 12 and so on below `G`; then a single
+    row of a half, a quarter and an eighth of that width. Each has at least half as many tokens as the one before, or
+    two thirds. A run whose `T` stays compiles no more than `len(shapes(G, T)) + 1` programs of `learn`: at most 9 for
+    groups of 8, 11 for groups of 16.
+
+    Args:
+      G: completions of a group.
+      T: the longest that a completion may be.
+      multiple: of what widths are one.
+    """
+    _check(multiple)
+    widths = [-(-T // (parts * multiple)) * multiple for parts in (1, 2, 4, 8)]
+    rows = sorted({number for n in range(G.bit_length()) for number in (2**n, 3 * 2**n)}, reverse=True)
+    found = [(R, widths[0]) for R in rows] + [(1, W) for W in widths[1:]]
+    return [(R, W) for R, W in dict.fromkeys(found) if R * W < G * T]
+
+
 def pack(rollout: Rollout, *, multiple: int = 64) -> Packing | None:
     """Lays the completions of each group into few rows, longest first, each into the first row with room for it.
 
-    The network then computes `B R W` tokens in place of `B G T`, where `R` rows of `W` are
-    enough for every group. `W` is the multiple that makes `R W` least, of those up to twice the longest
-    completion: attention looks at `W` columns for each token, so that wide rows cost more than they save. A group's
-    prompt is still read once. For a policy whose `extend` takes `segments`:
+    The network then computes `B R W` tokens in place of `B G T`, in the last of `shapes` that has room for every
+    group. A group's prompt is still read once. For a policy whose `extend` takes `segments`:
 
         experience = experience._replace(packing=pack(experience.rollout))
 
     Args:
-      rollout: the completions; not under jit.
-      multiple: of what `W` is one.
+      rollout: the completions, as wide as they were sampled, not trimmed: its `T` says which shapes there are; not
+        under jit.
+      multiple: as in `shapes`.
 
     Returns:
-      The packing, or None where it would not save a token.
+      The packing, or None where none of the shapes has room.
     """
-    _check(multiple)
-    lengths = processes.whole(rollout.lengths)
+    lengths = np.asarray(rollout.lengths)
     B, G, T = rollout.tokens.shape
-    shortest = max(1, -(-int(lengths.max()) // multiple))  # rows in multiples
-    widest = min(2 * shortest, max(shortest, -(-int(lengths.sum(axis=1).max()) // multiple)))
-    laid = [(width * multiple, _lay_out(lengths, width * multiple)) for width in range(shortest, widest + 1)]
-    W, starts = min(laid, key=lambda x: x[0] * (x[1].max() // x[0] + 1))
-    rows = int(starts.max()) // W + 1
-    if rows * W >= G * T:
-        return None
-    segments = np.full((B, rows * W), -1, np.int32)
-    for b, g in np.ndindex(B, G):
-        segments[b, starts[b, g] : starts[b, g] + lengths[b, g]] = g
-    return Packing(jnp.asarray(starts), jnp.asarray(segments.reshape(B, rows, W)))
+    for R, W in reversed(shapes(G, T, multiple=multiple)):
+        if lengths.max() > W or lengths.sum(axis=1).max() > R * W:
+            continue
+        starts = _lay_out(lengths, W)
+        if int(starts.max()) < R * W:
+            segments = np.full((B, R * W), -1, np.int32)
+            for b, g in np.ndindex(B, G):
+                segments[b, starts[b, g] : starts[b, g] + lengths[b, g]] = g
+            return Packing(jnp.asarray(starts), jnp.asarray(segments.reshape(B, R, W)))
+    return None
 
 
 def _lay_out(lengths: np.ndarray, width: int) -> np.ndarray:

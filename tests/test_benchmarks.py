@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import cells, floor, gpu, loading, ours, report, run, scaling, startup, worker
+from benchmarks import cells, first_steps, floor, gpu, loading, ours, report, run, scaling, startup, worker
 from grpo_jax import models, sampling
 from grpo_jax.models import attention
 
@@ -229,3 +229,32 @@ def test_the_first_line_names_the_machine():
     found = run.machine()
     assert found["cores"] >= 1
     assert found["jax"] == jax.__version__
+
+
+def test_first_steps_count_every_second_and_are_compared_in_mean_and_in_the_steady_half():
+    def line(system, whole, **fields):
+        return {"kind": "first_steps", "cell": "W3", "system": system, "whole": whole, **fields}
+
+    ours = [line("plain", s, peak_mib=p, programs=n) for s, p, n in [(9.0, 100, 2), (1.0, 300, 2), (1.0, 300, 3)]]
+    lines = [*ours, *(line("trl", 4.0, peak_mib=200) for _ in range(3)), line("floor", 0.5)]
+    _, _, plain, trl, floor_row = (
+        [x.strip() for x in row.split("|")[1:-1]] for row in first_steps.table(lines).splitlines()
+    )
+    assert plain == ["W3", "plain", "3", "3.67", "1.00", "1.09x", "4.00x", "2.0", "300", "3"]
+    assert trl == ["W3", "trl", "3", "4.00", "4.00", "1.00x", "1.00x", "8.0", "200", ""]
+    assert floor_row[-2:] == ["", ""]
+
+
+@pytest.mark.slow
+def test_a_plain_script_packs_and_counts_its_programs(tmp_path, checkpoint):
+    cell = CELL._replace(mean_length=3)
+    lines = first_steps.answers(
+        worker.start(
+            sys.executable, "plain", {"cell": cells.to_json(cell), "checkpoint": str(checkpoint)}, tmp_path / "log"
+        ),
+        [],
+        2,
+    )
+    assert lines[0]["whole"] > lines[1]["whole"] > 0
+    assert lines[0]["programs"] > 1
+    assert all(1 <= n <= 9 for n in lines[1]["lengths"])
