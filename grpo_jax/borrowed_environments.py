@@ -6,11 +6,12 @@ respond = attempts(task.verifier, again="That is not right. Try again.")      # 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.environments import Message, Respond, Row, Turn
-from grpo_jax.rewards.calling import RewardFunction, call
+from grpo_jax.rewards.calling import RewardFunction, call, name_of
 from grpo_jax.tools import Calls, any_calls, called
 
 STATE = "_environment"  # the column of a conversation's row that holds its environment
@@ -90,32 +91,44 @@ def _tools(example: Any) -> list[str]:
 
 
 def attempts(
-    verifier: RewardFunction, *, again: str = "That is not right. Try again.", right: float = 1.0, discount: float = 1.0
+    verifier: RewardFunction,
+    *,
+    again: str = "That is not right. Try again.",
+    right: float = 1.0,
+    discount: float = 1.0,
+    prompt_column: str = "prompt",
 ) -> Respond:
     """Makes an environment that lets the policy try again until a verifier is content.
 
     The reward of the n-th attempt, from 0, is `discount**n` times what the verifier gives for it beyond the best
-    before; so the sum over a conversation is the best one's where nothing is discounted. `max_turns` limits the
-    attempts.
+    before, and of the first all that it gives; so the sum over a conversation is the best one's where nothing is
+    discounted. `max_turns` limits the attempts.
 
     Args:
       verifier: with TRL's signature, such as a task's; it is asked for one completion at a time.
       again: what is said after an attempt that is not right.
       right: the verifier's reward from which on the conversation is over.
       discount: for each attempt before.
+      prompt_column: of the rows.
 
     Raises:
-      ValueError: for a discount that is not from 0 to 1.
+      ValueError: for a discount that is not from 0 to 1. From the environment, where the verifier has no reward to
+        give (None), so that the conversation is masked and not scored as wrong.
     """
     if not 0 <= discount <= 1:
         raise ValueError(f"discount is from 0 to 1, got {discount}")
 
     def respond(row: Row, messages: list[Message]) -> Turn:
-        columns = {name: [value] for name, value in row.items() if name not in ("prompt", STATE)}
-        arguments = {"prompts": [row.get("prompt")], "completions": [messages[-1]["content"]], **columns}
+        columns = {name: [value] for name, value in row.items() if name not in (prompt_column, STATE)}
+        arguments = {"prompts": [row[prompt_column]], "completions": [messages[-1]["content"]], **columns}
         ((score,),) = call([verifier], arguments, 1)
-        tried, best = row.get(STATE, (0, 0.0))
+        if math.isnan(score):
+            raise ValueError(
+                f"the verifier {name_of(verifier)} gave no reward for attempt {messages[-1]['content']!r:.200}"
+            )
+        tried, best = row.get(STATE, (0, score))
+        gained = max(0.0, score - best) if tried else score
         row[STATE] = (tried + 1, max(best, score))
-        return Turn(None if score >= right else again, discount**tried * max(0.0, score - best))
+        return Turn(None if score >= right else again, discount**tried * gained)
 
     return respond

@@ -96,6 +96,21 @@ def test_attempts_are_scored_by_what_they_gain():
         attempts(close, discount=2)
 
 
+def test_an_attempt_without_a_verdict_is_a_failure_and_not_wrong():
+    respond = attempts(lambda prompts, completions, **columns: [None])
+    with pytest.raises(ValueError, match="gave no reward for attempt 'x'"):
+        play(respond, {"prompt": "?"}, "x")
+
+
+def test_rewards_below_0_add_up_to_the_best_and_the_prompt_may_have_another_name():
+    def below(prompts, completions, **columns):
+        assert (prompts, columns) == (["?"], {})
+        return [float(completions[0])]
+
+    turns = play(attempts(below, prompt_column="question"), {"question": "?"}, "-3", "-4", "-1")
+    assert [turn.reward for turn in turns] == [-3.0, 0.0, 2.0]
+
+
 def test_a_task_of_reasoning_gym_is_tried_again(sandbox):
     pytest.importorskip("reasoning_gym")
     task = reasoning_gym.task(name="chain_sum", train=2, validation=2, test=2, ood=2)

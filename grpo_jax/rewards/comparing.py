@@ -1,34 +1,36 @@
 """A judge that compares the completions of a group with one another, two at a time or all at once."""
 
 import hashlib
+import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_jax.rewards.calling import RewardFunction
-from grpo_jax.rewards.completions import named
+from grpo_jax.rewards.completions import named, text_of
 from grpo_jax.rewards.judging import chat, enclosed, parse_all, plain
 
 
 def pairwise(url: str, model: str, *, group_size: int, opponents: int | None = None, **service: Any) -> RewardFunction:
     """The share of its comparisons that a completion wins; a tie is half a win.
 
-        reward[g] = (wins + ties / 2) / comparisons that were answered
+        reward[g] = (wins + ties / 2) / comparisons that count
 
-    Every comparison is asked twice, each of the two standing first once: judges prefer a place. One completion meets
-    the `opponents` that follow it in its group, round and round, so that all have as many comparisons.
+    Every comparison is asked twice, each of the two standing first once: judges prefer a place, and where one of the
+    two has no answer the other does not count. One completion meets the `opponents` that follow it in its group, round
+    and round, so that all have as many comparisons. Of conversations the judge sees what the policy wrote.
 
     Args:
       url: as in `judging.chat`.
       model: as in `judging.chat`.
       group_size: `G`.
-      opponents: that follow, from 1 to `G - 1`; all others unless given, which is `G (G - 1)` questions a group;
-        otherwise they are `2 G opponents`.
+      opponents: that follow, from 1 to `(G - 1) // 2`, beyond which pairs would meet again; all others unless given,
+        which is `G (G - 1)` questions a group; otherwise they are `2 G opponents`.
       service: settings of `judging.chat`.
 
     Returns:
-      A reward function of whole groups, 0 to 1, 0.5 on average over a group; None where no comparison was answered.
+      A reward function of whole groups, 0 to 1, 0.5 on average over a group; None where no comparison counts.
       Given TRL's `log_metric`, it logs `pairwise/failed`, the share of comparisons without an answer.
 
     Raises:
@@ -36,13 +38,15 @@ def pairwise(url: str, model: str, *, group_size: int, opponents: int | None = N
         groups.
     """
     _check_group(group_size)
-    if opponents is not None and not 1 <= opponents < group_size:
-        raise ValueError(f"opponents are from 1 to {group_size - 1} in a group of {group_size}, got {opponents}")
+    if opponents is not None and not 1 <= opponents <= (group_size - 1) // 2:
+        raise ValueError(
+            f"opponents are from 1 to {(group_size - 1) // 2} in a group of {group_size}, got {opponents}: more would "
+            "meet twice; leave it out and all meet all"
+        )
     answers = chat(url, model, **service)
-    pairs = [(first, second) for first in range(group_size) for second in range(group_size) if first != second]
+    pairs = list(itertools.combinations(range(group_size), 2))
     if opponents is not None:
-        ahead = [(g, (g + step) % group_size) for g in range(group_size) for step in range(1, opponents + 1)]
-        pairs = [pair for first, second in ahead for pair in ((first, second), (second, first))]
+        pairs = [(g, (g + step) % group_size) for g in range(group_size) for step in range(1, opponents + 1)]
 
     def score(
         prompts: Sequence[Any],
@@ -51,16 +55,17 @@ def pairwise(url: str, model: str, *, group_size: int, opponents: int | None = N
         **columns: Any,
     ) -> list[float | None]:
         starts = _groups(prompts, completions, group_size)
-        met = [(start + first, start + second) for start in starts for first, second in pairs]
-        questions = [_ask_which(plain(prompts[a]), plain(completions[a]), plain(completions[b])) for a, b in met]
+        pairs_met = [(start + first, start + second) for start in starts for first, second in pairs]
+        met = [order for a, b in pairs_met for order in ((a, b), (b, a))]
+        questions = [_ask_which(plain(prompts[a]), text_of(completions[a]), text_of(completions[b])) for a, b in met]
         found = parse_all(answers(questions), _first_second_or_tie, "pairwise", "comparisons")
         if log_metric is not None and found:
             log_metric("pairwise/failed", sum(share is None for share in found) / len(found))
         won, count = [0.0] * len(completions), [0] * len(completions)
-        for (a, b), share in zip(met, found, strict=True):
-            if share is not None:
-                won[a], won[b] = won[a] + share, won[b] + 1 - share
-                count[a], count[b] = count[a] + 1, count[b] + 1
+        for (a, b), share, turned in zip(pairs_met, found[::2], found[1::2], strict=True):
+            if share is not None and turned is not None:
+                won[a], won[b] = won[a] + share + 1 - turned, won[b] + 1 - share + turned
+                count[a], count[b] = count[a] + 2, count[b] + 2
         return [w / n if n else None for w, n in zip(won, count, strict=True)]
 
     score.group_size = group_size  # type: ignore[attr-defined]
@@ -72,6 +77,7 @@ def listwise(url: str, model: str, *, group_size: int, orders: int = 1, **servic
 
         reward[g] = mean over orders of (G - place[g]) / (G - 1)
 
+    Equal texts share their mean, wherever the judge puts each of them. Of conversations it sees what the policy wrote.
     The completions are shown in an order that follows from their texts, so that it favours no place in the group and is
     the same when a run is repeated.
 
@@ -107,7 +113,7 @@ def listwise(url: str, model: str, *, group_size: int, orders: int = 1, **servic
         **columns: Any,
     ) -> list[float | None]:
         starts = _groups(prompts, completions, group_size)
-        texts = [plain(completion) for completion in completions]
+        texts = [text_of(completion) for completion in completions]
         shown = []
         for start in starts:
             group = range(start, start + group_size)
@@ -123,6 +129,13 @@ def listwise(url: str, model: str, *, group_size: int, orders: int = 1, **servic
             for place, which in enumerate(places or ()):
                 total[order[which]] += (group_size - 1 - place) / (group_size - 1)
                 count[order[which]] += 1
+        places_of: dict[tuple[int, str], list[int]] = {}
+        for i, text in enumerate(texts):
+            places_of.setdefault((i // group_size, text), []).append(i)
+        for alike in places_of.values():
+            mean = sum(total[i] for i in alike) / len(alike)
+            for i in alike:
+                total[i] = mean
         return [t / n if n else None for t, n in zip(total, count, strict=True)]
 
     score.group_size = group_size  # type: ignore[attr-defined]

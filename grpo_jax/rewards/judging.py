@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from grpo_jax.rewards.calling import run_async
+from grpo_jax.rewards.completions import text_of
 
 Ask = Callable[[str, str, dict[str, Any]], str]  # (prompt, completion, its columns) -> the question to the judge
 Parse = Callable[[str], float | None]
@@ -135,6 +136,8 @@ def judge(
 ) -> Callable[..., list[float | None]]:
     """The grade that a judge gives to each completion.
 
+    Of a conversation it sees what the policy wrote (`text_of`), and nothing of tools or users: it would grade them.
+
     A completion is masked (None) where `chat` has no answer, and where `parse` finds no grade in it.
 
     The completion is data that a policy wrote to please this judge. The default question encloses it in marks with a
@@ -170,7 +173,7 @@ def judge(
         **columns: Any,
     ) -> list[float | None]:
         make, rows = ask or _ask_for_a_grade, rows_of(columns, len(completions))
-        questions = [make(plain(p), plain(c), row) for p, c, row in zip(prompts, completions, rows, strict=True)]
+        questions = [make(plain(p), text_of(c), row) for p, c, row in zip(prompts, completions, rows, strict=True)]
         grades = parse_all(answers(questions), parsed, "judge", "completions")
         if log_metric is not None and grades:
             log_metric("judge/failed", sum(g is None for g in grades) / len(grades))
@@ -261,11 +264,11 @@ def _content(body: bytes) -> str | None:
         raise ValueError(f"not an answer of the chat interface: {body[:200]!r}") from error
 
 
-def plain(prompt_or_completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text, or that of all messages, with the text of content in parts."""
-    if isinstance(prompt_or_completion, str):
-        return prompt_or_completion
-    contents = [message.get("content") or "" for message in prompt_or_completion]
+def plain(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """A prompt's text, or that of all its messages, with the text of content in parts."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [message.get("content") or "" for message in prompt]
     return "\n\n".join(
         content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
         for content in contents

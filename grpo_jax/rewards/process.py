@@ -11,11 +11,13 @@ completion: a verifier of calculations, a process reward model, or a language mo
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grpo_jax.rewards.calling import LogMetric, ignore
 from grpo_jax.rewards.completions import named
 from grpo_jax.rewards.host import sampled_tokens
 from grpo_jax.rewards.judging import chat, enclosed, parse_all, plain
@@ -62,12 +64,18 @@ def steps(
       eos_ids: the tokens that end completions; None for the tokenizer's one. They are no part of the last step's text.
 
     Raises:
-      ValueError: from the reward, for steps that are not the pieces of the text, another number of values than steps,
+      ValueError: from the reward, for conversations, where the environment's text would be cut into steps, too, and
+        graded; for steps that are not the pieces of the text, another number of values than steps,
         or a value that is not finite.
     """
     ends = {tokenizer.eos_token_id} if eos_ids is None else set(map(int, eos_ids))
 
     def reward(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        if rollout.turns is not None:
+            raise ValueError(
+                "steps are of completions of one turn, and these are conversations, in which an environment wrote, "
+                "too: reward their turns (turn_advantages.from_turns), or sample without an environment"
+            )
         G = rollout.tokens.shape[1]
         rows = [dataset[row] for row in np.repeat(np.asarray(rollout.prompts.info["row"]), G).tolist()]
         ids = sampled_tokens(rollout)
@@ -112,16 +120,20 @@ def _ends(pieces: Sequence[str], ids: Sequence[int], tokenizer: "PreTrainedToken
     return [*places, len(ids) - 1] if pieces else []
 
 
-def step_judge(url: str, model: str, **service: Any) -> StepFunction:
+def step_judge(url: str, model: str, *, log_metric: LogMetric = ignore, **service: Any) -> StepFunction:
     """A language model that grades every step of a completion, 0 to 1, by one question a completion.
 
     Args:
       url: as in `judging.chat`.
       model: as in `judging.chat`.
+      log_metric: is told `step_judge/failed`, the share of completions whose grades cannot be read.
       service: settings of `judging.chat`.
 
     Returns:
       A function of steps; None for all of a completion whose grades cannot be read.
+
+    Warns:
+      RuntimeWarning: once per batch, if there are such completions.
     """
     answers = chat(url, model, **service)
 
@@ -133,6 +145,16 @@ def step_judge(url: str, model: str, **service: Any) -> StepFunction:
         for i, grades in zip(asked, parse_all(found, _grades, "step_judge", "completions"), strict=True):
             if grades is not None and len(grades) == len(steps[i]):
                 given[i] = list(grades)
+        failed = [i for i in asked if None in given[i]]
+        if asked:
+            log_metric("step_judge/failed", len(failed) / len(asked))
+        if failed:
+            warnings.warn(
+                f"step_judge: {len(failed)} of {len(asked)} completions have no grade for each of their steps and are "
+                f"masked, the first is completion {failed[0]} with {len(steps[failed[0]])} steps",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return given
 
     return named("step_judge", grade)

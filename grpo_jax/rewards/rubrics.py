@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.rewards.calling import RewardFunction
-from grpo_jax.rewards.completions import named
+from grpo_jax.rewards.completions import named, text_of
 from grpo_jax.rewards.judging import chat, enclosed, parse_all, plain, rows_of
 
 AskCriterion = Callable[[str, str, str, dict[str, Any]], str]  # (prompt, completion, criterion, columns) -> question
@@ -39,8 +39,8 @@ def rubric(
       service: settings of `judging.chat`.
 
     Returns:
-      A reward function `f(prompts, completions, **columns)`. Given TRL's `log_metric`, it logs `rubric/failed`, the
-      share of criteria without an answer.
+      A reward function `f(prompts, completions, **columns)`, which sees what the policy wrote. Given TRL's
+      `log_metric`, it logs `rubric/failed`, the share of criteria without an answer.
 
     Raises:
       ValueError: as `judging.chat`; from the reward, for a row without criteria, or none that weighs above 0.
@@ -60,7 +60,7 @@ def rubric(
         criteria = [criteria_of(row.get(column), column) for row in rows]
         make = ask or _ask_yes_or_no
         questions = [
-            make(plain(prompt), plain(completion), text, row)
+            make(plain(prompt), text_of(completion), text, row)
             for prompt, completion, row, of_row in zip(prompts, completions, rows, criteria, strict=True)
             for text, _ in of_row
         ]

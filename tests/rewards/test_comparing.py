@@ -54,6 +54,33 @@ def test_a_judge_that_prefers_a_place_moves_nobody():
         assert pairwise(service.url, "tiny", group_size=4, **QUICK)(PROMPTS, COMPLETIONS) == [0.5] * 8
 
 
+def test_a_pair_of_which_one_order_has_no_answer_moves_nobody():
+    def first_or_nothing(request, number):
+        (first,), (second,) = shown(request, "FIRST"), shown(request, "SECOND")
+        return says("" if (first, second) == ("b", "a") else "first")
+
+    with Service(first_or_nothing) as service:
+        reward = pairwise(service.url, "tiny", group_size=3, **QUICK)
+        assert reward(["p"] * 3, ["a", "b", "c"]) == [0.5] * 3
+
+
+def test_equal_texts_are_ranked_alike():
+    with Service(by_length) as service:
+        found = listwise(service.url, "tiny", group_size=4, **QUICK)(PROMPTS, [*COMPLETIONS[:4], "b", "b", "b", "bb"])
+    assert found == pytest.approx([0.0, 1.0, 0.5, 0.5, 1 / 3, 1 / 3, 1 / 3, 1.0])
+
+
+@pytest.mark.parametrize("make", [pairwise, listwise])
+def test_of_conversations_only_what_the_policy_wrote_is_compared(make):
+    def talk(text):
+        return [{"role": "assistant", "content": text}, {"role": "tool", "content": "secret"}]
+
+    with Service(lambda request, number: says("tie")) as service:
+        make(service.url, "tiny", group_size=2, **QUICK)([[{"role": "user", "content": "p"}]] * 2, [*map(talk, "ab")])
+        assert service.requests
+        assert not any("secret" in request["messages"][0]["content"] for _, request in service.requests)
+
+
 def test_comparisons_without_an_answer_do_not_count():
     logged = {}
     with Service(longer) as service:
@@ -90,5 +117,5 @@ def test_refuses_what_is_no_group(make):
         make(url, "tiny", group_size=2)(["p"] * 3, list("abc"))
     with pytest.raises(ValueError, match="0 to 1 are one group with different prompts"):
         make(url, "tiny", group_size=2)(["p", "q"], list("ab"))
-    with pytest.raises(ValueError, match=r"from 1 to 3 in a group of 4, got 4|at least 1, got 0"):
-        make(url, "tiny", group_size=4, **({"opponents": 4} if make is pairwise else {"orders": 0}))
+    with pytest.raises(ValueError, match=r"to 1 in a group of 4, got 2: more would meet twice|at least 1, got 0"):
+        make(url, "tiny", group_size=4, **({"opponents": 2} if make is pairwise else {"orders": 0}))

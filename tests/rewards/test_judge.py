@@ -245,6 +245,15 @@ def test_messages_and_answers_may_come_in_parts():
     assert "four" in question
 
 
+def test_of_a_conversation_it_grades_what_the_policy_wrote():
+    said = [("assistant", "mine"), ("tool", "theirs"), ("user", "theirs, too"), ("assistant", "mine again")]
+    with Service(lambda request, number: says("7")) as service:
+        judge(service.url, "tiny")(["?"], [[{"role": role, "content": text} for role, text in said]])
+    question = service.requests[0][1]["messages"][0]["content"]
+    assert "\nmine\nmine again\n" in question
+    assert "theirs" not in question
+
+
 def test_refuses_an_address_without_a_scheme():
     with pytest.raises(ValueError, match="begins with http"):
         judge("localhost:8000/v1", "tiny")

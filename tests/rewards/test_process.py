@@ -7,7 +7,7 @@ from service import Service, says
 from grpo_jax.data import make_prompts
 from grpo_jax.rewards.process import lines, paragraphs, step_judge, steps
 from grpo_jax.testing import tiny_tokenizer
-from grpo_jax.types import Rollout
+from grpo_jax.types import Rollout, Turns
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["First 1 + 2.\n\nThen: é🙂.\n\n\nSo 3", "one step", "", "a\n\nb\n\n"]
@@ -76,13 +76,24 @@ def test_what_does_not_fit_is_refused(function, split, message):
 
 
 def test_a_judge_grades_all_steps_of_a_completion_in_one_answer():
+    logged = {}
+
     def answer(request, number):
         question = request["messages"][0]["content"]
         count = question.count("<<<STEP")
         return says("Fine.\n" + ("10, 5" if "odd" in question else ", ".join(["10", "2.5", "0"][:count])))
 
     with Service(answer) as service:
-        judge = step_judge(service.url, "tiny", backoff=0.01, retries=0)
-        found = judge(["p"] * 4, [["a", "b", "c"], [], ["x"], ["odd", "b", "c"]])
+        judge = step_judge(service.url, "tiny", log_metric=logged.__setitem__, backoff=0.01, retries=0)
+        with pytest.warns(RuntimeWarning, match="1 of 3 .* the first is completion 3 with 3 steps"):
+            found = judge(["p"] * 4, [["a", "b", "c"], [], ["x"], ["odd", "b", "c"]])
         assert len(service.requests) == 3
     assert found == [[1.0, 0.25, 0.0], [], [1.0], [None] * 3]
+    assert logged == {"step_judge/failed": 1 / 3}
+
+
+def test_conversations_are_refused():
+    rollout = rollout_of(TEXTS)
+    turns = Turns(*(np.zeros((2, 2, 1)) for _ in range(3)), failed=np.zeros((2, 2), bool))
+    with pytest.raises(ValueError, match="these are conversations, in which an environment wrote, too"):
+        steps(numbered, ROWS, TOKENIZER)(rollout._replace(turns=turns))

@@ -43,6 +43,14 @@ def test_the_reward_is_the_weighted_share_and_faults_take_away():
     assert reward.__name__ == "rubric"
 
 
+def test_what_a_user_or_a_tool_said_meets_no_criterion():
+    said = [("assistant", "I know"), ("user", "units"), ("tool", "units"), ("assistant", "work")]
+    completion = [{"role": role, "content": text} for role, text in said]
+    with Service(met_if_contained) as service:
+        reward = rubric(service.url, "tiny", **QUICK)
+        assert reward([[{"role": "user", "content": "?"}]], [completion], rubric=[["units", "work"]]) == [0.5]
+
+
 def test_question_and_parser_may_be_ones_own():
     with Service(lambda request, number: says(request["messages"][0]["content"])) as service:
         reward = rubric(
