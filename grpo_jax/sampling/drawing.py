@@ -39,18 +39,22 @@ def draw(keys: PRNGKey, t: Array, logits: Array, greedy: bool) -> tuple[Array, A
         token   = argmax_{v in block} (logits[v] + noise[K + place of v in the block])
 
     These are draws of the softmax, for `K + W` numbers, some two roots of `V`, in place of one for each token. Nothing
-    is summed up from block to block, so that the unlikely ones are not lost in the rounding of a sum.
+    is summed up from block to block, so that the unlikely ones are not lost in the rounding of a sum. A vocabulary of
+    fewer than 512 tokens is one block.
     """
     V = logits.shape[-1]
     if greedy:
         log_prob = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), log_prob
+    token_keys = jax.vmap(jax.random.fold_in)(keys.reshape(-1), jnp.broadcast_to(t, keys.shape).reshape(-1))
+    if V < 512:
+        token = jax.vmap(jax.random.categorical)(token_keys, logits.reshape(-1, V)).reshape(keys.shape)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)[..., 0]
+        return token.astype(jnp.int32), log_prob
     K, W = _blocks(V)
     blocks = jnp.pad(logits.reshape(-1, V), ((0, 0), (0, K * W - V)), constant_values=-jnp.inf).reshape(-1, K, W)
     most = jnp.max(blocks, axis=(1, 2))
     mass = most[:, None] + jnp.log(jnp.sum(jnp.exp(blocks - most[:, None, None]), axis=-1))
-
-    token_keys = jax.vmap(jax.random.fold_in)(keys.reshape(-1), jnp.broadcast_to(t, keys.shape).reshape(-1))
     # In its usual mode no noise is above 16.6: what is less likely than e^-16.6 would be drawn too seldom.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (K + W,), mode="high"))(token_keys)
     block = jnp.argmax(mass + noise[:, :K], axis=-1)
