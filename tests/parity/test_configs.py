@@ -45,6 +45,11 @@ def shrunk(fields):
     sizes |= {name: fields[name][:layers] for name in ("layer_types", "no_rope_layers") if name in fields}
     if fields.get("sliding_window"):
         sizes["sliding_window"] = 5
+    scaling = fields.get("rope_scaling") or {}
+    if "long_factor" in scaling:  # a factor for each pair that is rotated, of a head 8 wide
+        pairs = int(8 * fields.get("partial_rotary_factor", 1)) // 2
+        every = {name: scaling[name][:: len(scaling[name]) // pairs] for name in ("short_factor", "long_factor")}
+        sizes["rope_scaling"] = scaling | every
     fields = {name: value for name, value in fields.items() if name != "quantization_config"}  # of the files
     return fields | sizes | {"torch_dtype": "float32", "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
 
