@@ -5,7 +5,7 @@ python experiments/ablations/numerics.py
 The arithmetic is float32, bfloat16 or float16 (with a scale of the loss that follows overflows), with the last norm
 rounded or not; the sampler's copy of the weights is whole, or in 8 bits. The gap is corrected by truncated importance
 sampling (TIS), masked (MIS), or by ratios to the sampler with a trust region (DPPO), or not at all. It has no results
-in `experiments/README.md` yet: two CPU cores, which make 16-bit numbers in software, take about two hours for it.
+yet: CPUs make 16-bit numbers in software, and `--estimate` tells how long they take for it.
 """
 
 import dataclasses

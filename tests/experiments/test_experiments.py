@@ -234,6 +234,7 @@ def test_completions_end_at_stop_strings(files, tmp_path):
     assert any(set(letters) & set(text) for text in shown)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the environment failed:RuntimeWarning")
 def test_a_run_talks_with_an_environment_and_shows_who_wrote_what(files, tmp_path):
     config = settings(
