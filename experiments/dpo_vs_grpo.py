@@ -24,6 +24,7 @@ seeds and problems that it is shown on: a little kind to every line, and to all 
 What came of it: `experiments/README.md`.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +76,9 @@ def experiment(config: Config) -> None:
 def sampled_by_the_start(*arguments: Any, **settings: Any) -> Step:
     """A step whose completions come from the reference policy, which is the start."""
     step = make_train_step(*arguments, **settings)
-    return Step(lambda state, prompts: step.collect(state._replace(params=state.ref_params), prompts), step.learn)
+    return dataclasses.replace(
+        step, collect=lambda state, prompts: step.collect(state._replace(params=state.ref_params), prompts)
+    )
 
 
 # Both keep the start as the reference; imitation does not look at its scores.

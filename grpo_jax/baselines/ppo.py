@@ -203,4 +203,4 @@ def make_train_step(
 
     learn_from = make_updates(evaluate, optimizer, updates)
     collect = make_collect(policy, sampler, reward=reward, score_old=True, score_parts=updates.parts)
-    return Step(collect, learn)
+    return Step(collect, learn, on_host=getattr(sampler, "on_host", False))

@@ -14,16 +14,20 @@ the step with `score_old=True`. The batch in flight is a part of the state, `Tra
 holds it and a resumed run learns from the same bits.
 
 What goes through the host, as conversations and servers do, is collected by a thread: environments answer while the
-device learns. Which policy a batch is of does not depend on who is faster.
+device learns. Which policy a batch is of does not depend on who is faster. What the thread raises is raised in the
+loop where the state is whole and can be saved; a run that ended so samples that batch anew, from the policy of then.
 """
 
 import concurrent.futures
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from grpo_jax.models import sharding
 from grpo_jax.train_step import Step
 from grpo_jax.types import Experience, Metrics, Prompts, TrainState
 
@@ -64,37 +68,61 @@ def ahead(step: Step, batch: Batch, state: TrainState, *, width: int) -> tuple[N
       The step's halves, of which `learn` puts the next batch into `state.extra`; and the state with room for a batch
       there, an `Ahead`.
     """
-    waiting: list[Callable[[], Experience]] = []
+    fit: Callable[[Experience], Experience] = functools.partial(resize_prompts, width=width)
+    first_prompts = batch(0)  # not within a trace: several processes put the values of arrays onto a mesh
+    first = step.collect(state, first_prompts) if step.on_host else None
+    form = jax.eval_shape(fit, first or jax.eval_shape(step.collect, state, first_prompts))
+    if (mesh := _mesh_of(first_prompts)) is not None:
+        # A batch lies alike when it is sampled and when it is read from a checkpoint: `learn` is the same program.
+        places = sharding.batch_shardings(mesh, form)
+        fit = jax.jit(fit, out_shardings=places)
+        empty = jax.tree.map(lambda x, place: jnp.zeros(x.shape, x.dtype, device=place), form, places)
+    else:
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
+    waiting: list[concurrent.futures.Future[Experience]] = []
+    failed: list[concurrent.futures.Future[Experience]] = []
     thread = concurrent.futures.ThreadPoolExecutor(1, "collect")
 
     def sample(state: TrainState, n: int) -> Experience:
         state = state._replace(step=jnp.int32(n), extra=state.extra.extra)  # the key of step n
-        return resize_prompts(step.collect(state, batch(n)), width)
+        return fit(step.collect(state, batch(n)))
 
-    def begin(state: TrainState, n: int) -> Callable[[], Experience]:
+    def begin(state: TrainState, n: int) -> concurrent.futures.Future[Experience]:
         if not step.on_host:
-            experience = sample(state, n)  # under way when this returns
-            return lambda: experience
+            made: concurrent.futures.Future[Experience] = concurrent.futures.Future()
+            made.set_result(sample(state, n))  # under way when this returns
+            return made
         # Of copies, since `learn` donates its state meanwhile.
         read = {"params": state.params, "key": state.key, "extra": Ahead(None, state.extra.extra)}
         copied = jax.tree.map(lambda x: x.copy(), read)
-        return thread.submit(sample, state._replace(**copied, opt_state=None, ref_params=None), n).result
+        return thread.submit(sample, state._replace(**copied, opt_state=None, ref_params=None), n)
 
     def collect(state: TrainState, n: int) -> Experience:
-        experience = state.extra.experience if n else first or sample(state, 0)
+        if failed:
+            failed.pop().result()  # raises
+        experience = state.extra.experience
+        if not n:
+            experience = sample(state, 0) if first is None else fit(first)
+        elif step.on_host and not np.any(experience.rollout.prompts.lengths):  # of a run that a failure ended
+            experience = sample(state, n)
         waiting[:] = [begin(state, n + 1)]
         return resize_prompts(experience, batch(n).tokens.shape[1])
 
     def learn(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
+        following = waiting.pop()
+        if following.done():
+            following.result()  # what it raises, it raises while there is a state to save
         state, metrics = step.learn(state._replace(extra=state.extra.extra), experience)
-        return state._replace(extra=Ahead(waiting.pop()(), state.extra)), metrics
+        if following.exception() is not None:
+            failed.append(following)
+        return state._replace(extra=Ahead(empty if failed else following.result(), state.extra)), metrics
 
-    first = sample(state._replace(extra=Ahead(None, state.extra)), 0) if step.on_host else None
-    form = first or jax.eval_shape(
-        lambda state, prompts: resize_prompts(step.collect(state, prompts), width), state, batch(0)
-    )
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
     return NumberedStep(collect, learn), state._replace(extra=Ahead(empty, state.extra))
+
+
+def _mesh_of(prompts: Prompts) -> jax.sharding.Mesh | None:
+    mesh = getattr(getattr(prompts.tokens, "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, jax.sharding.Mesh) else None
 
 
 def resize_prompts(experience: Experience, width: int) -> Experience:

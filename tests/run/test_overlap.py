@@ -1,5 +1,6 @@
 """Batches that are sampled ahead: of the policy before the update, held by the state; through the host, by a thread."""
 
+import concurrent.futures
 import threading
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.models import sharding
 from grpo_jax.run import overlap
 from grpo_jax.train_step import Step
 from grpo_jax.types import Experience, Prompts, Rollout, TrainState
@@ -97,12 +99,56 @@ def test_environments_answer_while_the_device_learns():
     assert run(halves, state, range(1))[0] == [0]
 
 
-def test_what_a_collector_raises_passes_through():
+def at_once(executor, function, *arguments):
+    """As a thread that has ended when its result is first asked for."""
+    future = concurrent.futures.Future()
+    try:
+        future.set_result(function(*arguments))
+    except LookupError as error:
+        future.set_exception(error)
+    return future
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before the device learns", "while it learns"])
+def test_what_a_collector_raises_is_raised_where_the_state_is_whole(early, monkeypatch):
+    learning, down = threading.Event(), [True]
+
     def fails(state, prompts):
-        if int(state.step) == 2:
+        if int(state.step) == 2 and down:
+            assert early or learning.wait(20)
             raise LookupError("the server is gone")
         return collect(state, prompts)
 
-    halves, state = overlap.ahead(Step(fails, learn, True), batch, state_of(), width=WIDTH)
-    with pytest.raises(LookupError, match="the server is gone"):
-        run(halves, state, range(3))
+    def learn_told(state, experience):
+        after = learn(state, experience)
+        learning.set() if int(after[0].step) == 2 else None
+        return after
+
+    if early:
+        monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", at_once)
+    step = Step(fails, learn_told, True)
+    halves, state = overlap.ahead(step, batch, state_of(), width=WIDTH)
+    _, state = run(halves, state, range(1))
+    experience = halves.collect(state, 1)
+    if early:
+        with pytest.raises(LookupError, match="the server is gone"):
+            halves.learn(state, experience)
+    else:
+        state, _ = halves.learn(state, experience)
+        with pytest.raises(LookupError, match="the server is gone"):
+            halves.collect(state, 2)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    down.clear()
+    resumed, _ = overlap.ahead(step, batch, state_of(), width=WIDTH)
+    kept = jax.tree.map(lambda x: x.copy(), state)
+    assert run(resumed, kept, range(int(state.step), 4))[0] == ([1, 102, 203] if early else [202, 203])
+
+
+def test_on_a_mesh_the_room_for_a_batch_lies_as_one_that_was_sampled():
+    mesh = sharding.mesh(data=1, devices=jax.devices()[:1])
+    batches = sharding.batches(mesh, batch)
+    state = sharding.place(mesh, state_of())
+    halves, state = overlap.ahead(Step(jax.jit(collect), learn), batches, state, width=WIDTH)
+    empty, (_, state) = state.extra.experience, run(halves, state, range(1))
+    for room, made in zip(jax.tree.leaves(empty), jax.tree.leaves(state.extra.experience), strict=True):
+        assert room.sharding == made.sharding == jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
