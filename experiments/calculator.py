@@ -4,7 +4,7 @@
 
 The task is 3-digit times 3-digit. A transformer of 0.2 million parameters is made from scratch and gets a short
 supervised warm-up on a teacher who calls the calculator in a third of the problems, 3 times of 10 with a digit that
-is wrong, and otherwise guesses all but the first two digits:
+is drawn anew, and otherwise guesses all but the first two digits:
 
     123 * 456   ->   <tool_call>{"name": "calculator", "arguments": {"expression": "123 * 456"}}</tool_call>
                      56088           (the calculator)

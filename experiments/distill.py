@@ -241,8 +241,8 @@ def smoke(config: Config) -> Config:
     if not files.exists():
         testing.tiny_checkpoint(files / "student")
         testing.tiny_checkpoint(files / "teacher", seed=1)
-        lines = [json.dumps({"prompt": f"{a} plus 2 is ", "completion": f"{a + 2}."}) for a in range(8)]
-        (files / "prompts.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"prompt": f"{a} plus 2 is ", "completion": f"{a + 2}."}) for a in range(8)]
+    (files / "prompts.jsonl").write_text("\n".join(lines))
     teacher = "" if config.teacher_file else str(files / "teacher")
     return dataclasses.replace(
         config, model=str(files / "student"), teacher=teacher, data=files / "prompts.jsonl", steps=4,

@@ -35,7 +35,7 @@ from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, command, inputs, metrics
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import resolve
-from grpo_jax.run.precision import ComputeDtype, compute_dtype
+from grpo_jax.run.precision import WithFloat16, compute_dtype
 from grpo_jax.study import evaluation, items
 
 
@@ -70,7 +70,7 @@ class Config(ConversationSettings):
     level: float = 0.95  # of the intervals
     seed: int = 0
     batch_size: int = 64  # prompts at a time
-    compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16
+    compute_dtype: WithFloat16 = "auto"  # float32 on CPUs, else bfloat16
 
     filtered: pathlib.Path | None = None  # where to write the rows whose pass rate lies between the next two
     low: float = 0.0
@@ -95,7 +95,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         model, tokenizer, problems.prompts, max_tokens=config.max_tokens, revision=config.revision
     )  # fmt: skip
     policy, params = hf.load_pretrained(
-        model, compute_dtype=compute_dtype(config.compute_dtype), revision=config.revision
+        model, compute_dtype=compute_dtype(config.compute_dtype, float16=True), revision=config.revision
     )
     if checkpoints is not None:
         like = jax.eval_shape(lambda tree: tree, params)

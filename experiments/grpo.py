@@ -51,7 +51,7 @@ from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.drawing import SamplingSettings
 from grpo_jax.run.names import resolve
 from grpo_jax.run.objective import ObjectiveSettings
-from grpo_jax.run.precision import ComputeDtype, compute_dtype
+from grpo_jax.run.precision import WithFloat16, compute_dtype
 from grpo_jax.run.rewarding import RewardSettings
 from grpo_jax.run.together import ProcessSettings
 from grpo_jax.run.updating import UpdateSettings
@@ -85,7 +85,7 @@ class Config(
     completion_bucket: int = 256  # to learn, completions are cut to the longest, up to a multiple of this
     pack: bool = False  # or several are laid into a row, of few shapes: `packing.shapes`
     overlap: bool = False  # sample the next batch while this one is rewarded, from the policy before the update
-    compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
+    compute_dtype: WithFloat16 = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
     sample_weights: Literal["int8", "fp8"] | None = None  # sample from a copy of 8 bits; see --score-old, --loss dppo
     attention: str = "auto"  # of grpo_jax.models.attention (cudnn, splash, ...), or module:function
     mesh: str | None = None  # devices to share the work, such as data=2,fsdp=4; see grpo_jax.models.sharding
@@ -139,25 +139,26 @@ def train(config: Config) -> Params:
         prompts.rows, tokenizer, eos_ids=sampler.eos_ids, prompt_column=config.prompt_column, read=talk.read
     )
 
-    dtype = compute_dtype(config.compute_dtype)
+    dtype = compute_dtype(config.compute_dtype, float16=True)
     policy, params, frozen = config.load(
         config.model, compute_dtype=dtype, seed=config.seed, attention=attention, mesh=mesh
     )  # fmt: skip
+    trained = policy  # whole where it is evaluated
     if config.sample_weights is not None:
-        policy = quantized.sampled(policy, config.sample_weights)
+        trained = quantized.sampled(policy, config.sample_weights)
     rate = config.make_rate(config.rate(config.learning_rate, 1e-6), steps=config.steps, updates=updates)
     optimizer = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay)
     width = data.bucket(max(map(len, prompts.prompts)), config.bucket)
     if config.memory_gib is not None:
         updates = memory.fit(
-            updates, policy, optimizer, sampler, loss=loss, prompts=config.prompts_per_step, prompt_tokens=width,
+            updates, trained, optimizer, sampler, loss=loss, prompts=config.prompts_per_step, prompt_tokens=width,
             reference=config.beta > 0, params=params, frozen=frozen, score_old=score_old,
             budget=int(config.memory_gib * 2**30),
         )  # fmt: skip
     kept = keeping.begin(running, scaled=dtype == np.float16)
     updates = keeping.scaled(updates) if "loss_scale" in kept else updates
     whole_step = make_train_step(
-        policy, optimizer, talk.converse(sampler, prompts.rows), loss=loss, advantage=advantage, updates=updates,
+        trained, optimizer, talk.converse(sampler, prompts.rows), loss=loss, advantage=advantage, updates=updates,
         score_old=score_old, transforms=(measured.repetition(), measured.unscored(names), *transforms),
         replay_truncation=config.replay_truncation,
     )  # fmt: skip

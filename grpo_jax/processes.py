@@ -25,6 +25,7 @@ import numpy as np
 from jax._src import distributed  # the service's keys and values have no public name; Orbax takes them from here, too
 from jax.experimental import multihost_utils
 
+from grpo_jax.run import preemption
 from grpo_jax.types import Array
 
 Tree = TypeVar("Tree")
@@ -99,7 +100,10 @@ def _left(me: str, over: threading.Event, watcher: threading.Thread) -> Iterator
     try:
         yield
     except BaseException as error:
-        _tell(me, error, over)
+        if isinstance(error, SystemExit) and error.code == preemption.STOPPED:
+            exchange("done", None)  # of all, after the same step; one may be busy with its checkpoint for long
+        else:
+            _tell(me, error, over)
         raise
     else:
         exchange("done", None)

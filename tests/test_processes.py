@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import processes
+from grpo_jax.run import preemption
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -75,6 +77,19 @@ def test_a_port_that_is_taken_is_named():
         port = server.getsockname()[1]
         with pytest.raises(ConnectionError, match=f"cannot serve at port {port}"):
             processes._find(f"10.0.0.1:{port}", serves=True, wait=0)
+
+
+@pytest.mark.parametrize(("status", "done"), [(preemption.STOPPED, ["done"]), (3, ["told"])])
+def test_a_stop_of_all_processes_is_no_end_that_the_others_are_ended_for(monkeypatch, status, done):
+    said = []
+    monkeypatch.setattr(processes, "exchange", lambda name, value: said.append(name))
+    monkeypatch.setattr(processes, "_tell", lambda *arguments: said.append("told"))
+    monkeypatch.setattr(processes, "_leave", lambda: None)
+    watcher = threading.Thread(target=lambda: None)
+    watcher.start()
+    with pytest.raises(SystemExit), processes._left("process 0", threading.Event(), watcher):
+        raise SystemExit(status)
+    assert said == done
 
 
 PROGRAM = """

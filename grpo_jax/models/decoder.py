@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import experts, lora, mixture, quantized, rope, sharding
+from grpo_jax.models import experts, float16, lora, mixture, quantized, rope, sharding
 from grpo_jax.models.attention import KeyValues, MaskInputs, head_copies, over_mesh
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy, Routes, kept_columns, reset_rows
@@ -168,7 +168,7 @@ class MLP(nn.Module):
         rows = _rows(c, x)
         gate = Linear(c, c.intermediate_size, c.mlp_bias, name="gate_proj")(rows)
         up = Linear(c, c.intermediate_size, c.mlp_bias, name="up_proj")(rows)
-        product = _gated(c.activation, gate, up)
+        product = float16.in_float32(lambda gate, up: c.activation(gate) * up, gate, up)
         return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(product).reshape(x.shape)
 
 
@@ -280,28 +280,15 @@ class Block(nn.Module):
             mask_inputs._replace(window=window),
             rotation,
         )
-        x = _within_float16(x + _scaled(norm(out, "post_attention_layernorm", c.post_norm), c.residual_scale))
+        x = float16.within(x + _scaled(norm(out, "post_attention_layernorm", c.post_norm), c.residual_scale))
         x = sharding.constrain(c.mesh, x, None, None)
         read, routed = norm(x, before_mlp, c.pre_norm), None
         if c.experts is None:
             out = MLP(c, name="mlp")(read)
         else:
             out, routed = Mixture(c, name="mlp")(read, given, counted)
-        x = _within_float16(x + _scaled(norm(out, "post_feedforward_layernorm", c.post_norm), c.residual_scale))
+        x = float16.within(x + _scaled(norm(out, "post_feedforward_layernorm", c.post_norm), c.residual_scale))
         return (sharding.constrain(c.mesh, x, None, None), stored), (new, routed)
-
-
-def _within_float16(x: Array) -> Array:
-    """What overflows float16 as its largest number, 65504, so that no infinity goes on; other dtypes as they are."""
-    return jnp.clip(x, -65504, 65504) if x.dtype == jnp.float16 else x
-
-
-def _gated(activation: Callable[[Array], Array], gate: Array, up: Array) -> Array:
-    """`activation(gate) * up`, of float16 in float32: the products of its derivative overflow where it does not."""
-    if gate.dtype != jnp.float16:
-        return activation(gate) * up
-    gate, up = (_within_float16(x).astype(jnp.float32) for x in (gate, up))
-    return jnp.clip(activation(gate) * up, -65504, 65504).astype(jnp.float16)
 
 
 def _scaled(x: Array, factor: float) -> Array:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models import experts, lora, quantized
+from grpo_jax.models import experts, float16, lora, quantized
 from grpo_jax.models.experts import Experts
 from grpo_jax.types import Array, Params
 
@@ -60,6 +60,11 @@ def mixture(
     routing = experts.route(logits, settings, given)
     grouped = experts.group(x, routing.experts, settings.number)
     gate, up = (linear(grouped.rows, grouped, weights[name]) for name in ("experts_gate", "experts_up"))
-    inner = activation(gate) * up if settings.clip is None else experts.clipped_gate(gate, up, *settings.clip)
-    rows = experts.combine(linear(inner, grouped, weights["experts_down"]), grouped.back, routing.weights)
+
+    def gated(gate: Array, up: Array) -> Array:
+        return activation(gate) * up if settings.clip is None else experts.clipped_gate(gate, up, *settings.clip)
+
+    inner = float16.in_float32(gated, gate, up)
+    down = float16.within(linear(inner, grouped, weights["experts_down"]))
+    rows = experts.combine(down, grouped.back, routing.weights)
     return Mixed(rows, routing.experts, logits)

@@ -85,14 +85,23 @@ def host(
       as it is, with a note that names the function; `sys.exit` in one is a `RuntimeError`.
 
     Raises:
-      ValueError: if the data set has no `prompt_column`. From the reward, if the prompts
-        do not name their rows; if a function needs groups of another size (`group_size_of`); for a wrong number of
-        values, or one that is infinite or no number, with the function's name and the value.
+      ValueError: if the data set has no `prompt_column`; of several processes, if some functions tell the others that
+        they failed and some do not (`skip_failed_batches`). From the reward, if the prompts do not name their rows; if
+        a function needs groups of another size (`group_size_of`); for a wrong number of values, or one that is
+        infinite or no number, with the function's name and the value.
     """
     # All rows' columns, whatever rows a batch has. A `datasets.Dataset` knows them without reading the rows.
     names = getattr(dataset, "column_names", None) or list(dict.fromkeys(name for row in dataset for name in row))
     if len(dataset) and prompt_column not in names:
         raise ValueError(f"the data set has no column {prompt_column!r} for the prompts, only {names}")
+
+    telling = [name_of(f) for f in functions if getattr(f, "takes_part", False)]
+    if jax.process_count() > 1 and 0 < len(telling) < len(functions):
+        others = [name_of(f) for f in functions if not getattr(f, "takes_part", False)]
+        raise ValueError(
+            f"{', '.join(telling)} would wait for other processes in which {', '.join(others)} has raised: wrap all of "
+            "the functions in skip_failed_batches, or none"
+        )
 
     def reward(rollout: Rollout, trainer_state: TrainerState | None = None) -> tuple[np.ndarray, np.ndarray]:
         shape = (*rollout.lengths.shape, len(functions))

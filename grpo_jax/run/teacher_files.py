@@ -86,6 +86,9 @@ def writing(
     """Gives `write(likeliest [B, 1, T, k], lengths [B, 1])`, to be called for all rows in their order.
 
     The file appears whole or not at all.
+
+    Raises:
+      ValueError: if nothing was written.
     """
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -97,6 +100,8 @@ def writing(
         parts.append((tokens, log_probs, held.astype(np.int64)))
 
     yield write
+    if not parts:
+        raise ValueError(f"there is nothing to write to {path}: write was not called for any rows")
     tokens, log_probs, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,8 @@ def loop(
       initial: fields of the state that no step changes; see `checkpoint.save`.
       keys: metrics to show while the run goes.
       curves: metrics in the plot `metrics.png`; all of them unless given.
-      stop_after_skipped: ends the run after this many steps in a row whose updates were not finite.
+      stop_after_skipped: ends the run after this many steps in a row whose updates were not finite. Where the loss has
+        a scale, which each of them halves (`schedules.loss_scale`), those count that it was 1 or less in.
       tensorboard: write to TensorBoard, in the run's folder.
       wandb: the project of Weights & Biases to write to.
       profile: write a trace of the second step and the next two into the folder, for xprof.
@@ -227,11 +228,13 @@ class Loop:
     def exporting(self, name: str) -> Iterator[pathlib.Path]:
         """Saves the state and gives the folder to export to. An export that fails is told; the run goes on.
 
+        Of several processes none goes on: what one raised, another may not have come to.
+
         with loop.exporting("best") as folder:
             hf.save_pretrained(policy, loop.state.params, folder)
 
         Raises:
-          Exception: that of the export, if no step is left to go on with.
+          Exception: that of the export, if no step is left to go on with, or there are several processes.
         """
         self.save()
         try:
@@ -239,7 +242,7 @@ class Loop:
                 yield self.run_dir / name
         except Exception as error:
             told = f"could not export to {self.run_dir / name}; the state of step {self.step} is saved"
-            if self.step >= self.steps:
+            if self.step >= self.steps or jax.process_count() > 1:
                 error.add_note(told)
                 raise
             print(f"step {self.step}: {told}, and the run goes on: {type(error).__name__}: {error}")
@@ -259,8 +262,8 @@ class Loop:
         self.step, self._timing, self._tokens = self.step + 1, {}, None
         for warning in monitoring.warnings(self.history):
             print(f"step {self.step}: {warning}")
-        last = [line.get("skipped") for line in self.history[-self._stop_after_skipped :]]
-        if last == [1.0] * self._stop_after_skipped:
+        last = self.history[-self._stop_after_skipped :]
+        if len(last) == self._stop_after_skipped and all(map(_refused, last)):
             raise FloatingPointError(
                 f"the last {len(last)} updates were not finite and were not applied; lower the learning rate, or look "
                 "at the metrics of the steps before"
@@ -302,3 +305,8 @@ class Loop:
         metrics.sync(self.run_dir)
         if self.history:
             print(f"curves: {plots.plot(self.run_dir, keys=curves)}")
+
+
+def _refused(line: Mapping[str, Any]) -> bool:
+    """Whether a step had no update that was finite, and not since its loss was scaled up."""
+    return line.get("skipped") == 1.0 and (line.get("loss_scale") or 0.0) <= 1.0

@@ -37,6 +37,7 @@ class Ranked(NamedTuple):
     p_value: float  # of no difference, by `sign_flip_p_value`; NaN for that one
     adjusted: float  # by Holm's correction over all comparisons
     seeds_needed: int  # by `seeds_needed`; 0 for that one
+    asked: float  # the difference that these seeds would find
 
 
 # ------------------------------------------------------------------------ learning rates
@@ -59,7 +60,7 @@ def at_rates(conditions: Sequence[Condition], best: Mapping[str, float]) -> list
 
 
 def _at(condition: Condition, rate: float) -> Condition:
-    return condition._replace(name=f"{condition.name} @ {rate:g}", hyper={**condition.hyper, RATE: rate})
+    return condition._replace(name=f"{condition.name} @ {float(rate)!r}", hyper={**condition.hyper, RATE: rate})
 
 
 def by_rate(rows: Sequence[Row], metric: str, reduce: Reduce = last) -> dict[str, dict[float, np.ndarray]]:
@@ -144,12 +145,12 @@ def rank(
     lines = []
     for name, columns in summary.items():
         if name == against:
-            lines.append(Ranked(name, columns[metric], None, math.nan, math.nan, 0))
+            lines.append(Ranked(name, columns[metric], None, math.nan, math.nan, 0, difference))
             continue
         spread = float(np.std(values[name] - values[against], ddof=1)) if len(values[name]) > 1 else math.nan
         needed = seeds_needed(spread, difference=difference, power=power, level=level)
         compared = columns[f"{metric} - {against}"]
-        lines.append(Ranked(name, columns[metric], compared, raw[name], adjusted[name], needed))
+        lines.append(Ranked(name, columns[metric], compared, raw[name], adjusted[name], needed, difference))
     return sorted(lines, key=lambda line: -line.value.mean)
 
 
@@ -169,7 +170,7 @@ def sign_flip_p_value(differences: np.ndarray, *, draws: int = 20_000) -> float:
     else:
         signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(draws, n))
     means, observed = np.abs(signs @ differences), abs(np.sum(differences))
-    as_far = np.sum(means >= observed * (1 - 1e-12) - 1e-300)
+    as_far = np.sum(means >= observed - 1e-12 * np.sum(np.abs(differences)))  # sums that differ by their rounding tie
     return float(as_far / len(signs)) if n <= 12 else float((as_far + 1) / (draws + 1))
 
 
@@ -221,7 +222,7 @@ def seeds_needed(
 
 def cells(lines: Sequence[Ranked], best: Mapping[str, float], metric: str) -> tuple[list[str], list[list[str]]]:
     """Header and lines of a table for `tables.markdown`."""
-    header = ["condition", "learning rate", metric, "difference", "p", "p (Holm)", "seeds for 0.02"]
+    header = ["condition", "learning rate", metric, "difference", "p", "p (Holm)", f"seeds for {lines[0].asked:g}"]
     table = []
     for line in lines:
         row = [line.condition, f"{best[line.condition]:g}", _text(line.value)]

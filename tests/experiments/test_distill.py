@@ -40,6 +40,13 @@ def test_the_smoke_mode_moves_the_model_towards_its_teacher_and_exports_it(tmp_p
         distill.main(config)
 
 
+def test_the_prompts_of_a_smoke_run_are_always_those_of_the_script(tmp_path):
+    for _ in range(2):
+        config = distill.smoke(distill.Config(run_dir=tmp_path))
+        assert "3 plus 2 is " in config.data.read_text()
+        config.data.write_text("as an earlier script wrote them")
+
+
 def test_the_sampled_form_runs_and_logs_its_own_estimate(tmp_path):
     config = distill.smoke(distill.Config(run_dir=tmp_path))
     distill.train(dataclasses.replace(config, divergence="sampled", early=0.5, minibatches=2, steps=2))

@@ -21,6 +21,7 @@ from grpo_jax import testing
 from grpo_jax.models import hf, lora
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import checkpoint, metrics
+from grpo_jax.train_step import Step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -543,6 +544,28 @@ def test_supervised_learning_refuses_a_completion_that_does_not_fit(files, tmp_p
 
 
 # ------------------------------------------------------------- sampling ahead
+
+
+def test_a_copy_of_8_bits_samples_and_learns_and_the_whole_policy_is_evaluated(files, tmp_path, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    given = {}
+
+    def begin(policy, *arguments, **settings):
+        given["evaluated"] = policy
+        raise Enough
+
+    def train_step(policy, *arguments, **settings):
+        given["trained"] = policy
+        return Step(lambda *_: None, lambda *_: None)
+
+    monkeypatch.setattr(grpo, "make_mean_rewards", begin)
+    monkeypatch.setattr(grpo, "make_train_step", train_step)
+    monkeypatch.setattr(grpo.quantized, "sampled", lambda policy, kind: ("in 8 bits", policy))
+    with pytest.raises(Enough):
+        grpo.train(settings(files, tmp_path, sample_weights="int8"))
+    assert given["trained"] == ("in 8 bits", given["evaluated"])
 
 
 @pytest.mark.slow

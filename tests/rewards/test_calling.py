@@ -5,6 +5,7 @@ import dataclasses
 import sys
 import threading
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -171,6 +172,19 @@ def test_groups_of_another_size_are_refused():
     for texts in ([["a"], ["b"]], [["a"] * 4]):
         with pytest.raises(ValueError, match=f"self_consistency compares groups of 2 .* these have {len(texts[0])}"):
             scored(rewards.self_consistency(group_size=2), rollout=a_rollout(texts))
+
+
+def test_of_several_processes_all_functions_tell_of_failures_or_none_does(monkeypatch):
+    def plain(completions):
+        return [0.0] * len(completions)
+
+    skipping = rewards.skip_failed_batches(lambda completions: plain(completions))
+    rewards.host([plain, skipping], DATASET, letters())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for functions in ([plain, plain], [skipping, skipping]):
+        rewards.host(functions, DATASET, letters())
+    with pytest.raises(ValueError, match="<lambda> would wait for other processes in which plain has raised"):
+        rewards.host([plain, skipping], DATASET, letters())
 
 
 # ---------------------------------------------------------------------------- text of special tokens

@@ -68,3 +68,12 @@ def test_what_is_no_such_file_is_refused_and_an_interrupted_one_leaves_nothing(t
     with pytest.raises(KeyboardInterrupt), teacher_files.writing(tmp_path / "new", about()):
         raise KeyboardInterrupt
     assert not (tmp_path / "new").exists()
+
+
+def test_a_file_of_no_rows_is_not_written(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"nothing to write to .*: write was not called for any rows"),
+        teacher_files.writing(tmp_path / "top.safetensors", about()),
+    ):
+        pass
+    assert not any(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import run
+from grpo_jax import processes, run
 from grpo_jax.run import checkpoint, completions, digests, metrics, preemption, writers
 from grpo_jax.statistics import Mean
 from grpo_jax.types import Experience, Prompts, Rollout, TrainState, Turns
@@ -244,6 +244,20 @@ def test_an_export_that_fails_is_told_and_the_run_goes_on_and_resumes(tmp_path, 
     train(Config(tmp_path), lambda loop, n: pytest.fail("a step was made again"))
 
 
+def test_of_several_processes_none_goes_on_after_an_export_that_failed(tmp_path, monkeypatch):
+    def body(loop, n):
+        loop.save()
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            patch.setattr(processes, "exchange", lambda name, value: [value, None])
+            with pytest.raises(OSError, match="no space left"), loop.exporting("model"):
+                raise OSError("no space left")
+        loop.state, measured = learn(loop.state)
+        loop.log(measured)
+
+    train_by(body, Config(tmp_path, steps=1))
+
+
 def test_exporting_at_a_step_changes_nothing_of_the_run(tmp_path):
     def export(loop, n):
         with loop.exporting(f"step_{n}") as folder:
@@ -274,6 +288,16 @@ def test_updates_that_are_not_finite_end_the_run_with_its_state_saved(tmp_path):
         train_by(body, Config(tmp_path, steps=9, save_every=50), stop_after_skipped=3)
     assert len(metrics.read(tmp_path)) == 5
     assert checkpoints(tmp_path) == [5]
+
+
+def test_updates_by_which_a_scale_of_the_loss_comes_down_do_not_end_the_run(tmp_path):
+    def body(loop, n):
+        loop.state, measured = learn(loop.state, skipped=1)
+        loop.log(measured | {"loss_scale": 2.0 ** (6 - n)})
+
+    with pytest.raises(FloatingPointError, match="the last 3 updates were not finite"):
+        train_by(body, Config(tmp_path, steps=20, save_every=50), stop_after_skipped=3)
+    assert [line["loss_scale"] for line in metrics.read(tmp_path)] == [64, 32, 16, 8, 4, 2, 1, 0.5, 0.25]
 
 
 def test_asked_to_stop_a_run_saves_and_ends_with_its_own_status(tmp_path, capsys):

@@ -30,6 +30,9 @@ def test_each_condition_is_run_at_each_rate_and_then_at_its_own():
     assert all(c.run is run for c in grid)
     ranked = ranking.at_rates(conditions, {"a": 1e-3, "b": 1e-4})
     assert [(c.name, c.hyper["learning_rate"]) for c in ranked] == [("a", 1e-3), ("b", 1e-4)]
+    rates = (0.1234567891234, 1 / 3)  # whose digits are all kept
+    rows = rows_of({condition.name: [0.0] for condition in ranking.at_each_rate(conditions, rates)})
+    assert tuple(ranking.by_rate(rows, "greedy")["a"]) == rates
     with pytest.raises(ValueError, match="at least 2 learning rates that rise"):
         ranking.at_each_rate(conditions, (1e-3, 1e-4))
 
@@ -55,6 +58,11 @@ def test_the_p_value_is_that_of_scipys_permutation_test_of_all_signs(n):
     differences = np.random.default_rng(n).normal(0.4, 1.0, n)
     reference = scipy.stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
     assert ranking.sign_flip_p_value(differences) == pytest.approx(reference.pvalue)
+
+
+def test_means_that_differ_by_their_rounding_alone_are_as_far():
+    assert abs(sum([0.1, 0.2, -0.3, 0.1, -0.1])) > 0  # by 6e-17, and others by 0
+    assert ranking.sign_flip_p_value(np.array([0.1, 0.2, -0.3, 0.1, -0.1])) == 1.0
 
 
 def test_at_random_signs_it_is_near_that_of_all_and_never_0():
@@ -104,5 +112,8 @@ def test_a_ranking_compares_seed_by_seed():
     assert better.seeds_needed == ranking.seeds_needed(np.std(differences, ddof=1))
     header, table = ranking.cells(lines, dict.fromkeys(values, 3e-4), "greedy")
     assert len(header) == len(table[0]) == len(table[-1])
+    assert header[-1] == "seeds for 0.02"
+    lines = ranking.rank(rows_of(values), "greedy", against="base", reduce=average, difference=0.5)
+    assert ranking.cells(lines, dict.fromkeys(values, 3e-4), "greedy")[0][-1] == "seeds for 0.5"
     with pytest.raises(ValueError, match="greedy of odd is not finite"):
         ranking.rank(rows_of(values | {"odd": start + math.nan}), "greedy", against="base")
