@@ -10,7 +10,7 @@ from jax.experimental import io_callback
 
 from grpo_jax import processes
 from grpo_jax.rewards.calling import LogMetric, RewardFunction, TrainerState, call, group_size_of, ignore, name_of
-from grpo_jax.rewards.conversations import Read, conversation_messages, given_rewards
+from grpo_jax.rewards.conversations import Read, conversation_messages, given_rewards, written_in_turn
 from grpo_jax.types import Array, Prompts, Rollout
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def host(
       `[{"role": "assistant", "content": text}]` where prompts are messages; of conversations, all messages after the
       prompt (`conversation_messages`), and `turn_rewards`, what the environment gave for each turn;
     - every other column of the data set by its name, None where a row lacks it;
-    - `completion_ids`, the tokens, with the end token;
+    - `completion_ids`, the tokens, with the end token; of conversations those that the policy wrote;
     - `prompt_tail`, the end of the prompt's text as the template made it (`prompt_tails`), by which format rewards
       see that a template opens `<think>` itself;
     - from TRL `trainer_state`, with `global_step` and `max_steps`, and the loggers `log_metric(name, value)` and
@@ -105,9 +105,7 @@ def host(
 
     def reward(rollout: Rollout, trainer_state: TrainerState | None = None) -> tuple[np.ndarray, np.ndarray]:
         shape = (*rollout.lengths.shape, len(functions))
-        looked_at = (rollout.prompts, rollout.tokens, rollout.lengths)
-        own, (prompts, tokens, lengths) = processes.own_rows(looked_at, of=rollout.tokens)
-        rollout = rollout._replace(prompts=prompts, tokens=tokens, lengths=lengths)
+        own, rollout = own_texts(rollout)
         logged: list[tuple[str, float]] = []
 
         def log(name: str, value: float) -> None:
@@ -143,7 +141,7 @@ def host(
         arguments = columns | {
             "prompts": prompts,
             "completions": completions,
-            "completion_ids": sampled_tokens(rollout),
+            "completion_ids": sampled_tokens(rollout) if rollout.turns is None else _policy_tokens(rollout),
             "prompt_tail": [tail for tail in prompt_tails(rollout.prompts, tokenizer) for _ in range(G)],
             "trainer_state": trainer_state,
             "log_metric": log,
@@ -207,6 +205,27 @@ def prompt_tails(prompts: Prompts, tokenizer: "PreTrainedTokenizerBase") -> list
 def _partner(word: str) -> str:
     """`</think>` of `<think>` and the other way round."""
     return f"<{word[2:]}" if word.startswith("</") else f"</{word[1:]}"
+
+
+def own_texts(rollout: Rollout) -> tuple[np.ndarray, Rollout]:
+    """The numbers of the groups that this process looks after, and the rollout with what tells their texts.
+
+    `prompts`, `tokens` and `lengths`, and of conversations who wrote what and the turns, are those groups' alone; the
+    other fields stay as they are.
+    """
+    fields = ["prompts", "tokens", "lengths"]
+    if rollout.turns is not None:
+        fields += ["mask", "log_probs", "turns"]
+    own, here = processes.own_rows({name: getattr(rollout, name) for name in fields}, of=rollout.tokens)
+    return own, rollout._replace(**here)
+
+
+def _policy_tokens(rollout: Rollout) -> list[list[int]]:
+    """The tokens of each conversation that the policy wrote, group after group."""
+    return [
+        [token for tokens, wrote in written_in_turn(rollout, b, g) if wrote for token in tokens]
+        for b, g in np.ndindex(rollout.lengths.shape)
+    ]
 
 
 def sampled_tokens(rollout: Rollout) -> list[list[int]]:

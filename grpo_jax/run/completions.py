@@ -8,8 +8,8 @@ import rich
 import rich.table
 import rich.text
 
-from grpo_jax import processes
 from grpo_jax.rewards.conversations import written_in_turn
+from grpo_jax.rewards.host import own_texts
 from grpo_jax.types import Experience, Rollout
 
 Line = dict[str, Any]
@@ -36,9 +36,8 @@ def lines(
       column: of the rows, with the prompt.
       count: how many completions, in the order of the groups; of several processes, of those that this one rewards.
     """
-    rollout = experience.rollout
-    read = (rollout.prompts, rollout.tokens, rollout.lengths)
-    own, (of_prompts, tokens, lengths) = processes.own_rows(read, of=rollout.tokens)
+    own, rollout = own_texts(experience.rollout)
+    of_prompts, tokens, lengths = rollout.prompts, rollout.tokens, rollout.lengths
     rewards, mask = np.asarray(experience.rewards)[own], np.asarray(experience.reward_mask)[own]
     places = [(b, g) for b in range(tokens.shape[0]) for g in range(tokens.shape[1])][:count]
     prompts = [rows[row][column] for row in of_prompts.info["row"].tolist()]

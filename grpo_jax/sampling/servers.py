@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -30,6 +31,7 @@ from grpo_jax.truncation import Truncation
 from grpo_jax.types import Params, PRNGKey, Prompts, Rollout
 
 TRANSIENT = (408, 409, 425, 429)  # statuses after which a request is sent again, beside 5xx
+ANSWER_LIMIT = 1 << 28  # bytes of one answer, which may hold a group of long completions with log-probs
 
 Request = tuple[str, dict[str, Any]]  # a route of the server, and the JSON that is posted to it
 
@@ -50,6 +52,7 @@ class Server(NamedTuple):
     read: Callable[[Any], list[Drawn]]  # its answer
     load: Callable[[str, str, str | None], list[Request]]  # (folder, name, name of the earlier one) -> requests
     adapters: bool  # folders hold adapters, as PEFT writes them, and no whole model
+    truncates: bool  # log-probs are those under top-k, top-p and min-p, as a step scores them
 
 
 def vllm(url: str, *, model: str, adapters: bool = False) -> Server:
@@ -86,7 +89,7 @@ def vllm(url: str, *, model: str, adapters: bool = False) -> Server:
 
     def read(answer: Any) -> list[Drawn]:
         return [
-            Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "length")
+            Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], _is_cut(choice["finish_reason"]))
             for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
         ]
 
@@ -97,11 +100,15 @@ def vllm(url: str, *, model: str, adapters: bool = False) -> Server:
         gone = [] if earlier is None else [("/v1/unload_lora_adapter", {"lora_name": earlier})]
         return [("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}), *gone]
 
-    return Server(url, generate, read, load, adapters)
+    return Server(url, generate, read, load, adapters, truncates=True)
 
 
 def sglang(url: str, *, adapters: bool = False) -> Server:
-    """The routes of SGLang, with `--enable-lora` for adapters.
+    """The routes of SGLang, with `--enable-lora` for adapters, and without `SGLANG_RETURN_ORIGINAL_LOGPROB`.
+
+    With that variable its log-probs are those before the temperature. Those that it has are never under top-k, top-p or
+    min-p, which are therefore refused. A group is a batch of equal prompts with a seed for each: a seed of several
+    completions would be the seed of each of them.
 
     Args:
       url: of the server.
@@ -110,28 +117,29 @@ def sglang(url: str, *, adapters: bool = False) -> Server:
 
     def generate(prompt: list[int], settings: Mapping[str, Any], loaded: str | None) -> Request:
         sampling_params = {
-            "n": settings["group_size"],
             "max_new_tokens": settings["max_tokens"],
             "temperature": settings["temperature"],
-            "top_p": settings["top_p"] or 1.0,
-            "top_k": settings["top_k"] or -1,
-            "min_p": settings["min_p"] or 0.0,
-            "sampling_seed": settings["seed"],
             "stop": settings["stop"],
             "stop_token_ids": settings["eos_ids"],
             "no_stop_trim": True,
             "skip_special_tokens": False,
         }
-        content = {"input_ids": prompt, "sampling_params": sampling_params, "return_logprob": True}
+        count = settings["group_size"]
+        seeds = np.random.default_rng(settings["seed"]).integers(2**31, size=count).tolist()
+        content = {
+            "input_ids": [prompt] * count,
+            "sampling_params": [sampling_params | {"sampling_seed": seed} for seed in seeds],
+            "return_logprob": True,
+        }
         return "/generate", content | ({} if loaded is None else {"lora_path": loaded})
 
     def read(answer: Any) -> list[Drawn]:
         drawn = []
-        for one in answer if isinstance(answer, list) else [answer]:
+        for one in answer:
             meta = one["meta_info"]
             pairs = [(int(token), float(value)) for value, token, *_ in meta["output_token_logprobs"]]
             tokens, log_probs = [token for token, _ in pairs], [value for _, value in pairs]
-            drawn.append(Drawn(tokens, log_probs, meta["finish_reason"]["type"] == "length"))
+            drawn.append(Drawn(tokens, log_probs, _is_cut(meta["finish_reason"]["type"])))
         return drawn
 
     def load(folder: str, name: str, earlier: str | None) -> list[Request]:
@@ -140,7 +148,7 @@ def sglang(url: str, *, adapters: bool = False) -> Server:
         gone = [] if earlier is None else [("/unload_lora_adapter", {"lora_name": earlier})]
         return [("/load_lora_adapter", {"lora_name": name, "lora_path": folder}), *gone]
 
-    return Server(url, generate, read, load, adapters)
+    return Server(url, generate, read, load, adapters, truncates=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +171,7 @@ class EngineSampler:
     retries: int
     backoff: float
     concurrency: int
+    run: str  # of this process, in the names of versions: a server refuses the name of one that it has
     given: dict[str, int]  # what the server has: `version`, and `lag`, the calls since it was given
     on_host: ClassVar[bool] = True
 
@@ -210,7 +219,7 @@ class EngineSampler:
         self, prompts: Sequence[list[int]], *, seeds: Sequence[int], limits: Sequence[int], group_size: int
     ) -> list[list[Drawn]]:
         """Asks for `group_size` completions of each prompt, of at most so many tokens, all together."""
-        loaded = f"version_{self.given['version']}" if self.server.adapters else None
+        loaded = self._name(self.given["version"]) if self.server.adapters else None
         settings = {
             "group_size": group_size, "eos_ids": [*self.eos_ids], "temperature": self.temperature,
             "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p, "stop": [*self.stop],
@@ -221,15 +230,21 @@ class EngineSampler:
         ]
         return [_read(self.server, answer) for answer in run_async(self._post(requests))]
 
+    def _name(self, version: int) -> str:
+        return f"version_{version}_{self.run}"
+
     def _give(self, policy: Policy, params: Params) -> None:
-        """Writes the params and has the server read them; the folder of the version before goes."""
+        """Writes the params and has the server read them; folders of versions before go, also of earlier runs."""
         version = self.given["version"] + 1
-        folder, earlier = self.folder / f"version_{version}", self.folder / f"version_{version - 1}"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder = self.folder / self._name(version)
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
         self.write(policy, params, folder)
-        for request in self.server.load(os.path.abspath(folder), folder.name, earlier.name if version > 1 else None):
+        earlier = self._name(version - 1) if version > 1 else None
+        for request in self.server.load(os.path.abspath(folder), folder.name, earlier):
             run_async(self._post([request]))
-        shutil.rmtree(earlier, ignore_errors=True)
+        for other in self.folder.glob("version_*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
         self.given.update(version=version, lag=0)
 
     async def _post(self, requests: Sequence[Request]) -> list[Any]:
@@ -237,6 +252,18 @@ class EngineSampler:
         import httpx2
 
         slots = asyncio.Semaphore(self.concurrency)
+        # The answer comes as it is: a compressed one could unfold to any size.
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+
+        async def send(client: Any, route: str, content: dict[str, Any]) -> tuple[int, bytes]:
+            url, posted = self.server.url.rstrip("/") + route, json.dumps(content).encode()
+            async with client.stream("POST", url, content=posted, headers=headers) as response:
+                body = bytearray()
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > ANSWER_LIMIT:
+                        raise ValueError(f"the answer has more than {ANSWER_LIMIT} bytes")
+                return response.status_code, bytes(body)
 
         async def one(client: Any, route: str, content: dict[str, Any]) -> Any:
             reason = ""
@@ -245,11 +272,14 @@ class EngineSampler:
                     await asyncio.sleep(self.backoff * 2 ** (attempt - 1))
                 try:
                     async with slots, asyncio.timeout(self.timeout):
-                        answer = await client.post(self.server.url.rstrip("/") + route, json=content)
-                    reason = f"status {answer.status_code}: {answer.text[:300]}"
-                    if answer.status_code < 300:
-                        return json.loads(answer.content) if answer.content.strip() else None
-                    if answer.status_code not in TRANSIENT and answer.status_code < 500:
+                        status, body = await send(client, route, content)
+                    reason = f"status {status}: {body[:300].decode(errors='replace')}"
+                    if status < 300:
+                        return json.loads(body) if body.strip() else None
+                    # An attempt whose answer was lost has loaded it.
+                    if attempt and route.endswith("/load_lora_adapter") and b"already" in body:
+                        return None
+                    if status not in TRANSIENT and status < 500:
                         break
                 except (httpx2.HTTPError, OSError, ValueError) as error:
                     reason = f"{type(error).__name__}: {error}"
@@ -293,7 +323,7 @@ def engine_sampler(
       write: `(policy, params, folder)`, writes what the server reads: a whole model by `hf.save_pretrained`; or
         adapters by `hf.save_adapters(policy, *partition(params, "^(?!.*lora_[ab]$)"), folder, base_model=...)`, with
         `freezing.partition`.
-      folder: where versions are written, of which the newest stays.
+      folder: of this sampler alone: where versions are written, as `version_*`, of which the newest stays.
       group_size: as in `sampler`, and so the next seven.
       max_tokens: of a completion.
       eos_ids: tokens that end one.
@@ -309,7 +339,8 @@ def engine_sampler(
       concurrency: the most requests at a time.
 
     Raises:
-      ValueError: for a setting out of range.
+      ValueError: for a setting out of range, and for top-k, top-p or min-p with a server whose log-probs are not under
+        them.
     """
     if group_size < 1 or max_tokens < 1 or not temperature > 0:
         raise ValueError(
@@ -340,9 +371,14 @@ def engine_sampler(
         retries=retries,
         backoff=backoff,
         concurrency=concurrency,
+        run=secrets.token_hex(4),
         given={"version": 0, "lag": 0},
     )
-    _ = made.truncation  # refuses what is out of range
+    if made.truncation is not None and not server.truncates:
+        raise ValueError(
+            f"the server's log-probs are not under top_k = {top_k}, top_p = {top_p} and min_p = {min_p}, under which a "
+            "step would score: leave them out, or sample with vLLM"
+        )
     return made
 
 
@@ -351,11 +387,18 @@ def seeds_of(key: PRNGKey, count: int) -> list[int]:
     return list(np.asarray(jax.random.bits(key, (count,), np.uint32) >> 1).tolist())
 
 
+def _is_cut(reason: str) -> bool:
+    """Whether a completion ended at the limit; one that was aborted is none."""
+    if reason not in ("stop", "length"):
+        raise ValueError(f"a completion ended by {reason!r}, and not by stop or length")
+    return reason == "length"
+
+
 def _read(server: Server, answer: Any) -> list[Drawn]:
     try:
         return server.read(answer)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RuntimeError(
-            f"{server.url} answered without token ids and log-probs ({type(error).__name__}: {error}): "
+            f"{server.url} gave no whole completions with token ids and log-probs ({type(error).__name__}: {error}): "
             f"{json.dumps(answer)[:300]}"
         ) from error

@@ -1,13 +1,15 @@
 """Rewards of conversations see who said what, and what the environment gave; where it failed, there is none."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import data, rewards
+from grpo_jax import data, processes, rewards
+from grpo_jax.run import completions
 from grpo_jax.sampling import turn_rewards
 from grpo_jax.testing import tiny_tokenizer
-from grpo_jax.types import Prompts, Rollout, Turns
+from grpo_jax.types import Experience, Prompts, Rollout, Turns
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -71,6 +73,45 @@ def test_functions_see_messages_and_what_was_given_for_each_turn():
     traced, traced_mask = turn_rewards(ROLLOUT)
     np.testing.assert_array_equal(mask[..., 1], traced_mask[..., 0])
     np.testing.assert_array_equal(values[..., 1], traced[..., 0])
+
+
+def test_the_tokens_of_a_conversation_are_those_that_the_policy_wrote():
+    seen = []
+
+    def remember(completion_ids, **columns):
+        seen.extend(completion_ids)
+        return [0.0] * 3
+
+    rewards.host([remember], ROWS, TOKENIZER, eos_ids=(END,))(ROLLOUT)
+    assert seen == [[*ids("5"), END, *ids("is it 7?"), END], [*ids("9!"), *ids("8"), END], [*ids("7"), END]]
+
+
+def test_of_several_processes_each_sees_its_own_conversations(monkeypatch):
+    """Here the process looks after the second of two groups."""
+    two = jax.tree.map(
+        lambda *groups: np.concatenate([*map(np.asarray, groups)]),
+        rollout_of([["1", "a", "2"]], given=[[0.1, 0.2, None]], failed=[False]),
+        rollout_of([["3"]], given=[[0.5, None, None]], failed=[False]),
+    )
+    two.prompts.info["row"] = np.arange(2)
+    seen = {}
+
+    def remember(completions, turn_rewards, completion_ids, **columns):
+        seen.update(completions=completions, turn_rewards=turn_rewards, completion_ids=completion_ids)
+        return [1.0]
+
+    own = np.array([1])
+    monkeypatch.setattr(processes, "own_rows", lambda tree, of: (own, jax.tree.map(lambda x: np.asarray(x)[own], tree)))
+    values, _ = rewards.host([remember], ROWS, TOKENIZER, eos_ids=(END,), read=READ)(two)
+    assert values[1, 0, 0] == 1.0
+    assert seen == {
+        "completions": [[{"role": "assistant", "content": "3"}]],
+        "turn_rewards": [[0.5]],
+        "completion_ids": [[*ids("3"), END]],
+    }
+    experience = Experience(two, rewards=np.zeros((2, 1, 1)), reward_mask=np.ones((2, 1, 1), bool))
+    (line,) = completions.lines(experience, TOKENIZER, ROWS, ["r"])
+    assert line["turns"] == [{"by": "policy", "text": TOKENIZER.decode([*ids("3"), END])}]
 
 
 def test_without_a_reader_the_text_between_is_as_it_stands():

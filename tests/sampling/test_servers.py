@@ -48,6 +48,8 @@ class Engine(http.server.BaseHTTPRequestHandler):
             if self.path in ("/collective_rpc", "/update_weights_from_disk"):
                 folder = content.get("model_path") or content["kwargs"]["weights_path"]
                 server.weights[None] = hf.load_pretrained(folder, compute_dtype=jnp.float32)[1]
+            if content.get("lora_name") in server.weights and self.path.endswith("/load_lora_adapter"):
+                return self.reply(400, {"error": "it has already been loaded"})
             if self.path.endswith("/load_lora_adapter"):
                 read = bind(*hf.load_adapters(POLICY, server.base, content["lora_path"]))
                 server.weights[content["lora_name"]] = read
@@ -57,22 +59,31 @@ class Engine(http.server.BaseHTTPRequestHandler):
 
     def generated(self, content):
         vllm = self.path == "/v1/completions"
-        prompt, settings = (content["prompt"], content) if vllm else (content["input_ids"], content["sampling_params"])
+        prompts, of_each = (
+            ([content["prompt"]], [content]) if vllm else (content["input_ids"], content["sampling_params"])
+        )
+        prompt, settings = prompts[0], of_each[0]
         assert (settings["temperature"], settings["stop_token_ids"]) == (TEMPERATURE, list(EOS))
         limit = settings["max_tokens" if vllm else "max_new_tokens"]
         name = content["model"] if vllm else content.get("lora_path")
         params = self.server.weights[None if name == "tiny" else name]
         tokens = np.zeros((2, 40), np.int32)
         tokens[:, : len(prompt)] = prompt
-        seed = settings["seed"] if vllm else settings["sampling_seed"]
-        drawn = jax.device_get(draw(params, tokens, np.full(2, len(prompt), np.int32), seed))
         answers = []
-        for g in range(settings["n"]):
+        for one in range(settings["n"] if vllm else len(prompts)):
+            # One seed is for all completions of vLLM; SGLang draws the same ones for the same seed.
+            seed, g = (settings["seed"], one) if vllm else (of_each[one]["sampling_seed"], 0)
+            drawn = jax.device_get(draw(params, tokens, np.full(2, len(prompt), np.int32), seed))
             n = min(limit, drawn.lengths[0, g])
             ids, log_probs = drawn.tokens[0, g, :n].tolist(), drawn.log_probs[0, g, :n].tolist()
             end = "length" if drawn.truncated[0, g] or n < drawn.lengths[0, g] else "stop"
             if vllm:
-                choice = {"index": g, "token_ids": ids, "logprobs": {"token_logprobs": log_probs}, "finish_reason": end}
+                choice = {
+                    "index": one,
+                    "token_ids": ids,
+                    "logprobs": {"token_logprobs": log_probs},
+                    "finish_reason": end,
+                }
                 answers.insert(0, choice)  # in any order
             else:
                 triples = [[value, token, None] for value, token in zip(log_probs, ids, strict=True)]
@@ -131,14 +142,19 @@ def gap(rollout, params):
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_the_server_draws_from_the_params_that_it_was_given_and_lags_at_most_as_told(kind, engine, tmp_path):
+    (tmp_path / "version_1_killed").mkdir()
     made = sampler_of(server_of(kind, engine), tmp_path, max_lag=1)
     versions = [jax.tree.map(lambda x, n=n: x * (1 + 0.3 * n), PARAMS) for n in range(3)]
     rollouts = [made(POLICY, params, PROMPTS, jax.random.key(n)) for n, params in enumerate(versions)]
     for n, has in enumerate((0, 0, 2)):  # it is given the first and the third
         assert gap(rollouts[n], versions[has]) < 1e-4
         assert n == has or gap(rollouts[n], versions[n]) > 0.01
-    assert [path.name for path in tmp_path.iterdir()] == ["version_2"]
-    assert rollouts[0].truncated.any() != rollouts[0].truncated.all()
+    (folder,) = tmp_path.iterdir()  # that of a killed run has gone
+    assert folder.name.startswith("version_2_")
+    assert (rollouts[0].tokens[:, 0] != rollouts[0].tokens[:, 1]).any(-1).all()  # a group differs
+    for rollout in rollouts:
+        last = jnp.take_along_axis(rollout.tokens, rollout.lengths[..., None] - 1, axis=-1)[..., 0]
+        np.testing.assert_array_equal(rollout.truncated, ~jnp.isin(last, jnp.array(EOS)))
     assert (rollouts[0].tokens != rollouts[1].tokens).any()  # other seeds
     prompts = [content.get("prompt") or content.get("input_ids") for _, content in engine.asked]
     assert np.asarray(PROMPTS.tokens)[0, : int(PROMPTS.lengths[0])].tolist() in prompts
@@ -156,8 +172,13 @@ def test_adapters_go_to_the_server_as_a_folder_of_peft(kind, engine, tmp_path):
     for n in range(2):
         params = bind(jax.tree.map(lambda x, n=n: x + 0.05 * (n + 1), adapters), base)
         assert gap(made(POLICY, params, PROMPTS, jax.random.key(0)), params) < 1e-4
-    assert set(engine.weights) == {None, "version_2"}
-    assert (pathlib.Path(tmp_path) / "version_2" / "adapter_config.json").exists()
+    (folder,) = pathlib.Path(tmp_path).iterdir()
+    assert set(engine.weights) == {None, folder.name}
+    assert (folder / "adapter_config.json").exists()
+    # A run that is resumed meets a server that has the adapters of the one before.
+    resumed = sampler_of(server_of(kind, engine, adapters=True), tmp_path, write)
+    assert gap(resumed(POLICY, params, PROMPTS, jax.random.key(0)), params) < 1e-4
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -194,7 +215,17 @@ def test_a_server_holds_conversations(kind, engine, tmp_path):
     assert sum(path == ("/v1/completions" if kind == "vllm" else "/generate") for path, _ in engine.asked) >= 6
 
 
-def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_told(engine, tmp_path):
+def test_an_adapter_that_a_lost_answer_told_of_is_not_loaded_again(engine, tmp_path):
+    made = sampler_of(servers.vllm(address(engine), model="tiny", adapters=True), tmp_path, lambda *given: None)
+    engine.faults = [(503, {}), (400, {"error": "The lora adapter has already been loaded"})]
+    made.refresh(POLICY, PARAMS)
+    assert made.given["version"] == 1
+    engine.faults = [(400, {"error": "The lora adapter has already been loaded"})]
+    with pytest.raises(RuntimeError, match="already been loaded"):  # by somebody else
+        made.refresh(POLICY, PARAMS)
+
+
+def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_told(engine, tmp_path, monkeypatch):
     made = sampler_of(server_of("vllm", engine), tmp_path, retries=1)
     engine.faults = [(503, {"error": "starting"})]
     made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
@@ -203,7 +234,15 @@ def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_t
     with pytest.raises(RuntimeError, match=r"/collective_rpc: status 404.*no such route"):
         again(POLICY, PARAMS, PROMPTS, jax.random.key(0))
     engine.faults = [(200, {}), (200, {}), (200, {"choices": [{"text": "hello"}]})]
-    with pytest.raises(RuntimeError, match=r"without token ids and log-probs \(KeyError"):
+    with pytest.raises(RuntimeError, match=r"no whole completions with token ids and log-probs \(KeyError"):
+        again(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    choice = {"index": 0, "token_ids": [3], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "abort"}
+    engine.faults = [(200, {}), (200, {}), (200, {"choices": [choice]})]
+    with pytest.raises(RuntimeError, match="a completion ended by 'abort', and not by stop or length"):
+        again(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    monkeypatch.setattr(servers, "ANSWER_LIMIT", 1000)
+    engine.faults = [(200, "x" * 2000)] * 2
+    with pytest.raises(RuntimeError, match="the answer has more than 1000 bytes"):
         again(POLICY, PARAMS, PROMPTS, jax.random.key(0))
     with pytest.raises(ValueError, match=r"call `step\.collect` without jit"):
         jax.jit(lambda params: made(POLICY, params, PROMPTS, jax.random.key(0)))(PARAMS)
@@ -223,3 +262,10 @@ def test_settings_out_of_range_are_refused(changes, message, tmp_path):
         sampler_of(servers.sglang("http://localhost:1"), tmp_path, **changes)
     with pytest.raises(ValueError, match="begins with http"):
         sampler_of(servers.sglang("localhost:1"), tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_a_truncation_that_the_log_probs_of_sglang_do_not_know_is_refused(changes, tmp_path):
+    with pytest.raises(ValueError, match="the server's log-probs are not under top_k"):
+        sampler_of(servers.sglang("http://localhost:1"), tmp_path, **changes)
+    assert sampler_of(servers.vllm("http://localhost:1", model="tiny"), tmp_path, **changes).truncation is not None
