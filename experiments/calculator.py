@@ -12,7 +12,7 @@ is drawn anew, and otherwise guesses all but the first two digits:
 
 Then GRPO rewards right answers. The conversations are those of `sampling.conversations` with `tools.environment`, in
 the words of a chat template as Qwen's; what the calculator said is read and not learned. The second condition has no
-calculator: calls are answered with an error.
+calculator: a call ends the conversation, since the error that answers it does not fit into what is left of its tokens.
 
 Written are `calculator.csv`, `.md` and `.png`, in about 2 minutes of two CPU cores.
 """

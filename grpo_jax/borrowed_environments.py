@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.environments import Message, Respond, Row, Turn
-from grpo_jax.rewards.calling import RewardFunction, call, name_of
+from grpo_jax.rewards.calling import RewardFunction, call, name_of, run_async
 from grpo_jax.tools import Calls, any_calls, called
 
 STATE = "_environment"  # the column of a conversation's row that holds its environment
@@ -25,8 +25,9 @@ def trl_environment(factory: Callable[[], Any], *, calls: Calls = any_calls, lon
             def increment(self, by: int) -> int: ...         # any other public method is a tool
             def get_reward(self) -> float: ...               # may be left out
 
-    Each conversation has an object of its own, reset with its row before the first answer. Its reward is asked for
-    after each turn, and what it has gained since the turn before is that turn's: the sum is the last one, also where
+    Each conversation has an object of its own, reset with its row before the first answer. Methods may be `async`.
+    Where TRL asks for the reward once, at the end, it is asked for after each turn here, so that `get_reward` must
+    change nothing; what it has gained since the turn before is that turn's: the sum is the last one, also where
     the conversation is cut. What `reset` returns is not said here: see `with_first_observations`.
 
     Args:
@@ -44,7 +45,7 @@ def trl_environment(factory: Callable[[], Any], *, calls: Calls = any_calls, lon
         if STATE not in row:
             columns = dict(row)
             row[STATE] = made = factory()
-            made.reset(**columns)
+            _awaited(made.reset(**columns))
             row[f"{STATE}_rewarded"] = 0.0
         made = row[STATE]
         present = calls(messages[-1]["content"])
@@ -53,7 +54,7 @@ def trl_environment(factory: Callable[[], Any], *, calls: Calls = any_calls, lon
             turn = called({name: getattr(made, name) for name in names}, present, longest=longest)
         if not hasattr(made, "get_reward"):
             return turn
-        total = float(made.get_reward())
+        total = float(_awaited(made.get_reward()))
         gained, row[f"{STATE}_rewarded"] = total - row[f"{STATE}_rewarded"], total
         return turn._replace(reward=gained)
 
@@ -72,7 +73,7 @@ def with_first_observations(
     made = factory()
     told = []
     for row in rows:
-        said, prompt = made.reset(**row), row[prompt_column]
+        said, prompt = _awaited(made.reset(**row)), row[prompt_column]
         if said and isinstance(prompt, str):
             prompt = prompt + said
         elif said:
@@ -81,12 +82,17 @@ def with_first_observations(
     return told
 
 
+def _awaited(result: Any) -> Any:
+    return run_async(result) if inspect.iscoroutine(result) else result
+
+
 def _tools(example: Any) -> list[str]:
     if not callable(getattr(example, "reset", None)):
         raise ValueError(
             f"an environment of TRL's kind has a method `reset(**row)`, and {type(example).__name__} has none"
         )
-    names = [name for name, _ in inspect.getmembers(example, callable) if not name.startswith("_")]
+    # As in TRL methods alone: an attribute that can be called, such as a client or a random generator, is no tool.
+    names = [name for name, _ in inspect.getmembers(type(example), inspect.isfunction) if not name.startswith("_")]
     return [name for name in names if name not in ("reset", "get_reward")]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_jax.environments import Failure, Message, Respond, Row, Turn
 from grpo_jax.rewards.outcomes import Outcome
-from grpo_jax.rewards.pool import WorkerPool
+from grpo_jax.rewards.pool import WorkerPool, target_of
 
 
 def in_worker_processes(
@@ -28,10 +28,11 @@ def in_worker_processes(
       prefix: a command that runs the command after it, such as a sandbox's.
 
     Raises:
-      ValueError: for a setting out of range; when called, for a function that workers cannot find.
+      ValueError: for a setting out of range, and a function that workers cannot find, such as one that another made.
       TypeError: when called, for a row that does not fit into JSON.
     """
     WorkerPool(workers=workers, memory=memory)  # refuses what it would refuse at the first answer
+    target_of(respond)
 
     @functools.lru_cache(maxsize=1)
     def pool(timeout: float) -> WorkerPool:
@@ -59,6 +60,8 @@ def _answer(row: Row, outcome: Outcome, timeout: float) -> Turn | Failure | None
         return Failure(f"it ended with the fault {outcome.fault!r}\n{outcome.message}")
     try:  # not trusted: its writer has seen model output
         value, arguments = outcome.returned
+        if value is not None and not (isinstance(value, list) and len(value) in (1, 2)):
+            raise TypeError  # text and mappings have elements, too
         changed = {**arguments["row"]}
         answer = None if value is None else Turn(*value)
     except (TypeError, ValueError, KeyError):

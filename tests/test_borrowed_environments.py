@@ -13,6 +13,9 @@ from grpo_jax.tasks import reasoning_gym
 class Counter:
     """As in TRL's documentation of `environment_factory`: a state, tools, a reward."""
 
+    def __init__(self):
+        self.client = print  # can be called and is no tool
+
     def reset(self, *, start, **row):
         self.count = start
         return f" You begin at {start}."
@@ -31,7 +34,7 @@ class Counter:
         self.count *= 2
         return self.count
 
-    def get_reward(self) -> float:
+    async def get_reward(self) -> float:
         return self.count / 10
 
     def _hidden(self):

@@ -23,11 +23,15 @@ def respond(row, messages):
     if how == "raise":
         raise KeyError("no such city")
     if how == "much":
-        return ("x" * 300_000, None)
+        return ("x" * 1_200_000, None)
     if how == "set":
         return ({1, 2}, None)
     if how == "number":
         return 3
+    if how == "text":
+        return "7"
+    if how == "object":
+        return {"content": "x"}
     if how == "end":
         return None
     return (f"{row['answer']} {row['seen']}", 0.5)
@@ -53,9 +57,11 @@ FAULTS = {
     "hang": "has not answered within 1.5 s",
     "crash": "ended with the fault 'lost'",
     "raise": "KeyError: 'no such city'",
-    "much": "ended with the fault 'lost'",
+    "much": "its answer has more than 1048576 bytes",
     "set": "is not JSON serializable",
     "number": "it returned [3, ",
+    "text": "it returned ['7', ",
+    "object": "it returned [{'content': 'x'}, ",
 }
 
 
@@ -75,6 +81,14 @@ def test_what_hangs_or_crashes_costs_its_own_conversation_and_the_row_comes_back
     assert [row["seen"] for row in rows] == [5 if how in ("well", "end") else 4 for how in hows]
 
 
+def test_a_row_may_be_large(module):
+    row = {"answer": 1, "board": "x" * 200_000}
+    made = in_worker_processes(module.respond, workers=1)
+    ((content, _),) = answers(made, [(row, [{"role": "assistant", "content": "well"}])], timeout=10.0)
+    assert content == [{"role": "user", "content": "1 1"}]
+    assert len(row["board"]) == 200_000
+
+
 def test_one_that_is_async_is_awaited_there(module):
     made = in_worker_processes(module.patient, workers=1)
     assert answers(made, [({}, [])] * 2, timeout=10.0) == [Turn([{"role": "user", "content": "waited"}])] * 2
@@ -84,4 +98,4 @@ def test_settings_out_of_range_and_functions_that_workers_cannot_find_are_refuse
     with pytest.raises(ValueError, match="at least 1 worker, got 0"):
         in_worker_processes(lambda row, messages: None, workers=0)
     with pytest.raises(ValueError, match=r"top level of a \.py file"):
-        answers(in_worker_processes(lambda row, messages: None), [({}, [])], timeout=1.0)
+        in_worker_processes(lambda row, messages: None)

@@ -107,16 +107,18 @@ def read_between(
       template: as in `between_turns`.
     """
     mark = "\ue000said\ue001"
-    end = turn_end(tokenizer, **template)
-    end_text = next((text for text, i in special_tokens(tokenizer).items() if i == end), "")
     around = []
     for role in roles:
         whole = render(tokenizer, _exchange(SAID, [{"role": role, "content": mark}]), **template).text
-        before, _, after = whole.partition(SAID)[2].partition(mark)
-        around.append((role, before.partition(end_text)[2] if end_text else before, after))
+        rest = whole.partition(SAID)[2]
+        # The end of an earlier turn: that of a last one may be another, as in gpt-oss.
+        closing = special_pattern(tokenizer).match(rest.lstrip())
+        closes = "" if closing is None else closing[0]
+        before, _, after = rest.partition(mark)
+        around.append((role, before.partition(closes)[2] if closes else before, after))
 
     def read(text: str) -> dict[str, str]:
-        text = text.removeprefix(end_text)
+        text = text.removeprefix(closes)
         role, opening, after = next((one for one in around if text.startswith(one[1])), around[-1])
         return {"role": role, "content": text.removeprefix(opening).removesuffix(after)}
 

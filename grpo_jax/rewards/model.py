@@ -54,6 +54,8 @@ def reward_model(
 
     def encode(prompt: Any, completion: Any) -> list[int]:
         if isinstance(prompt, str):
+            if not isinstance(completion, str):  # a conversation after a prompt that is text: what stands there
+                completion = "".join(message["content"] for message in completion)
             return tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
         closed = {"add_generation_prompt": False, "continue_final_message": False}  # the completion's turn has ended
         return data.encode_prompt(tokenizer, [*prompt, *completion], **closed)

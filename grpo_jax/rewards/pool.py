@@ -27,7 +27,7 @@ from typing import Any, Self
 
 from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.outcomes import Outcome, to_rewards
-from grpo_jax.rewards.worker_process import WorkerProcess, encode, wait
+from grpo_jax.rewards.worker_process import LINE_LIMIT, RETURN_LIMIT, WorkerProcess, encode, wait
 
 START_TIMEOUT = 120.0  # seconds for a worker to start and to import its function's modules
 START_ATTEMPTS = 3  # workers in a row that may die while they load the function
@@ -111,12 +111,13 @@ class WorkerPool:
           TypeError: if an item does not fit into JSON.
           RuntimeError: if workers cannot start or cannot load the function: no item is to blame.
         """
-        target = _target(function)
+        target = target_of(function)
         settings = self._settings | ({} if returned is None else {"returned": [*returned]})
         requests = [encode({"id": i, "arguments": dict(item), **settings}) for i, item in enumerate(items)]
+        limit = LINE_LIMIT if returned is None else RETURN_LIMIT
         with self._lock:
             try:
-                return self._run(target, requests)
+                return self._run(target, requests, limit)
             except BaseException:
                 _kill_all(self._workers)  # no answer to a call that was interrupted may reach the next
                 raise
@@ -132,7 +133,7 @@ class WorkerPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _run(self, target: tuple[str, str], requests: Sequence[bytes]) -> list[Outcome]:
+    def _run(self, target: tuple[str, str], requests: Sequence[bytes], limit: int) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}
         waiting = deque(range(len(requests)))
         died_loading = 0
@@ -142,7 +143,7 @@ class WorkerPool:
             busy = [worker for worker in self._workers if worker.item is not None]
             wait(busy, end)
             for worker in busy:
-                item, outcome = worker.item, worker.outcome()
+                item, outcome = worker.item, worker.outcome(limit)
                 if item is None or outcome is None:
                     continue
                 worker.item = None
@@ -170,7 +171,8 @@ class WorkerPool:
         if outcome.fault == "lost" and status == -signal.SIGALRM:
             return Outcome(None, "timeout")
         if outcome.fault == "lost" or (outcome.fault == "timeout" and status != -signal.SIGKILL):
-            return Outcome(None, "lost", f"the worker died or wrote something else (exit status {status})")
+            reason = f"the worker died or wrote something else (exit status {status})"
+            return Outcome(None, "lost", outcome.message or reason)
         return outcome
 
     def _assign(self, target: tuple[str, str], requests: Sequence[bytes], waiting: deque[int], unfinished: int) -> None:
@@ -251,7 +253,7 @@ def _kill_all(workers: list[WorkerProcess]) -> None:
         workers.pop().kill()
 
 
-def _target(function: Callable[..., Any] | str) -> tuple[str, str]:
+def target_of(function: Callable[..., Any] | str) -> tuple[str, str]:
     """The file and the name by which workers load the function."""
     if isinstance(function, str):
         module, _, name = function.partition(":")

@@ -17,6 +17,7 @@ from typing import Any
 from grpo_jax.rewards.outcomes import Fault, Outcome
 
 LINE_LIMIT = 1 << 16  # bytes of one answer; a worker that writes more is not answering
+RETURN_LIMIT = 1 << 20  # of one that brings arguments back, such as the row of a conversation
 
 
 def environment() -> dict[str, str]:
@@ -84,12 +85,14 @@ class WorkerProcess:
         self.read()
         return self.ended or bool(self.received)
 
-    def outcome(self) -> Outcome | None:
-        """The outcome of the item, None while it is still at work."""
+    def outcome(self, limit: int) -> Outcome | None:
+        """The outcome of the item, of at most so many bytes; None while it is still at work."""
         line, newline, rest = self.received.partition(b"\n")
         if newline and not rest:
             return _decode(line, self.item)
-        if newline or self.ended or len(self.received) > LINE_LIMIT:
+        if len(self.received) > limit:
+            return Outcome(None, "lost", f"its answer has more than {limit} bytes")
+        if newline or self.ended:
             return Outcome(None, "lost")
         if time.monotonic() >= self.deadline:
             return Outcome(None, "timeout", "the item took longer than its limit")

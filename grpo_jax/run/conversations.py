@@ -56,6 +56,11 @@ class ConversationSettings(PromptSettings):
                 f"either --environment {self.environment}, which may have tools as its attribute `tools`, or --tools "
                 f"{' '.join(self.tools)}"
             )
+        if self.environment is None and self.environment_workers:
+            raise ValueError(
+                f"--environment-workers {self.environment_workers} are for an --environment, and there is none: tools "
+                "run in this process"
+            )
         if self.environment is not None:
             return [*getattr(self.respond, "tools", ())]
         return [resolve(name, "grpo_jax.tools") for name in self.tools]

@@ -17,7 +17,7 @@ import numpy as np
 
 from grpo_jax import rewards
 from grpo_jax.rewards.conversations import Read
-from grpo_jax.run import metrics
+from grpo_jax.run import inputs, metrics
 from grpo_jax.run.names import resolve
 from grpo_jax.types import Metrics, Rollout
 
@@ -64,15 +64,31 @@ class RewardSettings:
     ) -> Rewarded:
         """Makes `(rollout, trainer_state) -> (rewards [B, G, R], mask, metrics)`; see `rewards.host`.
 
-        Of a batch that one function raised on, nothing is learned from the others alone: all of it is masked.
+        Of a batch that one function raised on, nothing is learned from the others alone: all of it is masked. A
+        held-out verifier that raised is logged as `held_out/<name>/failed` and ends the run as late as a reward.
+
+        Raises:
+          ValueError: for `held_out_every` below 1; for two functions of one name, held out or not, since one would
+            overwrite the other's metrics.
         """
+        if self.held_out_every < 1:
+            raise ValueError(f"--held-out-every is at least 1, got {self.held_out_every}")
+        inputs.check_rewards([*self.reward_functions, *self.verifiers])
         settings: dict[str, Any] = {
             "prompt_column": prompt_column, "eos_ids": eos_ids, "report_after": self.reward_timeout, "read": read
         }  # fmt: skip
         logged, names = metrics.Logged(), self.reward_names
-        tolerant = [rewards.skip_failed_batches(f, batches=self.stop_after_failed) for f in self.reward_functions]
-        reward = rewards.host(tolerant, rows, tokenizer, log_metric=logged, **settings)
-        verify = rewards.host(self.verifiers, rows, tokenizer, **settings) if self.verifiers else None
+
+        def tolerant(functions: Sequence[Any]) -> list[Any]:
+            return [rewards.skip_failed_batches(f, batches=self.stop_after_failed) for f in functions]
+
+        def log_held_out(name: str, value: float) -> None:
+            logged(f"held_out/{name}", value)
+
+        reward = rewards.host(tolerant(self.reward_functions), rows, tokenizer, log_metric=logged, **settings)
+        verify = None
+        if self.verifiers:
+            verify = rewards.host(tolerant(self.verifiers), rows, tokenizer, log_metric=log_held_out, **settings)
         of_verifiers = [rewards.name_of(verifier) for verifier in self.verifiers]
 
         def rewarded(rollout: Rollout, trainer_state: rewards.TrainerState) -> tuple[np.ndarray, np.ndarray, Metrics]:

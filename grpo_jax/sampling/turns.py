@@ -122,7 +122,8 @@ def conversations(
       between: `data.between_turns(tokenizer)` for prompts that are chat messages; None for plain text, after which
         the environment's text follows as it is.
       prompt_column: of the rows.
-      max_answer_tokens: of one answer, with what the template writes around it.
+      max_answer_tokens: of one answer, with what the template writes around it. Results of tools are cut to fit, and
+        where even so they do not, the conversation is; a longer answer of others is a failure.
       timeout: seconds for one answer.
 
     Raises:
@@ -365,19 +366,44 @@ def _follow(
         return None
     assert not isinstance(answer.content, str)
     between = between_texts(made.tokenizer) if made.between is None else made.between
+    of_tools = all(message["role"] == "tool" for message in answer.content)
     try:
-        tokens = between(answer.content, conversation.tokens[-1])
+        content, tokens = answer.content, between(answer.content, conversation.tokens[-1])
+        if len(tokens) > made.max_answer_tokens and of_tools:
+            content, tokens = _shortened(between, content, conversation.tokens[-1], made.max_answer_tokens)
     except ValueError as error:
         return Failure(f"its answer cannot be encoded: {error}")
-    if len(tokens) > made.max_answer_tokens:
+    if len(tokens) > made.max_answer_tokens and not of_tools:
         return Failure(f"its answer has {len(tokens)} tokens, more than max_answer_tokens = {made.max_answer_tokens}")
-    if len(conversation.ends) == made.max_turns or len(conversation.tokens) + len(tokens) >= made.sampler.max_tokens:
+    # A policy that calls so many tools at once that their answers do not fit has cut its conversation itself.
+    no_room = len(tokens) > made.max_answer_tokens or len(conversation.tokens) + len(tokens) >= made.sampler.max_tokens
+    if len(conversation.ends) == made.max_turns or no_room:
         conversation.truncated = True
         return None
-    conversation.messages += answer.content
+    conversation.messages += content
     conversation.wrote(tokens, [0.0] * len(tokens), False)
     conversation.turn = len(conversation.tokens)
     return tokens
+
+
+def _shortened(between: Between, messages: Sequence[Message], last: int, most: int) -> tuple[list[Message], list[int]]:
+    """Results of tools, each cut to as many characters as make `most` tokens of all, or to none; and the tokens.
+
+    How much a tool prints is up to the policy: if that masked the conversation, it could have any masked.
+    """
+
+    def cut(characters: int) -> list[Message]:
+        return [
+            message if (left := len(message["content"]) - characters) <= 0 else
+            {**message, "content": f"{message['content'][:characters]} ... ({left} characters left out)"}
+            for message in messages
+        ]  # fmt: skip
+
+    low, high = 0, max(len(message["content"]) for message in messages)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(between(cut(middle), last)) <= most else (low, middle - 1)
+    return cut(low), between(cut(low), last)
 
 
 def _rollout(prompts: Prompts, begun: Sequence[_Conversation], shape: tuple[int, int, int], K: int) -> Rollout:

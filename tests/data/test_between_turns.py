@@ -45,10 +45,11 @@ def test_special_tokens_in_what_a_tool_prints_forge_no_turn(kind, make_tokenizer
     assert HOSTILE in tokenizer.decode(between([{"role": "user", "content": HOSTILE}], end))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "thinking", "r1", "harmony"])
 def test_what_was_encoded_is_read_again(kind, make_tokenizer):
     tokenizer, settings = make_tokenizer(kind), {"date_string": "1"} if kind == "llama" else {}
-    between, read = data.between_turns(tokenizer, **settings), data.read_between(tokenizer, **settings)
+    between = data.between_turns(tokenizer, keep_history=kind not in KINDS, **settings)
+    read = data.read_between(tokenizer, **settings)
     for last in (data.turn_end(tokenizer, **settings), ids_of(tokenizer, SAID)[-1]):
         told = read(
             tokenizer.decode(between([{"role": "user", "content": HOSTILE}], last), clean_up_tokenization_spaces=False)

@@ -140,14 +140,17 @@ def test_conversations_are_evaluated_and_show_who_wrote_what(files, tmp_path, ca
         environment="verifiers:answer", max_turns=2, stop=tuple("abcdefghijklmnopqrstuvwxyz"), extract=None,
         greedy=False,
     ))  # fmt: skip
+    answered = 0
     for item in map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines()):
         for turns, completion, right in zip(item["turns"], item["completions"], item["right"], strict=True):
             mine = [turn["text"] for turn in turns if turn["by"] == "policy"]
             assert right == (len(mine) == 2)
             assert len(turns) == 2 * len(mine) - 1
             if len(turns) > 1:
+                answered += 1
                 assert f"user\nnot {item['row'] + 1}<|im_end|>" in turns[1]["text"]
                 assert completion == re.sub(r"<\|(im_end|endoftext)\|>", "", "\n".join(mine))
+    assert answered > 0
     assert "environment>" in capsys.readouterr().out
 
 

@@ -65,11 +65,27 @@ def test_the_game_runs(tmp_path):
 
 
 def test_the_committed_results_are_those_that_the_pages_tell():
+    page = (ROOT.parent / "docs" / "pages" / "results" / "turns.md").read_text()
     found = results.read(ROOT / "results" / "guess_the_number.csv")
+    numbers = results.per_seed(found, "found")["told higher or lower"]
+    assert f"find {numbers.mean():.3f} [" in page
+    count = {6: "twelve", 7: "four"}
+    assert {n: int((numbers * 7).round().tolist().count(n)) for n in count} == {6: 12, 7: 4}
+    assert "6 of 7 in twelve runs, all of them in four" in page
     last = {name: values.mean() for name, values in results.per_seed(found, "found").items()}
     assert last["told higher or lower"] > 0.8
     assert last["told nothing"] == pytest.approx(3 / 7, abs=1e-3)
     found = results.read(ROOT / "results" / "calculator.csv")
     greedy = results.per_seed(found, "greedy")
-    assert greedy["with the calculator"].mean() > 0.75
-    assert greedy["without"].max() < 0.05
+    first = [row["greedy"] for row in found if row["condition"] == "with the calculator" and row["step"] == 0]
+    went = [*first, *greedy["with the calculator"]]
+    assert "from {:.2f} and {:.2f} to {:.2f} and {:.2f}".format(*went) in " ".join(page.split())
+    assert greedy["without"].max() == max(row.get("sampled", 0) for row in found if row["condition"] == "without") == 0
+
+
+def test_without_the_calculator_the_error_does_not_fit_into_a_conversation():
+    tokenizer = calculator.make_tokenizer()
+    call = {"role": "assistant", "content": f"{calculator.CALL}123 * 456{calculator.CLOSE}"}
+    answer = tools.environment([], tools.hermes_calls)({}, [call])
+    between = data.between_turns(tokenizer, role="tool")
+    assert len(between(answer.content, tokenizer.eos_token_id)) > calculator.Config().max_tokens

@@ -34,6 +34,9 @@ def with_tools(row, messages):
     return None
 
 with_tools.tools = [shout]
+
+def make():
+    return lambda row, messages: None
 '''
 ROWS = [{"prompt": "say hello"}]
 SAMPLER = sampling.sampler(group_size=2, max_tokens=64, eos_ids=(1,))
@@ -90,6 +93,11 @@ def test_plain_text_is_answered_in_plain_text():
         ({"tools": ("talked:shout",)}, "tools are told by the chat template: --chat"),
         ({"tools": ("talked:shout",), "environment": "talked:respond"}, "either --environment talked:respond"),
         ({"tools": ("talked:nothing",)}, "talked has no function 'nothing'"),
+        (
+            {"tools": ("talked:shout",), "chat": True, "environment_workers": 2},
+            "2 are for an --environment",
+        ),
+        ({"environment": "talked:make()", "environment_workers": 2}, "def at the top"),
         ({"environment": "talked:respond", "max_turns": 0}, "max_turns and max_answer_tokens are at least 1"),
     ],
 )

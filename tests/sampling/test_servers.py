@@ -156,7 +156,7 @@ def test_the_server_draws_from_the_params_that_it_was_given_and_lags_at_most_as_
         last = jnp.take_along_axis(rollout.tokens, rollout.lengths[..., None] - 1, axis=-1)[..., 0]
         np.testing.assert_array_equal(rollout.truncated, ~jnp.isin(last, jnp.array(EOS)))
     assert (rollouts[0].tokens != rollouts[1].tokens).any()  # other seeds
-    prompts = [content.get("prompt") or content.get("input_ids") for _, content in engine.asked]
+    prompts = [content.get("prompt") or content.get("input_ids", [None])[0] for _, content in engine.asked]
     assert np.asarray(PROMPTS.tokens)[0, : int(PROMPTS.lengths[0])].tolist() in prompts
 
 

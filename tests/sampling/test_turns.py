@@ -259,6 +259,26 @@ FAULTS = {
 }
 
 
+def test_results_of_tools_are_cut_to_fit_and_where_they_cannot_the_conversation_is():
+    between = data.between_turns(TOKENIZER)
+
+    def follow(contents):
+        made = conversations(sampler_of(), answer, TOKENIZER, TEXTS, max_turns=3, between=between, max_answer_tokens=90)
+        talk = turns._Conversation({}, [], [5, END], [True] * 2, [-1.0] * 2, ends=[2], rewards=[])
+        tokens = turns._follow(made, talk, Turn([{"role": "tool", "content": text} for text in contents]))
+        return talk, tokens
+
+    talk, tokens = follow(["short", "yes " * 2000])
+    assert 60 < len(tokens) <= 90
+    assert talk.messages[0]["content"] == "short"
+    assert talk.messages[1]["content"].startswith("yes yes")
+    left = 8000 - len(talk.messages[1]["content"].split(" ... (")[0])
+    assert talk.messages[1]["content"].endswith(f" ... ({left} characters left out)")
+    assert tokens == between(talk.messages, END) == talk.tokens[2:]
+    talk, tokens = follow(["error: there is no tool"] * 100)
+    assert (tokens, talk.truncated, talk.messages) == (None, True, [])
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failing_environment_masks_its_conversation_and_is_counted(fault):
     respond, message = FAULTS[fault]
