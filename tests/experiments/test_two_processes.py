@@ -21,6 +21,9 @@ def brevity(completions, trainer_state):
     if trainer_state.global_step == 1 and jax.process_index() == jax.process_count() - 1:
         raise KeyError("of one process")
     return [1.0 / (1 + len(completion)) for completion in completions]
+
+def length(completions):
+    return [1.0 * len(completion) for completion in completions]
 """
 SETTINGS = {
     "model": "model", "data": "data.jsonl", "reward": "my_rewards:brevity", "compute-dtype": "float32",
@@ -34,7 +37,8 @@ def run(folder, processes=1, **changes):
     flags = f"--xla_force_host_platform_device_count={2 // processes} --xla_backend_optimization_level=0"
     path = os.pathsep.join([str(ROOT), str(folder)])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
-    options = [f"--{name}={value}" for name, value in (SETTINGS | changes).items() if value is not None]
+    given = {name: value for name, value in (SETTINGS | changes).items() if value is not None}
+    options = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     command = [sys.executable, str(ROOT / "experiments/grpo.py"), *options]
     commands = [command]
     if processes > 1:
@@ -84,6 +88,19 @@ def test_two_processes_make_the_run_of_one_also_where_one_of_them_fails_to_rewar
     expected, found = (safetensors.numpy.load_file(folder / d / "step_3/model.safetensors") for d in ("one", "two"))
     for name, tensor in expected.items():
         np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_sample_ahead_and_go_on_with_the_batch_in_flight(folder):
+    ahead = {"overlap": True, "reward": "my_rewards:length"}
+    (whole,) = run(folder, **ahead, **{"run-dir": "one", "steps": 3})
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    for steps in (1, 3):
+        first, second = run(folder, processes=2, **ahead, **{"run-dir": "two", "steps": steps})
+        assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
+    assert "resumed at step 1 of 3" in first.stdout
+    one, two = (lines(folder / d / "completions.jsonl") for d in ("one", "two"))
+    assert [line["completion"] for line in two] == [line["completion"] for line in one]
 
 
 @pytest.mark.slow

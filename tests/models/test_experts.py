@@ -129,11 +129,18 @@ def test_adapters_of_experts_compute_and_learn_as_the_model_that_they_are_merged
         )
 
     found, gradients = jit(jax.value_and_grad(lambda x: value(bind(x, base))))(adapters)
-    expected, dense = jit(jax.value_and_grad(value))(lora.merge(adapters, base))
+    merged = lora.merge(adapters, base)  # in which kernels without adapters are codes, which have no gradient
+    layers, names = merged["layers"], ("experts_up", "experts_down")
+
+    def of_kernels(kernels):
+        mlp = layers["mlp"] | {name: layers["mlp"][name] | {"kernel": kernels[name]} for name in names}
+        return value(merged | {"layers": layers | {"mlp": mlp}})
+
+    expected, dense = jit(jax.value_and_grad(of_kernels))({name: layers["mlp"][name]["kernel"] for name in names})
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
     for name, r in (("experts_up", 2), ("experts_down", 3)):
         a, b = (np.asarray(adapters["layers"]["mlp"][name][x], np.float64) for x in (lora.A, lora.B))
-        dW = np.asarray(dense["layers"]["mlp"][name]["kernel"], np.float64)
+        dW = np.asarray(dense[name], np.float64)
         of = gradients["layers"]["mlp"][name]
         assert np.max(np.abs(of[lora.A])) > 0.1
         np.testing.assert_allclose(of[lora.A], 32 / r * dW @ b.swapaxes(-1, -2), rtol=1e-3, atol=1e-3)
