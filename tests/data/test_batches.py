@@ -149,6 +149,7 @@ def test_demonstrations_are_a_rollout_of_groups_of_one():
         ((2, 1, 4), "float32"),
         ((2, 1), "bool"),
         None,
+        None,
     )
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(rollout))
     assert rollout.prompts.tokens.tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
