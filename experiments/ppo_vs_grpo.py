@@ -34,7 +34,6 @@ from grpo_jax.study import figures, footprints, grid, results, runs, tables
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.intervals import bootstrap
 from grpo_jax.study.results import Row
-from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import Step
 from grpo_jax.types import Params, PRNGKey, TrainState
 from grpo_jax.updates import init_state
@@ -109,6 +108,7 @@ def ppo_run(
       prompts: of a step, each with its share of the completions.
     """
     optimizer = optax.adam(setting.LEARNING_RATE, b2=0.99)
+    terms, make_problems = setting.terms_of(config, setting.STANDARD), setting.problems_of(config)
 
     def init(key: PRNGKey, hyper: Hyper) -> TrainState:
         params = {"policy": hyper["params"], "critic": init_critic(critic, key, hyper["params"])}
@@ -120,7 +120,7 @@ def ppo_run(
             setting.policy,
             critic,
             optimizer,
-            setting.sampler(group_size=COMPLETIONS // prompts),
+            setting.sampler(terms, group_size=COMPLETIONS // prompts),
             reward=setting.reward(),
             advantage=ppo.gae_advantages(**guide, weights=setting.WEIGHTS),
             loss=ppo.ppo_loss(value_weight=0.5, entropy_weight=0.01),
@@ -130,9 +130,9 @@ def ppo_run(
     return runs.make_run(
         init,
         step,
-        lambda key, n, hyper: modular_sums.problems(jax.random.fold_in(key, n), prompts, terms=setting.STANDARD),
+        lambda key, n, hyper: make_problems(jax.random.fold_in(key, n), prompts, terms=terms),
         num_steps=config.steps,
-        evaluate=lambda params, hyper: setting.evaluate(params["policy"], setting.STANDARD),
+        evaluate=lambda params, hyper: setting.evaluate(params["policy"], terms, make_problems),
         evaluate_every=config.steps // 10,
     )
 
