@@ -12,6 +12,7 @@ import collections
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -25,7 +26,6 @@ import numpy as np
 from jax._src import distributed  # the service's keys and values have no public name; Orbax takes them from here, too
 from jax.experimental import multihost_utils
 
-from grpo_jax.run import preemption
 from grpo_jax.types import Array
 
 Tree = TypeVar("Tree")
@@ -100,7 +100,7 @@ def _left(me: str, over: threading.Event, watcher: threading.Thread) -> Iterator
     try:
         yield
     except BaseException as error:
-        if isinstance(error, SystemExit) and error.code == preemption.STOPPED:
+        if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
             exchange("done", None)  # of all, after the same step; one may be busy with its checkpoint for long
         else:
             _tell(me, error, over)
