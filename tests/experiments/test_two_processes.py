@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
+from compiling import QUICKLY
 
 from grpo_jax import testing
 
@@ -34,7 +35,7 @@ SETTINGS = {
 
 def run(folder, processes=1, **changes):
     """Runs grpo.py as one process with two devices, or as two with one each; the processes, ended."""
-    flags = f"--xla_force_host_platform_device_count={2 // processes} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={2 // processes} {QUICKLY}"
     path = os.pathsep.join([str(ROOT), str(folder)])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
     given = {name: value for name, value in (SETTINGS | changes).items() if value is not None}
