@@ -152,7 +152,8 @@ def from_nothing(critic: Policy, key: PRNGKey, params: Params) -> Params:
 
 def seconds_per_step(config: Config, timing: Sequence[Row]) -> dict[str, float]:
     """By condition. The first chunk, which compiles, is left out."""
-    evaluate = jax.jit(jax.vmap(functools.partial(setting.evaluate, terms=setting.STANDARD)))
+    task = {"terms": setting.terms_of(config, setting.STANDARD), "make_problems": setting.problems_of(config)}
+    evaluate = jax.jit(jax.vmap(functools.partial(setting.evaluate, **task)))
     params = jax.block_until_ready(setting.starts(config))
     evaluation = min(footprints.timed(evaluate, params)[0] for _ in range(10))
     chunks: dict[str, list[float]] = {}
