@@ -46,6 +46,12 @@ def group_size_of(function: Callable[..., Any]) -> int | None:
     return getattr(function, "group_size", None)
 
 
+def of_groups(function: RewardFunction, group_size: int) -> RewardFunction:
+    """Says of a function that it compares the completions of groups of this size; see `group_size_of`."""
+    vars(function)["group_size"] = group_size
+    return function
+
+
 def ignore(name: str, value: Any) -> None:
     """A `log_metric` that drops the metric."""
 

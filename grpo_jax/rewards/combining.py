@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.rewards.calling import LogMetric, RewardFunction, call, group_size_of, ignore, name_of
+from grpo_jax.rewards.calling import LogMetric, RewardFunction, call, group_size_of, ignore, name_of, of_groups
 
 
 def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | None = None) -> RewardFunction:
@@ -30,7 +30,7 @@ def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | N
         raise ValueError(
             f"combine takes at least one function and a weight for each, got {len(functions)} and {number}"
         )
-    sizes = {group_size_of(function) for function in functions} - {None}
+    sizes = {size for function in functions if (size := group_size_of(function)) is not None}
     if len(sizes) > 1:
         raise ValueError(f"the functions need groups of different sizes: {sizes}")
     scale = np.ones(len(functions)) if weights is None else np.asarray(weights, np.float64)
@@ -48,6 +48,4 @@ def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | N
         total = np.where(reward_mask, scale[:, None] * np.nan_to_num(rewards), 0.0).sum(axis=0)
         return [float(x) if scored else None for x, scored in zip(total, reward_mask.any(axis=0), strict=True)]
 
-    if sizes:
-        combined.group_size = sizes.pop()  # type: ignore[attr-defined]
-    return combined
+    return of_groups(combined, sizes.pop()) if sizes else combined

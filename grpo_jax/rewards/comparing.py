@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo_jax.rewards.calling import RewardFunction
+from grpo_jax.rewards.calling import RewardFunction, of_groups
 from grpo_jax.rewards.completions import named, text_of
-from grpo_jax.rewards.judging import chat, enclosed, parse_all, plain
+from grpo_jax.rewards.judging import chat, enclosed, last_word, parse_all, plain
 
 
 def pairwise(url: str, model: str, *, group_size: int, opponents: int | None = None, **service: Any) -> RewardFunction:
@@ -58,9 +58,7 @@ def pairwise(url: str, model: str, *, group_size: int, opponents: int | None = N
         pairs_met = [(start + first, start + second) for start in starts for first, second in pairs]
         met = [order for a, b in pairs_met for order in ((a, b), (b, a))]
         questions = [_ask_which(plain(prompts[a]), text_of(completions[a]), text_of(completions[b])) for a, b in met]
-        found = parse_all(answers(questions), _first_second_or_tie, "pairwise", "comparisons")
-        if log_metric is not None and found:
-            log_metric("pairwise/failed", sum(share is None for share in found) / len(found))
+        found = parse_all(answers(questions), _first_second_or_tie, "pairwise", "comparisons", log_metric)
         won, count = [0.0] * len(completions), [0] * len(completions)
         for (a, b), share, turned in zip(pairs_met, found[::2], found[1::2], strict=True):
             if share is not None and turned is not None:
@@ -68,8 +66,7 @@ def pairwise(url: str, model: str, *, group_size: int, opponents: int | None = N
                 count[a], count[b] = count[a] + 2, count[b] + 2
         return [w / n if n else None for w, n in zip(won, count, strict=True)]
 
-    score.group_size = group_size  # type: ignore[attr-defined]
-    return named("pairwise", score)
+    return of_groups(named("pairwise", score), group_size)
 
 
 def listwise(url: str, model: str, *, group_size: int, orders: int = 1, **service: Any) -> RewardFunction:
@@ -121,9 +118,7 @@ def listwise(url: str, model: str, *, group_size: int, orders: int = 1, **servic
             shuffle = random.Random(digest)
             shown += [shuffle.sample(group, group_size) for _ in range(orders)]
         questions = [_ask_order(plain(prompts[order[0]]), [texts[i] for i in order]) for order in shown]
-        found = parse_all(answers(questions), ranking, "listwise", "rankings")
-        if log_metric is not None and found:
-            log_metric("listwise/failed", sum(places is None for places in found) / len(found))
+        found = parse_all(answers(questions), ranking, "listwise", "rankings", log_metric)
         total, count = [0.0] * len(completions), [0] * len(completions)
         for order, places in zip(shown, found, strict=True):
             for place, which in enumerate(places or ()):
@@ -138,8 +133,7 @@ def listwise(url: str, model: str, *, group_size: int, orders: int = 1, **servic
                 total[i] = mean
         return [t / n if n else None for t, n in zip(total, count, strict=True)]
 
-    score.group_size = group_size  # type: ignore[attr-defined]
-    return named("listwise", score)
+    return of_groups(named("listwise", score), group_size)
 
 
 def _check_group(group_size: int) -> None:
@@ -170,8 +164,7 @@ def _ask_which(prompt: str, first: str, second: str) -> str:
 
 def _first_second_or_tie(answer: str) -> float | None:
     """What of the comparison the first one wins."""
-    word = re.sub(r"[\W_]", "", answer.strip().rpartition("\n")[2][-200:]).lower()
-    return {"first": 1.0, "second": 0.0, "tie": 0.5}.get(word)
+    return {"first": 1.0, "second": 0.0, "tie": 0.5}.get(last_word(answer))
 
 
 def _ask_order(prompt: str, answers: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.rewards.answers import answer_of
-from grpo_jax.rewards.calling import RewardFunction
+from grpo_jax.rewards.calling import RewardFunction, of_groups
 from grpo_jax.rewards.completions import named, text_of
 from grpo_jax.rewards.formats import TAGS, marks_of, opened_by
 
@@ -65,8 +65,7 @@ def self_consistency(
         leads = has_majority(number[:, :, None] == number[:, None], answered)
         return [majority if led else other for led in leads.reshape(-1).tolist()]
 
-    reward.group_size = group_size  # type: ignore[attr-defined]
-    return named("self_consistency", reward)
+    return of_groups(named("self_consistency", reward), group_size)
 
 
 def has_majority(same: Any, answered: Any) -> Any:

@@ -174,10 +174,7 @@ def judge(
     ) -> list[float | None]:
         make, rows = ask or _ask_for_a_grade, rows_of(columns, len(completions))
         questions = [make(plain(p), text_of(c), row) for p, c, row in zip(prompts, completions, rows, strict=True)]
-        grades = parse_all(answers(questions), parsed, "judge", "completions")
-        if log_metric is not None and grades:
-            log_metric("judge/failed", sum(g is None for g in grades) / len(grades))
-        return grades
+        return parse_all(answers(questions), parsed, "judge", "completions", log_metric)
 
     return judge
 
@@ -189,9 +186,13 @@ def rows_of(columns: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 
 
 def parse_all(
-    answers: Sequence[tuple[str | None, str]], parse: Callable[[str], T | None], who: str, what: str
+    answers: Sequence[tuple[str | None, str]],
+    parse: Callable[[str], T | None],
+    who: str,
+    what: str,
+    log_metric: Callable[[str, float], None] | None = None,
 ) -> list[T | None]:
-    """What `parse` makes of each answer, None where there is none.
+    """What `parse` makes of each answer, None where there is none; `log_metric` gets their share as `<who>/failed`.
 
     Warns:
       RuntimeWarning: once, if requests were refused or `parse` raised, with the first of them.
@@ -207,7 +208,14 @@ def parse_all(
             RuntimeWarning,
             stacklevel=3,
         )
+    if log_metric is not None and found:
+        log_metric(f"{who}/failed", sum(value is None for value in found) / len(found))
     return found
+
+
+def last_word(answer: str) -> str:
+    """What the last line of an answer says, in small letters, without marks."""
+    return re.sub(r"[\W_]", "", answer.strip().rpartition("\n")[2][-200:]).lower()
 
 
 def enclosed(**texts: str) -> tuple[str, str]:

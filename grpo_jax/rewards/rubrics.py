@@ -1,13 +1,12 @@
 """Rubrics: a weighted list of criteria per row, each judged by itself."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import named, text_of
-from grpo_jax.rewards.judging import chat, enclosed, parse_all, plain, rows_of
+from grpo_jax.rewards.judging import chat, enclosed, last_word, parse_all, plain, rows_of
 
 AskCriterion = Callable[[str, str, str, dict[str, Any]], str]  # (prompt, completion, criterion, columns) -> question
 ParseCriterion = Callable[[str], float | None]  # 0 to 1
@@ -64,9 +63,7 @@ def rubric(
             for prompt, completion, row, of_row in zip(prompts, completions, rows, criteria, strict=True)
             for text, _ in of_row
         ]
-        met = parse_all(answers(questions), parse or yes_or_no, "rubric", "criteria")
-        if log_metric is not None and met:
-            log_metric("rubric/failed", sum(m is None for m in met) / len(met))
+        met = parse_all(answers(questions), parse or yes_or_no, "rubric", "criteria", log_metric)
         rewards, start = [], 0
         for of_row in criteria:
             rewards.append(_weighted([weight for _, weight in of_row], met[start : start + len(of_row)]))
@@ -116,5 +113,4 @@ def _ask_yes_or_no(prompt: str, completion: str, criterion: str, columns: dict[s
 
 def yes_or_no(answer: str) -> float | None:
     """1 for a last line of yes, 0 for one of no, None otherwise."""
-    word = re.sub(r"[\W_]", "", answer.strip().rpartition("\n")[2][-200:]).lower()
-    return {"yes": 1.0, "no": 0.0}.get(word)
+    return {"yes": 1.0, "no": 0.0}.get(last_word(answer))
