@@ -269,12 +269,13 @@ def test_many_adapters_over_one_base_train_as_each_alone():
     adapters, scales, shared = lora.stack(several)
     assert adapters["layers"]["mlp"]["up_proj"]["lora_a"].shape == (2, 2, 32, 3)
 
-    two_batches = jax.tree.map(lambda *x: jnp.stack(x), *(random_prompts(seed, 2, 5) for seed in range(2)))
+    rollouts = jax.tree.map(lambda *x: jnp.stack(x), *(rollout_of(seed) for seed in range(2)))
 
     def train(adapters, scales, shared, rate):
         optimizer = optax.sgd(rate)
-        state = init_state(adapters, optimizer, jax.random.key(2), frozen=bind(scales, shared), reference=True)
-        return jax.lax.scan(grpo_step(policy, optimizer), state, two_batches)[0].params
+        state = init_state(adapters, optimizer, jax.random.key(2), frozen=bind(scales, shared))
+        learn = make_learn(policy, optimizer, loss=losses.sft())
+        return jax.lax.scan(lambda state, rollout: learn(state, Experience(rollout)), state, rollouts)[0].params
 
     rates = jnp.array([0.1, 0.3])
     together = jax.jit(jax.vmap(train, (0, 0, None, 0)))(adapters, scales, shared, rates)

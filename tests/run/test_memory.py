@@ -70,7 +70,7 @@ def test_a_teacher_is_kept_in_the_place_of_the_reference_and_scored_in_learning(
     assert whole.peak == whole.parameters + whole.optimizer + whole.reference + max(whole.sampling, whole.learning)
 
 
-@pytest.mark.parametrize("kind", [None, "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param(None, marks=pytest.mark.slow), "nf4"])
 def test_adapters_have_moments_gradients_and_reference_of_their_own_size_alone(kind, planned):
     weights = WeightSettings(lora_rank=2, quantize=kind)
     policy = testing.tiny_policy("qwen2", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
