@@ -313,10 +313,22 @@ def test_dtypes_are_those_asked_for():
     assert hf.load_pretrained(FOLDER / "qwen2", dtype=jnp.bfloat16)[0].config.dtype == jnp.bfloat16
 
 
-def test_tensors_larger_than_a_block_are_read_whole(monkeypatch):
-    expected = hf.load_pretrained(FOLDER / "llama")[1]
+@pytest.mark.parametrize("case", ["llama", "phi3", "mixtral", "gpt_oss"])
+def test_parameters_larger_than_a_block_are_put_together_of_rows(case, monkeypatch):
+    """Smaller ones, as all are here by themselves, are made on the host."""
+    expected = hf.load_pretrained(FOLDER / case)[1]
     monkeypatch.setattr(hf.reading, "_BLOCK", 7 * 16)  # 7 rows of the embedding's 31, of a weight's 16
-    jax.tree.map(np.testing.assert_array_equal, hf.load_pretrained(FOLDER / "llama")[1], expected)
+    jax.tree.map(np.testing.assert_array_equal, hf.load_pretrained(FOLDER / case)[1], expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_are_put_where_they_belong_transposed_on_the_device_too(transposed):
+    """Which is done on GPUs and TPUs."""
+    rows = np.arange(6, dtype=np.float16).reshape(2, 3)
+    expected = np.zeros((2, 4, 5), np.float32)
+    placed, start = (rows.T, (1, 0, 3)) if transposed else (rows, (1, 2, 0))
+    expected[1, start[1] : start[1] + placed.shape[0], start[2] : start[2] + placed.shape[1]] = placed
+    np.testing.assert_array_equal(hf.reading._put(jnp.zeros((2, 4, 5)), rows, start, transposed), expected)
 
 
 MEASURE = textwrap.dedent(
@@ -456,7 +468,10 @@ def test_params_that_are_not_finite_are_saved_as_they_are_and_refused_when_they_
         hf.load_pretrained(tmp_path / "saved")
 
 
-def test_a_weight_that_is_infinite_in_the_dtype_asked_for_is_refused_by_name(checkpoint):
+@pytest.mark.parametrize("block", [7 * 16, 2**22], ids=["put together of rows", "made on the host"])
+def test_a_weight_that_is_infinite_in_the_dtype_asked_for_is_refused_by_name(block, checkpoint, monkeypatch):
+    monkeypatch.setattr(hf.reading, "_BLOCK", block)
+
     def edit(tensors):
         tensors[QUERY][3, 2] = 1e30
 

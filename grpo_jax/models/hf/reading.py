@@ -227,8 +227,11 @@ def _fill(
     """Reads a parameter's tensors into its buffer, some rows at a time; with the names of those that are not finite."""
     if mesh is not None:
         return _fill_parts(leaf, shards, weight_map, mesh)
-    buffer = jnp.zeros(leaf.shape, leaf.dtype)
     wrong: dict[str, None] = {}
+    if math.prod(leaf.shape) <= _BLOCK:  # made on the host: a small one is not worth a program of its own
+        return jnp.asarray(_part(leaf, shards, weight_map, (slice(None),) * len(leaf.shape), wrong)), list(wrong)
+    buffer = jnp.zeros(leaf.shape, leaf.dtype)
+    on_cpu = next(iter(buffer.devices())).platform == "cpu"
     for index, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
         tensor = shards[weight_map[name]].get_slice(name)
         rows, *rest = leaf.part_shape
@@ -237,10 +240,28 @@ def _fill(
             block = tensor[leaf.first_row + row : leaf.first_row + min(row + step, rows)]
             if leaf.columns is not None:
                 block = block[..., leaf.columns[0] :: leaf.columns[1]]
-            buffer, finite = _put(buffer, block, index, row, leaf.transposed)
-            if not finite:  # and waits: else many blocks are on their way at a time
+            if not _is_finite(block, leaf.dtype):
                 wrong[name] = None
+            start = (row, *[0] * (block.ndim - 1))
+            start = (*index, *(start[::-1] if leaf.transposed else start))
+            block = _transposed(block) if leaf.transposed and on_cpu else block
+            buffer = _put(buffer, block, start, leaf.transposed and not on_cpu)
+            buffer.block_until_ready()  # else many blocks are on their way at a time
     return buffer, list(wrong)
+
+
+def _is_finite(block: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether all are finite in the dtype that they become; on the host, since it is what takes long to compile."""
+    with np.errstate(over="ignore"):
+        return bool(np.all(np.isfinite(block.astype(dtype))))
+
+
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+    """The transpose, 16 rows at a time: their parts of a column are no more than a line of the processor's cache."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    for row in range(0, len(matrix), 16):
+        result[:, row : row + 16] = matrix[row : row + 16].T
+    return result
 
 
 def _fill_parts(
@@ -250,31 +271,41 @@ def _fill_parts(
     where = NamedSharding(mesh, sharding.spec(mesh, leaf.path, leaf.shape))
     wrong: dict[str, None] = {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        part = np.empty(where.shard_shape(leaf.shape), leaf.dtype)
-        of_tensor = index[leaf.stacked :]
-        of_tensor = of_tensor[::-1] if leaf.transposed else of_tensor
-        start, stop, _ = of_tensor[0].indices(leaf.part_shape[0])
-        of_tensor = (slice(leaf.first_row + start, leaf.first_row + stop), *of_tensor[1:])
-        first, step = leaf.columns or (0, 1)
-        start, stop, _ = of_tensor[-1].indices(leaf.part_shape[-1])
-        of_tensor = (*of_tensor[:-1], slice(start * step, stop * step)) if step > 1 else of_tensor
-        for number, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
-            found = shards[weight_map[name]].get_slice(name)[of_tensor][..., first::step]
-            if not np.all(np.isfinite(found.astype(np.float32))):
-                wrong[name] = None
-            part[number] = found.T if leaf.transposed else found
-        return part
-
     parts: dict[str, Array] = {}  # of devices with the same one, the first reads it
     arrays = []
     for device, index in where.devices_indices_map(leaf.shape).items():
         if device not in where.addressable_devices:
             continue
         known = parts.get(str(index))
-        arrays.append(jax.device_put(read(index) if known is None else known, device))
+        part = _part(leaf, shards, weight_map, index, wrong) if known is None else known
+        arrays.append(jax.device_put(part, device))
         parts[str(index)] = arrays[-1]
     return jax.make_array_from_single_device_arrays(leaf.shape, where, arrays), list(wrong)
+
+
+def _part(
+    leaf: Leaf,
+    shards: Mapping[str, Any],
+    weight_map: Mapping[str, str],
+    index: tuple[slice, ...],
+    wrong: dict[str, None],
+) -> np.ndarray:
+    """A part of a parameter, on the host; the names of tensors that are not finite in it are put into `wrong`."""
+    of_tensor = index[leaf.stacked :]
+    of_tensor = of_tensor[::-1] if leaf.transposed else of_tensor
+    start, stop, _ = of_tensor[0].indices(leaf.part_shape[0])
+    of_tensor = (slice(leaf.first_row + start, leaf.first_row + stop), *of_tensor[1:])
+    first, step = leaf.columns or (0, 1)
+    start, stop, _ = of_tensor[-1].indices(leaf.part_shape[-1])
+    of_tensor = (*of_tensor[:-1], slice(start * step, stop * step)) if step > 1 else of_tensor
+    part = np.empty([len(range(*x.indices(n))) for x, n in zip(index, leaf.shape, strict=True)], leaf.dtype)
+    for number, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
+        found = shards[weight_map[name]].get_slice(name)[of_tensor][..., first::step]
+        if not _is_finite(found, leaf.dtype):
+            wrong[name] = None
+        with np.errstate(over="ignore"):
+            part[number] = _transposed(found) if leaf.transposed else found
+    return part
 
 
 def _fill_quantized(
@@ -298,18 +329,9 @@ def _fill_quantized(
     return stack if where is None else jax.device_put(stack, where), wrong
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
-def _put(
-    buffer: Array, block: Array, index: tuple[int | Array, ...], row: int | Array, transposed: bool
-) -> tuple[Array, Array]:
-    """Writes rows of a Hugging Face tensor where they belong, cast and transposed on the device.
-
-    Returns:
-      The buffer, and whether all of the rows are finite.
-    """
-    start: tuple[Any, ...] = (row, *[0] * (block.ndim - 1))
-    if transposed:
-        block, start = block.T, start[::-1]
-    block, start = block.reshape((1,) * len(index) + block.shape), (*index, *start)
-    block = block.astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice(buffer, block, start), jnp.all(jnp.isfinite(block))
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(buffer: Array, block: Array, start: tuple[int | Array, ...], transposed: bool) -> Array:
+    """The buffer with rows of a Hugging Face tensor where they belong, cast and perhaps transposed on the device."""
+    block = block.T if transposed else block
+    block = block.reshape((1,) * (buffer.ndim - block.ndim) + block.shape)
+    return jax.lax.dynamic_update_slice(buffer, block.astype(buffer.dtype), start)
