@@ -1,14 +1,20 @@
 """What adapters and quantised bases save: seconds and bytes of a step, and which models fit which devices.
 
-    python -m benchmarks.adapters steps          # whole weights, adapters, adapters over int8 and nf4, on W1 and small
+    python -m benchmarks.adapters steps          # whole weights, adapters, adapters over int8 and nf4, on W1 and small,
+                                                 # beside TRL with whole weights and with peft's, where it is installed
     python -m benchmarks.adapters fits           # 0.5B to 7B: the peak of a step, and the devices that it fits
 
-`steps` runs the variants in turn, so that what else the machine does falls on all of them. `fits` runs nothing: the
-programs are compiled, for the backend that it runs on, from the sizes of Qwen2.5.
+`steps` runs the variants in turn, so that what else the machine does falls on all of them. Of TRL, which takes
+micro-batches of 8 completions, `learn` is all that is not generation; its bytes are not counted. `fits` runs nothing:
+the programs are compiled, for the backend that it runs on, from the sizes of Qwen2.5.
 """
 
+import contextlib
+import importlib.util
+import pathlib
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import cells
+from benchmarks import cells, worker
 from benchmarks.cells import Cell, Model
 from benchmarks.ours import MICRO_BATCHES, prompts_of
 from grpo_jax import losses, models, sampling
@@ -35,6 +41,7 @@ VARIANTS = {
     "LoRA, rank 16, int8": WeightSettings(lora_rank=16, quantize="int8"),
     "LoRA, rank 16, nf4": WeightSettings(lora_rank=16, quantize="nf4"),
 }
+TRL = {"TRL, whole weights": None, "TRL and peft, rank 16": 16}
 QWEN = {  # Qwen2.5; tied is what it says of its embeddings
     "0.5B": Model(896, 24, 14, 2, 4864, 151936, tied=True),
     "1.5B": Model(1536, 28, 12, 2, 8960, 151936, tied=True),
@@ -62,27 +69,56 @@ def steps(cell: Cell, repeats: int = 7) -> Iterator[dict[str, Any]]:
         params = whole if weights.quantize is None else quantized.quantize(whole, weights.quantize)
         trained, frozen = weights.divide(policy, jax.tree.map(jnp.copy, params), jax.random.key(1))
         states[name] = init_state(trained, optimizer, jax.random.key(0), frozen=frozen, reference=True)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     rng = np.random.default_rng(0)
-    for _ in range(repeats + 1):
-        for name, state in states.items():
-            sampling_took, experience = timed(jitted.collect, state, prompts)
-            learning_took, (states[name], _) = timed(jitted.learn, state, _rewarded(experience, rng))
-            seconds[name].append((sampling_took, learning_took))
-    for name, state in states.items():
-        sampled, learned = (statistics.median(times) for times in zip(*seconds[name][1:], strict=True))
-        of_sampling, of_learning = memory.programs(step, state, prompts)
-        kept = memory.size(state.params) + memory.size(state.opt_state) + memory.size(state.ref_params)
-        yield {
-            "cell": cell.name,
-            "variant": name,
-            "collect s": round(sampled, 3),
-            "learn s": round(learned, 3),
-            "trained MiB": round(kept / 2**20, 1),
-            "frozen MiB": round(memory.size(state.frozen) / 2**20, 1),
-            "collect MiB": round(of_sampling / 2**20, 1),
-            "learn MiB": round(of_learning / 2**20, 1),
-        }
+    with peers(cell) as running:
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in (*states, *running)}
+        for _ in range(repeats + 1):
+            for name, state in states.items():
+                sampling_took, experience = timed(jitted.collect, state, prompts)
+                learning_took, (states[name], _) = timed(jitted.learn, state, _rewarded(experience, rng))
+                seconds[name].append((sampling_took, learning_took))
+            for name, peer in running.items():
+                took = worker.ask(peer, {})
+                seconds[name].append((took["generate"], took["whole"] - took["generate"]))
+    first = next(iter(states))
+    whole_step = statistics.median(map(sum, seconds[first][1:]))
+    for name, times in seconds.items():
+        sampled, learned = (statistics.median(phase) for phase in zip(*times[1:], strict=True))
+        of_a_step = statistics.median(map(sum, times[1:])) / whole_step
+        line = {
+            "cell": cell.name, "variant": name, "collect s": round(sampled, 3), "learn s": round(learned, 3),
+            "a step of whole weights": round(of_a_step, 2),
+        }  # fmt: skip
+        counted = {"trained": 0, "frozen": 0, "collect": 0, "learn": 0}
+        if name in states:
+            state = states[name]
+            kept = memory.size(state.params) + memory.size(state.opt_state) + memory.size(state.ref_params)
+            of_sampling, of_learning = memory.programs(step, state, prompts)
+            counted = {
+                "trained": kept, "frozen": memory.size(state.frozen), "collect": of_sampling, "learn": of_learning
+            }  # fmt: skip
+        yield line | {f"{what} MiB": round(n / 2**20, 1) if name in states else "" for what, n in counted.items()}
+
+
+@contextlib.contextmanager
+def peers(cell: Cell) -> Iterator[dict[str, worker.Worker]]:
+    """TRL's trainers on the same model and prompts, each in a process of its own; none where TRL is not installed."""
+    running: dict[str, worker.Worker] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        try:
+            if importlib.util.find_spec("trl") is not None:
+                checkpoint = cells.write_checkpoint(cell.model, folder / "model")
+                shared = {"cell": cells.to_json(cell), "checkpoint": str(checkpoint), "micro_batch": 8}
+                for name, rank in TRL.items():
+                    arguments = shared | {"lora_rank": rank}
+                    log = folder / f"{rank}.log"
+                    running[name] = worker.start(sys.executable, "trl_peer", arguments, log, torch=True)
+                    worker.receive(running[name])
+            yield running
+        finally:
+            for process in running.values():
+                worker.stop(process)
 
 
 def _rewarded(experience: Experience, rng: np.random.Generator) -> Experience:

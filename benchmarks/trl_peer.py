@@ -40,12 +40,19 @@ class EndsAt(transformers.LogitsProcessor):
         return scores
 
 
-def main(cell: Cell, checkpoint: Path, micro_batch: int, beta: float = cells.BETA, cuda: bool = False) -> None:
+def main(
+    cell: Cell,
+    checkpoint: Path,
+    micro_batch: int,
+    beta: float = cells.BETA,
+    cuda: bool = False,
+    lora_rank: int | None = None,
+) -> None:
     requests, send = worker.open_channel()
     pending = requests()
     seconds = {"generate": 0.0, "score": 0.0}
     ends_at = EndsAt(cell.prompt_tokens)
-    trainer = make_trainer(cell, checkpoint, micro_batch, beta, cuda)
+    trainer = make_trainer(cell, checkpoint, micro_batch, beta, cuda, lora_rank)
     if cell.mean_length is None:
         never_ends(trainer)
     else:
@@ -82,8 +89,13 @@ def main(cell: Cell, checkpoint: Path, micro_batch: int, beta: float = cells.BET
     trainer.train()
 
 
-def make_trainer(cell: Cell, checkpoint: Path, micro_batch: int, beta: float, cuda: bool) -> Any:
-    """The trainer of a cell; one generation and one update a step, no gradient checkpointing; on a GPU in bfloat16."""
+def make_trainer(
+    cell: Cell, checkpoint: Path, micro_batch: int, beta: float, cuda: bool, lora_rank: int | None = None
+) -> Any:
+    """The trainer of a cell; one generation and one update a step, no gradient checkpointing; on a GPU in bfloat16.
+
+    With `lora_rank`, peft's adapters of all linear layers but the head are trained, of twice that `lora_alpha`.
+    """
     prompts = [cells.text(row) for step in range(STEPS) for row in cells.prompt_tokens(cell, step)]
 
     def even(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -120,7 +132,15 @@ def make_trainer(cell: Cell, checkpoint: Path, micro_batch: int, beta: float, cu
         args=config,
         train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
         processing_class=cells.tokenizer(cell.model),
+        peft_config=None if lora_rank is None else adapters(lora_rank),
     )
+
+
+def adapters(rank: int) -> Any:
+    """Of all linear layers but the head, without dropout."""
+    import peft
+
+    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def never_ends(trainer: Any) -> None:
