@@ -5,7 +5,7 @@ A step, in the order that data flows:
     sample      prompts -> rollout                  sampling/
     reward      rollout -> rewards                  rewards/
     score       rollout -> log-probs, entropy       scoring.py
-    advantage   rewards -> advantages               advantages.py
+    advantage   rewards -> advantages               advantages/
     loss        scores, experience -> terms         losses/
     update      gradients -> state                  updates.py
 
