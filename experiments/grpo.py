@@ -8,7 +8,8 @@ as text or as chat messages, with any other columns. `--reward` names functions 
 
     def correct(prompts, completions, answer, **kwargs) -> list[float | None]
 
-and as `module:maker(...)` a function that a maker returns, such as `grpo_jax.rewards:accuracy()`.
+and as `module:maker(...)` a function that a maker returns, such as `grpo_jax.rewards:accuracy()`. `--step-reward` names
+one that grades the steps of the reasoning, `(prompts, steps, **columns) -> list of lists` (`grpo_jax.rewards.steps`).
 
 The algorithm is the loop below: `collect` samples (one program), the rewards are computed on the host, and `learn`
 trains (another program). A batch that a reward function raises on is masked, with a warning and the metric
@@ -55,8 +56,9 @@ from grpo_jax.run.precision import WithFloat16, compute_dtype
 from grpo_jax.run.rewarding import RewardSettings
 from grpo_jax.run.together import ProcessSettings
 from grpo_jax.run.updating import UpdateSettings
+from grpo_jax.schedules.movement import make_movement
 from grpo_jax.study.evaluation import make_mean_rewards
-from grpo_jax.train_step import followed_by, make_train_step
+from grpo_jax.train_step import followed_by, make_train_step, temperature_of, truncation_of
 from grpo_jax.types import Params
 from grpo_jax.updates import Updates, init_state
 
@@ -132,11 +134,15 @@ def train(config: Config) -> Params:
     advantage, running = config.make_advantage(
         prompts.rows, names, weights=config.reward_weights, group_size=config.group_size
     )
+    advantage = config.with_steps(advantage)
     inputs.check_arguments([*functions, *config.verifiers], prompts.rows[0], prompt_column=config.prompt_column)
     inputs.check_tokens(config.model, tokenizer, [*prompts.prompts, *held_out.prompts], max_tokens=config.max_tokens)
     sampler = config.make_sampler(tokenizer, hf.eos_ids(config.model, tokenizer))
     reward = config.make_reward(
         prompts.rows, tokenizer, eos_ids=sampler.eos_ids, prompt_column=config.prompt_column, read=talk.read
+    )
+    of_steps = config.make_step_rewards(
+        prompts.rows, tokenizer, eos_ids=sampler.eos_ids, prompt_column=config.prompt_column
     )
 
     dtype = compute_dtype(config.compute_dtype, float16=True)
@@ -162,7 +168,11 @@ def train(config: Config) -> Params:
         score_old=score_old, transforms=(measured.repetition(), measured.unscored(names), *transforms),
         replay_truncation=config.replay_truncation,
     )  # fmt: skip
-    whole_step = (followed_by(whole_step, keeping.follow(running, updates)) if kept else whole_step).jit()
+    moved = make_movement(
+        trained, temperature=temperature_of(sampler), parts=updates.parts,
+        truncation=truncation_of(sampler) if config.replay_truncation else None,
+    )  # fmt: skip
+    whole_step = (followed_by(whole_step, keeping.follow(running, updates, moved)) if kept else whole_step).jit()
     evaluate = make_mean_rewards(
         policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,
         weights=config.reward_weights, stop_after_failed=config.stop_after_failed, batch_size=config.eval_batch,
@@ -205,8 +215,8 @@ def train(config: Config) -> Params:
             experience = jax.block_until_ready(step.collect(loop.state, n))
             loop.lap("sample")
             given, mask, of_rewards = reward(experience.rollout, rewards.TrainerState(n, config.steps))
+            experience = experience._replace(rewards=given, reward_mask=mask, **of_steps(experience.rollout))
             loop.lap("reward")
-            experience = experience._replace(rewards=given, reward_mask=mask)
             if config.show_every and n % config.show_every == 0:
                 loop.show(completions.lines(experience, tokenizer, prompts.rows, names, column=config.prompt_column))
             if config.pack:
@@ -230,6 +240,11 @@ def check(config: Config, mesh: Mesh | None = None) -> Updates:
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
     if jax.process_count() > 1 and (config.tools or config.environment):
         raise ValueError("conversations go through the host of one process: leave out --coordinator")
+    if config.step_reward is not None and (config.tools or config.environment or jax.process_count() > 1):
+        raise ValueError(
+            f"--step-reward {config.step_reward} grades completions of one turn on one process: "
+            "leave out --tools, --environment and --coordinator"
+        )
     if mesh is None and jax.process_count() > 1:
         count = f"{jax.device_count()} devices of the {jax.process_count()} processes"
         raise ValueError(f"say how the {count} share the work: --mesh fsdp={jax.device_count()}, for instance")

@@ -2,7 +2,7 @@
 
 kept = keeping.begin(running, scaled=dtype == np.float16)
 updates = keeping.scaled(updates) if "loss_scale" in kept else updates
-step = followed_by(step, keeping.follow(running, updates)) if kept else step
+step = followed_by(step, keeping.follow(running, updates, movement)) if kept else step
 state = init_state(params, optimizer, key, extra=kept or ())
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo_jax.schedules import Scheduled, loss_scale
 from grpo_jax.schedules.running_advantages import RunningAdvantage
-from grpo_jax.types import Experience, TrainState
+from grpo_jax.types import Array, Experience, TrainState
 from grpo_jax.updates import Updates
 
 
@@ -27,13 +27,22 @@ def scaled(updates: Updates) -> Updates:
     return dataclasses.replace(updates, loss_scale=Scheduled(lambda step, kept: kept["loss_scale"].scale))
 
 
-def follow(running: RunningAdvantage | None, updates: Updates) -> Callable[[TrainState, Experience], TrainState]:
-    """What becomes of it after a step; see `train_step.followed_by`."""
+def follow(
+    running: RunningAdvantage | None, updates: Updates, movement: Callable[[TrainState, Experience], Array]
+) -> Callable[[TrainState, Experience], TrainState]:
+    """What becomes of it after a step; see `train_step.followed_by`.
+
+    Args:
+      running: baselines, if there are some.
+      updates: of a step.
+      movement: `movement.make_movement` of the policy, for baselines with a half-life.
+    """
 
     def after(state: TrainState, experience: Experience) -> TrainState:
         kept = dict(state.extra)
         if running is not None:
-            kept["baselines"] = running.after(kept["baselines"], experience)
+            moved = None if running.begin.path is None else movement(state, experience)
+            kept["baselines"] = running.after(kept["baselines"], experience, moved)
         if "loss_scale" in kept:
             kept["loss_scale"] = loss_scale.follow(kept["loss_scale"], state.skipped, updates=updates.count)
         return state._replace(extra=kept)

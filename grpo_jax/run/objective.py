@@ -29,6 +29,7 @@ class ObjectiveSettings:
     # or spo or rae, of schedules.running_advantages: a running baseline per prompt
     baseline_column: str | None = None  # of spo and rae: prompts of one value in it, such as a role, share a baseline
     baseline_decay: float | None = None  # of spo and rae: their own, if not given
+    baseline_half_life: float | None = None  # of spo, in its place: nats per token that the policy moves meanwhile
     transform: tuple[str, ...] = ()  # of grpo_jax.transforms, such as "top_entropy(0.2)", in this order
     epsilon: float | None = None  # the loss's own, if not given
     epsilon_high: float | None = None
@@ -68,11 +69,16 @@ class ObjectiveSettings:
         """
         function = resolve(self.advantage, "grpo_jax.advantages", "grpo_jax.schedules.running_advantages")
         settings: dict[str, Any] = {"weights": weights, "names": names}
-        if "of_row" in inspect.signature(function).parameters:
-            decay = {} if self.baseline_decay is None else {"decay": self.baseline_decay}
-            running = function(running_advantages.of_rows(rows, self.baseline_column), **settings, **decay)
+        if "of_row" in (parameters := inspect.signature(function).parameters):
+            if self.baseline_half_life is not None and (self.baseline_decay, "half_life" in parameters) != (None, True):
+                raise ValueError(
+                    f"--baseline-half-life {self.baseline_half_life} is of --advantage spo without --baseline-decay"
+                )
+            given = {"decay": self.baseline_decay, "half_life": self.baseline_half_life}
+            settings |= {name: value for name, value in given.items() if value is not None}
+            running = function(running_advantages.of_rows(rows, self.baseline_column), **settings)
             return Scheduled(lambda step, kept: running.advantage(kept["baselines"])), running
-        for flag in ("baseline_column", "baseline_decay"):
+        for flag in ("baseline_column", "baseline_decay", "baseline_half_life"):
             if (value := getattr(self, flag)) is not None:
                 named = f"--{flag.replace('_', '-')} {value}"
                 raise ValueError(f"{named} is of --advantage spo and rae, not {self.advantage}")

@@ -6,6 +6,10 @@ class Config(RewardSettings):
 
 reward = config.make_reward(rows, tokenizer, eos_ids=eos_ids)
 given, mask, measured = reward(rollout, rewards.TrainerState(n, steps))
+
+advantage = config.with_steps(advantage)
+of_steps = config.make_step_rewards(rows, tokenizer, eos_ids=eos_ids)
+experience = experience._replace(rewards=given, reward_mask=mask, **of_steps(rollout))
 """
 
 import dataclasses
@@ -15,15 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_jax import rewards
+from grpo_jax import advantages, rewards
+from grpo_jax.protocols import Advantage
 from grpo_jax.rewards.conversations import Read
 from grpo_jax.run import inputs, metrics
 from grpo_jax.run.names import resolve
+from grpo_jax.schedules import Scheduled
 from grpo_jax.types import Metrics, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+StepRewarded = Callable[[Rollout], dict[str, np.ndarray]]  # rollout -> fields of an experience
 Rewarded = Callable[[Rollout, rewards.TrainerState], tuple[np.ndarray, np.ndarray, Metrics]]
 
 
@@ -33,6 +40,9 @@ class RewardSettings:
 
     reward: tuple[str, ...]  # as module:function, of this folder or installed
     reward_weights: tuple[float, ...] | None = None  # one per function; 1 each if not given
+    step_reward: str | None = None  # a function of the steps of the reasoning, as --reward; see rewards.steps
+    step_weight: float | None = None  # of the steps beside the whole completion; 1 if not given
+    step_split: str | None = None  # of grpo_jax.rewards.process, or module:function; paragraphs if not given
     held_out: tuple[str, ...] = ()  # verifiers that nothing is learned from, as --reward: held_out/<name> tells hacking
     held_out_every: int = 10  # steps between the batches that they are asked about
     reward_timeout: float = 300.0  # seconds after which a reward function that has not returned is reported
@@ -100,5 +110,48 @@ class RewardSettings:
                 found = verify(rollout, trainer_state)
                 measured = rewards.held_out_metrics(of_verifiers, found, (given, mask), weights=self.reward_weights)
             return given, mask, measured | logged.take()
+
+        return rewarded
+
+    def with_steps(self, advantage: Advantage | Scheduled) -> Advantage | Scheduled:
+        """The advantage with `--step-weight` times that of the steps, by token; itself, if steps are not rewarded.
+
+        Raises:
+          ValueError: for settings of steps without `--step-reward`.
+        """
+        if self.step_reward is None:
+            for name in ("step_weight", "step_split"):
+                if (value := getattr(self, name)) is not None:
+                    flag = f"--{name.replace('_', '-')} {value}"
+                    raise ValueError(f"{flag} is of --step-reward: say who grades the steps")
+            return advantage
+        weight = 1.0 if self.step_weight is None else self.step_weight
+        if isinstance(advantage, Scheduled):
+            make = advantage.make
+            return Scheduled(lambda step, extra: advantages.from_steps(weight=weight, outcome=make(step, extra)))
+        return advantages.from_steps(weight=weight, outcome=advantage)
+
+    def make_step_rewards(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        eos_ids: Sequence[int],
+        prompt_column: str = "prompt",
+    ) -> StepRewarded:
+        """Makes `rollout -> fields` of an experience, none if steps are not rewarded; see `rewards.steps`.
+
+        A function of steps that raises ends the run: nothing stands in for its grades.
+        """
+        if self.step_reward is None:
+            return lambda rollout: {}
+        split = resolve(self.step_split or "paragraphs", "grpo_jax.rewards.process")
+        steps = rewards.steps(
+            resolve(self.step_reward), rows, tokenizer, split=split, prompt_column=prompt_column, eos_ids=eos_ids
+        )
+
+        def rewarded(rollout: Rollout) -> dict[str, np.ndarray]:
+            given, mask = steps(rollout)
+            return {"step_rewards": given, "step_mask": mask}
 
         return rewarded

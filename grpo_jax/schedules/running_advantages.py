@@ -14,10 +14,18 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.advantages import total_reward
 from grpo_jax.protocols import Advantage
 from grpo_jax.schedules import running_baseline
 from grpo_jax.schedules.running_baseline import RunningBaseline
 from grpo_jax.types import Array, Experience, Number
+
+
+class Path(NamedTuple):
+    """How far the policy has come since the run began, and had come when each baseline was observed last."""
+
+    length: Array  # [] float32 nats per token, of all steps together
+    seen: Array  # [N] float32
 
 
 class Baselines(NamedTuple):
@@ -25,6 +33,7 @@ class Baselines(NamedTuple):
 
     running: RunningBaseline
     of_row: Array  # [rows] int32, which baseline is whose
+    path: Path | None = None  # of baselines with a half-life
 
 
 class RunningAdvantage(NamedTuple):
@@ -32,7 +41,7 @@ class RunningAdvantage(NamedTuple):
 
     begin: Baselines
     advantage: Callable[[Baselines], Advantage]
-    after: Callable[[Baselines, Experience], Baselines]
+    after: Callable[..., Baselines]  # (baselines, experience, moved) of a step; `moved` is for baselines with a path
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> np.ndarray:
@@ -54,21 +63,52 @@ def spo(
     of_row: np.ndarray,
     *,
     decay: Number = 0.9,
+    half_life: Number | None = None,
+    lowest: Number = 0.0,
+    highest: Number = 1.0,
     weights: Sequence[float | Array] | None = None,
     names: Sequence[str] | None = None,
 ) -> RunningAdvantage:
-    """`running_baseline.spo`, whose baselines are averages that forget by a constant `decay`.
+    """`running_baseline.spo`, whose baselines are averages that forget, by a constant or as the policy moves.
+
+        decay[i] = clip(2^(-D[i] / half_life), lowest, highest)
+
+    with `D[i]` how far the policy has moved since it saw a prompt of the baseline last (SPO, arXiv:2509.13232). The
+    divergence between those two policies would take the older one's log-probs of the new completions, and so its
+    weights. `D` is the length of the path between them: the divergence that each step made on its own batch
+    (`movement.make_movement`), summed over the steps.
 
     Args:
       of_row: as `of_rows` makes it.
-      decay: from 0 to 1; the paper's follows the divergence from the policy that saw the prompt last.
+      decay: from 0 to 1, at every observation, if there is no half-life.
+      half_life: nats per token after which a reward counts for half.
+      lowest: of the decay.
+      highest: of the decay; below 1 the baselines forget of a policy that stands still, too.
       weights: of the reward functions, as in `advantages.from_rewards`.
       names: as in `advantages.from_rewards`.
 
     Raises:
-      ValueError: for a decay out of range.
+      ValueError: for a decay out of range, and a half-life that is not above 0.
     """
-    return _running(running_baseline.spo, running_baseline.observe, of_row, decay, weights, names)
+    whole = _running(running_baseline.spo, running_baseline.observe, of_row, decay, weights, names)
+    if half_life is None:
+        return whole
+    if isinstance(half_life, int | float) and not half_life > 0:
+        raise ValueError(f"half_life is above 0 nats per token, got {half_life}")
+    if isinstance(lowest, int | float) and isinstance(highest, int | float) and not 0 <= lowest <= highest <= 1:
+        raise ValueError(f"the decay lies in 0 <= lowest <= highest <= 1, got {lowest} and {highest}")
+
+    def after(held: Baselines, experience: Experience, moved: Array) -> Baselines:
+        assert held.path is not None
+        length, seen = held.path
+        decay = jnp.clip(2 ** (-(length - seen) / half_life), lowest, highest)
+        rows, scored = _index(held)(experience), total_reward(experience, weights)[1]
+        now = jnp.zeros(seen.shape, bool).at[rows].max(jnp.any(scored, axis=1))
+        running = running_baseline.observe(held.running, experience, _index(held), decay=decay, weights=weights)
+        return held._replace(running=running, path=Path(length + moved, jnp.where(now, length, seen)))
+
+    path = Path(jnp.zeros(()), jnp.zeros(whole.begin.running.total.shape))
+    return whole._replace(begin=whole.begin._replace(path=path), after=after)
 
 
 def rae(
@@ -93,14 +133,15 @@ def _running(
     if isinstance(decay, int | float) and not 0 <= decay <= 1:
         raise ValueError(f"decay is from 0 to 1, got {decay}")
 
-    def index(held: Baselines) -> running_baseline.Index:
-        return lambda experience: held.of_row[experience.rollout.prompts.info["row"]]
-
     def advantage(held: Baselines) -> Advantage:
-        return make(held.running, index(held), weights=weights, names=names)
+        return make(held.running, _index(held), weights=weights, names=names)
 
-    def after(held: Baselines, experience: Experience) -> Baselines:
-        return held._replace(running=move(held.running, experience, index(held), decay=decay, weights=weights))
+    def after(held: Baselines, experience: Experience, moved: Array | None = None) -> Baselines:
+        return held._replace(running=move(held.running, experience, _index(held), decay=decay, weights=weights))
 
     begin = Baselines(running_baseline.init(int(of_row.max()) + 1), jnp.asarray(of_row))
     return RunningAdvantage(begin, advantage, after)
+
+
+def _index(held: Baselines) -> running_baseline.Index:
+    return lambda experience: held.of_row[experience.rollout.prompts.info["row"]]

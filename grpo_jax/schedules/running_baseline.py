@@ -69,8 +69,8 @@ def observe(
 
     of those that were seen; the others stay. SPO's tracker (Xu and Ding 2025, arXiv:2509.13232)
     is this with `total = alpha` and `number = alpha + beta` for rewards of 0 and 1: an average that forgets. The paper
-    lets the decay follow the divergence from the policy that saw the prompt last, `2^(-D / D_half)`; give it as
-    `decay [N]`.
+    lets the decay follow the divergence from the policy that saw the prompt last, `2^(-D / D_half)`: a `decay [N]`, as
+    `running_advantages.spo(half_life=)` has it.
 
     Args:
       running: before.

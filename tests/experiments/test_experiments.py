@@ -72,6 +72,9 @@ def too_few(prompts, completions, **kwargs):
 def equal(completions):
     return [1.0] * len(completions)
 
+def by_words(prompts, steps, answer, **kwargs):
+    return [[float(len(step.split())) for step in cut] for cut in steps]
+
 def answer(row, messages):
     from grpo_jax.environments import Turn
     if "e" in messages[-1]["content"] and len(messages) > 2:
@@ -421,6 +424,7 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"memory_gib": 1.0, "micro_batches": 2}, r"give no --micro-batches 2"),
         ({"group_size": 1}, r"at least 2 completions to compare, got --group-size 1"),
         ({"baseline_decay": 0.9}, r"--baseline-decay 0.9 is of --advantage spo and rae, not group_advantages"),
+        ({"advantage": "rae", "baseline_half_life": 0.1}, r"--baseline-half-life 0.1 is of --advantage spo without"),
         ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),
         ({"reward_weights": (1.0, 2.0)}, r"2 weights for 1 reward functions"),
         ({"reward": ("my_rewards:brevity", "my_rewards:brevity")}, r"one name each, got brevity, brevity"),
@@ -571,10 +575,11 @@ def test_a_copy_of_8_bits_samples_and_learns_and_the_whole_policy_is_evaluated(f
 @pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 def test_running_baselines_and_the_loss_scale_go_on_where_they_were(files, tmp_path, overlap):
-    """In float16, from a copy of 8 bits, one completion a prompt."""
+    """In float16, from a copy of 8 bits, one completion a prompt, whose steps are rewarded, too."""
     settings_of = {
         "advantage": "spo", "baseline_column": "answer", "compute_dtype": "float16", "sample_weights": "int8",
         "score_old": True, "group_size": 1, "save_every": 1, "overlap": overlap, "reward": ("my_rewards:make()",),
+        "step_reward": "my_rewards:by_words", "step_split": "lines", "baseline_half_life": 0.05,
     }  # fmt: skip
     grpo.train(settings(files, tmp_path / "stopped", steps=2, **settings_of))
     resumed = grpo.train(settings(files, tmp_path / "stopped", steps=4, **settings_of))
@@ -583,7 +588,7 @@ def test_running_baselines_and_the_loss_scale_go_on_where_they_were(files, tmp_p
     lines = metrics.read(tmp_path / "whole")
     assert metrics.read(tmp_path / "stopped") == lines
     assert all(line["loss_scale"] == 2.0**15 and line["skipped"] == 0 for line in lines)
-    assert all(line["sampler_gap"] > 1e-4 for line in lines)
+    assert all(line["sampler_gap"] > 1e-4 and line["steps"] >= 1 for line in lines)
 
 
 def overlapping(files, run_dir, **changes):

@@ -144,6 +144,40 @@ def test_a_whole_advantage_is_its_parts_by_the_rows_of_the_data(whole, make, mov
         whole(of_row, decay=1.5)
 
 
+def test_with_a_half_life_a_baseline_forgets_by_how_far_the_policy_has_moved_since_it_was_seen():
+    """Three prompts of a baseline each, in plain Python; a step without a reward for a prompt has not seen it."""
+    kept = running_advantages.spo(np.arange(3, dtype=np.int32), half_life=0.1, lowest=0.2, highest=0.9)
+    held = kept.begin
+    total, number, seen, length = np.zeros(3), np.zeros(3), np.zeros(3), 0.0
+    steps = [
+        ([[1.0, 0.0], [1.0, 1.0]], [0, 1], [[True, True], [True, False]], 0.05),
+        ([[1.0, 1.0], [0.0, 0.0]], [0, 2], [[True, True], [False, False]], 0.1),
+        ([[0.0, 1.0], [0.0, 0.0]], [1, 0], [[True, True], [True, True]], 0.7),
+        ([[1.0, 1.0], [1.0, 0.0]], [2, 1], [[True, True], [True, True]], 0.0),
+        ([[1.0, 1.0], [0.0, 0.0]], [1, 0], [[True, True], [True, True]], 0.0),
+    ]
+    decays = []
+    for rewards, rows, given, moved in steps:
+        for row, of_one, mask in zip(rows, np.array(rewards), np.array(given), strict=True):
+            if mask.any():
+                decays.append(min(max(2 ** (-(length - seen[row]) / 0.1), 0.2), 0.9))
+                total[row] = decays[-1] * total[row] + of_one[mask].sum()
+                number[row] = decays[-1] * number[row] + mask.sum()
+                seen[row] = length
+        length += moved
+        experience = experience_of(rewards, rows, given)
+        prompts = experience.rollout.prompts._replace(info={"row": jnp.asarray(rows)})
+        experience = experience._replace(rollout=experience.rollout._replace(prompts=prompts))
+        held = kept.after(held, experience, jnp.float32(moved))
+        np.testing.assert_allclose(held.running.total, total, rtol=1e-5)
+        np.testing.assert_allclose(held.running.number, number, rtol=1e-5)
+    assert {0.2, 0.9} < set(decays)  # both bounds, and what is between
+    with pytest.raises(ValueError, match="half_life is above 0 nats per token, got 0"):
+        running_advantages.spo(np.arange(3), half_life=0)
+    with pytest.raises(ValueError, match=r"0 <= lowest <= highest <= 1, got 0\.5 and 0\.4"):
+        running_advantages.spo(np.arange(3), half_life=1.0, lowest=0.5, highest=0.4)
+
+
 def test_a_resumed_run_has_the_baselines_of_one_that_was_not_stopped(tmp_path):
     """Two steps, a checkpoint, and the third from it, to the same bits."""
 
