@@ -15,17 +15,23 @@ log-prob of the token drawn alone, which is then the advantage of that token (Th
 Distillation", 2025). The teacher's logits are computed a chunk of tokens at a time; its weights are kept in the
 compute dtype.
 
-With `--completion-column` the completions are given: off-policy, one of each prompt, as `sft.py` reads them. Then the
+With `--completion-column` the completions are given: off-policy, one of each prompt, as `sft.py` reads them; with
+`--on-policy 0.5` beside it, half of the steps are on the policy's own (the mixture of GKD). For given ones the
 teacher's likeliest tokens may be computed once: `--write` does that and ends, and `--teacher-file` trains by them,
 without the teacher in memory (`run.teacher_files`: it refuses a file of another tokenizer, other prompts or
 completions).
 `--quantize-teacher int8` keeps the teacher's weights in 8 or 4 bits.
+
+`--teacher-column` names what the teacher reads in place of the prompt, such as one with a demonstration or feedback in
+it. Without `--teacher` the model is then its own teacher (SDFT, arXiv:2601.19897; SDPO, arXiv:2601.20802): as it began,
+or copied from the policy every `--renew-every` steps, or moved towards it by `--renew-share` of the way each time.
 
 The loop below is the algorithm. The state is saved every few steps and on the way out; the same command goes on where
 the run stopped. The model is exported as a Hugging Face folder after the last step.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -33,6 +39,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from grpo_jax import advantages, data, losses, packing, run, sampling, testing
@@ -44,8 +51,9 @@ from grpo_jax.run import digests, inputs, teacher_files
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
+from grpo_jax.schedules.reference import sync_reference
 from grpo_jax.scoring import Teacher, likeliest
-from grpo_jax.train_step import make_train_step
+from grpo_jax.train_step import followed_by, make_train_step
 from grpo_jax.types import Array, Experience, Metrics, Params
 from grpo_jax.updates import Updates, init_state
 
@@ -66,6 +74,10 @@ class Config(data.PromptSettings, WeightSettings):
     divergence: str = "reverse_kl"  # of grpo_jax.losses, or your own as module:function; or sampled
     top_k: int | None = None  # of the teacher; the whole vocabulary, if not given
     completion_column: str | None = None  # learn from these completions in place of the policy's own
+    on_policy: float | None = None  # share of the steps that learn from its own all the same; 0 if not given
+    teacher_column: str | None = None  # what the teacher reads in place of the prompt
+    renew_every: int | None = None  # of a model that is its own teacher: steps between renewals; never, if not given
+    renew_share: float | None = None  # of the policy in the renewed teacher; 1, a copy, if not given
     write: pathlib.Path | None = None  # compute the teacher's --top-k tokens at their places into this file, and end
     teacher_file: pathlib.Path | None = None  # of --write, in place of --teacher
     quantize_teacher: quantized.Kind | None = None  # its weights to few bits
@@ -90,8 +102,10 @@ class Config(data.PromptSettings, WeightSettings):
 
 def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
-    if not (config.model and (config.teacher or config.teacher_file) and config.data.is_file()):
+    its_own = not config.teacher and config.teacher_file is None and config.teacher_column is not None
+    if not (config.model and (config.teacher or config.teacher_file or its_own) and config.data.is_file()):
         raise ValueError("give --model, --teacher and --data, or --smoke")
+    check(config, its_own=its_own)
     if config.write is not None or config.teacher_file is not None:
         check_file(config)
     updates = Updates(
@@ -105,8 +119,12 @@ def train(config: Config) -> Params:
             f"--teacher {config.teacher} has other tokens than --model {config.model}: they cannot compare"
         )
     prompts, completions = read(config, tokenizer)
+    hinted = None
+    if config.teacher_column is not None:
+        asked = dataclasses.replace(config, prompt_column=config.teacher_column, too_long="refuse")
+        hinted = asked.encode(tokenizer, prompts.rows).prompts
     for model in filter(None, (config.model, config.teacher)):
-        inputs.check_tokens(model, tokenizer, prompts.prompts, max_tokens=config.max_tokens)
+        inputs.check_tokens(model, tokenizer, [*prompts.prompts, *(hinted or [])], max_tokens=config.max_tokens)
     sampler = sampling.sampler(
         group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=hf.eos_ids(config.model, tokenizer),
         temperature=config.temperature,
@@ -118,7 +136,7 @@ def train(config: Config) -> Params:
         tokenizer, pairs, k=config.top_k or 0, temperature=config.temperature, teacher=config.teacher
     )
     teacher, teacher_params = None, None
-    if config.teacher_file is None:
+    if config.teacher and config.teacher_file is None:
         settings = {"dtype": dtype, "compute_dtype": dtype, "quantize": config.quantize_teacher}
         network, teacher_params = hf.load_pretrained(config.teacher, **settings)
         teacher = Teacher(network, divergence)
@@ -126,6 +144,7 @@ def train(config: Config) -> Params:
             return write(config, teacher, teacher_params, pairs, about)
     held = None if config.teacher_file is None else teacher_files.read(config.teacher_file, about)
     policy, params, frozen = config.load(config.model, compute_dtype=dtype, seed=config.seed)
+    teacher = Teacher(policy, divergence) if its_own else teacher
     rate = learning_rates.learning_rate(
         config.rate(config.learning_rate, 5e-6), warmup_steps=config.warmup_steps, updates_per_step=updates.count
     )
@@ -133,26 +152,37 @@ def train(config: Config) -> Params:
     step = make_train_step(
         policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates,
         teacher=teacher,
-    ).jit()  # fmt: skip
+    )  # fmt: skip
+    if config.renew_every is not None:
+        share = 1.0 if config.renew_share is None else config.renew_share
+        renew = functools.partial(sync_reference, every=config.renew_every, mixture=share)
+        step = followed_by(step, lambda state, experience: renew(state))
+    step = step.jit()
     began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs or prompts.prompts)
-    began_with["the weights of the teacher"] = digests.of_arrays(teacher_params if held is None else held)
-    state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen)
-    state = state._replace(ref_params=teacher_params)
+    began_with["the prompts of the teacher"] = digests.of_json(hinted or [])
+    state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen, reference=its_own)
+    if not its_own:
+        began_with["the weights of the teacher"] = digests.of_arrays(teacher_params if held is None else held)
+        state = state._replace(ref_params=teacher_params)
     del params, teacher_params
 
     keys = ("divergence", "reverse_kl", "entropy", "length", "grad_norm")
     with run.loop(
         config, state, steps=config.steps, save_every=config.save_every, allow=MAY_CHANGE, digests=began_with,
-        keys=keys, tensorboard=config.tensorboard, wandb=config.wandb,
+        initial=("frozen",) if config.renew_every is not None else ("ref_params", "frozen"), keys=keys,
+        tensorboard=config.tensorboard, wandb=config.wandb,
     ) as loop:  # fmt: skip
         del state
         for n in loop:
-            if completions is None:
-                batch = prompts.batch(config.seed, n, size=config.prompts_per_step, multiple=config.bucket)
+            rows = data.batch_indices(config.seed, n, len(prompts.prompts), config.prompts_per_step)
+            if completions is None or np.random.default_rng((config.seed, n)).random() < (config.on_policy or 0.0):
+                batch = data.make_prompts([prompts.prompts[row] for row in rows], rows, multiple=config.bucket)
                 experience = packing.trim(step.collect(loop.state, batch), multiple=config.completion_bucket)
             else:
-                rows = data.batch_indices(config.seed, n, len(pairs), config.prompts_per_step)
                 experience = given(config, [pairs[row] for row in rows], None if held is None else (held, rows))
+            if hinted is not None:
+                read_by_teacher = data.make_prompts([hinted[row] for row in rows], rows, multiple=config.bucket)
+                experience = experience._replace(teacher_prompts=read_by_teacher)
             loop.state, statistics = step.learn(loop.state, experience)
             loop.log(statistics | {"learning_rate": rate(n * updates.count)})
         with loop.exporting("model") as folder:
@@ -206,6 +236,21 @@ def write(config: Config, teacher: Teacher, params: Params, pairs: Sequence[Pair
     return params
 
 
+def check(config: Config, *, its_own: bool) -> None:
+    """Refuses settings without an effect."""
+    if config.on_policy is not None and (config.completion_column is None or not 0 <= config.on_policy <= 1):
+        raise ValueError(f"--on-policy {config.on_policy} is a share, from 0 to 1, beside --completion-column")
+    if config.renew_every is not None and not its_own:
+        raise ValueError(
+            f"--renew-every {config.renew_every} is of a model that is its own teacher: give --teacher-column, and "
+            "leave out --teacher"
+        )
+    if config.renew_share is not None and config.renew_every is None:
+        raise ValueError(f"--renew-share {config.renew_share} is of --renew-every")
+    if config.quantize_teacher is not None and its_own:
+        raise ValueError(f"--quantize-teacher {config.quantize_teacher} is of a --teacher: the model is its own here")
+
+
 def check_file(config: Config) -> None:
     """Refuses what does not go with a file of the teacher's likeliest tokens."""
     flag = "--write" if config.write is not None else "--teacher-file"
@@ -213,6 +258,10 @@ def check_file(config: Config) -> None:
         raise ValueError(f"{flag} holds the likeliest tokens for given completions: --completion-column and --top-k")
     if config.write is not None and (config.teacher_file is not None or not config.teacher):
         raise ValueError("--write needs a --teacher, and no --teacher-file")
+    if config.teacher_column is not None or config.on_policy is not None:
+        raise ValueError(
+            f"{flag} is of a teacher that reads the prompts as they are: leave out --teacher-column and --on-policy"
+        )
 
 
 def make_loss(config: Config) -> tuple[Loss, VocabularyDivergence | None, Advantage]:
@@ -241,9 +290,10 @@ def smoke(config: Config) -> Config:
     if not files.exists():
         testing.tiny_checkpoint(files / "student")
         testing.tiny_checkpoint(files / "teacher", seed=1)
-    lines = [json.dumps({"prompt": f"{a} plus 2 is ", "completion": f"{a + 2}."}) for a in range(8)]
+    sums = [(f"{a} plus 2 is ", f"{a + 2}.") for a in range(8)]
+    lines = [json.dumps({"prompt": sum_, "completion": end, "hint": f"{sum_}{end} {sum_}"}) for sum_, end in sums]
     (files / "prompts.jsonl").write_text("\n".join(lines))
-    teacher = "" if config.teacher_file else str(files / "teacher")
+    teacher = "" if config.teacher_file or config.teacher_column else str(files / "teacher")
     return dataclasses.replace(
         config, model=str(files / "student"), teacher=teacher, data=files / "prompts.jsonl", steps=4,
         prompts_per_step=4, max_tokens=8, minibatches=1, micro_batches=2, warmup_steps=0, save_every=2,

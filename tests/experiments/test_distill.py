@@ -72,6 +72,26 @@ def test_by_a_file_of_the_teachers_likeliest_tokens_it_learns_as_by_the_teacher(
 
 
 @pytest.mark.slow
+def test_a_model_that_is_its_own_teacher_learns_what_a_hint_tells_it(tmp_path):
+    """Its teacher reads the answer; a share of the steps is on given completions; resumed, the teacher is the same."""
+    settings = {"teacher_column": "hint", "completion_column": "completion", "on_policy": 0.5, "max_tokens": 8}
+    config = distill.smoke(distill.Config(run_dir=tmp_path / "frozen", **settings))
+    assert config.teacher == ""
+    distill.train(config)
+    frozen = metrics.read(tmp_path / "frozen")
+    assert frozen[0]["divergence"] > 1e-3  # between the model with the hint and without
+    assert len({line["length_max"] for line in frozen}) > 1  # sampled and given ones
+    config = dataclasses.replace(config, renew_every=1, renew_share=0.5, run_dir=tmp_path / "renewed", steps=2)
+    distill.train(config)
+    resumed = distill.train(dataclasses.replace(config, steps=4))
+    whole = distill.train(dataclasses.replace(config, steps=4, run_dir=tmp_path / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    renewed = metrics.read(tmp_path / "whole")
+    assert renewed[0]["divergence"] == frozen[0]["divergence"]
+    assert renewed[-1]["divergence"] != frozen[-1]["divergence"]
+
+
+@pytest.mark.slow
 def test_the_teacher_may_be_quantised(tmp_path):
     whole, few = (
         distill.smoke(distill.Config(run_dir=tmp_path / str(kind), quantize_teacher=kind)) for kind in (None, "int8")
@@ -92,6 +112,13 @@ def test_the_teacher_may_be_quantised(tmp_path):
         ({"teacher_file": "x"}, "--teacher-file holds the likeliest tokens for given completions: --completion-column"),
         ({"write": "x", "top_k": 4, "completion_column": "completion", "teacher_file": "y"}, "no --teacher-file"),
         ({"divergence": "sampled", "completion_column": "completion"}, "leave out --completion-column"),
+        ({"on_policy": 0.5}, "--on-policy 0.5 is a share, from 0 to 1, beside --completion-column"),
+        ({"renew_every": 2}, "--renew-every 2 is of a model that is its own teacher"),
+        ({"renew_share": 0.5}, "--renew-share 0.5 is of --renew-every"),
+        (
+            {"write": "x", "top_k": 4, "completion_column": "completion", "teacher_column": "hint"},
+            "--write is of a teacher that reads the prompts as they are",
+        ),
         ({"teacher": ""}, "give --model, --teacher and --data, or --smoke"),
         ({"prompts_per_step": 3, "micro_batches": 2}, "3 prompts do not divide"),
     ],
