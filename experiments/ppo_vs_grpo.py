@@ -133,7 +133,7 @@ def ppo_run(
         lambda key, n, hyper: make_problems(jax.random.fold_in(key, n), prompts, terms=terms),
         num_steps=config.steps,
         evaluate=lambda params, hyper: setting.evaluate(params["policy"], terms, make_problems),
-        evaluate_every=config.steps // 10,
+        evaluate_every=config.steps // config.evaluations,
     )
 
 
@@ -160,7 +160,8 @@ def seconds_per_step(config: Config, timing: Sequence[Row]) -> dict[str, float]:
     for row in timing:
         if row["chunk"] > 1:
             chunks.setdefault(row["condition"], []).append(row["seconds"])
-    return {name: (min(of_chunks) - evaluation) / (config.steps // 10) for name, of_chunks in chunks.items()}
+    steps = config.steps // config.evaluations
+    return {name: (min(of_chunks) - evaluation) / steps for name, of_chunks in chunks.items()}
 
 
 def seconds_table(rows: Sequence[Row], seconds: Mapping[str, float]) -> str:

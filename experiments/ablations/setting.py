@@ -21,7 +21,6 @@ of the easy ones and 0.8% of the standard ones.
 
 import dataclasses
 import functools
-import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +54,7 @@ LEARNING_RATE = 3e-4
 WEIGHTS = (1.0, 0.1)  # of accuracy and format
 UPDATES = Updates(max_grad_norm=1.0)
 TEACHER = modular_sums.Teacher(slip=0.6, guess=0.1, check=0.2)
+START_SEEDS = 8  # models that are warmed up at once
 GUESSER = modular_sums.Teacher(guess=1.0)  # of the task of exploration
 HERE = pathlib.Path(__file__).parent
 
@@ -82,21 +82,25 @@ class Config:
     run_dir: pathlib.Path = pathlib.Path("runs/ablations")
     results: pathlib.Path = HERE / "results"  # where the CSV, the table and the figure go
     seeds: int = 8
-    steps: int = 100
+    steps: int = 100  # of a run, if not under --rank
+    evaluations: int = 10  # of a run, besides that of the start
     warmup_steps: int = 400
     task: Literal["elicitation", "exploration"] = "elicitation"  # see above; the second one has 2 terms throughout
     smoke: bool = False  # two seeds and a few steps of everything, to see that it runs
     rank: bool = False  # each condition at its own best learning rate, on seeds of its own: see `rank`
-    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # of --rank
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # of --rank
     rate_seeds: int = 8  # that choose the rates
     rank_seeds: int = 32  # that compare
-    estimate: bool = False  # of --rank: measure a chunk of steps, say how long all of it will take, and end
+    rank_steps: int = 60  # of a run under --rank
+    rank_evaluations: int = 4  # of a run under --rank, greedy and of half the problems
+    estimate: bool = False  # of --rank: measure a chunk of each program, say how long all of it will take, and end
 
 
 # ----------------------------------------------------------------------------- a run
 
 Hyper = Mapping[str, Any]  # the numbers of a condition, and the params that a seed starts from
 Settings = dict[str, Any]  # of a train step
+NOTHING: Hyper = {}
 
 
 def make(
@@ -158,8 +162,8 @@ def make(
         step,
         lambda key, n, hyper: make_problems(jax.random.fold_in(key, n), prompts, terms=terms),
         num_steps=config.steps,
-        evaluate=lambda params, hyper: evaluate(params, terms, problems_of(config)),
-        evaluate_every=config.steps // 10,
+        evaluate=lambda params, hyper: evaluate(params, terms, problems_of(config), ranked=config.rank),
+        evaluate_every=config.steps // config.evaluations,
     )
 
 
@@ -207,13 +211,19 @@ def measure(experience: Experience) -> tuple[Experience, Metrics]:
     }
 
 
-def evaluate(params: Params, terms: int, make_problems: Callable[..., Prompts]) -> dict[str, Array]:
-    """Accuracy on 512 problems that are the same for all runs, greedy and sampled at temperature 1."""
-    problems = make_problems(jax.random.key(2**31 - 1), 512, terms=terms)
-    draw = sampler(terms, group_size=1)
+def evaluate(
+    params: Params, terms: int, make_problems: Callable[..., Prompts], *, ranked: bool = False
+) -> dict[str, Array]:
+    """Accuracy on problems that are the same for all runs: of 512, greedy and sampled at temperature 1.
+
+    Where runs are `ranked`, which goes by the greedy accuracy, of 256 and greedy alone: a quarter of the time.
+    """
+    problems = make_problems(jax.random.key(2**31 - 1), 256 if ranked else 512, terms=terms)
+    draw, accuracy = sampler(terms, group_size=1), modular_sums.accuracy()
     greedy = dataclasses.replace(draw, greedy=True)(policy, params, problems, jax.random.key(0))
+    if ranked:
+        return {"greedy": accuracy(greedy).mean()}
     sampled = draw(policy, params, problems, jax.random.key(0))
-    accuracy = modular_sums.accuracy()
     return {"greedy": accuracy(greedy).mean(), "sampled": accuracy(sampled).mean(), "length": sampled.lengths.mean()}
 
 
@@ -240,17 +250,21 @@ def warm_up(key: PRNGKey, terms: int, steps: int, teacher: modular_sums.Teacher 
 def starts(config: Config, terms: int = STANDARD, seeds: int | None = None) -> Params:
     """The parameters that each seed starts from, `[seeds, ...]`; made once, then read from the run folder."""
     seeds = config.seeds if seeds is None else seeds
-    keys = jax.vmap(jax.random.key)(jnp.arange(seeds) + 1_000_000)  # none of the runs' own
     terms, teacher = terms_of(config, terms), GUESSER if config.task == "exploration" else TEACHER
     make_all = jax.jit(jax.vmap(lambda key: warm_up(key, terms, config.warmup_steps, teacher, modulus_of(config))))
-    folder = config.run_dir / f"start_{terms}_terms_{seeds}_seeds_{config.warmup_steps}_steps"
-    like = jax.eval_shape(make_all, keys)
-    with checkpoint.manager(folder) as checkpoints:
-        if (found := checkpoint.restore(checkpoints, _as_state(like))) is None:
-            print(f"warming up {seeds} models on sums of {terms} terms")
-            found = _as_state(make_all(keys)), {}
-            checkpoint.save(checkpoints, *found)
-    return found[0].params
+    about = f"start_{config.task}_{terms}_terms_{config.warmup_steps}_steps"
+    blocks = []
+    for first in range(0, seeds, START_SEEDS):
+        last = min(first + START_SEEDS, seeds)
+        keys = jax.vmap(jax.random.key)(jnp.arange(first, last) + 1_000_000)  # none of the runs' own
+        with checkpoint.manager(config.run_dir / f"{about}_seeds_{first}_to_{last - 1}") as checkpoints:
+            like = _as_state(jax.eval_shape(make_all, keys))
+            if (found := checkpoint.restore(checkpoints, like)) is None:
+                print(f"warming up the models of seeds {first} to {last - 1} on sums of {terms} terms")
+                found = _as_state(make_all(keys)), {}
+                checkpoint.save(checkpoints, *found)
+        blocks.append(found[0].params)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
 
 
 def _as_state(params: Params) -> TrainState:
@@ -272,20 +286,22 @@ def run(
     curves: Sequence[str] = ("greedy", "sampled"),
     against: str,
     seconds: bool = False,
+    shared: Hyper = NOTHING,
 ) -> None:
     """Runs a grid, writes `name.csv` (what is shown), `.md` and `.png` among the results, and shows the table.
 
     The table has the metrics at the end of the run, and the greedy accuracy averaged over the run, which is
     higher for what learns sooner, with its difference to the condition `against`. `seconds` adds the mean time
-    of a step, of all seeds together and with its share of the evaluation.
+    of a step, of all seeds together and with its share of the evaluation. `shared` are arrays that every run finds in
+    its `hyper`, such as the parameters of a teacher.
     """
     name = name if config.task == "elicitation" else f"{name}_{config.task}"
     if config.rank:
-        return rank(name, config, conditions, terms=terms, against=against)
-    per_seed = {"params": starts(config, terms)}
+        return rank(name, config, conditions, terms=terms, against=against, shared=shared)
+    per_seed = {"params": starts(config, terms)} | _for_each(shared, config.seeds)
     if config.smoke:  # traces all conditions and runs the two that the table needs
         for condition in {condition.run: condition for condition in conditions}.values():
-            hyper = {**condition.hyper, "params": jax.tree.map(lambda x: x[0], per_seed["params"])}
+            hyper = {**condition.hyper, **jax.tree.map(lambda x: x[0], per_seed)}
             jax.eval_shape(condition.run, jax.random.key(0), hyper)
         conditions = [c for c in conditions if c.name == against] + [c for c in conditions if c.name != against][:1]
     path = grid.run_grid(
@@ -301,32 +317,36 @@ def run(
         times = results.read(path.with_name(grid.TIMING))
         for condition, columns in summary.items():
             later = [row["seconds"] for row in times if row["condition"] == condition and row["chunk"] > 1]
-            columns["seconds per step"] = intervals.bootstrap(np.array(later) / (config.steps // 10))
+            columns["seconds per step"] = intervals.bootstrap(np.array(later) / (config.steps // config.evaluations))
     header, lines = tables.cells(summary)
     (config.results / f"{name}.md").write_text(tables.markdown(header, lines))
     rich.print(tables.terminal(header, lines))
     print(figures.curves(rows, curves, config.results / f"{name}.png", against=against))
 
 
-def rank(name: str, config: Config, conditions: Sequence[Condition], *, terms: int, against: str) -> None:
+def rank(
+    name: str, config: Config, conditions: Sequence[Condition], *, terms: int, against: str, shared: Hyper = NOTHING
+) -> None:
     """Ranks the conditions by the greedy accuracy averaged over the run, each at its own best learning rate.
 
     `rate_seeds` seeds run every condition at each of `rates`; `rank_seeds` others run it at its best one and are
-    compared with `against` in pairs. Leaves `name_rates.csv`, `.png` (accuracy over learning rates), `name_ranked.csv`
-    and `.md` (means, paired differences, Holm's p, seeds that a difference of 0.02 needs; and the mean accuracy over
-    all rates, which says how much a search for the rate matters). A run that was killed goes on where it was.
+    compared with `against` in pairs. Leaves `name_rates.csv`, `.png` (accuracy over learning rates), `name_ranked.csv`,
+    `.png` (accuracy over steps) and `.md` (means, paired differences, Holm's p, seeds that a difference of 0.02 needs;
+    and the mean accuracy over all rates, which says how much a search for the rate matters). All runs of a condition
+    are one program. A run that was killed goes on where it was, at the newest evaluation of the condition.
     """
     seeds = config.rate_seeds + config.rank_seeds
     params = starts(config, terms, seeds)
     first, others = (
-        jax.tree.map(lambda x, part=part: x[part], params)
+        {"params": jax.tree.map(lambda x, part=part: x[part], params)}
         for part in (slice(config.rate_seeds), slice(config.rate_seeds, None))
     )
-    at_each = ranking.at_each_rate(conditions, config.rates)
     if config.estimate:
-        return estimate(config, conditions, first)
+        return estimate(config, conditions, first | _for_each(shared, config.rate_seeds))
+    at_once = config.rate_seeds * len(config.rates)  # a condition at all rates
     path = grid.run_grid(
-        config.run_dir / f"{name}_rates", at_each, seeds=range(config.rate_seeds), per_seed={"params": first},
+        config.run_dir / f"{name}_rates", ranking.at_each_rate(conditions, config.rates),
+        seeds=range(config.rate_seeds), per_seed=first | _for_each(shared, config.rate_seeds), at_once=at_once,
         show=("greedy",),
     )  # fmt: skip
     rows = results.read(path)
@@ -340,10 +360,12 @@ def rank(name: str, config: Config, conditions: Sequence[Condition], *, terms: i
     print(figures.rates(of_rates, "greedy over the run", config.results / f"{name}_rates.png", against=against))
     path = grid.run_grid(
         config.run_dir / f"{name}_ranked", ranking.at_rates(conditions, best),
-        seeds=range(config.rate_seeds, seeds), per_seed={"params": others}, at_once=config.rate_seeds, show=("greedy",),
+        seeds=range(config.rate_seeds, seeds), per_seed=others | _for_each(shared, config.rank_seeds),
+        at_once=min(at_once, config.rank_seeds), show=("greedy",),
     )  # fmt: skip
     rows = results.read(path)
     results.write(config.results / f"{name}_ranked.csv", _greedy(rows))
+    print(figures.curves(rows, ("greedy",), config.results / f"{name}_ranked.png", against=against))
     ranked = ranking.rank(rows, "greedy", against=against, reduce=results.average)
     header, lines = ranking.cells(ranked, best, "greedy over the run")
     header.append("over all rates")
@@ -352,24 +374,35 @@ def rank(name: str, config: Config, conditions: Sequence[Condition], *, terms: i
     rich.print(tables.terminal(header, lines))
 
 
-def estimate(config: Config, conditions: Sequence[Condition], params: Params) -> None:
-    """Measures one chunk of the first condition, of as many runs as go together, and says what all of them take."""
-    run, together = conditions[0].run, config.rate_seeds
+def estimate(config: Config, conditions: Sequence[Condition], per_seed: Mapping[str, Any]) -> None:
+    """Measures one chunk of each program, of as many runs as go together, and says what all of them take."""
+    together = config.rate_seeds * len(config.rates)
+    runs_each = together + config.rank_seeds
     keys = jax.vmap(jax.random.key)(jnp.arange(together))
-    numbers = {**conditions[0].hyper, ranking.RATE: LEARNING_RATE}
-    hyper = {"params": params} | {key: jnp.full(together, x, jnp.float32) for key, x in numbers.items()}
-    state, _ = jax.jit(jax.vmap(run.start))(keys, hyper)
-    advance = jax.jit(jax.vmap(run.advance)).lower(state, hyper).compile()
-    began, cpu = time.perf_counter(), time.process_time()
-    jax.block_until_ready(advance(state, hyper))
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    blocks = len(conditions) * (len(config.rates) + math.ceil(config.rank_seeds / together))
-    programs = len({condition.run for condition in conditions})
-    chunks = blocks * run.chunks
+    repeated = jax.tree.map(lambda x: jnp.concatenate([x] * len(config.rates)), dict(per_seed))
+    compiling = seconds = cpu = 0.0
+    programs = {condition.run: condition.hyper for condition in conditions}
+    for run, numbers in programs.items():
+        numbers = {**numbers, ranking.RATE: LEARNING_RATE}
+        hyper = repeated | {name: jnp.full(together, x, jnp.float32) for name, x in numbers.items()}
+        began = time.perf_counter()
+        state, _ = jax.jit(jax.vmap(run.start))(keys, hyper)
+        advance = jax.jit(jax.vmap(run.advance)).lower(state, hyper).compile()
+        compiled, used = time.perf_counter(), time.process_time()
+        jax.block_until_ready(advance(state, hyper))
+        chunks = sum(condition.run == run for condition in conditions) * run.chunks * runs_each / together
+        compiling += compiled - began
+        seconds += chunks * (time.perf_counter() - compiled)
+        cpu += chunks * (time.process_time() - used)
     print(
-        f"{len(conditions)} conditions, {programs} programs to compile, {blocks * together} runs of {config.steps} "
-        f"steps: about {chunks * seconds / 60:.0f} minutes here, {chunks * cpu / 60:.0f} of CPU time, and the compiling"
+        f"{len(conditions)} conditions, {len(programs)} programs, {len(conditions) * runs_each} runs of {config.steps} "
+        f"steps: about {seconds / 60:.0f} minutes here, {cpu / 60:.0f} of CPU time, and {compiling / 60:.0f} to compile"
     )
+
+
+def _for_each(shared: Hyper, count: int) -> dict[str, Any]:
+    """The same arrays for each of so many runs."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), dict(shared))
 
 
 def _greedy(rows: Sequence[Row]) -> list[Row]:
@@ -395,7 +428,9 @@ def configured(config: Config) -> Config:
     """The configuration, or that of a smoke run, whose results stay in the run folder."""
     if config.estimate and not config.rank:
         raise ValueError("--estimate is of --rank")
+    if config.rank:
+        config = dataclasses.replace(config, steps=config.rank_steps, evaluations=config.rank_evaluations)
     if not config.smoke:
         return config
     small = {"seeds": 2, "steps": 10, "warmup_steps": 10, "rates": config.rates[:2], "rate_seeds": 2, "rank_seeds": 2}
-    return dataclasses.replace(config, **small, results=config.run_dir / "results")
+    return dataclasses.replace(config, **small, evaluations=10, results=config.run_dir / "results")

@@ -10,7 +10,7 @@ import pytest
 from grpo_jax.study import results
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "ablations"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "setting")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("setting", "rank_all"))
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def load(monkeypatch):
     sys.modules.pop("setting", None)
 
 
-def test_there_are_eleven():
-    assert len(NAMES) == 11
+def test_there_are_twelve():
+    assert len(NAMES) == 12
 
 
 @pytest.mark.smoke
@@ -53,22 +53,24 @@ def test_a_smoke_run_leaves_a_table_a_figure_and_tidy_rows(name, load, tmp_path)
 def test_conditions_are_ranked_at_their_best_rates_on_seeds_of_their_own(load, tmp_path, capsys):
     module = load("clipping")
     setting, config = module.setting, module.setting.Config(run_dir=tmp_path, smoke=True, rank=True)
-    run = module.make(config := setting.configured(config), 1, dual=False)
-    conditions = [setting.Condition(name, run, {"low": x, "high": x}) for name, x in (("0.1", 0.1), ("0.2", 0.2))]
+    run = module.make(config := setting.configured(config), 1)
+    bounds = {"0.1": 0.1, "0.2": 0.2}
+    conditions = [setting.Condition(name, run, {"low": x, "high": x, "delta": 2.0}) for name, x in bounds.items()]
 
     def ranked(**changes):
         changed = setting.dataclasses.replace(config, **changes)
         setting.run("clipping", changed, conditions, against="0.2")
 
     ranked(estimate=True)
-    assert "2 conditions, 1 programs to compile, 12 runs of 10 steps: about" in capsys.readouterr().out
+    assert "2 conditions, 1 programs, 12 runs of 10 steps: about" in capsys.readouterr().out
     ranked()
     rates, rows = (results.read(config.results / f"clipping_{name}.csv") for name in ("rates", "ranked"))
     assert {row["condition"] for row in rates} == {f"{x} @ {rate:g}" for x in ("0.1", "0.2") for rate in config.rates}
     assert {row["seed"] for row in rates} == {0, 1}
     assert {row["seed"] for row in rows} == {2, 3}
     assert (config.results / "clipping_ranked.md").read_text().count("\n") == 4
-    assert (config.results / "clipping_rates.png").stat().st_size > 5_000
+    for figure in ("rates", "ranked"):
+        assert (config.results / f"clipping_{figure}.png").stat().st_size > 5_000
 
 
 @pytest.mark.slow
