@@ -52,7 +52,7 @@ DEVICES = (16, 24, 80)  # GB
 FITS = {"prompts": 8, "group": 8, "prompt_tokens": 512, "completion_tokens": 512}
 
 
-def steps(cell: Cell, repeats: int = 7) -> Iterator[dict[str, Any]]:
+def steps(cell: Cell, repeats: int = 4) -> Iterator[dict[str, Any]]:
     """Seconds of `collect` and `learn`, and bytes by the compiler, in float32 with a reference; a line a variant."""
     policy = models.decoder(models.from_hf_config(cells.hf_config(cell.model)))
     whole = jax.jit(policy.init)(jax.random.key(0))
