@@ -51,6 +51,11 @@ class Cell(NamedTuple):
     def rows(self) -> int:
         return self.prompts * self.group
 
+    @property
+    def slots(self) -> int:
+        """Completions decoded at a time where lengths differ, and others take the place of those that have ended."""
+        return max(1, self.rows // 4)
+
 
 TINY = Model(hidden=256, layers=4, heads=8, kv_heads=2, intermediate=1024, vocabulary=1024)
 SMALL = Model(hidden=512, layers=8, heads=8, kv_heads=2, intermediate=1408, vocabulary=32768)

@@ -1,6 +1,7 @@
 """One step of grpo_jax, as experiments/grpo.py makes it: `collect`, host rewards, `learn`.
 
-Where lengths differ the completions are packed between the two, as its `--pack` does.
+Where lengths differ the completions are sampled in slots, by `sampling.continuous`, and packed between the two, as its
+`--pack` does.
 
 Seconds of a step: `generate` is `collect`; `score` is the reference's log-probs in a
 program of their own, run after the step and not counted in `whole`; `train` is what
@@ -8,6 +9,7 @@ remains of `learn` without them, the update included. Nor does `score` count in 
 memory: it is compiled and run after that is read, and the mark is then set anew.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -56,6 +58,8 @@ def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Li
     sampling_policy = policy if cell.mean_length is None else ends_at_random(policy, cell.mean_length)
     eos_ids = () if cell.mean_length is None else (cells.END,)
     sampler = sampling.sampler(group_size=cell.group, max_tokens=cell.completion_tokens, eos_ids=eos_ids)
+    if cell.mean_length is not None:
+        sampler = dataclasses.replace(sampler, slots=cell.slots)
     collect = jax.jit(make_collect(sampling_policy, sampler))
     learn = jax.jit(
         make_learn(

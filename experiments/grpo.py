@@ -207,6 +207,7 @@ def train(config: Config) -> Params:
         profile=config.profile,
     ) as loop:  # fmt: skip
         del state
+        more_shapes = config.pack and not config.overlap  # to compile, once the lengths of a batch are known
         for n in loop:
             if n % config.evaluate_every == 0:
                 evaluate_and_keep_the_best()
@@ -222,6 +223,9 @@ def train(config: Config) -> Params:
             if config.pack:
                 packed = packing.pack(experience.rollout, multiple=config.completion_bucket)
                 experience = experience._replace(packing=packed)
+                if more_shapes:
+                    packing.compile_ahead(step.learn, loop.state, experience, multiple=config.completion_bucket)
+                    more_shapes = False
             else:
                 experience = packing.trim(experience, multiple=config.completion_bucket)
             loop.state, statistics = step.learn(loop.state, experience)

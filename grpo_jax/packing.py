@@ -2,16 +2,20 @@
 
 Both run on the host, between `collect` and `learn`, and look at the lengths, so that they
 wait for the rollout. Each shape of their results compiles its own program: `trim` has one for each multiple up to `T`,
-`pack` those of `shapes`, so that who packs does not trim as well.
+`pack` those of `shapes`, so that who packs does not trim as well; `compile_ahead` compiles what the next batches are
+likely to need while they are sampled.
 """
 
+import collections
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import processes
-from grpo_jax.types import Experience, Packing, Rollout
+from grpo_jax.types import Experience, Packing, Rollout, TrainState
+from grpo_jax.updates import JittedLearn, Learn
 
 Tuple = TypeVar("Tuple", Experience, Rollout)
 
@@ -94,15 +98,72 @@ def pack(rollout: Rollout, *, multiple: int = 64) -> Packing | None:
     """
     lengths = np.asarray(rollout.lengths)
     B, G, T = rollout.tokens.shape
-    for R, W in reversed(shapes(G, T, multiple=multiple)):
+    found = _smallest(lengths, shapes(G, T, multiple=multiple))
+    if found is None:
+        return None
+    (R, W), starts = found
+    segments = np.full((B, R * W), -1, np.int32)
+    for b, g in np.ndindex(B, G):
+        segments[b, starts[b, g] : starts[b, g] + lengths[b, g]] = g
+    return Packing(jnp.asarray(starts), jnp.asarray(segments.reshape(B, R, W)))
+
+
+def compile_ahead(
+    learn: Learn, state: TrainState, experience: Experience, *, at_most: int = 2, multiple: int = 64, draws: int = 50
+) -> list[tuple[int, int] | None]:
+    """Compiles in a thread the programs of `learn` that the next batches are most likely to need.
+
+    Batches of the lengths seen are drawn anew, with replacement, and packed; the shapes that come most often are
+    compiled, one after the other, while the next batch is sampled. Called once, before the first `learn`:
+
+        if n == 0:
+            packing.compile_ahead(step.learn, state, experience)
+
+    Args:
+      learn: of `step.jit()`.
+      state: of the run.
+      experience: that `learn` is given next, with its packing or None, whose program is not among them.
+      at_most: so many programs.
+      multiple: as `pack` is given.
+      draws: batches that are drawn.
+
+    Returns:
+      The shapes that are compiled, most likely first; None stands for no packing.
+
+    Raises:
+      ValueError: if `learn` is not jitted by `step.jit()`.
+    """
+    if not isinstance(learn, JittedLearn):
+        raise ValueError("what is compiled ahead is step.learn of step = make_train_step(...).jit()")
+    lengths = np.asarray(experience.rollout.lengths)
+    B, G, T = experience.rollout.tokens.shape
+    known, rng = shapes(G, T, multiple=multiple), np.random.default_rng(0)
+    counts: collections.Counter[tuple[int, int] | None] = collections.Counter()
+    for _ in range(draws):
+        found = _smallest(rng.choice(lengths.ravel(), (B, G)), known)
+        counts[found and found[0]] += 1
+    packing = experience.packing
+    now = None if packing is None else packing.segments.shape[1:]
+    likely = [shape for shape, _ in counts.most_common() if shape != now][:at_most]
+
+    def packed(shape: tuple[int, int] | None) -> Experience:
+        if shape is None:
+            return experience._replace(packing=None)
+        starts, segments = (jax.ShapeDtypeStruct(x, jnp.int32) for x in ((B, G), (B, *shape)))
+        return experience._replace(packing=Packing(starts, segments))
+
+    learn.ahead(state, [packed(shape) for shape in likely])
+    return likely
+
+
+def _smallest(lengths: np.ndarray, known: list[tuple[int, int]]) -> tuple[tuple[int, int], np.ndarray] | None:
+    """The last of the shapes that has room for every group, and where each completion begins there."""
+    for R, W in reversed(known):
         if lengths.max() > W or lengths.sum(axis=1).max() > R * W:
             continue
         starts = _lay_out(lengths, W)
         if int(starts.max()) < R * W:
-            segments = np.full((B, R * W), -1, np.int32)
-            for b, g in np.ndindex(B, G):
-                segments[b, starts[b, g] : starts[b, g] + lengths[b, g]] = g
-            return Packing(jnp.asarray(starts), jnp.asarray(segments.reshape(B, R, W)))
+            return (R, W), starts
     return None
 
 

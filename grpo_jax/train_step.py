@@ -24,6 +24,7 @@ from grpo_jax.advantages import from_rewards
 from grpo_jax.freezing import bind
 from grpo_jax.losses.aggregates import token_mean
 from grpo_jax.policies import Policy
+from grpo_jax.programs import Program
 from grpo_jax.protocols import Advantage, ExperienceTransform, Loss, Reward, Sampler, Terms
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.scoring import Teacher, score
@@ -57,12 +58,13 @@ class Step:
     def jit(self, *, compiler_options: Mapping[str, str | bool] | None = None) -> "Step":
         """The same step with each half jitted; `learn` donates the state that it is given; see `updates.jit_learn`.
 
-        A `collect` that goes through the host stays as it is: its parts are programs.
+        A `collect` that goes through the host stays as it is: its parts are programs. What XLA's compiler has freed
+        goes back to the system after each program; see `programs.Program`.
 
         Args:
           compiler_options: of XLA, for `learn`; `compiler_options.saving_memory()` unless given.
         """
-        collect = self.collect if self.on_host else jax.jit(self.collect)
+        collect = self.collect if self.on_host else Program(jax.jit(self.collect))
         return Step(collect, jit_learn(self.learn, compiler_options=compiler_options), self.on_host)
 
 

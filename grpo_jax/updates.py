@@ -1,7 +1,7 @@
 """Gradients to a new state: iterations, minibatches and micro-batches, and the guard against what is not finite."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -11,6 +11,7 @@ import optax
 from grpo_jax import losses, statistics
 from grpo_jax.compiler_options import saving_memory
 from grpo_jax.freezing import bind, is_trainable, named_leaves
+from grpo_jax.programs import Program
 from grpo_jax.protocols import Terms
 from grpo_jax.schedules import Scheduled, at
 from grpo_jax.statistics import Mean
@@ -276,8 +277,27 @@ def make_updates(
     return learn
 
 
-def jit_learn(learn: Learn, *, compiler_options: Mapping[str, str | bool] | None = None) -> Learn:
+@dataclasses.dataclass(frozen=True)
+class JittedLearn:
+    """A jitted `learn`; made by `jit_learn`, and called as one."""
+
+    program: Program  # of the state without what is frozen, of that, and of the batch
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """The next state, and metrics."""
+        frozen = state.frozen
+        state, metrics = self.program(state._replace(frozen=None), frozen, batch)
+        return state._replace(frozen=frozen), metrics
+
+    def ahead(self, state: TrainState, batches: Iterable[Batch]) -> int:
+        """Compiles the programs for batches of other shapes in a thread; see `Program.ahead`."""
+        return self.program.ahead((state._replace(frozen=None), state.frozen, batch) for batch in batches)
+
+
+def jit_learn(learn: Learn, *, compiler_options: Mapping[str, str | bool] | None = None) -> JittedLearn:
     """`learn`, jitted, which donates the state that it is given, but not what is frozen: that stays where it is.
+
+    What compiling it has freed goes back to the system; see `programs.Program`.
 
     Args:
       learn: `(state, batch) -> (state, metrics)`.
@@ -290,14 +310,7 @@ def jit_learn(learn: Learn, *, compiler_options: Mapping[str, str | bool] | None
         return state._replace(frozen=None), metrics
 
     options = saving_memory() if compiler_options is None else dict(compiler_options)
-    jitted = jax.jit(learn_apart, donate_argnums=0, compiler_options=options or None)
-
-    def learn_jitted(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        frozen = state.frozen
-        state, metrics = jitted(state._replace(frozen=None), frozen, batch)
-        return state._replace(frozen=frozen), metrics
-
-    return learn_jitted
+    return JittedLearn(Program(jax.jit(learn_apart, donate_argnums=0, compiler_options=options or None)))
 
 
 def in_parts(f: Callable[[Batch], Tree], batch: Batch, parts: int) -> Tree:

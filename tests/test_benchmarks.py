@@ -8,7 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import cells, first_steps, floor, gpu, loading, ours, report, run, scaling, startup, worker
+from benchmarks import (
+    cells,
+    first_steps,
+    floor,
+    gpu,
+    loading,
+    long,
+    ours,
+    report,
+    run,
+    scaling,
+    settings,
+    startup,
+    worker,
+)
 from grpo_jax import models, sampling
 from grpo_jax.models import attention
 
@@ -243,6 +257,28 @@ def test_first_steps_count_every_second_and_are_compared_in_mean_and_in_the_stea
     assert plain == ["W3", "plain", "3", "3.67", "1.00", "1.09x", "4.00x", "2.0", "300", "3"]
     assert trl == ["W3", "trl", "3", "4.00", "4.00", "1.00x", "1.00x", "8.0", "200", ""]
     assert floor_row[-2:] == ["", ""]
+
+
+def test_settings_are_compared_by_their_fastest_step():
+    def steps(*whole, pages):
+        return [
+            {"whole": s, "collect": s / 4, "learn": s / 2, "cpu": 2 * s, "pages": pages, "peak_mib": 7} for s in whole
+        ]
+
+    lines = {"as it is": steps(3.0, 2.0, pages=5000), "one core": steps(4.0, 9.0, pages=10)}
+    rows = [[x.strip() for x in row.split("|")[1:-1]] for row in settings.table(lines).splitlines()]
+    assert rows[2] == ["as it is", "2.00", "0.50", "1.00", "4.00", "1.00", "5,000", "7"]
+    assert rows[3] == ["one core", "4.00", "1.00", "2.00", "8.00", "2.00", "10", "7"]
+
+
+@pytest.mark.slow
+def test_long_completions_are_planned_and_their_growth_is_told():
+    form = attention.auto
+    found = [long.sizes(T, form, CELL._replace(prompts=2, group=2)) for T in (8, 16)]
+    assert found[1].logits == 4 * 4 * 16 * (6 + 16) / 2**20
+    assert 0 < found[0].sample < found[1].sample
+    told = long.table([long.Sizes("auto", 8, 1.0, 3.0, 2.0), long.Sizes("auto", 16, 2.0, 12.0, 8.0)])
+    assert "| auto | 16 | 2 (T^1.00) | 12 (T^2.00) | 8 (T^2.00) |" in told
 
 
 @pytest.mark.slow

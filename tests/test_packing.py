@@ -1,7 +1,9 @@
 """Trimmed and packed completions give what whole ones give."""
 
+import collections
 import dataclasses
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,12 @@ from hypothesis.extra import numpy as arrays
 
 from grpo_jax import losses, models, packing, testing
 from grpo_jax.policies import from_logits_fn
+from grpo_jax.run.compilation import count_compilations
 from grpo_jax.scoring import Teacher, score
 from grpo_jax.statistics import summary
 from grpo_jax.train_step import make_learn
 from grpo_jax.types import Experience, Likeliest, Rollout
-from grpo_jax.updates import Updates, init_state
+from grpo_jax.updates import Updates, init_state, jit_learn
 
 LENGTHS = np.array([[3, 12, 1, 4], [2, 2, 7, 5], [0, 6, 1, 1], [9, 1, 1, 1]])
 B, G, T = 4, 4, 12
@@ -99,6 +102,29 @@ def test_random_lengths_make_no_more_shapes_than_are_told(G, T, most):
         seen.add(None if packed is None else packed.segments.shape[1:])
     assert seen <= {None, *known}
     assert len(seen) > 1 or not known
+
+
+def test_the_shapes_that_come_most_often_are_compiled_ahead_and_no_more_than_told():
+    lengths = np.random.default_rng(1).geometric(1 / 3, (B, G))
+    packs = lambda lengths: packing.pack(rollout_of(lengths, T), multiple=4)  # noqa: E731
+    given = Experience(rollout_of(lengths, T), packing=packs(lengths))
+    learn = jit_learn(lambda state, batch: (state, {"segments": jnp.sum(batch.packing.segments)}))
+    state = init_state({"w": jnp.zeros(2)}, optax.sgd(1.0), jax.random.key(0))
+    drawn = [packs(np.random.default_rng(n).choice(lengths.ravel(), (B, G))) for n in range(200)]
+    found = collections.Counter(x and x.segments.shape[1:] for x in drawn)
+    now, count = given.packing.segments.shape[1:], count_compilations()
+    likely = [shape for shape, _ in found.most_common() if shape != now][:2]
+    assert packing.compile_ahead(learn, state, given, at_most=0, multiple=4) == []
+    assert sorted(packing.compile_ahead(learn, state, given, at_most=2, multiple=4)) == sorted(likely)
+    for thread in threading.enumerate():
+        if thread.name == "compiling ahead":
+            thread.join()
+    for shape, compiled in [(likely[0], 2), (likely[1], 2), (now, 3)]:
+        packed = next(x for x in drawn if x is not None and x.segments.shape[1:] == shape)
+        state, metrics = learn(state, given._replace(packing=packed))
+        assert (int(metrics["segments"]), count()) == (np.asarray(packed.segments).sum(), compiled)
+    with pytest.raises(ValueError, match=r"step\.learn of step"):
+        packing.compile_ahead(lambda state, batch: (state, {}), state, given)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from orbax.checkpoint import type_handlers
 
 from grpo_jax import processes
 from grpo_jax.models.sharding import put
-from grpo_jax.run import compilation
+from grpo_jax.programs import give_back_freed
 from grpo_jax.types import Params, TrainState
 
 _ABSENT = "(absent)"
@@ -140,7 +140,7 @@ def save(
     below_a_broken_one = step < max(checkpoints.all_steps(), default=0)  # where Orbax would skip it
     saved = checkpoints.save(step, args=items, force=below_a_broken_one)
     checkpoints.wait_until_finished()
-    compilation.give_back_freed()
+    give_back_freed()
     if not saved:
         raise RuntimeError(f"Orbax did not save step {step} in {checkpoints.directory}; was it opened read-only?")
 
@@ -493,7 +493,7 @@ def _read_arrays(
         broken += sorted({path for paths in processes.exchange("wrong", wrong) for path in paths})
         if not broken:
             placed |= {path: _place(arrays.pop(path), leaves[path], facts[path]) for path in part}
-        compilation.give_back_freed()
+        give_back_freed()
     if broken:
         raise CheckpointCorruptError(f"step {step} (the digest of {', '.join(broken)} differs)")
     return placed

@@ -1,12 +1,12 @@
 """Compiled programs: kept between runs, and counted within one; and what compiling them has freed, given back."""
 
-import ctypes
 import os
 import pathlib
-import sys
 from collections.abc import Callable
 
 import jax
+
+from grpo_jax.programs import give_back_freed
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # of a program compiled, or fetched where it is kept
 
@@ -48,14 +48,18 @@ def count_compilations() -> Callable[[], int]:
     return lambda: count
 
 
-def trim_malloc(seconds: float = 0.1) -> None:
-    """From now on, what compiling has used and freed goes back to the system after each program.
+def trim_malloc(seconds: float = 0.1) -> Callable[[], None]:
+    """From now on, what compiling has used and freed goes back to the system after each program of the process.
 
     XLA compiles in many threads, and the GNU C library keeps what they free, for them to use again: hundreds of MiB
-    of a process that may need them no more. With another C library nothing is done.
+    of a process that may need them no more. With another C library nothing is done. `step.jit()` does so by itself for
+    the programs of a step, and `run.loop` for all that are compiled within it.
 
     Args:
       seconds: programs that compile faster leave little and are passed over; giving back takes milliseconds.
+
+    Returns:
+      A function that ends it.
     """
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -63,10 +67,4 @@ def trim_malloc(seconds: float = 0.1) -> None:
             give_back_freed()
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-
-
-def give_back_freed() -> None:
-    """Gives freed memory that the GNU C library keeps back to the system, in milliseconds; nothing with another one."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
+    return lambda: jax.monitoring.unregister_event_duration_listener(listen)

@@ -61,6 +61,7 @@ def loop(
     tensorboard: bool = False,
     wandb: str | None = None,
     profile: bool = False,
+    keep_programs: bool = True,
 ) -> Iterator["Loop"]:
     """Opens the run in a folder, at its newest checkpoint if it has one.
 
@@ -80,6 +81,9 @@ def loop(
       tensorboard: write to TensorBoard, in the run's folder.
       wandb: the project of Weights & Biases to write to.
       profile: write a trace of the second step and the next two into the folder, for xprof.
+      keep_programs: keep what is compiled from now on in `~/.cache/grpo_jax/programs`, or where JAX is told to, for
+        the next start; see `compilation.enable_compilation_cache`. It stays on after the loop. What compiling has
+        freed goes back to the system in any case, as by `compilation.trim_malloc`.
 
     Raises:
       RuntimeError: if another process runs in the folder; if the run ends by `SystemExit(0)` before its last step.
@@ -100,6 +104,9 @@ def loop(
         if first:
             leftovers.remove(folder)
         state = resuming.newest(checkpoints, state, folder, meta, ("run_dir", *allow), steps, save_every)
+        if keep_programs:
+            compilation.enable_compilation_cache()
+        stack.callback(compilation.trim_malloc())
         followers = [writers.tensorboard(folder, purge_step=int(state.step))] if tensorboard and first else []
         if wandb is not None and first:
             run_id = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]

@@ -75,6 +75,10 @@ def softmax_of_the_concatenation(query, own, prompt, mask_inputs):
     return out
 
 
+two_at_a_time = functools.partial(attention.blockwise, queries=2)
+IN_BLOCKS = ("packed completions", "a window", "a prompt alone")  # of several blocks, the last not always full
+
+
 @pytest.mark.parametrize("form", [attention.reference, attention.blockwise, attention.auto])
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_softmax_over_prompt_and_own_tokens(form, case):
@@ -128,6 +132,26 @@ def check_gradients(actual, expected, tolerance=2e-6):
 def test_gradients_are_those_of_the_reference(form, case):
     given = inputs(case)
     check_gradients(gradients(form, *given), gradients(attention.reference, *given))
+
+
+@pytest.mark.parametrize("case", IN_BLOCKS)
+def test_queries_in_several_blocks_give_the_same_and_the_same_gradients(case):
+    given = inputs(case)
+    np.testing.assert_allclose(jit(two_at_a_time)(*given), softmax_of_the_concatenation(*given), rtol=0, atol=1e-6)
+    check_gradients(gradients(two_at_a_time, *given), gradients(attention.reference, *given))
+
+
+def test_memory_does_not_grow_with_the_square_of_the_tokens():
+    def temporaries(S, form):
+        x = jax.ShapeDtypeStruct((1, 1, S, N, h), jnp.float32)
+        keys = jax.ShapeDtypeStruct((1, 1, S, K, h), jnp.float32)
+        positions = jax.ShapeDtypeStruct((1, 1, S), jnp.int32)
+        program = jit(jax.grad(lambda x, own, inputs: jnp.sum(form(x, own, None, inputs))))
+        compiled = program.lower(x, KeyValues(keys, keys), MaskInputs(positions, positions)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    form = functools.partial(attention.blockwise, queries=32)
+    assert temporaries(1024, form) < 2.5 * temporaries(512, form)
 
 
 def causal_rows(query, keys, values):

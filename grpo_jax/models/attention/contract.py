@@ -30,6 +30,7 @@ class MaskInputs(NamedTuple):
     prompt: Array | None = None  # [B, G] int32, how many tokens the prompt's keys hold
     segments: Array | None = None  # [B, G, S] int32, of packed completions; the own keys are then the queries' own
     window: Array | None = None  # [] int32
+    own_segments: Array | None = None  # [B, G, C] int32, of the own keys where those are not the queries' own
 
 
 # (query, own, prompt or None, mask_inputs), and `soft_cap=` or `sinks=` where a model has them.
@@ -59,7 +60,8 @@ def completion_mask(mask_inputs: MaskInputs) -> Array:
     queries, own = mask_inputs.queries[..., :, None], mask_inputs.own[..., None, :]
     seen = (own <= queries) & (own >= 0)
     if mask_inputs.segments is not None:
-        seen &= mask_inputs.segments[..., :, None] == mask_inputs.segments[..., None, :]
+        of_keys = mask_inputs.segments if mask_inputs.own_segments is None else mask_inputs.own_segments
+        seen &= mask_inputs.segments[..., :, None] == of_keys[..., None, :]
     if mask_inputs.window is not None:
         seen &= queries - own < mask_inputs.window[..., None, None]
     return seen
