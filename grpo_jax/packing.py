@@ -149,8 +149,8 @@ def compile_ahead(
     def packed(shape: tuple[int, int] | None) -> Experience:
         if shape is None:
             return experience._replace(packing=None)
-        starts, segments = (jax.ShapeDtypeStruct(x, jnp.int32) for x in ((B, G), (B, *shape)))
-        return experience._replace(packing=Packing(starts, segments))
+        form = jax.eval_shape(lambda: Packing(jnp.zeros((B, G), jnp.int32), jnp.zeros((B, *shape), jnp.int32)))
+        return experience._replace(packing=form)
 
     learn.ahead(state, [packed(shape) for shape in likely])
     return likely
