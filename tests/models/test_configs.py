@@ -58,6 +58,7 @@ PARAMETERS = {
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
     "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
     "microsoft/Phi-4-mini-instruct": 3_836_021_760,
     "openai/gpt-oss-20b": 20_914_757_184,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
