@@ -15,15 +15,19 @@ LEARNING_RATE = 1e-6
 
 
 class Model(NamedTuple):
-    """Sizes of a Qwen2 model with its own output head (embeddings not tied)."""
+    """Sizes of a model of a family, with its own output head unless embeddings are tied."""
 
     hidden: int
     layers: int
     heads: int
     kv_heads: int
-    intermediate: int
+    intermediate: int  # of an expert, where there are some
     vocabulary: int
     tied: bool = False
+    family: str = "qwen2"
+    window: int | None = None  # of all layers but every sixth; None: all see everything
+    experts: int | None = None  # in place of the MLP of each layer
+    per_token: int = 1  # experts that a token goes to
 
     @property
     def head_dim(self) -> int:
@@ -31,9 +35,22 @@ class Model(NamedTuple):
 
     @property
     def layer_weights(self) -> int:
-        """Numbers in the matrices of one layer."""
+        """Numbers in the matrices of one layer, without a router's."""
+        return self._weights(self.experts or 1)
+
+    @property
+    def read_weights(self) -> int:
+        """Those that one token meets."""
+        return self._weights(self.per_token)
+
+    def _weights(self, mlps: int) -> int:
         attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
-        return attention + 3 * self.hidden * self.intermediate
+        return attention + 3 * mlps * self.hidden * self.intermediate
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Of each layer."""
+        return [None if n % 6 == 5 else self.window for n in range(self.layers)]
 
 
 class Cell(NamedTuple):
@@ -58,6 +75,14 @@ class Cell(NamedTuple):
 
 
 TINY = Model(hidden=256, layers=4, heads=8, kv_heads=2, intermediate=1024, vocabulary=1024)
+GEMMA = Model(
+    hidden=256, layers=6, heads=4, kv_heads=1, intermediate=1024, vocabulary=1024,
+    tied=True, family="gemma3_text", window=64,
+)  # fmt: skip
+MIXTURE = Model(
+    hidden=256, layers=4, heads=8, kv_heads=2, intermediate=512, vocabulary=1024,
+    family="mixtral", experts=8, per_token=2,
+)  # fmt: skip
 SMALL = Model(hidden=512, layers=8, heads=8, kv_heads=2, intermediate=1408, vocabulary=32768)
 
 CELLS = {
@@ -66,6 +91,8 @@ CELLS = {
         Cell("W1", TINY, prompts=8, group=8, prompt_tokens=64, completion_tokens=128),
         Cell("W2", TINY, prompts=4, group=16, prompt_tokens=512, completion_tokens=64),
         Cell("W3", TINY, prompts=8, group=8, prompt_tokens=64, completion_tokens=128, mean_length=32),
+        Cell("gemma3", GEMMA, prompts=8, group=8, prompt_tokens=64, completion_tokens=128),
+        Cell("mixture", MIXTURE, prompts=8, group=8, prompt_tokens=64, completion_tokens=128),
         Cell("small", SMALL, prompts=4, group=4, prompt_tokens=64, completion_tokens=128),
         Cell("long", TINY, prompts=8, group=8, prompt_tokens=64, completion_tokens=1984),  # positions up to 2,048
     )
@@ -115,10 +142,11 @@ def reward(tokens: np.ndarray) -> float:
 
 
 def hf_config(model: Model) -> Any:
-    """The sizes as transformers' `Qwen2Config`; no token ends a completion."""
+    """The sizes as a config of transformers; no token ends a completion."""
     import transformers
 
-    return transformers.Qwen2Config(
+    return transformers.AutoConfig.for_model(
+        model.family,
         vocab_size=model.vocabulary,
         hidden_size=model.hidden,
         intermediate_size=model.intermediate,
@@ -130,7 +158,24 @@ def hf_config(model: Model) -> Any:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        **of_family(model),
     )
+
+
+def of_family(model: Model) -> dict[str, Any]:
+    """The fields that only the model's family has."""
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in model.windows]
+    fields: dict[str, dict[str, Any]] = {
+        "qwen2": {},
+        "gemma3_text": {
+            "head_dim": model.head_dim,
+            "query_pre_attn_scalar": model.head_dim,
+            "sliding_window": model.window,
+            "layer_types": kinds,
+        },
+        "mixtral": {"num_local_experts": model.experts, "num_experts_per_tok": model.per_token},
+    }
+    return fields[model.family]
 
 
 def write_checkpoint(model: Model, path: Path) -> Path:

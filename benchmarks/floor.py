@@ -3,8 +3,10 @@
 Counted are the products that the step cannot do without: each prompt is read once
 for its group, the head is applied to completion tokens only, nothing is recomputed.
 Products with weights are run at the shapes at which they occur, with the weights of
-each layer in their own place in memory; attention's products, which no library runs
-at full speed at these shapes, are charged at the best rate measured on this machine.
+each layer in their own place in memory, and those of experts with as many rows for
+each; attention's products, which no library runs at full speed at these shapes, are
+charged at the best rate measured on this machine, for the pairs that windows let see.
+A router's products are left out.
 """
 
 import functools
@@ -16,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import cells, worker
 from benchmarks.cells import Cell, Model
@@ -35,9 +38,11 @@ class Sweep(NamedTuple):
 
 
 def causal_pairs(cell: Cell, lengths: list[int]) -> tuple[float, float]:
-    """Pairs of (query, key) within the prompts, and of the completions with their prompt and past."""
-    P = cell.prompt_tokens
-    return cell.prompts * P * (P + 1) / 2, sum(n * P + n * (n + 1) / 2 for n in lengths)
+    """Pairs of (query, key) within the prompts, and of the completions with prompt and past; the mean of the layers."""
+    P, windows = cell.prompt_tokens, cell.model.windows
+    seen = np.arange(1, P + max(lengths) + 1)  # by the token at each position, the own included
+    seen = np.mean([seen if window is None else np.minimum(seen, window) for window in windows], axis=0)
+    return float(cell.prompts * seen[:P].sum()), float(sum(seen[P : P + n].sum() for n in lengths))
 
 
 def phases(cell: Cell, lengths: list[int]) -> dict[str, list[Sweep]]:
@@ -61,7 +66,7 @@ def product_flops(model: Model, sweep: Sweep) -> float:
     return (
         2.0
         * sweep.times
-        * (sweep.rows * model.layers * model.layer_weights + sweep.head_rows * model.hidden * model.vocabulary)
+        * (sweep.rows * model.layers * model.read_weights + sweep.head_rows * model.hidden * model.vocabulary)
     )
 
 
@@ -82,14 +87,15 @@ def phase_flops(cell: Cell, lengths: list[int]) -> dict[str, float]:
 def random_weights(model: Model, dtype: jnp.dtype = jnp.float32) -> Weights:
     """The matrices of all layers, stacked, and the head."""
     m, kv = model, model.kv_heads * model.head_dim
+    mlps = (m.layers,) if m.experts is None else (m.layers, m.experts)
     shapes = {
         "q": (m.layers, m.hidden, m.hidden),
         "k": (m.layers, m.hidden, kv),
         "v": (m.layers, m.hidden, kv),
         "o": (m.layers, m.hidden, m.hidden),
-        "gate": (m.layers, m.hidden, m.intermediate),
-        "up": (m.layers, m.hidden, m.intermediate),
-        "down": (m.layers, m.intermediate, m.hidden),
+        "gate": (*mlps, m.hidden, m.intermediate),
+        "up": (*mlps, m.hidden, m.intermediate),
+        "down": (*mlps, m.intermediate, m.hidden),
         "head": (m.hidden, m.vocabulary),
     }
     keys = jax.random.split(jax.random.key(0), len(shapes))
@@ -99,37 +105,39 @@ def random_weights(model: Model, dtype: jnp.dtype = jnp.float32) -> Weights:
 def _product(x: Array, w: Array, backward: bool) -> tuple[Array, ...]:
     """`x w`; backward also the two products of the gradient, with an array of the result's shape in its place."""
     y = x @ w
-    return (y, y @ w.T, x.T @ y) if backward else (y,)
+    return (y, y @ w.mT, x.mT @ y) if backward else (y,)
 
 
-def random_inputs(model: Model, rows: int, dtype: jnp.dtype = jnp.float32) -> tuple[Array, Array]:
-    """What the products are taken of, `[rows, hidden]` and `[rows, intermediate]`."""
-    narrow, wide = jax.random.split(jax.random.key(1))
-    return (
-        jax.random.normal(narrow, (rows, model.hidden), dtype),
-        jax.random.normal(wide, (rows, model.intermediate), dtype),
-    )
+def random_inputs(model: Model, rows: int, dtype: jnp.dtype = jnp.float32) -> tuple[Array, Array, Array]:
+    """What the attention's products are taken of, those of gate and up, and that of down, `[(E,) rows, ...]`."""
+    of_expert = max(1, round(rows * model.per_token / (model.experts or 1)))
+    of_mlp = (rows,) if model.experts is None else (model.experts, of_expert)
+    shapes = (rows, model.hidden), (*of_mlp, model.hidden), (*of_mlp, model.intermediate)
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    attention, narrow, wide = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+    return attention, narrow, wide
 
 
 @functools.partial(jax.jit, static_argnames=("head_rows", "times", "backward"))
 def run_products(
-    weights: Weights, inputs: tuple[Array, Array], *, head_rows: int, times: int, backward: bool
+    weights: Weights, inputs: tuple[Array, Array, Array], *, head_rows: int, times: int, backward: bool
 ) -> tuple[tuple[Array, ...], ...]:
     """The products with weights of `times` sweeps, one after the other."""
     layers = {name: w for name, w in weights.items() if name != "head"}
 
-    def layer(x: Array, wide: Array, w: Weights) -> tuple[Array, ...]:
-        narrow = [_product(x, w[name], backward) for name in ("q", "k", "v", "o", "gate", "up")]
-        return tuple(y for ys in [*narrow, _product(wide, w["down"], backward)] for y in ys)
+    def layer(inputs: tuple[Array, Array, Array], w: Weights) -> tuple[Array, ...]:
+        of_each = (("q", "k", "v", "o"), ("gate", "up"), ("down",))
+        products = [_product(x, w[name], backward) for x, names in zip(inputs, of_each, strict=True) for name in names]
+        return tuple(y for ys in products for y in ys)
 
     def sweep(n: Array, last: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
         # Inputs differ from sweep to sweep, so that no compiler computes the same product once for all.
-        x, wide = jax.tree.map(lambda x: x + n.astype(x.dtype), inputs)
-        products, _ = jax.lax.scan(lambda _, w: (layer(x, wide, w), None), last[0], layers)
-        return products, _product(x[:head_rows], weights["head"], backward) if head_rows else ()
+        given = jax.tree.map(lambda x: x + n.astype(x.dtype), inputs)
+        products, _ = jax.lax.scan(lambda _, w: (layer(given, w), None), last[0], layers)
+        return products, _product(given[0][:head_rows], weights["head"], backward) if head_rows else ()
 
     first = jax.tree.map(lambda w: w[0], layers)
-    shapes = jax.eval_shape(lambda: (layer(*inputs, first), _product(inputs[0][:head_rows], weights["head"], backward)))
+    shapes = jax.eval_shape(lambda: (layer(inputs, first), _product(inputs[0][:head_rows], weights["head"], backward)))
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes if head_rows else (shapes[0], ()))
     return jax.lax.fori_loop(0, times, sweep, start)
 

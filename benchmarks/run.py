@@ -40,7 +40,9 @@ Record = Callable[[Line], None]
 class Config:
     """Settings of a run."""
 
-    cells: tuple[Literal["W1", "W2", "W3", "small"], ...] = ("W1", "W2", "W3", "small")
+    cells: tuple[Literal["W1", "W2", "W3", "gemma3", "mixture", "small"], ...] = (
+        "W1", "W2", "W3", "gemma3", "mixture", "small",
+    )  # fmt: skip
     repeats: int = 4  # counted steps of each system on each cell
     systems: tuple[System, ...] = ("ours", "trl", "tunix", "floor")
     output: Path = Path("benchmarks/results/cpu.jsonl")  # overwritten; .md and .png are written beside it
@@ -105,6 +107,9 @@ def measure_cell(cell: Cell, config: Config, scratch: Path, record: Record) -> N
     for system in sorted(config.systems, key=lambda system: system != "ours"):
         if system == "tunix" and cell.mean_length is not None:
             leave_out(system, "lengths cannot be forced on its sampler")
+            continue
+        if system == "tunix" and cell.model.family != "qwen2":
+            leave_out(system, f"its model is made for Qwen 2, and this is {cell.model.family}")
             continue
         try:
             if system == "trl":

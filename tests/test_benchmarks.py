@@ -27,6 +27,8 @@ from grpo_jax import models, sampling
 from grpo_jax.models import attention
 
 MODEL = cells.Model(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48, vocabulary=64)
+MIXTURE = MODEL._replace(family="mixtral", experts=4, per_token=2)
+GEMMA = MODEL._replace(family="gemma3_text", layers=6, window=3, tied=True)
 CELL = cells.Cell("W1", MODEL, prompts=2, group=4, prompt_tokens=6, completion_tokens=8)
 
 
@@ -163,22 +165,44 @@ def test_the_report_holds_a_table_of_each_kind_of_line_and_a_plot(tmp_path):
         assert expected in written, written
 
 
-def test_the_floor_counts_what_its_products_compute():
-    read, decode = floor.phases(CELL, [8] * 8)["generate"]
+@pytest.mark.parametrize("model", [MODEL, MIXTURE], ids=["dense", "experts"])
+def test_the_floor_counts_what_its_products_compute(model):
+    cell = CELL._replace(model=model)
+    read, decode = floor.phases(cell, [8] * 8)["generate"]
     assert (read.rows, decode.rows, decode.times) == (12, 8, 8)
-    weights, inputs = floor.random_weights(MODEL), floor.random_inputs(MODEL, decode.rows)
+    weights, inputs = floor.random_weights(model), floor.random_inputs(model, decode.rows)
     compiled = floor.run_products.lower(weights, inputs, head_rows=8, times=1, backward=False).compile()
-    of_one_layer = 2 * 8 * MODEL.layer_weights  # XLA counts the body of a loop once
+    of_one_layer = 2 * 8 * model.read_weights  # XLA counts the body of a loop once
     counted = compiled.cost_analysis()["flops"]
-    assert counted == pytest.approx(of_one_layer + 2 * 8 * MODEL.hidden * MODEL.vocabulary, rel=0.1)
-    assert floor.phase_flops(CELL, [8] * 8)["generate"] == pytest.approx(floor.phase_flops(CELL, [8] * 8)["score"])
+    assert counted == pytest.approx(of_one_layer + 2 * 8 * model.hidden * model.vocabulary, rel=0.1)
+    assert floor.phase_flops(cell, [8] * 8)["generate"] == pytest.approx(floor.phase_flops(cell, [8] * 8)["score"])
 
 
-def test_layer_weights_are_those_of_the_model():
-    policy = models.decoder(models.from_hf_config(cells.hf_config(MODEL)))
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+@pytest.mark.parametrize("model", [MODEL, MIXTURE, GEMMA], ids=lambda model: model.family)
+def test_layer_weights_and_windows_are_those_of_the_model(model):
+    config = models.from_hf_config(cells.hf_config(model))
+    assert config.tie_embeddings == model.tied
+    assert config.windows == (None if model.window is None else tuple(model.windows))
+    shapes = jax.eval_shape(models.decoder(config).init, jax.random.key(0))
     kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(shapes) if path[-1].key == "kernel"]
-    assert sum(math.prod(x.shape) for x in kernels) == MODEL.layers * MODEL.layer_weights
+    assert sum(math.prod(x.shape) for x in kernels) == model.layers * model.layer_weights
+
+
+def test_the_floor_charges_the_pairs_that_windows_let_see():
+    lengths = [2, 8, 1, 3, 3, 8, 8, 8]
+
+    def pairs(first, last):
+        found = [
+            sum(key <= query and (window is None or query - key < window) for key in range(last))
+            for window in GEMMA.windows
+            for query in range(first, last)
+        ]
+        return sum(found) / GEMMA.layers
+
+    P = CELL.prompt_tokens
+    expected = CELL.prompts * pairs(0, P), sum(pairs(P, P + n) for n in lengths)
+    assert floor.causal_pairs(CELL._replace(model=GEMMA), lengths) == pytest.approx(expected)
+    assert floor.causal_pairs(CELL, lengths)[0] == CELL.prompts * P * (P + 1) / 2
 
 
 def test_the_floor_answers_as_a_system():
