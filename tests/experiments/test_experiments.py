@@ -446,6 +446,14 @@ def test_bad_input_is_refused_before_the_model_is_loaded(files, tmp_path, monkey
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_mesh_is_asked_for_where_there_are_several_processes(files, tmp_path, monkeypatch):
+    for name in ("process_count", "device_count"):
+        monkeypatch.setattr(jax, name, lambda: 2)
+    with pytest.raises(ValueError, match="how the 2 devices of the 2 processes share the work: --mesh fsdp=2"):
+        grpo.check(settings(files, tmp_path))
+    grpo.check(settings(files, tmp_path), jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor")))
+
+
 def test_a_wrong_number_of_rewards_is_told(files, tmp_path):
     with pytest.raises(ValueError, match=r"too_few returned 1 values for 4 completions"):
         grpo.train(settings(files, tmp_path, reward=("my_rewards:too_few",), stop_after_failed=1))

@@ -3,9 +3,13 @@
 import json
 import os
 import pathlib
+import random
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -18,7 +22,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 REWARD = """
 import jax
 
+def asked_for(step):
+    pass
+
 def brevity(completions, trainer_state):
+    asked_for(trainer_state.global_step)
     if trainer_state.global_step == 1 and jax.process_index() == jax.process_count() - 1:
         raise KeyError("of one process")
     return [1.0 / (1 + len(completion)) for completion in completions]
@@ -28,84 +36,110 @@ def length(completions):
 """
 SETTINGS = {
     "model": "model", "data": "data.jsonl", "reward": "my_rewards:brevity", "compute-dtype": "float32",
-    "mesh": "fsdp=2", "prompts-per-step": 4, "group-size": 2, "max-tokens": 6, "bucket": 32,
-    "learning-rate": 1e-3, "warmup-steps": 1, "save-every": 1, "show-every": 1,
+    "attention": "reference", "mesh": "fsdp=2", "prompts-per-step": 4, "group-size": 2, "max-tokens": 6, "bucket": 32,
+    "learning-rate": 1e-3, "warmup-steps": 1, "save-every": 1, "show-every": 1, "score-old": True, "steps": 3,
 }  # fmt: skip
+AHEAD = {"overlap": True, "reward": "my_rewards:length"}
 
 
-def run(folder, processes=1, **changes):
-    """Runs grpo.py as one process with two devices, or as two with one each; the processes, ended."""
+def run(folder, *runs, processes=1, killed=None):
+    """Makes runs of grpo.py one after the other, in one process of two devices or in two of one; they have ended.
+
+    Args:
+      folder: they run in.
+      runs: what each has in place of `SETTINGS`.
+      processes: how many.
+      killed: which of them dies in the last run, and when: a step, and seconds.
+    """
     flags = f"--xla_force_host_platform_device_count={2 // processes} {QUICKLY}"
-    path = os.pathsep.join([str(ROOT), str(folder)])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "experiments"), str(folder)])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
-    given = {name: value for name, value in (SETTINGS | changes).items() if value is not None}
-    options = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
-    command = [sys.executable, str(ROOT / "experiments/grpo.py"), *options]
-    commands = [command]
+    environment["PYTHONUNBUFFERED"] = "1"  # what a killed process has printed is read
+    place = {}
     if processes > 1:
         with socket.create_server(("", 0)) as server:
-            place = f"127.0.0.1:{server.getsockname()[1]}"
-        commands = [
-            [*command, "--coordinator", place, "--processes", str(processes), "--process-id", str(i)]
-            for i in range(processes)
-        ]
-    started = [
-        subprocess.Popen(c, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for c in commands
-    ]
+            place = {"coordinator": f"127.0.0.1:{server.getsockname()[1]}", "processes": processes}
+    started = []
+    for index in range(processes):
+        given = [SETTINGS | changes | place | ({"process-id": index} if place else {}) for changes in runs]
+        if killed is not None and killed[0] == index:
+            given[-1]["killed"] = killed[1:]
+        command = [sys.executable, str(pathlib.Path(__file__).with_name("runs_of_grpo.py")), json.dumps(given)]
+        started.append(
+            subprocess.Popen(
+                command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     return [subprocess.CompletedProcess(p.args, p.returncode, *out) for p in started for out in [p.communicate()]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """All runs, and what was printed: of two processes, of which one is killed at last; of two again; and of one."""
+    folder = tmp_path_factory.mktemp("runs")
+    testing.tiny_checkpoint(folder / "model")
+    rows = [{"prompt": f"What is {a} + {b}?"} for a in range(4) for b in range(4)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_rewards.py").write_text(REWARD)
+
+    killed = random.randrange(2), random.randrange(1, 3), round(random.uniform(0, 0.4), 3)  # which, step, seconds
+    runs = ({"run-dir": "two"}, {"run-dir": "ahead", **AHEAD, "steps": 1}, {"run-dir": "ahead", **AHEAD})
+    two = run(folder, *runs, {"run-dir": "killed"}, processes=2, killed=killed)
+    assert two[killed[0]].returncode == -9, two[killed[0]].stderr[-3000:]
+    shutil.copytree(folder / "killed", folder / "alone")
+    resumed = run(folder, {"run-dir": "killed"}, processes=2)
+    runs = ({"run-dir": "one"}, {"run-dir": "one_ahead", **AHEAD}, {"run-dir": "alone"})
+    (one,) = run(folder, *runs)
+    for process in (*resumed, one):
+        assert process.returncode == 0, process.stderr[-3000:]
+    return types.SimpleNamespace(folder=folder, killed=killed, two=two, resumed=resumed, one=one)
 
 
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    testing.tiny_checkpoint(tmp_path / "model")
-    rows = [{"prompt": f"What is {a} + {b}?"} for a in range(4) for b in range(4)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "my_rewards.py").write_text(REWARD)
-    return tmp_path
+def completions(made, name):
+    return [line["completion"] for line in lines(made.folder / name / "completions.jsonl")]
+
+
+def assert_equal_to_rounding(made, found, expected):
+    assert completions(made, found) == completions(made, expected)
+    kept, other = (
+        safetensors.numpy.load_file(made.folder / name / "step_3/model.safetensors") for name in (expected, found)
+    )
+    for name, tensor in kept.items():
+        np.testing.assert_allclose(other[name], tensor, rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_run_of_one_also_where_one_of_them_fails_to_reward_and_one_goes_on(folder):
-    (whole,) = run(folder, **{"run-dir": "one", "steps": 3})
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    first, second = run(folder, processes=2, **{"run-dir": "two", "steps": 2})
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
+def test_two_processes_make_the_run_of_one_also_where_one_of_them_fails_to_reward(made):
+    first, second = made.two
     assert "failed on a batch" in second.stderr
     assert "KeyError: 'of one process'" in first.stderr
-    assert "step 2/2" in first.stdout
+    assert "step 3/3" in first.stdout
     assert "step" not in second.stdout
-    (resumed,) = run(folder, **{"run-dir": "two", "steps": 3})
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "resumed at step 2" in resumed.stdout
-
-    one, two = (lines(folder / d / "completions.jsonl") for d in ("one", "two"))
-    assert [line["completion"] for line in two] == [line["completion"] for line in one]
-    assert [line.get("brevity/failed") for line in lines(folder / "two/metrics.jsonl")] == [0.0, 1.0, 0.0]
-    expected, found = (safetensors.numpy.load_file(folder / d / "step_3/model.safetensors") for d in ("one", "two"))
-    for name, tensor in expected.items():
-        np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-6, err_msg=name)
+    assert [line.get("brevity/failed") for line in lines(made.folder / "two/metrics.jsonl")] == [0.0, 1.0, 0.0]
+    assert_equal_to_rounding(made, "two", "one")
 
 
 @pytest.mark.slow
-def test_two_processes_sample_ahead_and_go_on_with_the_batch_in_flight(folder):
-    ahead = {"overlap": True, "reward": "my_rewards:length"}
-    (whole,) = run(folder, **ahead, **{"run-dir": "one", "steps": 3})
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    for steps in (1, 3):
-        first, second = run(folder, processes=2, **ahead, **{"run-dir": "two", "steps": steps})
-        assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
-    assert "resumed at step 1 of 3" in first.stdout
-    one, two = (lines(folder / d / "completions.jsonl") for d in ("one", "two"))
-    assert [line["completion"] for line in two] == [line["completion"] for line in one]
+def test_a_process_that_is_killed_at_any_point_ends_the_other_and_both_go_on_to_the_same_bits(made):
+    dead, *_ = made.killed
+    assert re.search(rf"process {dead} \(.*has died", made.two[1 - dead].stderr), made.two[1 - dead].stderr[-3000:]
+    assert "resumed at step" in made.resumed[0].stdout
+    for file in ("metrics.jsonl", "completions.jsonl", "step_3/model.safetensors"):
+        found, expected = ((made.folder / name / file).read_bytes() for name in ("killed", "two"))
+        assert found == expected, (file, made.killed)
 
 
 @pytest.mark.slow
-def test_a_mesh_is_asked_for_where_there_are_several_processes(folder):
-    for process in run(folder, processes=2, **{"run-dir": "refused", "mesh": None}):
-        assert process.returncode == 1
-        assert "say how the 2 devices of the 2 processes share the work: --mesh fsdp=2" in process.stderr
+def test_one_process_goes_on_with_the_run_of_two(made):
+    assert re.search(r"resumed at step [12] of 3", made.one.stdout), made.one.stdout
+    assert_equal_to_rounding(made, "alone", "one")
+
+
+@pytest.mark.slow
+def test_two_processes_sample_ahead_and_go_on_with_the_batch_in_flight(made):
+    assert "resumed at step 1 of 3" in made.two[0].stdout
+    assert_equal_to_rounding(made, "ahead", "one_ahead")

@@ -1,0 +1,72 @@
+"""What test_two_processes.py runs in processes of its own: runs of grpo.py, one after the other.
+
+    python tests/experiments/runs_of_grpo.py '[{"run-dir": "a", ...}, {"run-dir": "b", ...}]'
+
+The runs make the same step, which is compiled once. `"killed": [1, 0.2]`, which is no setting, kills the process 0.2 s
+after it is asked for the rewards of step 1.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import grpo
+import tyro
+
+from grpo_jax import processes
+from grpo_jax.train_step import Step
+
+processes._GRACE, processes._HEARTBEAT = 2, 10  # the tests do not wait as long as a run does
+
+
+class Jitted(Step):
+    """A step whose programs are kept."""
+
+    def jit(self, **options):
+        return self
+
+
+def once(make):
+    """`make_train_step` of runs that are alike: the step of the first."""
+    made = []
+
+    def step(*arguments, **settings):
+        if not made:
+            jitted = make(*arguments, **settings).jit()
+            made.append(Jitted(jitted.collect, jitted.learn, jitted.on_host))
+        return made[0]
+
+    return step
+
+
+def main(runs):
+    grpo.make_train_step = once(grpo.make_train_step)
+    killed = [run.pop("killed", None) for run in runs]
+    configs = [
+        tyro.cli(
+            grpo.Config, args=[f"--{name}" if value is True else f"--{name}={value}" for name, value in run.items()]
+        )
+        for run in runs
+    ]
+    with configs[0].joined():
+        for config, (step, seconds) in zip(configs, (at or (None, 0.0) for at in killed), strict=True):
+            if step is not None:
+                kill_in(config.reward_functions[0], step, seconds)
+            grpo.train(config)
+            if step is not None:
+                time.sleep(60)
+
+
+def kill_in(reward, step, seconds):
+    def kill():
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    reward.__globals__["asked_for"] = lambda n: n == step and threading.Thread(target=kill, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
