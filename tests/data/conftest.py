@@ -86,6 +86,31 @@ GRANITE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- "<|start_of_role|>assistant<|end_of_role|>" }}{%- endif %}"""
 
+# OLMo 2 and 3: turns begin with text that is no special token, and one token is both ends of a sequence.
+OLMO = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- "<|" + message.role + "|>\n" + message.content }}
+{%- if message.role == "assistant" %}{{- eos_token }}{%- endif %}
+{%- if not (loop.last and message.role == "assistant") %}{{- "\n" }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|assistant|>\n" }}{%- endif %}"""
+
+# SmolLM 3: the mode of thinking is in the system's turn, and without it answers begin with empty thoughts.
+SMOLLM3 = """\
+{%- set thinks = enable_thinking if enable_thinking is defined else true %}
+{{- "<|im_start|>system\n## Metadata\n\nReasoning Mode: " + ("/think" if thinks else "/no_think") + "\n" }}
+{%- if messages[0].role == "system" %}{{- messages[0].content }}{% set messages = messages[1:] %}{%- endif %}
+{{- "<|im_end|>\n" }}
+{%- for message in messages %}
+{{- "<|im_start|>" + message.role + "\n" }}
+{%- if message.role == "assistant" and not thinks %}{{- "<think>\n\n</think>\n" }}{%- endif %}
+{{- message.content + "<|im_end|>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n") }}
+{%- endif %}"""
+
 # gpt-oss: the last turn of an assistant ends in another token than earlier ones, and what it says has a channel.
 HARMONY = """\
 {{- "<|start|>system<|message|>You are helpful. Reasoning: " + (reasoning_effort or "medium") + "<|end|>" }}
@@ -108,6 +133,8 @@ TOKENIZERS = {
     "phi4": ("bytes", "<|endoftext|> <|end|> <|user|> <|assistant|> <|system|>", None, 0, PHI4),
     "phi3": ("pairs", "<s> <|endoftext|> <|end|> <|user|> <|assistant|> <|system|>", 0, 1, PHI3),
     "granite": ("bytes", "<|end_of_text|> <|start_of_role|> <|end_of_role|>", None, 0, GRANITE),
+    "olmo": ("bytes", "<|endoftext|>", 0, 0, OLMO),
+    "smollm3": ("bytes", "<|begin_of_text|> <|im_start|> <|im_end|>", None, 2, SMOLLM3),
     "harmony": ("bytes", "<|endoftext|> <|return|> <|end|> <|start|> <|channel|> <|message|>", None, 1, HARMONY),
 }
 

@@ -261,6 +261,8 @@ def test_a_completion_of_messages_is_one_of_the_assistant(completion, make_token
         ("phi4", "<|end|>"),
         ("phi3", "<|end|>"),
         ("granite", "<|end_of_text|>"),
+        ("olmo", "<|endoftext|>"),
+        ("smollm3", "<|im_end|>"),
         ("harmony", "<|return|>"),  # <|end|> ends what it says before its answer
     ],
 )
@@ -296,7 +298,7 @@ def test_the_tail_of_a_prompt_is_what_the_assistants_turn_holds_already(name, sp
     opens = {"thinking": "<think>\n", "r1": "<think>\n"}
     assert prompt_tail(tokenizer, encode_prompt(tokenizer, messages("hello"))) == opens.get(name, "")
     continued = encode_prompt(tokenizer, messages("hello", "<think>\nthe answer"))
-    if name not in ("mistral",):  # it marks turns by text that is no special token
+    if name not in ("mistral", "olmo"):  # they mark turns by text that is no special token
         assert prompt_tail(tokenizer, continued) == "<think>\nthe answer"
 
 
