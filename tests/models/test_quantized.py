@@ -11,8 +11,9 @@ import optax
 import pytest
 
 from grpo_jax import losses
-from grpo_jax.freezing import bind, partition
+from grpo_jax.freezing import bind, named_leaves, partition
 from grpo_jax.models import hf, lora, quantized
+from grpo_jax.models.families import FAMILIES
 from grpo_jax.run import checkpoint, memory
 from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts, tiny_checkpoint, tiny_policy
@@ -176,6 +177,26 @@ def test_a_checkpoint_is_quantised_while_it_is_read(folder, kind):
     assert memory.size(params["layers"]) < 0.6 * memory.size(
         hf.load_pretrained(folder, dtype=jnp.bfloat16)[1]["layers"]
     )
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_all_kernels_of_every_familys_layers_and_nothing_else_become_codes_that_the_decoder_takes(family):
+    policy = tiny_policy(family)
+    tokens = jnp.ones((1, 1, 4), jnp.int32)
+
+    def forward(key):
+        whole = policy.init(key)
+        codes = quantized.quantize(whole, "nf4")
+        prompt_cache = policy.prefill(codes, tokens[:, 0], jnp.full(1, 4))
+        hidden, _ = policy.extend(codes, tokens, 3 + jnp.arange(4)[None, None], prompt_cache)
+        return whole, codes, policy.unembed(codes, hidden)
+
+    whole, codes, logits = jax.eval_shape(forward, jax.random.key(0))
+    assert logits.shape == (1, 1, 4, 61)
+    kernels = {path for path, _ in named_leaves(whole) if path.endswith("/kernel")}
+    coded = {path for path, _ in named_leaves(codes)} - {path for path, _ in named_leaves(whole)}
+    assert coded == {f"{path}/{part}" for path in kernels for part in ("qvalue", "scale")}
+    assert all(path.startswith("layers/") for path in kernels)
 
 
 def test_while_a_checkpoint_is_read_no_more_than_one_layer_is_held_as_floats(folder, monkeypatch):

@@ -10,11 +10,14 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+import safetensors.numpy  # noqa: E402
 import transformers  # noqa: E402
 
 from grpo_jax.freezing import bind  # noqa: E402
 from grpo_jax.models import hf, lora  # noqa: E402
-from grpo_jax.testing import tiny_checkpoint  # noqa: E402
+from grpo_jax.models.families import FAMILIES  # noqa: E402
+from grpo_jax.models.hf.layout import shapes_of  # noqa: E402
+from grpo_jax.testing import tiny_checkpoint, tiny_hf_config, tiny_policy  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(3, 250, (2, 9))
 RANKS = {"q_proj": 3, "o_proj": 8, "up_proj": 8, "down_proj": 8}
@@ -146,3 +149,22 @@ def test_adapters_of_what_peft_adapts_together_go_out_and_in_to_the_same_logits(
         found = logits(policy, lora.merge(read, base_of_read))
         assert np.max(np.abs(found - logits(policy, params))) > 0.1
         np.testing.assert_allclose(found, logits_in_torch(model)[:, 1:], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"phi3"}))
+def test_adapters_of_every_family_are_written_under_the_names_and_shapes_of_its_modules(family, tmp_path):
+    """All of the linear layers that adapters have by default; those of Phi, which PEFT adapts together, above."""
+    policy = tiny_policy(family)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes_of(policy))
+    hf.save_adapters(policy, *lora.adapt(policy, params, rank=2, key=jax.random.key(0)), tmp_path, base_model="base")
+    with torch.device("meta"):
+        modules = dict(transformers.AutoModelForCausalLM.from_config(tiny_hf_config(family)).named_modules())
+    linear = {name: module.weight.shape for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    wanted = {
+        f"base_model.model.{name}.lora_{part}.weight": shape
+        for name, (out, into) in linear.items()
+        if name.endswith("_proj")
+        for part, shape in (("A", (2, into)), ("B", (out, 2)))
+    }
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert {name: tensor.shape for name, tensor in tensors.items()} == wanted
