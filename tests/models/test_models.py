@@ -161,6 +161,19 @@ OPTIONS = {
     "sinks": ("gpt_oss", {"attention_sinks": False}, None),
     "windows of gpt-oss": ("gpt_oss", {"windows": (None, 4)}, None),
     "rotation of gpt-oss": ("gpt_oss", {"rope": rope.from_parameters({"rope_theta": 100.0}, 8, 64)}, None),
+    **{
+        f"bias of {module} of {case}": (case, {}, without(module, "bias"))
+        for case, modules in {
+            "llama_attention_bias": ("q_proj", "o_proj"),
+            "smollm3": ("v_proj", "o_proj", "gate_proj", "down_proj"),
+            "granite": ("q_proj", "o_proj", "up_proj", "down_proj"),
+            "olmo3_yarn": ("v_proj", "o_proj"),
+            "gemma3_text_bfloat16": ("q_proj", "o_proj"),
+            "qwen3_moe_shares": ("v_proj", "o_proj"),
+            "gpt_oss": ("q_proj", "o_proj"),
+        }.items()
+        for module in modules
+    },
     "LongRoPE": ("phi3_longrope", {"rope": rope.from_parameters({"rope_theta": 100.0}, 6, 64)}, None),
 }
 

@@ -104,6 +104,7 @@ CASES = {
         "olmo3",
         {
             "num_attention_heads": 2,
+            "attention_bias": True,
             "layer_types": ["full_attention", "sliding_attention"],
             "sliding_window": 5,
             "rope_parameters": {
@@ -147,10 +148,14 @@ CASES = {
             "attention_multiplier": 0.9,
             "logits_scaling": 2.5,
             "attention_bias": True,
+            "mlp_bias": True,
             "tie_word_embeddings": True,
         },
     ),
-    "gemma3_text_bfloat16": ("gemma3_text", {"head_dim": 4, "sliding_window": 4, "dtype": "bfloat16"}),
+    "gemma3_text_bfloat16": (
+        "gemma3_text",
+        {"head_dim": 4, "sliding_window": 4, "attention_bias": True, "dtype": "bfloat16"},
+    ),
     "phi3": ("phi3", {"sliding_window": 4}),
     "phi3_longrope": (
         "phi3",
