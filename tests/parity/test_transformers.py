@@ -24,7 +24,17 @@ from grpo_jax.types import Prompts  # noqa: E402
 
 MAKE = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "models" / "make.py"), run_name="make")
 CASES = MAKE["CASES"]
-ONE_OF_EACH = ["qwen3", "olmo2", "olmo3_yarn", "gemma2", "gemma3_text", "smollm3", "granite", "phi3_longrope"]
+ONE_OF_EACH = [
+    "qwen3",
+    "olmo2",
+    "olmo3_yarn",
+    "gemma2",
+    "gemma3_text",
+    "smollm3",
+    "granite",
+    "phi3_longrope",
+    "exaone4",
+]
 WITH_EXPERTS = ["qwen3_moe", "mixtral", "gpt_oss"]
 # Larger than the frozen ones: the cases replace heads, windows and the like.
 SIZES = MAKE["SIZES"] | {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}

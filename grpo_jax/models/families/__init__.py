@@ -9,6 +9,7 @@ on the family's name. CONTRIBUTING says what a new one needs.
 import json
 
 from grpo_jax.models.families import (
+    exaone4,
     gemma2,
     gemma3_text,
     gpt_oss,
@@ -27,6 +28,7 @@ from grpo_jax.models.families import (
 from grpo_jax.models.families.family import Family, Fields, Place
 
 FAMILIES: dict[str, Family] = {
+    "exaone4": exaone4.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3_text.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,

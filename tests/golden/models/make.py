@@ -197,6 +197,10 @@ CASES = {
             "rope_parameters": YARN | {"truncate": False, "beta_fast": 1.0, "beta_slow": 0.1},
         },
     ),
+    "exaone4": (
+        "exaone4",
+        {"head_dim": 6, "sliding_window": 4, "sliding_window_pattern": 2, "rope_parameters": LLAMA3},
+    ),
 }
 
 
