@@ -1,12 +1,13 @@
-"""Less padding to compute: completions cut to the longest, and several in a row.
+"""Less to compute: completions cut to the longest, several in a row, or as a tree where they begin alike.
 
-Both run on the host, between `collect` and `learn`, and look at the lengths, so that they
+All run on the host, between `collect` and `learn`, and look at the completions, so that they
 wait for the rollout. Each shape of their results compiles its own program: `trim` has one for each multiple up to `T`,
-`pack` those of `shapes`, so that who packs does not trim as well; `compile_ahead` compiles what the next batches are
-likely to need while they are sampled.
+`pack` and `tree` those of `shapes`, so that who packs does not trim as well; `compile_ahead` compiles what the next
+batches are likely to need while they are sampled.
 """
 
 import collections
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import processes
-from grpo_jax.types import Experience, Packing, Rollout, TrainState
+from grpo_jax.types import Array, Experience, Packing, Rollout, TrainState
 from grpo_jax.updates import JittedLearn, Learn
 
 Tuple = TypeVar("Tuple", Experience, Rollout)
@@ -102,10 +103,53 @@ def pack(rollout: Rollout, *, multiple: int = 64) -> Packing | None:
     if found is None:
         return None
     (R, W), starts = found
-    segments = np.full((B, R * W), -1, np.int32)
+    segments, tokens = np.full((B, R * W), -1, np.int32), np.zeros((B, R * W), np.int32)
     for b, g in np.ndindex(B, G):
-        segments[b, starts[b, g] : starts[b, g] + lengths[b, g]] = g
-    return Packing(jnp.asarray(starts), jnp.asarray(segments.reshape(B, R, W)))
+        held = slice(starts[b, g], starts[b, g] + lengths[b, g])
+        segments[b, held], tokens[b, held] = g, g * T + np.arange(lengths[b, g])
+    places = starts[..., None] + np.arange(T, dtype=np.int32)
+    in_rows = [jnp.asarray(x.reshape(B, R, W)) for x in (tokens, segments)]
+    return Packing(in_rows[0], jnp.asarray(places), in_rows[1])
+
+
+def tree(rollout: Rollout, *, multiple: int = 64) -> Packing | None:
+    """Lays the completions of each group into one row as a tree: what several of them begin with is there once.
+
+    For conversations that were continued from common turns, and wherever completions of a group begin alike. Those
+    that share tokens are found by the tokens themselves. Each token sees its ancestors alone, at the positions that
+    it has in its completion, so that scores are those of `B G` rows, and the gradient of a shared token is the sum of
+    theirs. A policy's `extend` takes `segments` with `descendants`; `attention.cudnn`, `attention.splash` and others
+    for causal rows do not, nor does `from_logits_fn`, and the sums of routers of experts could not be told.
+
+        experience = experience._replace(packing=packing.tree(experience.rollout))
+
+    The network computes `B W` tokens, and the attention without blocks that are left out `W^2` products for each
+    group, where rows have `G T^2`: it pays where what is shared is a large part and `T` is well below the width of
+    the network's layers.
+
+    Args:
+      rollout: as in `pack`.
+      multiple: as in `shapes`; `W` is the fewest `R W` of these that has room.
+
+    Returns:
+      The packing, or None where the fewest is not below `G T`.
+    """
+    lengths, tokens = np.asarray(rollout.lengths), np.asarray(rollout.tokens)
+    B, G, T = tokens.shape
+    grown = [_grow([tokens[b, g, : lengths[b, g]] for g in range(G)], T) for b in range(B)]
+    most = max(len(held) for held, *_ in grown)
+    W = min((R * W for R, W in shapes(G, T, multiple=multiple) if most <= R * W), default=None)
+    if W is None:
+        return None
+
+    def rows(which: int, empty: int) -> Array:
+        table = np.full((B, 1, W), empty, np.int32)
+        for b, found in enumerate(grown):
+            table[b, 0, : len(found[which])] = found[which]
+        return jnp.asarray(table)
+
+    places = jnp.asarray(np.stack([found[1] for found in grown]))
+    return Packing(rows(0, 0), places, rows(2, -1), descendants=rows(3, -1))
 
 
 def compile_ahead(
@@ -149,8 +193,8 @@ def compile_ahead(
     def packed(shape: tuple[int, int] | None) -> Experience:
         if shape is None:
             return experience._replace(packing=None)
-        form = jax.eval_shape(lambda: Packing(jnp.zeros((B, G), jnp.int32), jnp.zeros((B, *shape), jnp.int32)))
-        return experience._replace(packing=form)
+        in_rows, places = (jnp.zeros(x, jnp.int32) for x in ((B, *shape), (B, G, T)))
+        return experience._replace(packing=jax.eval_shape(lambda: Packing(in_rows, places, in_rows)))
 
     learn.ahead(state, [packed(shape) for shape in likely])
     return likely
@@ -165,6 +209,30 @@ def _smallest(lengths: np.ndarray, known: list[tuple[int, int]]) -> tuple[tuple[
         if int(starts.max()) < R * W:
             return (R, W), starts
     return None
+
+
+def _grow(completions: Sequence[np.ndarray], T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A group as a tree: which token stands at each place, the places `[G, T]`, and the segments and descendants.
+
+    A segment is what a completion adds to those before it in the order of their tokens.
+    """
+    places = np.zeros((len(completions), T), np.int32)
+    tokens, segments, descendants = np.zeros((3, len(completions) * T), np.int32)
+    n, path, before = 0, np.zeros(0, np.int32), np.zeros(0, np.int32)  # of the completion before
+    for segment, g in enumerate(sorted(range(len(completions)), key=lambda g: completions[g].tolist())):
+        shared = _alike(before, completions[g])
+        new = len(completions[g]) - shared
+        tokens[n : n + new], segments[n : n + new] = g * T + shared + np.arange(new), segment
+        path = np.concatenate([path[:shared], np.arange(n, n + new)])
+        descendants[path] = segment
+        places[g, : len(path)], before, n = path, completions[g], n + new
+    return tokens[:n], places, segments[:n], descendants[:n]
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two completions have in common at their beginnings."""
+    n = min(len(a), len(b))
+    return int(np.argmin(np.append(a[:n] == b[:n], False)))
 
 
 def _lay_out(lengths: np.ndarray, width: int) -> np.ndarray:

@@ -44,12 +44,13 @@ class Policy(NamedTuple):
       prefill: `(params, tokens [B, P], lengths [B]) -> prompt_cache`.
       init_cache: `(B, G, T) -> cache` for `T` tokens of each completion.
       extend: `(params, tokens [B, G, S], positions [B, G, S], prompt_cache,
-        cache=None, segments=None, columns=None) -> (hidden [B, G, S, D], cache)`. A
+        cache=None, segments=None, columns=None, descendants=None) -> (hidden [B, G, S, D], cache)`. A
         token attends to its group's prompt and to tokens of its own completion at its
         own or earlier positions. A cache is written as a ring: after its `T` columns
         it goes on with the first; a write does not cross the end. `columns`, static, says that no column from there on
         is in use, so that they need not be looked at. `segments [B, G, S]`, without a
-        cache, also keeps apart several completions packed in one row.
+        cache, also keeps apart several completions packed in one row; with `descendants [B, G, S]`, given for trees
+        alone, a token of segment `s` sees those of the segments it goes on after: `segments <= s <= descendants`.
       unembed: `(params, hidden [..., D]) -> logits [..., V]`.
       gather_prompts: `(prompt_cache, rows [N]) -> prompt_cache` of those rows.
       reset_rows: `(cache, rows [B, G] bool) -> cache` that is empty in those rows.
@@ -127,6 +128,7 @@ def from_logits_fn(
         cache: TokenCache | None = None,
         segments: Array | None = None,
         columns: int | None = None,
+        descendants: Array | None = None,
     ) -> tuple[Array, TokenCache | None]:
         if segments is not None:
             raise ValueError("from_logits_fn cannot keep packed completions apart: one completion a row, segments=None")

@@ -60,8 +60,8 @@ def score(
       policy: the network, static.
       params: its parameters, differentiable.
       rollout: the completions; only those positions are scored.
-      packing: several completions in a row, so that little padding is computed; what
-        comes out is the same, to rounding. See `packing.pack`.
+      packing: several completions in a row, so that little padding is computed, or as a tree; what
+        comes out is the same, to rounding. See `packing.pack` and `packing.tree`.
       temperature: the one that the rollout was sampled at.
       truncation: the one that the rollout was sampled under; None where every token could be drawn. Fills `outside`.
       entropy: False leaves it and `collision` out.
@@ -80,8 +80,8 @@ def score(
     held = jnp.arange(T) < rollout.lengths[..., None]
     tokens = jnp.where(held, rollout.tokens, 0)
     if packing is not None:
-        tokens = _take(tokens, _places(packing, T))
-        top_tokens = None if top_tokens is None else _of_each(_take, top_tokens, _places(packing, T))
+        tokens = _take(tokens, packing.tokens)
+        top_tokens = None if top_tokens is None else _of_each(_take, top_tokens, packing.tokens)
     hidden, routers = _hidden(policy, params, rollout, packing)
     beside: Array | None = None
     if teacher is not None and teacher.divergence is not None:
@@ -139,7 +139,7 @@ def score(
 
     def join(scores: Array) -> Array:
         if packing is not None:
-            scores = _take(scores, packing.starts[..., None] + jnp.arange(T))
+            scores = _take(scores, packing.places)
         return jnp.where(held, scores, 0.0)
 
     scores = jax.tree.map(lambda x: join(x) if x.ndim == 3 else _of_each(join, x), scores)
@@ -187,22 +187,29 @@ def _hidden(policy: Policy, params: Params, rollout: Rollout, packing: Packing |
     prompts = rollout.prompts
     prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
     read, positions = decoder_inputs(prompts, rollout.tokens[..., :-1], rollout.lengths)
-    segments, given = None, rollout.experts
-    T = rollout.tokens.shape[-1]
-    counted = jnp.arange(T) < rollout.lengths[..., None]
+    layout: dict[str, Array | None] = {"segments": None}
+    given = rollout.experts
+    counted = jnp.arange(rollout.tokens.shape[-1]) < rollout.lengths[..., None]
     if packing is not None:
-        segments = packing.segments
-        counted, places = segments >= 0, _places(packing, T)
-        read, positions = (_take(x, places) for x in (read, positions))
+        layout = {"segments": packing.segments}
+        if packing.descendants is not None:
+            layout["descendants"] = packing.descendants
+        counted = packing.segments >= 0
+        read, positions = (_take(x, packing.tokens) for x in (read, positions))
         if given is not None:
-            of_each = _of_each(_take, given.reshape(*given.shape[:3], -1), places)
-            given = of_each.reshape(*places.shape, *given.shape[3:])
+            of_each = _of_each(_take, given.reshape(*given.shape[:3], -1), packing.tokens)
+            given = of_each.reshape(*packing.tokens.shape, *given.shape[3:])
     if policy.extend_routed is None:
         if given is not None:
             raise ValueError("the rollout has experts, and this policy has none: rollout._replace(experts=None)")
-        return policy.extend(params, read, positions, prompt_cache, segments=segments)[0], None
+        return policy.extend(params, read, positions, prompt_cache, **layout)[0], None
+    if "descendants" in layout:
+        raise ValueError(
+            "a tree reads a shared token once, and the sums of the routers of this policy's experts would count it "
+            "once: take packing.pack, or no packing"
+        )
     hidden, _, routes = policy.extend_routed(
-        params, read, positions, prompt_cache, segments=segments, given=given, counted=counted
+        params, read, positions, prompt_cache, given=given, counted=counted, **layout
     )
     return hidden, Routers(jnp.sum(routes.probabilities, axis=1), jnp.sum(routes.choices, axis=1))
 
@@ -223,14 +230,6 @@ def decoder_inputs(prompts: Prompts, tokens: Array, lengths: Array) -> tuple[Arr
     tokens = jnp.where(held, tokens, 0)  # a pad id may lie outside the vocabulary, whose embedding is NaN
     read = jnp.concatenate([jnp.broadcast_to(last[:, None], (B, G, 1)), tokens], axis=-1)
     return read, jnp.broadcast_to(prompts.lengths[:, None, None] - 1 + jnp.arange(S + 1), read.shape)
-
-
-def _places(packing: Packing, T: int) -> Array:
-    """`[B, R, W]`: which of the `G * T` tokens of its group stands at each place; any where none does."""
-    _, R, W = packing.segments.shape
-    starts = _take(packing.starts, jnp.maximum(packing.segments, 0))
-    times = jnp.arange(R * W).reshape(R, W) - starts
-    return jnp.maximum(packing.segments, 0) * T + jnp.clip(times, 0, T - 1)
 
 
 def _take(x: Array, places: Array) -> Array:

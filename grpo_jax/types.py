@@ -73,10 +73,12 @@ class Likeliest(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Where the completions of a group lie in rows that hold several of them; see `packing.pack`."""
+    """Where the completions of a group lie in rows that hold several of them; see `packing.pack`, `packing.tree`."""
 
-    starts: Array  # [B, G] int32, where a completion begins among the R * W places of its group's rows
+    tokens: Array  # [B, R, W] int32, which of the group's G * T tokens stands at a place; any where none does
+    places: Array  # [B, G, T] int32, at which of the R * W places a token stands; any behind a completion's end
     segments: Array  # [B, R, W] int32, whose place it is, -1 where it is nobody's
+    descendants: Array | None = None  # [B, R, W] int32, of a tree: the last segment that goes on after the token
 
 
 class Experience(NamedTuple):

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as arrays
 
 from grpo_jax import losses, models, packing, testing
 from grpo_jax.policies import from_logits_fn
+from grpo_jax.run import chips
 from grpo_jax.run.compilation import count_compilations
 from grpo_jax.scoring import Teacher, score
 from grpo_jax.statistics import summary
@@ -67,7 +68,8 @@ def test_every_token_has_one_place_in_one_row_of_its_group(lengths, multiple):
     segments = np.asarray(packed.segments)
     for b, g in np.ndindex(lengths.shape):
         places = np.flatnonzero(segments[b] == g)
-        np.testing.assert_array_equal(places, packed.starts[b, g] + np.arange(lengths[b, g]))
+        np.testing.assert_array_equal(places, packed.places[b, g, : lengths[b, g]])
+        np.testing.assert_array_equal(packed.tokens[b].reshape(-1)[places], g * 40 + np.arange(lengths[b, g]))
         assert len(set(places // W)) <= 1
 
 
@@ -159,6 +161,88 @@ def test_packed_completions_have_the_same_scores_and_gradients(family, multiple)
         np.testing.assert_allclose(a, e, rtol=0, atol=5e-6)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    tokens=arrays.arrays(np.int32, (2, 5, 6), elements=st.integers(0, 1)),
+    lengths=arrays.arrays(np.int32, (2, 5), elements=st.integers(0, 6)),
+)
+def test_a_tree_has_each_beginning_once_and_its_tokens_see_their_ancestors(tokens, lengths):
+    rollout = rollout_of(lengths, 6)._replace(tokens=tokens)
+    beginnings = [
+        {tuple(tokens[b, g, : t + 1]) for g in range(5) for t in range(lengths[b, g])} for b in range(len(tokens))
+    ]
+    grown = packing.tree(rollout, multiple=1)
+    if grown is None:
+        assert max(map(len, beginnings)) > packing.shapes(5, 6, multiple=1)[0][0] * 6
+        return
+    for b, known in enumerate(beginnings):
+        segments, last = np.asarray(grown.segments[b, 0]), np.asarray(grown.descendants[b, 0])
+        assert np.count_nonzero(segments >= 0) == len(known)
+        begins = {}  # what stands at a place, with all before it
+        for g in range(5):
+            for t in range(lengths[b, g]):
+                begins.setdefault(int(grown.places[b, g, t]), set()).add(tuple(tokens[b, g, : t + 1]))
+        assert all(len(same) == 1 for same in begins.values())
+        begins = {place: same.pop() for place, same in begins.items()}
+        assert sorted(begins.values()) == sorted(known)
+        for place, path in begins.items():
+            g, t = divmod(int(grown.tokens[b, 0, place]), 6)
+            assert tuple(tokens[b, g, : t + 1]) == path
+            seen = [
+                other for other, its in begins.items()
+                if segments[other] <= segments[place] <= last[other] and len(its) <= len(path)
+            ]  # fmt: skip
+            assert {begins[other] for other in seen} == {path[: n + 1] for n in range(len(path))}
+
+
+def binary_tree(B, depth, turn):
+    """Conversations of `depth` turns, each continued in two ways; the first turn is common to all."""
+    G = 2 ** (depth - 1)
+    rng = np.random.default_rng(0)
+    turns = [np.repeat(rng.integers(1, 61, (B, 2**n, turn)), G // 2**n, axis=1) for n in range(depth)]
+    tokens = np.concatenate(turns, axis=-1).astype(np.int32)
+    order = rng.permutation(G)  # a group is in no order
+    rollout = rollout_of(np.full((B, G), depth * turn), depth * turn)
+    prompts = testing.random_prompts(0, B, 6)
+    return jax.tree.map(jnp.asarray, rollout._replace(prompts=prompts, tokens=tokens[:, order]))
+
+
+def test_a_tree_of_depth_four_has_the_scores_and_gradients_of_its_rows():
+    policy = testing.tiny_policy("llama")
+    params, rollout = policy.init(jax.random.key(0)), binary_tree(B=2, depth=4, turn=3)
+    weights = jax.random.normal(jax.random.key(2), rollout.tokens.shape)
+
+    def loss(params, packed):
+        scores = score(policy, params, rollout, packing=packed)
+        return jnp.sum(weights * scores.log_probs) + jnp.sum(scores.entropy), scores
+
+    gradient = jit(jax.grad(loss, has_aux=True))
+    grown = packing.tree(rollout, multiple=1)
+    assert grown.segments.shape == (2, 1, 48)  # 45 tokens, where rows have 96
+    assert np.count_nonzero(grown.segments[0] >= 0) == 3 * (1 + 2 + 4 + 8)
+    (expected, of_rows), (actual, of_tree) = gradient(params, None), gradient(params, grown)
+    np.testing.assert_allclose(of_tree.log_probs, of_rows.log_probs, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(of_tree.entropy, of_rows.entropy, rtol=0, atol=5e-6)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
+    flops = [chips.flops(jax.make_jaxpr(loss)(params, packed).jaxpr) for packed in (None, grown)]
+    assert flops[1] < 0.65 * flops[0]  # the prompts are in both
+
+
+def test_completions_without_a_common_beginning_make_no_tree():
+    rollout = binary_tree(B=1, depth=1, turn=12)
+    assert packing.tree(rollout, multiple=1) is None
+    tokens = jnp.arange(4 * 12).reshape(1, 4, 12)
+    assert packing.tree(rollout_of(np.full((1, 4), 12), 12)._replace(tokens=tokens), multiple=1) is None
+
+
+def test_a_tree_is_refused_where_shared_tokens_would_be_counted_once():
+    policy, rollout = testing.tiny_policy("qwen3_moe"), binary_tree(B=1, depth=3, turn=4)
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    with pytest.raises(ValueError, match="routers"):
+        jax.eval_shape(lambda params: score(policy, params, rollout, packing=packing.tree(rollout, multiple=1)), params)
 
 
 @pytest.mark.parametrize("layout", ["trimmed", "packed and trimmed"])

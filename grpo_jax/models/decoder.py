@@ -471,6 +471,7 @@ def decoder(config: DecoderConfig) -> Policy:
         columns: int | None = None,
         given: Array | None = None,
         counted: Array | None = None,
+        descendants: Array | None = None,
     ) -> tuple[Array, Cache | None, Routes | None]:
         own, column, stored = positions, None, None
         if cache is not None:
@@ -481,7 +482,7 @@ def decoder(config: DecoderConfig) -> Policy:
             raise ValueError("segments keep packed completions apart and go without a cache")
         check_positions(prompt_cache.layers.keys.shape[2] + 1 + own.shape[-1])
         held = jnp.broadcast_to(prompt_cache.lengths[:, None], positions.shape[:2])
-        mask_inputs = MaskInputs(positions, own, held, segments)
+        mask_inputs = MaskInputs(positions, own, held, segments, descendants=descendants)
         of_layers = None if given is None else jnp.moveaxis(given, 3, 0)
         hidden, stored, _, routed = apply(
             {"params": params}, tokens, mask_inputs, prompt_cache.layers, stored, column, of_layers, counted

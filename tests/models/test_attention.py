@@ -21,6 +21,7 @@ jit = functools.partial(
 CASES = {  # queries, own columns, prompt columns or None, whether packed, whether there is a window
     "completions": (5, 5, 7, False, False),
     "packed completions": (6, 6, 7, True, False),
+    "a tree": (6, 6, 7, "tree", False),
     "a window": (5, 5, 7, False, True),
     "a cache": (2, 9, 7, False, False),
     "a cache and a window": (2, 9, 7, False, True),
@@ -49,6 +50,9 @@ def inputs(case, dtype=jnp.float32):
         jnp.asarray(rng.integers(0, 3, (B, G, S)), jnp.int32) if packed else None,
         jnp.int32(4) if windowed else None,
     )
+    if packed == "tree":
+        later = rng.integers(0, 2, (B, G, S))
+        mask_inputs = mask_inputs._replace(descendants=mask_inputs.segments + jnp.asarray(later, jnp.int32))
     prompt = None if P is None else KeyValues(normal(B, P, K, h), normal(B, P, K, h))
     return normal(B, G, S, N, h), KeyValues(normal(B, G, C, K, h), normal(B, G, C, K, h)), prompt, mask_inputs
 
@@ -62,7 +66,10 @@ def softmax_of_the_concatenation(query, own, prompt, mask_inputs):
         k, position = n // (N // K), mask_inputs.queries[b, g, s]
         since = -1 if mask_inputs.window is None else position - mask_inputs.window  # the last position out of sight
         columns = [c for c, at in enumerate(mask_inputs.own[b, g]) if at >= 0 and since < at <= position]
-        if mask_inputs.segments is not None:
+        if mask_inputs.descendants is not None:
+            segments, last = mask_inputs.segments[b, g], mask_inputs.descendants[b, g]
+            columns = [c for c in columns if segments[s] in range(segments[c], last[c] + 1)]
+        elif mask_inputs.segments is not None:
             columns = [c for c in columns if mask_inputs.segments[b, g, c] == mask_inputs.segments[b, g, s]]
         keys, values = (x[b, g, columns, k] for x in own)
         if prompt is not None:
@@ -228,9 +235,9 @@ def test_what_reads_a_cache_does_not_go_to_the_kernel(case):
     np.testing.assert_array_equal(jax.jit(form)(*given), jax.jit(attention.reference)(*given))
 
 
-@pytest.mark.parametrize("case", ["packed completions", "a window"])
+@pytest.mark.parametrize("case", ["packed completions", "a tree", "a window"])
 def test_what_a_kernel_for_rows_cannot_be_told_of_is_refused(case):
-    with pytest.raises(ValueError, match={"a window": "windows", "packed completions": "packing"}[case]):
+    with pytest.raises(ValueError, match="windows" if case == "a window" else "packing"):
         attention.from_causal_kernel(causal_rows)(*inputs(case))
 
 

@@ -22,7 +22,9 @@ class MaskInputs(NamedTuple):
     """What each query may see: by positions, never by columns.
 
     A query sees the prompt's tokens and its own completion's at its own and earlier
-    positions; with segments those of its segment alone, with a window the last `window` of all these.
+    positions; with segments those of its segment alone, with a window the last `window` of all these. Where segments
+    are those of a tree, each goes on after tokens of earlier ones: a query of segment `s` sees keys of the segments
+    from which `s` descends, `segments[key] <= s <= descendants[key]`.
     """
 
     queries: Array  # [B, G, S] int32 positions
@@ -31,6 +33,7 @@ class MaskInputs(NamedTuple):
     segments: Array | None = None  # [B, G, S] int32, of packed completions; the own keys are then the queries' own
     window: Array | None = None  # [] int32
     own_segments: Array | None = None  # [B, G, C] int32, of the own keys where those are not the queries' own
+    descendants: Array | None = None  # [B, G, C] int32, the last segment that goes on after an own key; its own if None
 
 
 # (query, own, prompt or None, mask_inputs), and `soft_cap=` or `sinks=` where a model has them.
@@ -60,8 +63,11 @@ def completion_mask(mask_inputs: MaskInputs) -> Array:
     queries, own = mask_inputs.queries[..., :, None], mask_inputs.own[..., None, :]
     seen = (own <= queries) & (own >= 0)
     if mask_inputs.segments is not None:
-        of_keys = mask_inputs.segments if mask_inputs.own_segments is None else mask_inputs.own_segments
-        seen &= mask_inputs.segments[..., :, None] == of_keys[..., None, :]
+        of_queries, of_keys = mask_inputs.segments[..., :, None], mask_inputs.segments[..., None, :]
+        if mask_inputs.own_segments is not None:
+            of_keys = mask_inputs.own_segments[..., None, :]
+        last = of_keys if mask_inputs.descendants is None else mask_inputs.descendants[..., None, :]
+        seen &= (of_keys <= of_queries) & (of_queries <= last)
     if mask_inputs.window is not None:
         seen &= queries - own < mask_inputs.window[..., None, None]
     return seen

@@ -53,7 +53,10 @@ def from_causal_kernel(kernel: Kernel) -> Attention:
         if S <= 1 or own.keys.shape[2] != S:
             return reference(query, own, prompt, mask_inputs)
         if mask_inputs.segments is not None:
-            raise ValueError("a kernel for causal rows cannot keep packed completions apart; leave out the packing")
+            raise ValueError(
+                "a kernel for causal rows (cudnn, splash) can neither keep packed completions apart nor read a tree; "
+                "leave out the packing"
+            )
         if mask_inputs.window is not None:
             raise ValueError(
                 "a kernel for causal rows knows no sliding windows, which this model has; take `reference`"
