@@ -14,6 +14,7 @@ and puts the rewards into the experience between them:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -45,11 +46,13 @@ class Step:
       learn: `(state, experience) -> (state, metrics)`. Metrics are `Mean` and `Max` statistics and scalars;
         `statistics.summary` turns them into numbers.
       on_host: `collect` goes through the host, as conversations do, and is never a program.
+      shaped: a `collect` of zeros in the same shapes, which can be traced, where that one cannot.
     """
 
     collect: Collect
     learn: Learn
     on_host: bool = False
+    shaped: Collect | None = None
 
     def __call__(self, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
         """The whole step, for a reward that is traced."""
@@ -65,7 +68,9 @@ class Step:
           compiler_options: of XLA, for `learn`; `compiler_options.saving_memory()` unless given.
         """
         collect = self.collect if self.on_host else Program(jax.jit(self.collect))
-        return Step(collect, jit_learn(self.learn, compiler_options=compiler_options), self.on_host)
+        return dataclasses.replace(
+            self, collect=collect, learn=jit_learn(self.learn, compiler_options=compiler_options)
+        )
 
 
 def make_train_step(
@@ -105,15 +110,17 @@ def make_train_step(
       replay_truncation: False scores the whole distribution whatever the sampler draws from, as TRL and verl do: the
         ratio to the sampler is then not 1 on the policy itself.
     """
+    collecting = functools.partial(
+        make_collect,
+        policy,
+        reward=reward,
+        score_old=score_old or updates.count > 1,
+        score_parts=updates.parts,
+        replay_truncation=replay_truncation,
+    )
+    blank = getattr(sampler, "blank", None)
     return Step(
-        make_collect(
-            policy,
-            sampler,
-            reward=reward,
-            score_old=score_old or updates.count > 1,
-            score_parts=updates.parts,
-            replay_truncation=replay_truncation,
-        ),
+        collecting(sampler),
         make_learn(
             policy,
             optimizer,
@@ -126,6 +133,7 @@ def make_train_step(
             teacher=teacher,
         ),
         on_host=getattr(sampler, "on_host", False),
+        shaped=None if blank is None else collecting(blank),
     )
 
 

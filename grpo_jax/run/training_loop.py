@@ -62,6 +62,7 @@ def loop(
     wandb: str | None = None,
     profile: bool = False,
     keep_programs: bool = True,
+    whole: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Iterator["Loop"]:
     """Opens the run in a folder, at its newest checkpoint if it has one.
 
@@ -84,6 +85,7 @@ def loop(
       keep_programs: keep what is compiled from now on in `~/.cache/grpo_jax/programs`, or where JAX is told to, for
         the next start; see `compilation.enable_compilation_cache`. It stays on after the loop. What compiling has
         freed goes back to the system in any case, as by `compilation.trim_malloc`.
+      whole: makes of the state one that can be saved, such as `whole` of `overlap.ahead`.
 
     Raises:
       RuntimeError: if another process runs in the folder; if the run ends by `SystemExit(0)` before its last step.
@@ -123,6 +125,7 @@ def loop(
             stop_requested=stop_requested,
             stop_after_skipped=stop_after_skipped,
             profile=profile,
+            whole=whole,
         )
         del state  # which the loop's body replaces
         try:
@@ -164,10 +167,12 @@ class Loop:
         stop_requested: Callable[[], bool],
         stop_after_skipped: int,
         profile: bool,
+        whole: Callable[[TrainState], TrainState],
     ) -> None:
         self.state, self.steps, self.run_dir = state, steps, run_dir
         self.step = self._first = int(state.step)
         self._save_every, self._save, self._show, self._writers = save_every, save, show, writers
+        self._whole = whole
         self._stop_requested, self._stop_after_skipped, self._profile = stop_requested, stop_after_skipped, profile
         self.history = metrics.read(run_dir)
         self._saved = self.step or None
@@ -228,6 +233,7 @@ class Loop:
             raise RuntimeError(f"step {self.step} has changed the state already; save before that, or in the next step")
         if processes.is_first():
             metrics.sync(self.run_dir)
+        self.state = self._whole(self.state)
         self._save(self.state)
         self._saved = self.step
 

@@ -39,7 +39,7 @@ SETTINGS = {
     "attention": "reference", "mesh": "fsdp=2", "prompts-per-step": 4, "group-size": 2, "max-tokens": 6, "bucket": 32,
     "learning-rate": 1e-3, "warmup-steps": 1, "save-every": 1, "show-every": 1, "score-old": True, "steps": 3,
 }  # fmt: skip
-AHEAD = {"overlap": True, "reward": "my_rewards:length"}
+AHEAD = {"overlap": 1, "reward": "my_rewards:length"}
 
 
 def run(folder, *runs, processes=1, killed=None):

@@ -23,7 +23,7 @@ def train(run_dir: pathlib.Path, stop_in: int | None = None) -> None:
             model="model", data=pathlib.Path("rows.jsonl"), reward=("my_rewards:brevity",), run_dir=run_dir,
             steps=STEPS, prompts_per_step=2, group_size=2, max_tokens=8, bucket=32, learning_rate=1e-2, warmup_steps=0,
             beta=0.01, iterations=2, eval_rows=2, evaluate_every=1, save_every=1, export_every=2, show_every=1,
-            overlap=True, compute_dtype="float32",
+            overlap=1, compute_dtype="float32",
         )
     )  # fmt: skip
 

@@ -1,6 +1,5 @@
 """Batches that are sampled ahead: of the policy before the update, held by the state; through the host, by a thread."""
 
-import concurrent.futures
 import threading
 
 import jax
@@ -46,36 +45,46 @@ def state_of(w=0, step=0):
 
 
 def run(halves, state, steps):
-    seen = []
+    seen, lags = [], []
     for n in steps:
         experience = halves.collect(state, n)
         assert experience.rollout.prompts.tokens.shape == batch(n).tokens.shape
         np.testing.assert_array_equal(experience.rollout.prompts.tokens, batch(n).tokens)
         seen.append(int(experience.rollout.tokens[0, 0, 0]))
-        state, _ = halves.learn(state, experience)
-    return seen, state
+        state, metrics = halves.learn(state, experience)
+        lags.append(int(metrics["lag"]))
+    return seen, lags, state
 
 
 @pytest.mark.parametrize("on_host", [False, True], ids=["program", "host"])
-def test_a_batch_is_of_the_policy_before_the_update_and_a_state_that_is_kept_goes_on_with_it(on_host):
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_batch_is_of_the_policy_some_updates_before_and_a_state_that_is_kept_goes_on_with_it(depth, on_host):
     threads = []
 
     def collect_told(state, prompts):
         threads.append(threading.current_thread().name)
         return collect(state, prompts)
 
-    step = Step(collect_told if on_host else jax.jit(collect), learn, on_host)
-    halves, state = overlap.ahead(step, batch, state_of(), width=WIDTH)
-    seen, state = run(halves, state, range(3))
-    assert seen == [0, 1, 102]  # 100 times the updates of its policy, and its step
+    step = Step(collect_told if on_host else jax.jit(collect), learn, on_host, collect)
+    halves, state = overlap.ahead(step, batch, state_of(), width=WIDTH, depth=depth)
+    assert not threads  # not before the run has its folder
+    seen, lags, state = run(halves, state, range(5))
+    assert seen == [100 * max(0, n - depth) + n for n in range(5)]  # 100 times the updates of its policy, and its step
+    assert lags == [min(n, depth) for n in range(5)]
     np.testing.assert_array_equal(state.extra.extra["kept"], [1, 1])
-    resumed, fresh = overlap.ahead(step, batch, state_of(), width=WIDTH)
+    state = halves.whole(state)
+    assert state.extra.versions.tolist() == [5 - depth + i for i in range(depth)]
+    resumed, fresh = overlap.ahead(step, batch, state_of(), width=WIDTH, depth=depth)
     assert jax.tree.structure(state) == jax.tree.structure(fresh)
     chosen = jax.tree.map(lambda x: x.copy(), state)  # as a checkpoint gives it back
-    assert run(resumed, chosen, range(3, 5))[0] == run(halves, state, range(3, 5))[0] == [203, 304]
-    if on_host:
-        assert threads[0] == "MainThread"
-        assert all(name.startswith("collect") for name in threads[1:4])
+    expected = [100 * (n - depth) + n for n in (5, 6)]
+    assert run(resumed, chosen, (5, 6))[0] == run(halves, state, (5, 6))[0] == expected
+    assert all(name.startswith("collect") for name in threads)
+
+
+def test_a_depth_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="depth is at least 1, got 0"):
+        overlap.ahead(Step(collect, learn), batch, state_of(), width=WIDTH, depth=0)
 
 
 def test_environments_answer_while_the_device_learns():
@@ -95,53 +104,42 @@ def test_environments_answer_while_the_device_learns():
         assert collected.wait(20)
         return after
 
-    halves, state = overlap.ahead(Step(collect_late, learn_first, True), batch, state_of(), width=WIDTH)
+    halves, state = overlap.ahead(Step(collect_late, learn_first, True, collect), batch, state_of(), width=WIDTH)
     assert run(halves, state, range(1))[0] == [0]
 
 
-def at_once(executor, function, *arguments):
-    """As a thread that has ended when its result is first asked for."""
-    future = concurrent.futures.Future()
-    try:
-        future.set_result(function(*arguments))
-    except LookupError as error:
-        future.set_exception(error)
-    return future
-
-
-@pytest.mark.parametrize("early", [True, False], ids=["before the device learns", "while it learns"])
-def test_what_a_collector_raises_is_raised_where_the_state_is_whole(early, monkeypatch):
-    learning, down = threading.Event(), [True]
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_a_collector_raises_is_raised_where_the_state_is_whole(depth):
+    down = [True]
 
     def fails(state, prompts):
-        if int(state.step) == 2 and down:
-            assert early or learning.wait(20)
+        if int(state.step) == 3 and down:
             raise LookupError("the server is gone")
         return collect(state, prompts)
 
-    def learn_told(state, experience):
-        after = learn(state, experience)
-        learning.set() if int(after[0].step) == 2 else None
-        return after
-
-    if early:
-        monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", at_once)
-    step = Step(fails, learn_told, True)
-    halves, state = overlap.ahead(step, batch, state_of(), width=WIDTH)
-    _, state = run(halves, state, range(1))
-    experience = halves.collect(state, 1)
-    if early:
-        with pytest.raises(LookupError, match="the server is gone"):
-            halves.learn(state, experience)
-    else:
-        state, _ = halves.learn(state, experience)
-        with pytest.raises(LookupError, match="the server is gone"):
-            halves.collect(state, 2)
+    step = Step(fails, learn, True, collect)
+    halves, state = overlap.ahead(step, batch, state_of(), width=WIDTH, depth=depth)
+    _, _, state = run(halves, state, range(3))
+    with pytest.raises(LookupError, match="the server is gone"):
+        halves.collect(state, 3)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    state = halves.whole(state)
+    assert state.extra.versions.tolist() == [-1, 2][:depth]
     down.clear()
-    resumed, _ = overlap.ahead(step, batch, state_of(), width=WIDTH)
-    kept = jax.tree.map(lambda x: x.copy(), state)
-    assert run(resumed, kept, range(int(state.step), 4))[0] == ([1, 102, 203] if early else [202, 203])
+    expected = [303, 304 if depth == 1 else 204]  # what failed is of the policy of now, what did not of that before
+    resumed, _ = overlap.ahead(step, batch, state_of(), width=WIDTH, depth=depth)
+    assert run(resumed, jax.tree.map(lambda x: x.copy(), state), (3, 4))[0] == expected
+    assert run(halves, state, (3, 4))[0] == expected
+
+
+def test_a_run_that_ends_between_the_halves_of_a_step_has_its_batch_in_the_state():
+    step = Step(collect, learn, True)
+    halves, state = overlap.ahead(step, batch, state_of(), width=WIDTH, depth=2)
+    _, _, state = run(halves, state, range(3))
+    halves.collect(state, 3)  # and the reward raises
+    kept = jax.tree.map(lambda x: x.copy(), halves.whole(state))
+    resumed, _ = overlap.ahead(step, batch, state_of(), width=WIDTH, depth=2)
+    assert run(resumed, kept, (3, 4, 5))[0] == [103, 204, 305]
 
 
 def test_on_a_mesh_the_room_for_a_batch_lies_as_one_that_was_sampled():
@@ -149,6 +147,7 @@ def test_on_a_mesh_the_room_for_a_batch_lies_as_one_that_was_sampled():
     batches = sharding.batches(mesh, batch)
     state = sharding.place(mesh, state_of())
     halves, state = overlap.ahead(Step(jax.jit(collect), learn), batches, state, width=WIDTH)
-    empty, (_, state) = state.extra.experience, run(halves, state, range(1))
-    for room, made in zip(jax.tree.leaves(empty), jax.tree.leaves(state.extra.experience), strict=True):
+    empty, (_, _, state) = state.extra, run(halves, state, range(1))
+    for room, made in zip(jax.tree.leaves(empty.queue), jax.tree.leaves(state.extra.queue), strict=True):
         assert room.sharding == made.sharding == jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+    assert empty.versions.sharding == state.extra.versions.sharding == jax.NamedSharding(mesh, jax.P())
