@@ -1,5 +1,6 @@
 """What a chat template writes between the policy's turns, as token ids that continue those that were sampled."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,7 +35,8 @@ def between_turns(
 
     The template is rendered with the messages after a short exchange, and what it writes after the policy's turn is
     taken over, so that nothing that was sampled is encoded again. Special tokens in messages stay text, as in
-    `encode_prompt`: a tool that prints the end of a turn does not end one.
+    `encode_prompt`: a tool that prints the end of a turn does not end one. What else the template marks its parts with,
+    such as `</tool_response>`, is written in messages with its first character as an entity, `&lt;/tool_response>`.
 
     Args:
       tokenizer: with a chat template.
@@ -63,7 +65,10 @@ def between_turns(
                 "the policy goes on after what it wrote"
             )
 
+    marks = _marks(tokenizer)
+
     def encode(messages: Sequence[Mapping[str, str]], last: int) -> list[int]:
+        messages = [{**message, "content": marks.sub(_as_entity, message["content"])} for message in messages]
         rendered = render(tokenizer, _exchange(SAID, messages), **template)
         before, _, after = rendered.text.partition(SAID)
         closing = special_pattern(tokenizer).match(after.lstrip())
@@ -123,6 +128,27 @@ def read_between(
         return {"role": role, "content": text.removeprefix(opening).removesuffix(after)}
 
     return read
+
+
+def _marks(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Matches the words of a chat template that mark its parts and are no special tokens, with their counterparts.
+
+    They are the tags and the capitals in brackets in its text, and those of the tokenizer's added tokens that it has:
+    in DeepSeek's distilled models even the beginning of a turn is one that is not special.
+    """
+    templates = tokenizer.chat_template
+    source = "".join(templates.values()) if isinstance(templates, dict) else str(templates)
+    found = {*re.findall(r"</?[A-Za-z_][\w-]*>|\[/?[A-Z_]+\]", source)}
+    added = {str(token) for token in tokenizer.get_added_vocab()}
+    found |= {token for token in added if token.strip() and token in source}
+    twins = {mark.replace("/", "", 1) if mark[1:2] == "/" else f"{mark[0]}/{mark[1:]}" for mark in found if mark[1:]}
+    marks = sorted((found | twins) - special_tokens(tokenizer).keys(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, marks)) or "(?!)")
+
+
+def _as_entity(mark: re.Match[str]) -> str:
+    first = mark[0][0]
+    return f"{'&lt;' if first == '<' else f'&#{ord(first)};'}{mark[0][1:]}"
 
 
 def _exchange(said: str, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
