@@ -15,9 +15,17 @@ from grpo_jax.rewards.calling import RewardFunction, call, name_of, run_async
 from grpo_jax.tools import Calls, any_calls, called
 
 STATE = "_environment"  # the column of a conversation's row that holds its environment
+REWARDED = "_environment_rewarded"  # and that of what it has been rewarded with so far
 
 
-def trl_environment(factory: Callable[[], Any], *, calls: Calls = any_calls, longest: int = 4000) -> Respond:
+def trl_environment(
+    factory: Callable[[], Any],
+    *,
+    reward: RewardFunction | None = None,
+    calls: Calls = any_calls,
+    longest: int = 4000,
+    prompt_column: str = "prompt",
+) -> Respond:
     """Makes an environment of a class as TRL's `environment_factory` takes it.
 
         class Counter:
@@ -32,8 +40,12 @@ def trl_environment(factory: Callable[[], Any], *, calls: Calls = any_calls, lon
 
     Args:
       factory: the class, or a function that makes such an object.
+      reward: asked in place of `get_reward`: a reward function that takes TRL's `environments`,
+        `f(prompts, completions, environments, **columns)`. It is called for one conversation at a time, after each
+        turn, with its object and the messages since the prompt; None for no reward.
       calls: the reader of calls in the policy's text.
       longest: characters of a tool's result.
+      prompt_column: of the rows, for `reward`.
 
     Raises:
       ValueError: if the object has no `reset`.
@@ -46,17 +58,27 @@ def trl_environment(factory: Callable[[], Any], *, calls: Calls = any_calls, lon
             columns = dict(row)
             row[STATE] = made = factory()
             _awaited(made.reset(**columns))
-            row[f"{STATE}_rewarded"] = 0.0
+            row[REWARDED] = 0.0
         made = row[STATE]
         present = calls(messages[-1]["content"])
         turn = Turn(None)
         if present:
             turn = called({name: getattr(made, name) for name in names}, present, longest=longest)
-        if not hasattr(made, "get_reward"):
+        if (total := total_of(made, row, messages)) is None:
             return turn
-        total = float(_awaited(made.get_reward()))
-        gained, row[f"{STATE}_rewarded"] = total - row[f"{STATE}_rewarded"], total
+        gained, row[REWARDED] = total - row[REWARDED], total
         return turn._replace(reward=gained)
+
+    def total_of(made: Any, row: Row, messages: list[Message]) -> float | None:
+        if reward is None:
+            return float(_awaited(made.get_reward())) if hasattr(made, "get_reward") else None
+        prompt = row[prompt_column]
+        columns = {name: [value] for name, value in row.items() if name not in (prompt_column, STATE, REWARDED)}
+        completion = messages[1 if isinstance(prompt, str) else len(prompt) :]
+        # Not a list, whose entries would be copied: an object may hold a connection.
+        given = {"prompts": [prompt], "completions": [completion], "environments": (made,), **columns}
+        ((total,),) = call([reward], given, 1)
+        return None if math.isnan(total) else float(total)
 
     told: Any = respond
     told.tools = [getattr(example, name) for name in names]

@@ -60,7 +60,7 @@ def _answer(row: Row, outcome: Outcome, timeout: float) -> Turn | Failure | None
         return Failure(f"it ended with the fault {outcome.fault!r}\n{outcome.message}")
     try:  # not trusted: its writer has seen model output
         value, arguments = outcome.returned
-        if value is not None and not (isinstance(value, list) and len(value) in (1, 2)):
+        if value is not None and not (isinstance(value, list) and len(value) in (1, 2, 3)):
             raise TypeError  # text and mappings have elements, too
         changed = {**arguments["row"]}
         answer = None if value is None else Turn(*value)

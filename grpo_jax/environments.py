@@ -29,6 +29,7 @@ class Turn(NamedTuple):
 
     content: str | Sequence[Message] | None  # text of the user's role; messages of other roles; None ends it all
     reward: float | None = None  # for the policy's turn that is answered
+    earlier: Sequence[tuple[int, float]] = ()  # more for turns before it, by their numbers from 0: what is known now
 
 
 Respond = Callable[[Row, list[Message]], Any]  # (row, messages) -> Turn | None, plain or async
@@ -141,7 +142,7 @@ def _checked(outcome: Any) -> Turn | Failure:
         return outcome
     if not isinstance(outcome, Turn):
         return Failure(f"it returned {type(outcome).__name__}, and not a Turn or None")
-    content, reward = outcome
+    content, reward, earlier = outcome
     if isinstance(content, str):
         content = [{"role": "user", "content": content}]
     if content is not None:
@@ -155,7 +156,14 @@ def _checked(outcome: Any) -> Turn | Failure:
         if isinstance(reward, str) or not math.isfinite(number := _number(reward)):
             return Failure(f"its reward is {reward!r}, and not a finite number or None")
         reward = number
-    return Turn(content, reward)
+    try:
+        earlier = tuple((int(turn), float(more)) for turn, more in earlier)
+        fits = all(turn >= 0 and math.isfinite(more) for turn, more in earlier)
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        return Failure(f"its rewards of earlier turns are {outcome.earlier!r}, and not pairs of a turn and a number")
+    return Turn(content, reward, earlier)
 
 
 def _number(value: Any) -> float:

@@ -52,6 +52,30 @@ def pooled(estimator: Estimator) -> Compare:
     return compare
 
 
+def by_role(estimator: Estimator, *, roles: int = 2) -> Compare:
+    """Compares a turn with the turns of the same role in the group, where roles take turns: a baseline for each role.
+
+        A[b, :, p::roles] = estimator(all Q[b, g, k] of the group with k mod roles = p)
+
+    For games that the policy plays against itself, in which one role may be better off than the other.
+
+    Args:
+      estimator: as in `by_turn`.
+      roles: players of a game.
+    """
+
+    def compare(returns: Array, mask: Array) -> Array:
+        B, G, K = returns.shape
+
+        def apart(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0), (0, 0), (0, -K % roles))).reshape(B, G, -1, roles)
+
+        of_roles = jax.vmap(pooled(estimator), in_axes=3, out_axes=3)
+        return of_roles(apart(returns), apart(mask)).reshape(B, G, -1)[..., :K]
+
+    return compare
+
+
 def from_turns(*, gamma: float | Array = 1.0, compare: Compare | None = None) -> Advantage:
     """An advantage of the rewards that an environment gave to turns.
 

@@ -73,6 +73,23 @@ def test_a_class_of_trl_answers_calls_and_its_rewards_add_up_to_the_last():
     assert second == [Turn(told("6"), pytest.approx(0.6))]  # its own object
 
 
+def test_a_reward_function_of_trl_is_asked_with_the_object_of_its_conversation():
+    asked = []
+
+    def reached(prompts, completions, environments, start, **columns):
+        asked.append((prompts, [message["content"] for message in completions[0]], columns))
+        return [
+            None if env.count > 9 else float(env.count - begin) for env, begin in zip(environments, start, strict=True)
+        ]
+
+    respond = trl_environment(Counter, reward=reached)
+    turns = play(respond, {"prompt": "x", "start": 3}, call("increment", by=4), call("increment", by=3), "done")
+    assert [turn.reward for turn in turns] == [4.0, None, None]  # None masks, as in TRL
+    assert asked[1] == (["x"], [call("increment", by=4), "7", call("increment", by=3)], {})
+    again = play(respond, {"prompt": "x", "start": 3}, call("increment", by=1), call("increment", by=2))
+    assert [turn.reward for turn in again] == [1.0, 2.0]  # which add up to the last
+
+
 def test_what_reset_says_belongs_to_the_prompt():
     rows = [{"prompt": "Count.", "start": 3}, {"prompt": [{"role": "user", "content": "Count."}], "start": 4}]
     text, chat = with_first_observations(Counter, rows)

@@ -87,6 +87,9 @@ def test_a_timeout_of_the_functions_own_is_a_failure_with_its_traceback():
         (Turn([{"role": "system", "content": "a"}]), "not a text of another role"),
         (Turn("a", float("nan")), "reward is nan"),
         (Turn("a", "3"), "reward is '3'"),
+        (Turn("a", 1.0, [(0, float("nan"))]), "rewards of earlier turns are"),
+        (Turn("a", 1.0, {0: 1.0}), "not pairs of a turn and a number"),
+        (Turn("a", 1.0, [(-1, 1.0)]), "not pairs of a turn and a number"),
         (Turn("a", [1.0, 2.0]), r"reward is \[1.0, 2.0\]"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 from grpo_jax.advantages import centered_advantages, group_advantages, leave_one_out_advantages
 from grpo_jax.statistics import summary
-from grpo_jax.turn_advantages import by_turn, from_turns, pooled, to_tokens
+from grpo_jax.turn_advantages import by_role, by_turn, from_turns, pooled, to_tokens
 from grpo_jax.types import Experience, Prompts, Rollout, Turns
 
 B, G, K, T = 2, 4, 3, 20
@@ -75,6 +75,18 @@ def test_each_turn_is_compared_with_the_same_turn_of_the_others(gamma, transform
     assert np.unique(took_place.sum(1)).size > 2
     scored = np.asarray(turns.rewards).sum(-1)[~np.asarray(turns.failed)]
     assert summary(metrics)["reward"] == pytest.approx(scored.mean(), abs=1e-6)
+
+
+def test_each_role_has_a_baseline_of_its_own():
+    experience = experience_of(2)
+    turns = experience.rollout.turns
+    took_place = np.asarray(turns.ends > 0) & ~np.asarray(turns.failed)[..., None]
+    values, rewards = np.zeros((B, G, K)), np.asarray(turns.rewards, np.float64)
+    for b, role in np.ndindex(B, 2):
+        there = took_place[b] & (np.arange(K) % 2 == role)
+        values[b][there] = rewards[b][there] - rewards[b][there].mean()
+    advantages, _ = from_turns(gamma=0.0, compare=by_role(centered_advantages))(experience)
+    np.testing.assert_allclose(advantages, expected_tokens(experience, values), atol=1e-5)
 
 
 def test_all_turns_of_a_group_are_pooled():
