@@ -35,7 +35,8 @@ from grpo_jax import data, losses, models, rewards, run, sampling, tools
 from grpo_jax.advantages import from_rewards
 from grpo_jax.policies import Policy
 from grpo_jax.statistics import summary
-from grpo_jax.study import figures, results, tables
+from grpo_jax.study import results
+from grpo_jax.study.written import write_results
 from grpo_jax.train_step import make_learn
 from grpo_jax.types import Experience, Metrics, Params, TrainState
 from grpo_jax.updates import Learn, init_state
@@ -221,15 +222,7 @@ def experiment(config: Config) -> list[results.Row]:
             rows += train(config, policy, tokenizer, learn, state, seed, given)
             print(rows[-1])
         print(f"seed {seed}: {time.monotonic() - began:.0f} s")
-    results.write(config.results / f"{NAME}.csv", rows)
-    names = ["greedy", "turns"]
-    found = results.summarise(rows, names)
-    lines = [[condition, *(tables.text(columns[name]) for name in names)] for condition, columns in found.items()]
-    table = tables.markdown(["condition", *names], lines)
-    heading = f"# {NAME}\n\nAfter {config.steps} steps, {config.seeds} seeds.\n\n"
-    (config.results / f"{NAME}.md").write_text(heading + table)
-    print(table)
-    print(figures.curves(rows, ["greedy", "sampled", "turns"], config.results / f"{NAME}.png"))
+    print(write_results(config.results, NAME, rows, ["greedy", "turns"], curves=["greedy", "sampled", "turns"]))
     return rows
 
 

@@ -24,19 +24,25 @@ every `--export-every` steps, after the last one, and to `best` whenever the eva
 `--environment my_game:respond` lets it talk with an environment, for `--max-turns` turns (`grpo_jax.tools`,
 `grpo_jax.environments`). Rewards then see whole conversations, and `grpo_jax.rewards:environment` is the environment's.
 
+`--server http://localhost:8000` has vLLM sample (SGLang with `--server-kind sglang`), here and in evaluations. It
+is given the weights as a folder in that of the run, adapters as PEFT's, at every step or after `--max-lag` more. The
+policy is then scored as well: `sampler_kl` tells how far the server is from it.
+
 `--mesh data=2,fsdp=4` divides all of it over eight devices: rows over both, the weights and the optimiser's state over
 `fsdp`. A run is resumed on another mesh, too, where it goes on to rounding. Where the devices are those of several
 processes, the same command is given in each, with `--coordinator HOST:PORT --processes 2 --process-id 0` (and 1), or
 with `--coordinator cluster` where Slurm, Open MPI, Kubernetes or Cloud TPUs started them.
 
-With `--overlap` the next batch is sampled while the rewards of this one are computed, for verifiers that keep the
-device waiting. It then comes from the policy before the update, which the ratio takes into account.
+With `--overlap 1` the next batch is sampled while the rewards of this one are computed, for verifiers that keep the
+device waiting. It then comes from the policy before the update, which the ratio takes into account. `--overlap 3` has
+three batches in flight, each of the policy three updates before.
 """
 
 import dataclasses
 import functools
 import pathlib
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -44,9 +50,10 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import data, packing, rewards, run
-from grpo_jax.freezing import bind
+from grpo_jax.freezing import bind, partition
 from grpo_jax.models import hf, quantized, sharding
 from grpo_jax.models.settings import WeightSettings
+from grpo_jax.policies import Policy
 from grpo_jax.run import completions, digests, inputs, keeping, measured, memory, overlap
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.drawing import SamplingSettings
@@ -54,6 +61,7 @@ from grpo_jax.run.names import resolve
 from grpo_jax.run.objective import ObjectiveSettings
 from grpo_jax.run.precision import WithFloat16, compute_dtype
 from grpo_jax.run.rewarding import RewardSettings
+from grpo_jax.run.serving import ServerSettings
 from grpo_jax.run.together import ProcessSettings
 from grpo_jax.run.updating import UpdateSettings
 from grpo_jax.schedules.movement import make_movement
@@ -66,13 +74,14 @@ MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export", "export_every", "show_every", "tensorboard", "wandb", "profile"),
     *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout"),
     *("environment_workers", "mesh", "coordinator", "processes", "process_id"),
+    *("server", "server_model", "server_timeout"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(
     RewardSettings, ObjectiveSettings, SamplingSettings, UpdateSettings, ConversationSettings, WeightSettings,
-    ProcessSettings,
+    ProcessSettings, ServerSettings,
 ):  # fmt: skip
     """Settings of a run."""
 
@@ -86,7 +95,7 @@ class Config(
     score_old: bool = False  # the policy that sampled, for what asks for it; measures its gap to the sampler, too
     completion_bucket: int = 256  # to learn, completions are cut to the longest, up to a multiple of this
     pack: bool = False  # or several are laid into a row, of few shapes: `packing.shapes`
-    overlap: bool = False  # sample the next batch while this one is rewarded, from the policy before the update
+    overlap: int = 0  # batches sampled ahead while earlier ones are rewarded, of the policy so many updates before
     compute_dtype: WithFloat16 = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
     sample_weights: Literal["int8", "fp8"] | None = None  # sample from a copy of 8 bits; see --score-old, --loss dppo
     attention: str = "auto"  # of grpo_jax.models.attention (cudnn, splash, ...), or module:function
@@ -122,8 +131,9 @@ def train(config: Config) -> Params:
     inputs.check_rewards(functions, weights=config.reward_weights, group_size=group_size)
     loss = config.make_loss(max_tokens=config.max_tokens)
     attention = resolve(config.attention, "grpo_jax.models.attention")
-    transforms = [*config.transforms(), *([measured.sampler_gap()] if config.score_old else [])]
-    score_old = config.overlap or config.score_old
+    gap = config.score_old or config.server is not None
+    transforms = [*config.transforms(), *([measured.sampler_gap()] if gap else [])]
+    score_old = config.overlap > 0 or gap
     tokenizer = hf.load_tokenizer(config.model)
     rows = config.read(config.data)
     held_out = [] if config.eval_data is None else config.read(config.eval_data)
@@ -137,7 +147,11 @@ def train(config: Config) -> Params:
     advantage = config.with_steps(advantage)
     inputs.check_arguments([*functions, *config.verifiers], prompts.rows[0], prompt_column=config.prompt_column)
     inputs.check_tokens(config.model, tokenizer, [*prompts.prompts, *held_out.prompts], max_tokens=config.max_tokens)
-    sampler = config.make_sampler(tokenizer, hf.eos_ids(config.model, tokenizer))
+    own = config.make_sampler(tokenizer, hf.eos_ids(config.model, tokenizer))
+    sampler = config.serve(
+        own, stop=config.stop, model=config.model, folder=config.run_dir / "engine",
+        adapters=config.lora_rank is not None, write=functools.partial(write, config, tokenizer, own.eos_ids),
+    )  # fmt: skip
     reward = config.make_reward(
         prompts.rows, tokenizer, eos_ids=sampler.eos_ids, prompt_column=config.prompt_column, read=talk.read
     )
@@ -157,7 +171,7 @@ def train(config: Config) -> Params:
     width = data.bucket(max(map(len, prompts.prompts)), config.bucket)
     if config.memory_gib is not None:
         updates = memory.fit(
-            updates, trained, optimizer, sampler, loss=loss, prompts=config.prompts_per_step, prompt_tokens=width,
+            updates, trained, optimizer, own, loss=loss, prompts=config.prompts_per_step, prompt_tokens=width,
             reference=config.beta > 0, params=params, frozen=frozen, score_old=score_old,
             budget=int(config.memory_gib * 2**30),
         )  # fmt: skip
@@ -187,7 +201,7 @@ def train(config: Config) -> Params:
         state, batch = sharding.place(mesh, state), sharding.batches(mesh, batch)
     step = overlap.in_turn(whole_step, batch)
     if config.overlap:
-        step, state = overlap.ahead(whole_step, batch, state, width=width)
+        step, state = overlap.ahead(whole_step, batch, state, width=width, depth=config.overlap)
 
     def export(name: str) -> None:
         with loop.exporting(name) as folder:
@@ -204,7 +218,7 @@ def train(config: Config) -> Params:
     with run.loop(
         config, state, steps=config.steps, save_every=config.save_every, allow=allow, digests=began_with, keys=keys,
         stop_after_skipped=config.stop_after_skipped, tensorboard=config.tensorboard, wandb=config.wandb,
-        profile=config.profile,
+        profile=config.profile, whole=step.whole,
     ) as loop:  # fmt: skip
         del state
         more_shapes = config.pack and not config.overlap  # to compile, once the lengths of a batch are known
@@ -237,11 +251,26 @@ def train(config: Config) -> Params:
     return loop.state.params
 
 
+def write(
+    config: Config, tokenizer: Any, eos_ids: Sequence[int], policy: Policy, params: Params, folder: pathlib.Path
+) -> None:
+    """Writes what a server is given: the whole model, or its adapters."""
+    if config.lora_rank is None:
+        hf.save_pretrained(policy, params, folder, tokenizer=tokenizer, eos_ids=eos_ids)
+    else:
+        all_but_adapters = "^(?!.*lora_[ab]$)"
+        hf.save_adapters(policy, *partition(params, all_but_adapters), folder, base_model=config.model)
+
+
 def check(config: Config, mesh: Mesh | None = None) -> Updates:
     """Refuses settings that do not go together."""
     updates = config.updates(prompts=config.prompts_per_step)
+    if config.overlap < 0:
+        raise ValueError(f"--overlap is a number of batches, 0 or more, got {config.overlap}")
     if config.pack and config.attention in ("cudnn", "splash"):
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
+    if config.server is not None and (config.sample_weights is not None or config.memory_gib is not None):
+        raise ValueError("--sample-weights and --memory-gib are about sampling in this process, not by a --server")
     if jax.process_count() > 1 and (config.tools or config.environment):
         raise ValueError("conversations go through the host of one process: leave out --coordinator")
     if config.step_reward is not None and (config.tools or config.environment or jax.process_count() > 1):

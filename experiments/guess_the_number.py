@@ -25,7 +25,8 @@ import transformers
 
 from grpo_jax import losses, models, run, sampling
 from grpo_jax.sampling.traced_turns import TracedEnvironment
-from grpo_jax.study import figures, results, runs, tables
+from grpo_jax.study import results, runs
+from grpo_jax.study.written import write_results
 from grpo_jax.train_step import Step, make_train_step
 from grpo_jax.types import Array, Params, PRNGKey, Prompts, TrainState
 from grpo_jax.updates import init_state
@@ -116,15 +117,7 @@ def experiment(config: Config) -> list[results.Row]:
         print(f"{condition}: {config.seeds} seeds, {time.monotonic() - began:.0f} s")
         if told:
             show(jax.tree.map(lambda x: x[0], states.params))
-    results.write(config.results / f"{NAME}.csv", rows)
-    names = ["found", "guesses", "sampled"]
-    summary = results.summarise(rows, names)
-    lines = [[condition, *(tables.text(columns[name]) for name in names)] for condition, columns in summary.items()]
-    table = tables.markdown(["condition", *names], lines)
-    heading = f"# {NAME}\n\nAfter {config.steps} steps, {config.seeds} seeds.\n\n"
-    (config.results / f"{NAME}.md").write_text(heading + table)
-    print(table)
-    print(figures.curves(rows, names, config.results / f"{NAME}.png"))
+    print(write_results(config.results, NAME, rows, ["found", "guesses", "sampled"]))
     return rows
 
 

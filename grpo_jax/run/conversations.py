@@ -21,18 +21,20 @@ from grpo_jax.environment_workers import in_worker_processes
 from grpo_jax.environments import Respond
 from grpo_jax.rewards.conversations import Read
 from grpo_jax.run.names import resolve
+from grpo_jax.sampling.servers import EngineSampler
 from grpo_jax.tools import Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = Sequence[Mapping[str, Any]]
+Drawing = sampling.PolicySampler | EngineSampler
 
 
 class Talk(NamedTuple):
     """How the policy talks with an environment."""
 
-    converse: Callable[[sampling.PolicySampler, Rows], sampling.PolicySampler | sampling.ConversationSampler]
+    converse: Callable[[Drawing, Rows], Drawing | sampling.ConversationSampler]
     read: Read | None  # of `rewards.host`
 
 
@@ -105,9 +107,7 @@ class ConversationSettings(PromptSettings):
         else:
             respond = self.respond
 
-        def converse(
-            sampler: sampling.PolicySampler, rows: Rows
-        ) -> sampling.PolicySampler | sampling.ConversationSampler:
+        def converse(sampler: Drawing, rows: Rows) -> Drawing | sampling.ConversationSampler:
             return sampling.conversations(
                 sampler, respond, tokenizer, rows, max_turns=self.max_turns, between=between,
                 prompt_column=self.prompt_column, max_answer_tokens=self.max_answer_tokens,

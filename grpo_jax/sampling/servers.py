@@ -18,6 +18,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,9 +27,11 @@ import numpy as np
 
 from grpo_jax.policies import Policy
 from grpo_jax.rewards.calling import run_async
+from grpo_jax.sampling.blank import BlankSampler
 from grpo_jax.sampling.engines import from_engine
+from grpo_jax.sampling.samplers import PolicySampler, sampler
 from grpo_jax.truncation import Truncation
-from grpo_jax.types import Params, PRNGKey, Prompts, Rollout
+from grpo_jax.types import Number, Params, PRNGKey, Prompts, Rollout
 
 TRANSIENT = (408, 409, 425, 429)  # statuses after which a request is sent again, beside 5xx
 ANSWER_LIMIT = 1 << 28  # bytes of one answer, which may hold a group of long completions with log-probs
@@ -156,31 +159,59 @@ class EngineSampler:
     """Draws completions from a server; made by `engine_sampler`."""
 
     server: Server
+    drawing: PolicySampler  # the settings; `stop` has the texts that end a completion, which servers find themselves
+    stop: tuple[str, ...]
     write: Callable[[Policy, Params, pathlib.Path], None]
     folder: pathlib.Path
-    group_size: int
-    max_tokens: int
-    eos_ids: tuple[int, ...]
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    stop: tuple[str, ...]
     max_lag: int
     timeout: float
     retries: int
     backoff: float
     concurrency: int
     run: str  # of this process, in the names of versions: a server refuses the name of one that it has
-    given: dict[str, int]  # what the server has: `version`, and `lag`, the calls since it was given
+    given: dict[str, Any]  # what the server has: `version`, its `params`, and `lag`, the batches drawn since the first
+    lock: threading.Lock  # held while a batch is drawn, of one version
     on_host: ClassVar[bool] = True
+
+    @property
+    def group_size(self) -> int:
+        """Completions of a prompt."""
+        return self.drawing.group_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a completion."""
+        return self.drawing.max_tokens
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        return self.drawing.eos_ids
+
+    @property
+    def temperature(self) -> Number:
+        """Of the server and of the scorer."""
+        return self.drawing.temperature
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest completion is asked for."""
+        return self.drawing.greedy
 
     @property
     def truncation(self) -> Truncation | None:
         """Under which the step scores what was drawn."""
-        if self.top_k is None and self.top_p is None and self.min_p is None:
-            return None
-        return Truncation(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        return self.drawing.truncation
+
+    @property
+    def blank(self) -> BlankSampler:
+        """The shapes of its rollouts."""
+        return BlankSampler(
+            group_size=self.group_size,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            truncation=self.truncation,
+        )
 
     def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
         """Draws `group_size` completions for each prompt, after giving the server the params if its are too old.
@@ -191,14 +222,15 @@ class EngineSampler:
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, prompts, key))):
             raise ValueError("a server cannot be called from a program: call `step.collect` without jit")
-        self.refresh(policy, params)
         tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths).tolist()
-        groups = self.draw(
-            [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)],
-            seeds=seeds_of(key, len(lengths)),
-            limits=[self.max_tokens] * len(lengths),
-            group_size=self.group_size,
-        )
+        with self.lock:
+            self.refresh(policy, params)
+            groups = self.draw(
+                [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)],
+                seeds=seeds_of(key, len(lengths)),
+                limits=[self.max_tokens] * len(lengths),
+                group_size=self.group_size,
+            )
         return from_engine(
             prompts,
             [[one.tokens for one in group] for group in groups],
@@ -209,7 +241,10 @@ class EngineSampler:
         )
 
     def refresh(self, policy: Policy, params: Params) -> None:
-        """Gives the server the params if its own are too old; to be called once a batch."""
+        """Gives the server the params if its own are others and too old; to be called once a batch."""
+        has = jax.tree.leaves(self.given["params"])
+        if has and all(a is b for a, b in zip(has, jax.tree.leaves(params), strict=True)):
+            return
         if self.given["version"] == 0 or self.given["lag"] >= self.max_lag:
             self._give(policy, params)
         else:
@@ -221,8 +256,9 @@ class EngineSampler:
         """Asks for `group_size` completions of each prompt, of at most so many tokens, all together."""
         loaded = self._name(self.given["version"]) if self.server.adapters else None
         settings = {
-            "group_size": group_size, "eos_ids": [*self.eos_ids], "temperature": self.temperature,
-            "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p, "stop": [*self.stop],
+            "group_size": group_size, "eos_ids": [*self.eos_ids], "stop": [*self.stop],
+            "temperature": 0.0 if self.greedy else self.temperature,
+            "top_k": self.drawing.top_k, "top_p": self.drawing.top_p, "min_p": self.drawing.min_p,
         }  # fmt: skip
         requests = [
             self.server.generate(prompt, settings | {"seed": seed, "max_tokens": limit}, loaded)
@@ -245,7 +281,7 @@ class EngineSampler:
         for other in self.folder.glob("version_*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-        self.given.update(version=version, lag=0)
+        self.given.update(version=version, lag=0, params=params)
 
     async def _post(self, requests: Sequence[Request]) -> list[Any]:
         """Sends requests together; the answers in their order."""
@@ -332,7 +368,7 @@ def engine_sampler(
       top_p: of the probability that is kept.
       min_p: share of the likeliest token's probability.
       stop: strings that end a completion.
-      max_lag: 0 gives the server new params at every call, 1 at every second one.
+      max_lag: 0 gives the server new params at every call, 1 at every second one; never those that it has.
       timeout: seconds for a request, with the time that the server has it wait.
       retries: requests after the first that failed.
       backoff: seconds before the first of them, doubled each time.
@@ -342,11 +378,6 @@ def engine_sampler(
       ValueError: for a setting out of range, and for top-k, top-p or min-p with a server whose log-probs are not under
         them.
     """
-    if group_size < 1 or max_tokens < 1 or not temperature > 0:
-        raise ValueError(
-            f"group_size and max_tokens are at least 1 and temperature is above 0, got {group_size}, {max_tokens} and "
-            f"{temperature}"
-        )
     if max_lag < 0 or retries < 0 or concurrency < 1 or not timeout > 0:
         raise ValueError(
             "max_lag and retries are at least 0, concurrency at least 1 and timeout above 0, got "
@@ -358,13 +389,15 @@ def engine_sampler(
         server=server,
         write=write,
         folder=pathlib.Path(folder),
-        group_size=group_size,
-        max_tokens=max_tokens,
-        eos_ids=tuple(eos_ids),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        drawing=sampler(
+            group_size=group_size,
+            max_tokens=max_tokens,
+            eos_ids=eos_ids,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        ),
         stop=tuple(stop),
         max_lag=max_lag,
         timeout=timeout,
@@ -372,7 +405,8 @@ def engine_sampler(
         backoff=backoff,
         concurrency=concurrency,
         run=secrets.token_hex(4),
-        given={"version": 0, "lag": 0},
+        given={"version": 0, "lag": 0, "params": None},
+        lock=threading.Lock(),
     )
     if made.truncation is not None and not server.truncates:
         raise ValueError(

@@ -21,6 +21,7 @@ from grpo_jax.data.between_turns import Between, between_texts
 from grpo_jax.environments import Failure, Message, Respond, Turn, answers
 from grpo_jax.policies import Policy, PromptCache
 from grpo_jax.sampling import stopping
+from grpo_jax.sampling.blank import BlankSampler
 from grpo_jax.sampling.drawing import completion_keys
 from grpo_jax.sampling.samplers import PolicySampler
 from grpo_jax.sampling.servers import EngineSampler, seeds_of
@@ -57,6 +58,17 @@ class ConversationSampler:
         """That of the sampler."""
         return self.sampler.truncation
 
+    @property
+    def blank(self) -> BlankSampler:
+        """The shapes of its rollouts."""
+        return BlankSampler(
+            group_size=self.sampler.group_size,
+            max_tokens=self.sampler.max_tokens,
+            temperature=self.temperature,
+            truncation=self.truncation,
+            max_turns=self.max_turns,
+        )
+
     def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
         """Draws `group_size` conversations for each prompt, on the host between programs.
 
@@ -76,7 +88,8 @@ class ConversationSampler:
         if "row" not in prompts.info:
             raise ValueError("the prompts do not name their rows of the data set: make_prompts(prompts, rows)")
         if isinstance(self.sampler, EngineSampler):
-            return _converse_with_server(self, self.sampler, policy, params, prompts, key)
+            with self.sampler.lock:
+                return _converse_with_server(self, self.sampler, policy, params, prompts, key)
         return _converse(self, self.sampler, policy, params, prompts, key)
 
 
@@ -362,6 +375,10 @@ def _follow(
     conversation.rewards.append(None if isinstance(answer, Failure) else answer.reward)
     if isinstance(answer, Failure):
         return answer
+    for turn, more in answer.earlier:
+        if turn >= len(conversation.rewards) - 1:
+            return Failure(f"it rewards turn {turn} as an earlier one in its answer to {len(conversation.rewards) - 1}")
+        conversation.rewards[turn] = (conversation.rewards[turn] or 0.0) + more
     if answer.content is None:
         return None
     assert not isinstance(answer.content, str)

@@ -25,6 +25,7 @@ from grpo_jax.run.completions import turns
 from grpo_jax.run.conversations import Talk
 from grpo_jax.run.metrics import Logged
 from grpo_jax.sampling import PolicySampler, greedy
+from grpo_jax.sampling.servers import EngineSampler
 from grpo_jax.study.items import Item, judge, summarise
 from grpo_jax.types import Params, Rollout
 
@@ -49,7 +50,7 @@ class Evaluate(Protocol):
 
 def make_evaluate(
     policy: Policy,
-    sampler: PolicySampler,
+    sampler: PolicySampler | EngineSampler,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]] | data.PromptSet,
     functions: Sequence[RewardFunction],
@@ -139,7 +140,7 @@ def make_evaluate(
 
 def make_mean_rewards(
     policy: Policy,
-    sampler: PolicySampler,
+    sampler: PolicySampler | EngineSampler,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]] | data.PromptSet,
     functions: Sequence[RewardFunction],
@@ -155,7 +156,7 @@ def make_mean_rewards(
 
     Args:
       policy: any.
-      sampler: of the run.
+      sampler: of the run; that of a server is given the params that are evaluated, whatever its lag.
       tokenizer: of the policy.
       rows: as `make_evaluate` takes them; none give no numbers.
       functions: as `rewards.host` takes them. Their failures are counted apart from training's.
@@ -171,10 +172,12 @@ def make_mean_rewards(
         return lambda params, trainer_state: {}
     logged, names = Logged(), [rewards.name_of(function) for function in functions]
     tolerant = [rewards.skip_failed_batches(function, batches=stop_after_failed) for function in functions]
-    drawn = greedy(max_tokens=sampler.max_tokens, eos_ids=sampler.eos_ids, stop=sampler.stop)
+    drawing = sampler.drawing if isinstance(sampler, EngineSampler) else sampler
+    drawn = greedy(max_tokens=drawing.max_tokens, eos_ids=drawing.eos_ids, stop=drawing.stop)
     if group_size is not None:
-        drawn = dataclasses.replace(sampler, group_size=group_size, slots=None)
-    score = make_evaluate(policy, drawn, tokenizer, rows, tolerant, log_metric=logged, **settings)
+        drawn = dataclasses.replace(drawing, group_size=group_size, slots=None)
+    evaluated = dataclasses.replace(sampler, drawing=drawn, max_lag=0) if isinstance(sampler, EngineSampler) else drawn
+    score = make_evaluate(policy, evaluated, tokenizer, rows, tolerant, log_metric=logged, **settings)
 
     def evaluate(params: Params, trainer_state: rewards.TrainerState) -> dict[str, float]:
         summary = summarise(score(params, trainer_state=trainer_state))

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from inference_server import serving
 
 from grpo_jax import testing
 from grpo_jax.models import hf, lora
@@ -577,7 +578,7 @@ def test_a_copy_of_8_bits_samples_and_learns_and_the_whole_policy_is_evaluated(f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [0, 1])
 def test_running_baselines_and_the_loss_scale_go_on_where_they_were(files, tmp_path, overlap):
     """In float16, from a copy of 8 bits, one completion a prompt, whose steps are rewarded, too."""
     settings_of = {
@@ -595,6 +596,28 @@ def test_running_baselines_and_the_loss_scale_go_on_where_they_were(files, tmp_p
     assert all(line["sampler_gap"] > 1e-4 and line["steps"] >= 1 for line in lines)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
+def test_a_server_samples_in_training_and_in_evaluations(files, tmp_path, adapters):
+    policy, params = hf.load_pretrained(files / "model", compute_dtype="float32")
+    with serving(policy, group_size=2, max_tokens=8, width=96) as server:
+        server.base = server.weights[None] = params
+        changes = {"lora_rank": 2, "learning_rate": 0.5} if adapters else {}
+        config = settings(
+            files, tmp_path / "run", server=server.url, chat=True, eval_rows=2, steps=3, reward=("my_rewards:make()",),
+            **changes,
+        )  # fmt: skip
+        grpo.train(config)
+        routes = [path for path, _ in server.asked]
+        temperatures = [content["temperature"] for path, content in server.asked if path == "/v1/completions"]
+    lines = metrics.read(config.run_dir)
+    assert all(abs(line["sampler_kl"]) < 1e-4 for line in lines[:3])  # of the policy of the step
+    assert all("eval/reward" in line for line in lines)
+    assert routes.count("/v1/load_lora_adapter" if adapters else "/collective_rpc") == 4  # once for each policy
+    assert (temperatures.count(0.0), temperatures.count(1.0)) == (4 * 2, 3 * 2)
+    assert len(list((config.run_dir / "engine").iterdir())) == 1
+
+
 def overlapping(files, run_dir, **changes):
     """A learning rate at which one update moves the policy visibly; checkpoints after steps 2, 4 and 6."""
     return settings(
@@ -604,7 +627,7 @@ def overlapping(files, run_dir, **changes):
         save_every=2,
         reward=("my_rewards:make()",),
         learning_rate=0.05,
-        overlap=True,
+        overlap=1,
         **changes,
     )
 
@@ -617,7 +640,7 @@ def test_sampled_ahead_the_ratio_is_to_the_policy_that_sampled(files, tmp_path):
     assert lines[0]["ratio_max"] == pytest.approx(1.0, rel=1e-5)
     assert min(line["ratio_max"] for line in lines[1:]) > 1.01
     assert [line["made/calls"] for line in lines] == [1.0] * 6
-    grpo.train(dataclasses.replace(overlapping(files, tmp_path / "plain"), overlap=False))
+    grpo.train(dataclasses.replace(overlapping(files, tmp_path / "plain"), overlap=0))
     np.testing.assert_allclose([line["ratio_max"] for line in metrics.read(tmp_path / "plain")], 1.0, rtol=1e-5)
     grpo.train(dataclasses.replace(overlapping(files, tmp_path / "other"), save_every=5))
     assert metrics.read(tmp_path / "other") == lines
@@ -660,9 +683,9 @@ def test_a_batch_in_flight_that_is_damaged_is_told_by_name(files, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             grpo.train(config)
     with monkeypatch.context() as patch:  # as if one bit of the tokens in flight had been flipped
-        patch.setattr(checkpoint, "_read_arrays", _flipped("extra/experience/rollout/tokens", checkpoint._read_arrays))
+        patch.setattr(checkpoint, "_read_arrays", _flipped("extra/queue/0/rollout/tokens", checkpoint._read_arrays))
         with pytest.warns(
-            UserWarning, match=r"passed over: step 4 \(the digest of extra/experience/rollout/tokens differs"
+            UserWarning, match=r"passed over: step 4 \(the digest of extra/queue/0/rollout/tokens differs"
         ):
             chex.assert_trees_all_equal(grpo.train(config), expected)
 

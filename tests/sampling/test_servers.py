@@ -1,16 +1,14 @@
 """Servers as samplers, against one that speaks vLLM's and SGLang's routes and draws with the sampler of the package."""
 
-import http.server
-import json
 import pathlib
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from inference_server import serving
 
-from grpo_jax import sampling
+from grpo_jax import data, sampling
 from grpo_jax.data import make_prompts
 from grpo_jax.environments import Turn
 from grpo_jax.freezing import bind, partition
@@ -19,6 +17,7 @@ from grpo_jax.run import measured
 from grpo_jax.sampling import servers
 from grpo_jax.scoring import score
 from grpo_jax.statistics import summary
+from grpo_jax.study.evaluation import make_mean_rewards
 from grpo_jax.testing import random_prompts, tiny_policy, tiny_tokenizer
 from grpo_jax.types import Experience
 
@@ -27,98 +26,15 @@ G, T, TEMPERATURE, EOS = 2, 8, 0.7, (1, *range(5, 20))
 PROMPTS = random_prompts(0, 2, 6)
 
 
-@jax.jit
-def draw(params, tokens, lengths, seed):
-    made = sampling.sampler(group_size=G, max_tokens=2 * T, eos_ids=EOS, temperature=TEMPERATURE)
-    return made(POLICY, params, PROMPTS._replace(tokens=tokens, lengths=lengths), jax.random.key(seed))
-
-
-class Engine(http.server.BaseHTTPRequestHandler):
-    """What a server does: it reads folders that it is told of, and answers with tokens, log-probs and their end."""
-
-    def do_POST(self):
-        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            server.asked.append((self.path, content))
-            if server.faults:
-                return self.reply(*server.faults.pop(0))
-            if self.path in ("/v1/completions", "/generate"):
-                return self.reply(200, self.generated(content))
-            if self.path in ("/collective_rpc", "/update_weights_from_disk"):
-                folder = content.get("model_path") or content["kwargs"]["weights_path"]
-                server.weights[None] = hf.load_pretrained(folder, compute_dtype=jnp.float32)[1]
-            if content.get("lora_name") in server.weights and self.path.endswith("/load_lora_adapter"):
-                return self.reply(400, {"error": "it has already been loaded"})
-            if self.path.endswith("/load_lora_adapter"):
-                read = bind(*hf.load_adapters(POLICY, server.base, content["lora_path"]))
-                server.weights[content["lora_name"]] = read
-            if self.path.endswith("/unload_lora_adapter"):
-                del server.weights[content["lora_name"]]
-            return self.reply(200, {"success": True})
-
-    def generated(self, content):
-        vllm = self.path == "/v1/completions"
-        prompts, of_each = (
-            ([content["prompt"]], [content]) if vllm else (content["input_ids"], content["sampling_params"])
-        )
-        prompt, settings = prompts[0], of_each[0]
-        assert (settings["temperature"], settings["stop_token_ids"]) == (TEMPERATURE, list(EOS))
-        limit = settings["max_tokens" if vllm else "max_new_tokens"]
-        name = content["model"] if vllm else content.get("lora_path")
-        params = self.server.weights[None if name == "tiny" else name]
-        tokens = np.zeros((2, 40), np.int32)
-        tokens[:, : len(prompt)] = prompt
-        answers = []
-        for one in range(settings["n"] if vllm else len(prompts)):
-            # One seed is for all completions of vLLM; SGLang draws the same ones for the same seed.
-            seed, g = (settings["seed"], one) if vllm else (of_each[one]["sampling_seed"], 0)
-            drawn = jax.device_get(draw(params, tokens, np.full(2, len(prompt), np.int32), seed))
-            n = min(limit, drawn.lengths[0, g])
-            ids, log_probs = drawn.tokens[0, g, :n].tolist(), drawn.log_probs[0, g, :n].tolist()
-            end = "length" if drawn.truncated[0, g] or n < drawn.lengths[0, g] else "stop"
-            if vllm:
-                choice = {
-                    "index": one,
-                    "token_ids": ids,
-                    "logprobs": {"token_logprobs": log_probs},
-                    "finish_reason": end,
-                }
-                answers.insert(0, choice)  # in any order
-            else:
-                triples = [[value, token, None] for value, token in zip(log_probs, ids, strict=True)]
-                answers.append({"meta_info": {"output_token_logprobs": triples, "finish_reason": {"type": end}}})
-        return {"choices": answers} if vllm else answers
-
-    def reply(self, status, content):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *given):
-        pass
-
-
 @pytest.fixture
 def engine():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
-        server.lock, server.asked, server.faults, server.weights, server.base = threading.Lock(), [], [], {}, None
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(POLICY, group_size=G, max_tokens=2 * T) as server:
         yield server
-        server.shutdown()
-
-
-def address(engine):
-    return f"http://127.0.0.1:{engine.server_port}"
 
 
 def server_of(kind, engine, **settings):
     return (
-        servers.vllm(address(engine), model="tiny", **settings)
-        if kind == "vllm"
-        else servers.sglang(address(engine), **settings)
+        servers.vllm(engine.url, model="tiny", **settings) if kind == "vllm" else servers.sglang(engine.url, **settings)
     )
 
 
@@ -152,10 +68,14 @@ def test_the_server_draws_from_the_params_that_it_was_given_and_lags_at_most_as_
     (folder,) = tmp_path.iterdir()  # that of a killed run has gone
     assert folder.name.startswith("version_2_")
     assert (rollouts[0].tokens[:, 0] != rollouts[0].tokens[:, 1]).any(-1).all()  # a group differs
+    assert jax.eval_shape(lambda: made.blank(POLICY, None, PROMPTS, None)) == jax.eval_shape(lambda: rollouts[0])
     for rollout in rollouts:
         last = jnp.take_along_axis(rollout.tokens, rollout.lengths[..., None] - 1, axis=-1)[..., 0]
         np.testing.assert_array_equal(rollout.truncated, ~jnp.isin(last, jnp.array(EOS)))
     assert (rollouts[0].tokens != rollouts[1].tokens).any()  # other seeds
+    drawing = [one for _, content in engine.asked for one in content.get("sampling_params", [content])]
+    settings = [one for one in drawing if "temperature" in one]
+    assert all((one["temperature"], one["stop_token_ids"]) == (TEMPERATURE, list(EOS)) for one in settings)
     prompts = [content.get("prompt") or content.get("input_ids", [None])[0] for _, content in engine.asked]
     assert np.asarray(PROMPTS.tokens)[0, : int(PROMPTS.lengths[0])].tolist() in prompts
 
@@ -216,7 +136,7 @@ def test_a_server_holds_conversations(kind, engine, tmp_path):
 
 
 def test_an_adapter_that_a_lost_answer_told_of_is_not_loaded_again(engine, tmp_path):
-    made = sampler_of(servers.vllm(address(engine), model="tiny", adapters=True), tmp_path, lambda *given: None)
+    made = sampler_of(servers.vllm(engine.url, model="tiny", adapters=True), tmp_path, lambda *given: None)
     engine.faults = [(503, {}), (400, {"error": "The lora adapter has already been loaded"})]
     made.refresh(POLICY, PARAMS)
     assert made.given["version"] == 1
@@ -269,3 +189,32 @@ def test_a_truncation_that_the_log_probs_of_sglang_do_not_know_is_refused(change
     with pytest.raises(ValueError, match="the server's log-probs are not under top_k"):
         sampler_of(servers.sglang("http://localhost:1"), tmp_path, **changes)
     assert sampler_of(servers.vllm("http://localhost:1", model="tiny"), tmp_path, **changes).truncation is not None
+
+
+@pytest.mark.parametrize("group_size", [None, G])
+def test_an_evaluation_is_of_the_params_that_it_is_given_and_gives_them_once(group_size, engine, tmp_path):
+    """Whatever the lag of the run's sampler, which then has them, too."""
+    made = sampler_of(server_of("vllm", engine), tmp_path, max_lag=3)
+    made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    tokenizer, rows = tiny_tokenizer(259), [{"prompt": "ab"}, {"prompt": "c"}, {"prompt": "d"}]
+    ids = [[20, 30], [40, 3], [7, 8]]
+    seen = []
+
+    def length(completions):
+        seen.extend(completions)
+        return [float(len(completion)) for completion in completions]
+
+    newer = jax.tree.map(lambda x: 1.5 * x, PARAMS)
+    evaluate = make_mean_rewards(
+        POLICY, made, tokenizer, data.PromptSet(rows, ids), [length], group_size=group_size, batch_size=2
+    )
+    first, again = evaluate(newer, None), evaluate(newer, None)
+    assert first == again
+    assert first["eval/reward"] > 0
+    assert len(seen) == 8 * (group_size or 1)  # of 2 batches of 2 prompts, twice
+    pushed = [content for path, content in engine.asked if path == "/collective_rpc"]
+    assert len(pushed) == 2
+    asked = [content["temperature"] for path, content in engine.asked if path == "/v1/completions"]
+    assert asked == [TEMPERATURE] * 2 + [TEMPERATURE if group_size else 0.0] * 8
+    made(POLICY, newer, PROMPTS, jax.random.key(1))
+    assert made.given["lag"] == 0

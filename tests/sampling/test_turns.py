@@ -74,6 +74,15 @@ def conversed(network="decoder", slots=None):
     return converse(network=network, sampler=dataclasses.replace(sampler_of(), slots=slots))
 
 
+def test_the_shapes_of_its_rollouts_are_known_before_it_converses():
+    made = conversations(sampler_of(), answer, TOKENIZER, ROWS.rows, max_turns=4, between=data.between_turns(TOKENIZER))
+    assert jax.eval_shape(lambda: made.blank(DECODER, None, PROMPTS, None)) == jax.eval_shape(lambda: conversed())
+    step = make_train_step(DECODER, optax.sgd(0.1), made, loss=losses.grpo(), score_old=True)
+    state = init_state(params_of("decoder"), optax.sgd(0.1), jax.random.key(0))
+    form = jax.eval_shape(step.shaped, state, PROMPTS)  # which goes through no host
+    assert form.old_log_probs.shape == form.rollout.tokens.shape == (3, 4, 150)
+
+
 def each(rollout):
     return list(np.ndindex(rollout.lengths.shape))
 
@@ -179,6 +188,24 @@ def test_rewards_belong_to_the_turns_that_they_answer():
         assert not over or given[-1] == 1.0
         assert rewards[place] == pytest.approx(given.sum())
         assert mask[place] == rollout.turns.mask[place].any()
+
+
+def test_an_environment_may_reward_earlier_turns_when_it_knows_more():
+    def respond(row, messages):
+        turns = (len(messages) - 1) // 2
+        if turns == 2:
+            return Turn(None, 1.0, [(0, 0.5), (1, -2.0)])
+        return Turn("go on", 0.25 if turns else None, [(turns, 1.0)] if row["answer"] == 2 else ())
+
+    with pytest.warns(RuntimeWarning, match="it rewards turn 0 as an earlier one in its answer to 0"):
+        rollout = converse(respond)
+    answers = np.asarray(ROWS.rows, object)[np.asarray(PROMPTS.info["row"])]
+    for b, row in enumerate(answers):
+        assert rollout.turns.failed[b].all() == (row["answer"] == 2)
+        for g in range(4):
+            if (rollout.turns.ends[b, g] > 0).sum() == 3 and not rollout.truncated[b, g]:
+                assert rollout.turns.rewards[b, g].tolist() == [0.5, -1.75, 1.0, 0.0]
+    assert (rollout.turns.rewards == -1.75).any()
 
 
 def test_few_programs_are_compiled():

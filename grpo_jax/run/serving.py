@@ -1,0 +1,73 @@
+"""The settings of scripts that say which inference server samples, if not this process.
+
+@dataclasses.dataclass(frozen=True)
+class Config(ServerSettings):
+    model: str
+
+sampler = config.serve(sampler, stop=config.stop, model=config.model, write=write, folder=run_dir / "engine")
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+
+from grpo_jax.policies import Policy
+from grpo_jax.sampling import PolicySampler, servers
+from grpo_jax.types import Params
+
+Write = Callable[[Policy, Params, pathlib.Path], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """vLLM or SGLang behind HTTP; without a URL this process samples itself."""
+
+    server: str | None = None  # URL of an inference server that samples, and that sees the run's folder
+    server_kind: Literal["vllm", "sglang"] = "vllm"
+    server_model: str | None = None  # what vLLM calls the model; --model unless given
+    server_timeout: float = 600.0  # seconds for a request
+    max_lag: int = 0  # batches for which the server may keep its weights after the first of them
+
+    def serve(
+        self,
+        sampler: PolicySampler,
+        *,
+        stop: Sequence[str],
+        model: str,
+        write: Write,
+        folder: pathlib.Path,
+        adapters: bool = False,
+    ) -> PolicySampler | servers.EngineSampler:
+        """The same sampler, of the server; itself where there is none.
+
+        Args:
+          sampler: that of this process, with all settings.
+          stop: the texts of `sampler.stop`, as servers take them.
+          model: what the run began with.
+          write: as in `servers.engine_sampler`.
+          folder: as there.
+          adapters: whether `write` writes those alone.
+
+        Raises:
+          ValueError: for settings of a server without one; for what a server cannot do; in a run of several processes.
+        """
+        if self.server is None:
+            if self.max_lag or self.server_model is not None:
+                raise ValueError("--max-lag and --server-model are of a --server, and there is none")
+            return sampler
+        if sampler.record_experts:
+            raise ValueError("servers do not tell the experts that they chose: leave out --record-experts")
+        if jax.process_count() > 1:
+            raise ValueError("a server is given the weights by one process: leave out --coordinator")
+        if self.server_kind == "vllm":
+            server = servers.vllm(self.server, model=self.server_model or model, adapters=adapters)
+        else:
+            server = servers.sglang(self.server, adapters=adapters)
+        return servers.engine_sampler(
+            server, write=write, folder=folder, group_size=sampler.group_size, max_tokens=sampler.max_tokens,
+            eos_ids=sampler.eos_ids, temperature=float(sampler.temperature), top_k=sampler.top_k,
+            top_p=sampler.top_p, min_p=sampler.min_p, stop=stop, max_lag=self.max_lag, timeout=self.server_timeout,
+        )  # fmt: skip
