@@ -84,7 +84,8 @@ def test_each_role_has_a_baseline_of_its_own():
     values, rewards = np.zeros((B, G, K)), np.asarray(turns.rewards, np.float64)
     for b, role in np.ndindex(B, 2):
         there = took_place[b] & (np.arange(K) % 2 == role)
-        values[b][there] = rewards[b][there] - rewards[b][there].mean()
+        if there.any():
+            values[b][there] = rewards[b][there] - rewards[b][there].mean()
     advantages, _ = from_turns(gamma=0.0, compare=by_role(centered_advantages))(experience)
     np.testing.assert_allclose(advantages, expected_tokens(experience, values), atol=1e-5)
 
