@@ -62,7 +62,7 @@ def game_rows(
     rows = []
     for seed in seeds:
         for role in roles:
-            row = {"seed": seed, "role": role}
+            row: Row = {"seed": seed, "role": role}
             said = _until(_begin(make, row, players), role, opponents or {})
             if said is None:
                 raise ValueError(f"the game of seed {seed} is over before player {role} moves")
