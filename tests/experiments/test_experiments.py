@@ -425,6 +425,8 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"prompts_per_step": 3, "minibatches": 2}, r"3 prompts do not divide into 2 minibatches"),
         ({"reward_weights": (1.0, 2.0)}, r"2 weights for 1 reward functions"),
         ({"reward": ("my_rewards:brevity", "my_rewards:brevity")}, r"one name each, got brevity, brevity"),
+        ({"overlap": -1}, r"--overlap is a number of batches, 0 or more, got -1"),
+        ({"server": "http://a", "sample_weights": "int8"}, r"--sample-weights and --memory-gib are about sampling in"),
         ({"stop_after_failed": 0}, r"batches is at least 1, got 0"),
         ({"loss": "ppo"}, r"grpo_jax.losses has no function 'ppo'"),
         ({"attention": "flash"}, r"grpo_jax.models.attention has no function 'flash'"),
