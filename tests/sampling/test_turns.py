@@ -76,7 +76,9 @@ def conversed(network="decoder", slots=None):
 
 def test_the_shapes_of_its_rollouts_are_known_before_it_converses():
     made = conversations(sampler_of(), answer, TOKENIZER, ROWS.rows, max_turns=4, between=data.between_turns(TOKENIZER))
-    assert jax.eval_shape(lambda: made.blank(DECODER, None, PROMPTS, None)) == jax.eval_shape(lambda: conversed())
+    rollout = conversed()
+    form = jax.eval_shape(lambda: made.blank(DECODER, None, PROMPTS, None))
+    assert form == jax.eval_shape(lambda: jax.tree.map(jnp.asarray, rollout))
     step = make_train_step(DECODER, optax.sgd(0.1), made, loss=losses.grpo(), score_old=True)
     state = init_state(params_of("decoder"), optax.sgd(0.1), jax.random.key(0))
     form = jax.eval_shape(step.shaped, state, PROMPTS)  # which goes through no host
