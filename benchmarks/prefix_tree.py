@@ -44,15 +44,17 @@ def measure(repeats: int = 5) -> list[dict[str, Any]]:
     def loss(params: Params, packed: Packing | None) -> jax.Array:
         return jnp.sum(weights * score(policy, params, rollout, packing=packed, entropy=False).log_probs)
 
+    options: dict[str, str | bool] = {**saving_memory()}
     measured, gradients = [], []
     for name, packed in (("rows", None), ("tree", packing.tree(rollout))):
-        compiled = jax.jit(jax.grad(loss)).lower(params, packed).compile(compiler_options=saving_memory())
+        compiled = jax.jit(jax.grad(loss)).lower(params, packed).compile(compiler_options=options)
         seconds = []
         for _ in range(repeats):
             began = time.perf_counter()
             gradients.append(jax.block_until_ready(compiled(params, packed)))
             seconds.append(time.perf_counter() - began)
         memory = compiled.memory_analysis()
+        assert memory is not None
         measured.append({
             "layout": name,
             "tokens": (rollout.tokens if packed is None else packed.segments).size,

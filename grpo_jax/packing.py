@@ -105,8 +105,9 @@ def pack(rollout: Rollout, *, multiple: int = 64) -> Packing | None:
     (R, W), starts = found
     segments, tokens = np.full((B, R * W), -1, np.int32), np.zeros((B, R * W), np.int32)
     for b, g in np.ndindex(B, G):
-        held = slice(starts[b, g], starts[b, g] + lengths[b, g])
-        segments[b, held], tokens[b, held] = g, g * T + np.arange(lengths[b, g])
+        start, length = int(starts[b, g]), int(lengths[b, g])
+        segments[b, start : start + length] = g
+        tokens[b, start : start + length] = g * T + np.arange(length)
     places = starts[..., None] + np.arange(T, dtype=np.int32)
     in_rows = [jnp.asarray(x.reshape(B, R, W)) for x in (tokens, segments)]
     return Packing(in_rows[0], jnp.asarray(places), in_rows[1])

@@ -66,8 +66,9 @@ class ServerSettings:
             server = servers.vllm(self.server, model=self.server_model or model, adapters=adapters)
         else:
             server = servers.sglang(self.server, adapters=adapters)
+        top_p, min_p = (None if x is None else float(x) for x in (sampler.top_p, sampler.min_p))
         return servers.engine_sampler(
             server, write=write, folder=folder, group_size=sampler.group_size, max_tokens=sampler.max_tokens,
             eos_ids=sampler.eos_ids, temperature=float(sampler.temperature), top_k=sampler.top_k,
-            top_p=sampler.top_p, min_p=sampler.min_p, stop=stop, max_lag=self.max_lag, timeout=self.server_timeout,
+            top_p=top_p, min_p=min_p, stop=stop, max_lag=self.max_lag, timeout=self.server_timeout,
         )  # fmt: skip
