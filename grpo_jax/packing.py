@@ -194,8 +194,9 @@ def compile_ahead(
     def packed(shape: tuple[int, int] | None) -> Experience:
         if shape is None:
             return experience._replace(packing=None)
-        in_rows, places = (jnp.zeros(x, jnp.int32) for x in ((B, *shape), (B, G, T)))
-        return experience._replace(packing=jax.eval_shape(lambda: Packing(in_rows, places, in_rows)))
+        wanted = ((B, *shape), (B, G, T), (B, *shape))
+        form = jax.eval_shape(lambda: Packing(*(jnp.zeros(x, jnp.int32) for x in wanted)))
+        return experience._replace(packing=form)
 
     learn.ahead(state, [packed(shape) for shape in likely])
     return likely
