@@ -107,7 +107,7 @@ def ppo_run(
       iterations: of the updates.
       prompts: of a step, each with its share of the completions.
     """
-    optimizer = optax.adam(setting.LEARNING_RATE, b2=0.99)
+    optimizer = optax.adam(setting.LEARNING_RATE[config.task], b2=0.99)
     terms, make_problems = setting.terms_of(config, setting.STANDARD), setting.problems_of(config)
 
     def init(key: PRNGKey, hyper: Hyper) -> TrainState:

@@ -1,11 +1,11 @@
 """In which numbers one samples and learns: what each does to the gap between sampler and scorer, and to learning.
 
-python experiments/ablations/numerics.py
+python experiments/ablations/numerics.py               # half as long as the others: CPUs make these numbers in software
 
 The arithmetic is float32, bfloat16 or float16 (with a scale of the loss that follows overflows), with the last norm
 rounded or not; the sampler's copy of the weights is whole, or in 8 bits. The gap is corrected by truncated importance
 sampling (TIS), masked (MIS), or by ratios to the sampler with a trust region (DPPO), or not at all. It has no results
-yet: CPUs make 16-bit numbers in software, and `--estimate` tells how long they take for it.
+yet.
 """
 
 import dataclasses
@@ -82,4 +82,4 @@ def make(config: Config, policy: Policy, loss: Loss) -> setting.Run:
 
 
 if __name__ == "__main__":
-    setting.main(experiment, __doc__)
+    setting.main(experiment, __doc__, default=Config(steps=50, evaluations=5))
