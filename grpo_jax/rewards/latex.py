@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
+from grpo_jax.rewards.surroundings import REACH, stands_alone
 from grpo_jax.rewards.units import SCALES, canonical_unit, changes_meaning, is_unit, significant
 
 
@@ -32,13 +33,11 @@ class Reading(NamedTuple):
 
 _NOT = r"(?:\bnot|n['’]t|\bnever|\bneither|\bnor|\bcannot|\brather than|\binstead of|\bother than|\\neq?|≠)"
 _NEGATED = re.compile(rf"{_NOT}(?:\s+(?:be|equal|to|the|a|simply|just))*[\s:$(\\\[{{]*$", re.IGNORECASE)
-_MINUS = re.compile(
-    r"(?:[=$({\[:]|\b(?:is|be|are|equals))\s*[-−]\s*$"
-)  # before a box; at a line's start it is a bullet
-_NEGATION = re.compile(rf"{_NOT}|\b(?:wrong|incorrect|false|unlike)\b", re.IGNORECASE)
-_DENIED = re.compile(  # after a box
-    r"[\s$]*(?:\\[)\]])?[\s$*]*(?:is|was|are|were|can|could|would be|seems?|looks)"
-    r"(?:n['’]t\b|not\b|\s+(?:not|never|wrong|incorrect|false|too\s+\w+)\b)",
+_MINUS = re.compile(  # before a box; at a line's start, or after a word and spaced, it is a bullet or a dash
+    r"(?:[=({\[:]\s*|\$|\b(?:is|be|are|equals)\s*)(?P<sign>[-−])\s*\$?\Z|(?:\A|\s)(?P<touching>[-−])\$?\Z"
+)
+_NEGATION = re.compile(
+    rf"{_NOT}|\b(?:wrong|incorrect|false|unlike|if|whether|suppose|assume|assuming|doubt|unless|hardly|guess)\b",
     re.IGNORECASE,
 )
 _BOX = r"\\+(?:boxed|fbox)"
@@ -52,15 +51,21 @@ _ENVIRONMENT = re.compile(  # of bounded length, so that many that are not close
 )
 _ANSWER = re.compile("answer", re.IGNORECASE)
 _AFTER = re.compile(rf"[\s$]*(?:\\[)\]])?\s*(?:\\?%|\b(?:percent|{'|'.join(SCALES)})\b)", re.IGNORECASE)
-_REACH = 60  # characters between "answer" and its LaTeX
+_ANNOUNCED = re.compile(  # between "answer" and its LaTeX
+    r"(?:[\s*_:=]|\b(?:is|was|equals|be|(?:will|must|is equal to)(?:\s+be)?|then|therefore|thus|hence|so|simply"
+    r"|just|exactly|approximately|to\s+(?:the|this|your)\s+(?:problem|question|exercise)|[a-zA-Z]\s*=)(?![a-zA-Z])){0,60}"
+)
+_CLAUSE = re.compile(r"[.;:!?\n]|,(?!\s*that\b)")
 
 
 def final_answer(text: str) -> Reading | None:
     r"""The answer of a completion: its last `\boxed{}`, or else the last LaTeX environment that "answer" announces.
 
     Boxes that only `,`, `;`, `and` or `or` join are one answer: `\boxed{1} and \boxed{2}` is
-    `1, 2`. A box within a box is part of it. None where there is no answer, the last box is not closed, the answer
-    is denied ("not $5$", "\boxed{5} is wrong"), or it is unreadable.
+    `1, 2`. A box within a box is part of it. None where there is no answer, the last box is not closed, more than
+    the box is written (`2\boxed{5}`, `\boxed{5}^2`, "half of \boxed{5}", see `surroundings`), the answer is denied
+    ("not $5$", "\boxed{5} is wrong"), or it is unreadable. Between "answer" and its LaTeX stand only words such as "is"
+    and "therefore", `:`, `=` or `x =`, and nothing is denied, supposed or doubted in that clause.
     """
     boxes = list(_boxes(text))
     latex = _last(text, boxes) if boxes else _announced(text)
@@ -117,33 +122,52 @@ def _boxes(text: str) -> Iterator[tuple[int, int, str | None]]:
 
 def _last(text: str, boxes: list[tuple[int, int, str | None]]) -> str | None:
     start, end, content = boxes[-1]
-    if content is None or _NEGATED.search(text[max(start - 40, 0) : start]) or _DENIED.match(text, end):
+    if _NEGATED.search(text[max(start - REACH, 0) : start]):
         return None
-    contents = [f"-{content}" if _MINUS.search(text[max(start - 40, 0) : start]) else content]
-    for before_start, before_end, before in reversed(boxes[:-1]):
-        if before is None or not _JOINED.fullmatch(text[before_end:start][:40]):
+    contents = [_alone(text, start, content, text[end : end + REACH])]
+    for earlier_start, earlier_end, earlier in reversed(boxes[:-1]):
+        if not _JOINED.fullmatch(text[earlier_end:start][:40]):
             break
-        start = before_start
-        contents.append(before)
-    distinct = list(dict.fromkeys(content.strip() for content in reversed(contents)))
-    return ", ".join(distinct) + _following(text, end)
+        start = earlier_start
+        contents.append(_alone(text, start, earlier, ""))
+    known = [content.strip() for content in reversed(contents) if content is not None]
+    return ", ".join(dict.fromkeys(known)) + _following(text, end) if len(known) == len(contents) else None
+
+
+def _alone(text: str, start: int, content: str | None, after: str) -> str | None:
+    """The content of a box with the minus before it; None where the box is not closed or does not stand alone."""
+    before = text[max(start - REACH, 0) : start]
+    negative = _MINUS.search(before)
+    before = before[: negative.start(negative.lastgroup or 0)] if negative else before
+    if content is None or not stands_alone(before, after):
+        return None
+    return f"-{content}" if negative else content
 
 
 def _announced(text: str) -> str | None:
     environments = list(_ENVIRONMENT.finditer(text))
     for number in range(len(environments) - 1, -1, -1):
         before = text[environments[number - 1].end() if number else 0 : environments[number].start()]
-        mention = list(_ANSWER.finditer(before))
-        if not mention or len(before) - mention[-1].end() > _REACH:
+        mention = list(_ANSWER.finditer(before[-REACH:]))
+        if not mention:
             continue
         parts = [environments[number]]
         for other in environments[number + 1 :]:
             if not _JOINED.fullmatch(text[parts[-1].end() : other.start()]):
                 break
             parts.append(other)
-        if _NEGATION.search(before[mention[-1].end() :]) or text[parts[-1].end() :].lstrip().startswith("?"):
+        end = parts[-1].end()
+        clause = _CLAUSE.split(before[-2 * REACH :][: mention[-1].start() - len(before[-REACH:])])[-1]
+        announced = _ANNOUNCED.fullmatch(before[-REACH:][mention[-1].end() :])
+        after = text[end : end + REACH]
+        if (
+            not announced
+            or _NEGATION.search(clause)
+            or after.lstrip().startswith("?")
+            or not stands_alone("", f"$ {after}")
+        ):
             return None
-        return ", ".join(_content(part) for part in parts) + _following(text, parts[-1].end())
+        return ", ".join(_content(part) for part in parts) + _following(text, end)
     return None
 
 
