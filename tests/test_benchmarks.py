@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from benchmarks import (
     first_steps,
     floor,
     gpu,
+    growth,
     loading,
     long,
     ours,
@@ -21,6 +23,7 @@ from benchmarks import (
     scaling,
     settings,
     startup,
+    tpu,
     worker,
 )
 from grpo_jax import models, sampling
@@ -318,3 +321,70 @@ def test_a_plain_script_packs_and_counts_its_programs(tmp_path, checkpoint):
     assert lines[0]["whole"] > lines[1]["whole"] > 0
     assert lines[0]["programs"] > 1
     assert all(1 <= n <= 9 for n in lines[1]["lengths"])
+
+
+# ------------------------------------------------------------------------- TPUs that are not there
+
+
+def a_row(**changes):
+    """Of 4 chips, in round numbers: weights of 8 GB in bfloat16, a state of 12 GB on each chip."""
+    memory = dict.fromkeys(("frozen", "reference", "prompt_cache", "completion_cache", "logits", "activations"), 0)
+    memory |= {"parameters": 4e9, "optimizer": 8e9, "cast": 8e9, "gradients": 4e9}
+    memory |= {"sampling": 10e9, "learning": 9e9, "peak": 22e9}
+    learn = {"flops": 459e12, "memory": 3 * 8e9 + 2 * 16e9, "sent": {"all-gather": [100, 30e9], "all-reduce": [1, 4.0]}}
+    collect = {"flops": 1e12, "memory": growth.MAX_TOKENS * 8e9 + 64e9, "sent": {"all-gather": [10, 6e9]}}
+    row = tpu.Row("Qwen2.5-7B", "v5p:2x2x1", "fsdp=4", 8)
+    return {"kind": "tpu", **row._asdict(), "memory": memory, "collect": collect, "learn": learn, **changes}
+
+
+def test_a_step_over_as_many_chips_as_it_was_compiled_for_is_what_was_read():
+    found = growth.grown(a_row(), 4)
+    np.testing.assert_allclose(found.decode, (512 * 8e9 + 64e9) / 2765e9)
+    np.testing.assert_allclose([found.gather, found.compute, found.exchange], [0.01, 1.0, 0.05])
+    np.testing.assert_allclose(found.latency, 1e-6 * 1.5 * 4 ** (1 / 3) * (10 + 100 + 2))
+    assert found.memory == 22e9
+
+
+def test_over_more_chips_each_holds_less_of_the_state_and_receives_more_of_the_weights():
+    found = growth.grown(a_row(), 16)
+    np.testing.assert_allclose(found.exchange, (30e9 + 4) * (15 / 16) / (3 / 4) / 600e9)
+    np.testing.assert_allclose(found.compute, 1.0)
+    assert found.memory == 12e9 / 4 + 10e9
+    shared = growth.grown(a_row(), 16, prompts=8)  # a quarter for each
+    np.testing.assert_allclose(shared.compute, 0.25)
+    np.testing.assert_allclose(shared.decode, (512 * 8e9 + 16e9) / 2765e9)  # all weights, a quarter of the caches
+    assert shared.exchange == found.exchange
+    over_tensor = growth.grown(a_row(mesh="fsdp=2,tensor=2", prompts=4), 8, prompts=4)  # half for each
+    np.testing.assert_allclose(over_tensor.exchange, (30e9 * (3 / 4) / (1 / 2) + 4 / 2) / 600e9)
+
+
+def test_the_tables_of_tpus_name_what_bounds_a_program_and_what_does_not_fit(tmp_path):
+    text = tpu.markdown([a_row(), {"kind": "refused", **tpu.ROWS[0]._asdict(), "why": "Ran out of memory"}])
+    assert (
+        "| Qwen2.5-7B | v5p:2x2x1 | fsdp=4 | 459 (1 s) | 56 (0.02 s) | 30 (0.05 s) | compute | 100 all-gather" in text
+    )
+    assert "| 12.0 | 10.0 | 9.0 | 22.0 | 95.0 |" in text
+    assert "fsdp=64: Ran out of memory" in text
+    text = growth.markdown([a_row(model="small"), a_row(mesh="fsdp=2,tensor=2")])
+    assert text.count("| 4096 |") == 2  # not of 8 prompts of 8 over all chips
+    assert "does not fit" not in text
+    growth.plot([a_row()], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_rows_that_were_compiled_are_not_compiled_again(tmp_path, monkeypatch):
+    asked = []
+
+    def compiled(command, **settings):
+        asked.append(row := tpu.Row(*json.loads(command[-1])))
+        line = a_row(**row._asdict())
+        return types.SimpleNamespace(returncode=len(asked) == 2, stdout=f"a warning\n{json.dumps(line)}\n")
+
+    monkeypatch.setattr(tpu.subprocess, "run", compiled)
+    monkeypatch.setattr(tpu, "versions", lambda: {"kind": "machine", "libtpu": "0"})
+    config = tpu.Config(models=("Qwen2.5-0.5B",), output=tmp_path / "tpu.jsonl")
+    rows = [row for row in tpu.ROWS if row.model == "Qwen2.5-0.5B"]
+    tpu.main(config)
+    assert asked == rows
+    assert tpu.main(config).read_text().count("| 459 (") == len(rows)
+    assert asked == [*rows, rows[1]]  # whose compiler had failed

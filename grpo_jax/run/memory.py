@@ -387,19 +387,49 @@ class Config:
 
 def main(config: Config) -> Plan:
     """Prints and returns the plan."""
+    where = jax.default_backend() if config.topology is None else f"each chip of {config.topology}"
+    made = functools.cache(of_config)
+    found, compiled = made(config)
+    print(f"{config.prompts} prompts x {config.group_size}, {config.prompt_tokens} + {config.max_tokens} tokens, "
+          f"{config.compute_dtype}, on {where}\n{table(found)}")  # fmt: skip
+    if config.topology is not None:
+        chip = chips.CHIPS[config.topology.partition(":")[0]]
+        for name, need in zip(("collect", "learn"), needs(found, compiled, config), strict=True):
+            print(chips.table(name, need, chip))
+        if found.peak > chip.memory:
+            raise ValueError(f"{_remedy(config)}: it takes {gib(found.peak)} of the {gib(chip.memory)} of a chip")
+    if config.device_gib is not None:
+        if jax.default_backend() == "cpu" and config.topology is None:
+            print("planned on a CPU: for another device, run this there")
+
+        def peak(prompts: int, micro_batches: int) -> int:
+            return made(dataclasses.replace(config, prompts=prompts, micro_batches=micro_batches)).plan.peak
+
+        budget = int(config.device_gib * 2**30)
+        largest = largest_batch(lambda prompts: peak(prompts, 1), budget)
+        print(f"prompts that fit into {gib(budget)} in one piece: {largest}")
+        try:
+            parts = fewest_micro_batches(lambda parts: peak(config.prompts, parts), config.prompts, budget)
+            print(f"micro-batches in which {config.prompts} prompts fit: {parts}")
+        except ValueError as reason:
+            print(f"{config.prompts} prompts do not fit: {reason}")
+    return found
+
+
+def of_config(config: Config) -> Planned:
+    """The plan of what a command is told, and its programs.
+
+    Raises:
+      ValueError: if they do not fit into a chip, where its compiler says so; with what to change.
+    """
     hf_config = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
     weights = WeightSettings(
         lora_rank=config.lora_rank, lora_targets=config.lora_targets, quantize=config.quantize
     )  # fmt: skip
     dtype = jnp.dtype(config.compute_dtype)
-    mesh = None
-    if config.topology is not None or config.mesh is not None:
-        axes = sharding.sizes(config.mesh or "fsdp=1")
-        devices = None if config.topology is None else chips.devices(config.topology, math.prod(axes.values()))
-        mesh = sharding.mesh(**axes, devices=devices)
     attention = resolve(config.attention, "grpo_jax.models.attention")
     settings: dict[str, Any] = {"dtype": dtype, "param_dtype": weights.param_dtype(dtype), "remat": config.remat}
-    settings |= {"attention": attention, "mesh": mesh}
+    settings |= {"attention": attention, "mesh": mesh_of(config)}
     policy = models.decoder(models.from_hf_config(hf_config, **settings))
     params, frozen = weights.shapes(policy)
     loss = losses.grpo(penalty=losses.k3(config.beta)) if config.beta else losses.grpo()
@@ -412,54 +442,34 @@ def main(config: Config) -> Plan:
         network = models.decoder(models.from_hf_config(theirs, **settings | {"param_dtype": dtype}))
         teacher = Teacher(network, resolve(config.divergence, "grpo_jax.losses"))
         teacher_params = jax.eval_shape(functools.partial(_made, network, config.quantize_teacher))
-
-    @functools.cache
-    def made(prompts: int, micro_batches: int) -> Planned:
+    try:
         return planned(
             policy,
             optax.adamw(1e-6),
             sampling.sampler(group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=()),
             loss=loss,
-            prompts=prompts,
+            prompts=config.prompts,
             prompt_tokens=config.prompt_tokens,
             reference=config.beta > 0,
             params=params,
             frozen=frozen,
-            updates=Updates(micro_batches=micro_batches),
+            updates=Updates(micro_batches=config.micro_batches),
             teacher=teacher,
             teacher_params=teacher_params,
         )
-
-    def peak(prompts: int, micro_batches: int) -> int:
-        return made(prompts, micro_batches).plan.peak
-
-    where = jax.default_backend() if config.topology is None else f"each chip of {config.topology}"
-    try:
-        found, compiled = made(config.prompts, config.micro_batches)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(f"{_remedy(config)}\n  {str(error).splitlines()[0]}") from error
-    print(f"{config.prompts} prompts x {config.group_size}, {config.prompt_tokens} + {config.max_tokens} tokens, "
-          f"{config.compute_dtype}, on {where}\n{table(found)}")  # fmt: skip
-    if config.topology is not None and mesh is not None:
-        chip = chips.CHIPS[config.topology.partition(":")[0]]
-        for name, need in zip(("collect", "learn"), needs(found, compiled, config, mesh), strict=True):
-            print(chips.table(name, need, chip))
-        if found.peak > chip.memory:
-            raise ValueError(f"{_remedy(config)}: it takes {gib(found.peak)} of the {gib(chip.memory)} of a chip")
-    if config.device_gib is not None:
-        if jax.default_backend() == "cpu" and config.topology is None:
-            print("planned on a CPU: for another device, run this there")
-        budget = int(config.device_gib * 2**30)
-        largest = largest_batch(lambda prompts: peak(prompts, 1), budget)
-        print(f"prompts that fit into {gib(budget)} in one piece: {largest}")
-        try:
-            parts = fewest_micro_batches(lambda parts: peak(config.prompts, parts), config.prompts, budget)
-            print(f"micro-batches in which {config.prompts} prompts fit: {parts}")
-        except ValueError as reason:
-            print(f"{config.prompts} prompts do not fit: {reason}")
-    return found
+
+
+def mesh_of(config: Config) -> Mesh | None:
+    """The mesh that a command is told; without one, the first chip of a topology, or None."""
+    if config.topology is None and config.mesh is None:
+        return None
+    axes = sharding.sizes(config.mesh or "fsdp=1")
+    devices = None if config.topology is None else chips.devices(config.topology, math.prod(axes.values()))
+    return sharding.mesh(**axes, devices=devices)
 
 
 def _made(network: Policy, kind: quantized.Kind | None) -> Params:
@@ -467,14 +477,16 @@ def _made(network: Policy, kind: quantized.Kind | None) -> Params:
     return params if kind is None else quantized.quantize(params, kind)
 
 
-def needs(plan: Plan, programs: Programs, config: Config, mesh: Mesh) -> tuple[chips.Need, chips.Need]:
+def needs(plan: Plan, programs: Programs, config: Config) -> tuple[chips.Need, chips.Need]:
     """What both programs ask of each chip.
 
     Of memory, the least: in sampling the weights and half of the caches for each token; in learning the weights
     forward, in the recomputation and backward, with a reference once more, for each micro-batch, and the state read
     and written.
     """
-    products = [chips.flops(jaxpr.jaxpr, turns=config.max_tokens) / mesh.size for jaxpr in programs.jaxprs]
+    mesh = mesh_of(config)
+    devices = 1 if mesh is None else mesh.size
+    products = [chips.flops(jaxpr.jaxpr, turns=config.max_tokens) / devices for jaxpr in programs.jaxprs]
     weights = plan.cast or plan.parameters + plan.frozen
     decoding = config.max_tokens * (weights + plan.prompt_cache + plan.completion_cache / 2)
     passes = config.micro_batches * (3 + (plan.reference > 0))
