@@ -1,6 +1,7 @@
 """Code that a model wrote, run against unit tests, where it can do no harm."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import IO, Any, NamedTuple
 from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.outcomes import Outcome, to_rewards
 from grpo_jax.rewards.pool import START_TIMEOUT
+from grpo_jax.rewards.program_tests import pairs_of, parsed
 from grpo_jax.rewards.sandbox import bubblewrap
 from grpo_jax.rewards.worker_process import environment, kill_group
 
@@ -47,8 +49,9 @@ def python_tests(
       method of a `unittest.TestCase` (`unittest.main()` itself is none): passed if
       nothing is raised. What else there is prepares them. Names that it does not define are the code's
       (`assert add(1, 2) == 3`), or imported (`from solution import add`, or `*`).
-    - Or a list of pairs `(stdin, stdout)`: for each the code is run as a program, and what
-      it prints must be that, but for spaces at the ends of lines and empty lines at the end.
+    - Or pairs of what a program reads and what it prints, `[(stdin, stdout), ...]`, or as APPS, TACO, CodeContests and
+      DeepCoder write them (`program_tests.pairs_of`), as a string of JSON too: for each the code is run as a program,
+      and what it prints must be that, but for spaces at the ends of lines and empty lines at the end.
 
     Code and tests never share a process. Programs' output is compared here. Tests in
     Python run in a sandbox of their own, and call the code's functions through a pipe that
@@ -68,7 +71,7 @@ def python_tests(
 
     Scores 0: failed tests, no code, code of more than 65536 characters, and, whatever
     passed before, tests that together took longer than `timeout` (counted in `timeouts`).
-    Masked and counted in `faults`: tests that cannot be run whatever the code (no Python, no test,
+    Masked and counted in `faults`: tests that cannot be run whatever the code (no Python, no test, another form,
     a function as an argument), and a sandbox that does not start. See `pool.to_rewards`.
 
     Args:
@@ -233,16 +236,14 @@ class _Runner(NamedTuple):
         """The share of tests that the code passes."""
         if not code.strip() or len(code) > CODE_LIMIT:
             return Outcome(0.0)
+        tests = parsed(tests)
         tests = [tests] if isinstance(tests, str) else tests
+        if isinstance(tests, list | tuple) and tests and all(isinstance(test, str) for test in tests):
+            return self.run_asserts(code, "\n".join(tests))
         try:
-            if all(isinstance(test, str) for test in tests) and tests:
-                return self.run_asserts(code, "\n".join(tests))
-            pairs = [(str(given), str(wanted)) for given, wanted in tests]
-        except (TypeError, ValueError):
-            pairs = []
-        if not pairs:
-            kind = "tests are Python as a string or a list of strings, or a list of pairs (stdin, stdout)"
-            return Outcome(None, "error", f"{kind}, got {tests!r:.200}")
+            pairs = pairs_of(tests)
+        except ValueError as error:
+            return Outcome(None, "error", str(error))
         return self.run_pairs(code, pairs)
 
     def run_pairs(self, code: str, pairs: Sequence[tuple[str, str]]) -> Outcome:
@@ -260,8 +261,8 @@ class _Runner(NamedTuple):
         return Outcome(passed / len(pairs))
 
     def run_asserts(self, code: str, tests: str) -> Outcome:
-        from_code, to_tests = os.pipe()
-        from_tests, to_code = os.pipe()
+        from_code, to_tests = map(_renumbered, os.pipe())
+        from_tests, to_code = map(_renumbered, os.pipe())
         with _file(code) as source, _file(tests) as checks, _file() as errors, contextlib.ExitStack() as processes:
             try:
                 subject = self.process(["subject", source.fileno()], stdin=from_tests, stdout=to_tests, stderr=errors)
@@ -308,10 +309,19 @@ class _Runner(NamedTuple):
 
 def _file(text: str = "") -> IO[bytes]:
     """An open file without a name, for the caller to close."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - it is returned open
+    with tempfile.TemporaryFile() as low:
+        file = os.fdopen(_renumbered(os.dup(low.fileno())), "r+b")
     file.write(text.encode(errors="replace"))
     file.seek(0)
     return file
+
+
+def _renumbered(number: int) -> int:
+    """The open file under a number of at least 10: those below are the sandbox's shell's, which redirects 9."""
+    try:
+        return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 10)
+    finally:
+        os.close(number)
 
 
 def _lost(errors: IO[bytes]) -> Outcome:

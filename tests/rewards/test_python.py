@@ -1,5 +1,6 @@
 """The python_tests reward: what counts as code, as a test, and as whose fault. Attacks are in tests/faults."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -236,6 +237,12 @@ def test_programs(reward, case):
     assert reward(["?"], [code], tests=[[(given, wanted), (given, wanted)]]) == [expected]
 
 
+def test_a_mapping_is_a_test_and_not_its_keys(reward):
+    right, keys = "print(int(input()) + 1)", "print('output')"
+    tests = [[{"input": "1", "output": "2"}]] * 2
+    assert reward(["?"] * 2, [right, keys], tests=tests) == [1.0, 0.0]
+
+
 # ---------------------------------------------------------------------------- faults
 
 UNUSABLE = {
@@ -246,6 +253,7 @@ UNUSABLE = {
     "None": None,
     "a number": 3,
     "triples": [["1", "2", "3"]],
+    "a mapping": {"f": 1, "g": 2},
     "nothing of the code": "assert 1 == 1",
     "a package that is not there": "import numpy as np\nassert add(np.int64(1), 2) == 3",
     "preparation that fails by itself": "x = 1 / 0\nassert add(1, 2) == 3",
@@ -372,6 +380,30 @@ def test_a_callers_own_executor(monkeypatch, tmp_path):
         assert rewards == [1.0, half, 0.0, None]
         assert metrics == {"python_tests/timeouts": 1, "python_tests/faults": 1}
     assert seen[:2] == [("right", "t1"), ("wrong", "t2")]
+
+
+NUMBERS = """
+import os, sys
+from grpo_jax.rewards.python import make_python_output, python_tests
+reward, output, held = python_tests(workers=4), make_python_output(), []
+for extra in range(7):
+    assert reward(["?"], ["def f(): return 1"], tests=["assert f() == 1"]) == [1.0], (extra, "tests")
+    held.append(os.open(os.devnull, os.O_RDONLY))
+assert output("print(3)") == "3"
+for number in held[:4]:
+    os.close(number)
+assert reward(["?"] * 4, ["def f(): return 1"] * 4, tests=["assert f() == 1"] * 4) == [1.0] * 4
+"""
+
+
+def test_a_sandbox_starts_whatever_files_are_open():
+    """In a process of its own, whose numbers are known: 3 is the first that is free."""
+    try:
+        python_tests()
+    except ValueError as error:
+        pytest.skip(str(error))
+    done = subprocess.run([sys.executable, "-W", "error", "-c", NUMBERS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------------------- the harness's parts
