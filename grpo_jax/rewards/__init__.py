@@ -15,6 +15,7 @@
     repetition.py   repetition_penalty
     language.py     language_consistency
     python.py       python_tests: code against unit tests, in a sandbox
+    program_tests.py  tests of programs, in the forms that public data sets have
     judging.py      judge: a language model behind an HTTP endpoint
     rubrics.py      rubric: a judge of each criterion of a row's list
     comparing.py    pairwise, listwise: a judge of a group's completions against one another

@@ -37,8 +37,8 @@ def pairs_of(tests: Any) -> list[tuple[str, str]]:
     A text is one, or a list of its lines (TACO); a number is its text.
 
     Raises:
-      ValueError: for anything else, no tests, and tests that call a function (`fn_name`, `type`): data sets do not agree
-        on how its arguments are written, so that they are for the user to write as Python.
+      ValueError: for anything else, no tests, and tests that call a function (`fn_name`, `type`): data sets do not
+        agree on how its arguments are written, so that they are for the user to write as Python.
     """
     if isinstance(tests, Mapping):
         given, wanted = _sides(tests)
@@ -82,6 +82,6 @@ def _sides(test: Mapping[str, Any]) -> tuple[Any, Any]:
 def _text(side: Any) -> str:
     if _listed(side) and all(isinstance(line, str) for line in side):
         return "\n".join(side)
-    if isinstance(side, Sequence | Mapping) and not isinstance(side, str) or side is None:
+    if (isinstance(side, Sequence | Mapping) and not isinstance(side, str)) or side is None:
         raise ValueError(f"what a program reads and prints is text, or a list of its lines, got {side!r:.200}")
     return str(side)

@@ -58,7 +58,7 @@ def test_arrays_are_lists_and_python_stays_itself():
     ids=repr,
 )
 def test_other_forms_are_refused(tests):
-    with pytest.raises(ValueError, match="tests are Python as a string|is text, or a list of its lines"):
+    with pytest.raises(ValueError, match=r"tests are Python as a string|is text, or a list of its lines"):
         pairs_of(tests)
 
 
