@@ -3,29 +3,28 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from grpo_jax.models import experts, float16, lora, quantized
+from grpo_jax.models import experts, float16, grouped, lora, quantized
 from grpo_jax.models.experts import Experts
 from grpo_jax.types import Array, Params
 
 
-def linear(x: Array, grouped: experts.Grouped, leaves: Params) -> Array:
+def linear(x: Array, rows: experts.Grouped, leaves: Params) -> Array:
     """`x[i] @ kernel[e] + bias[e] + scale * (x[i] @ lora_a[e]) @ lora_b[e]`, with `e` the expert of row `i`.
 
     Args:
-      x: `[R k, in]`, in the order of `grouped`.
-      grouped: whose row each is.
+      x: `[R k, in]`, in the order of `rows`.
+      rows: whose row each is.
       leaves: `kernel [E, in, out]`, quantised or not; `bias [E, out]` and adapters, if there are some.
     """
     kernel = quantized.dequantize(leaves["kernel"]).astype(x.dtype)
-    y = jax.lax.ragged_dot(x, kernel, grouped.sizes)
+    y = grouped.product(x, kernel, rows.sizes)
     if "bias" in leaves:
-        y = y + leaves["bias"].astype(x.dtype)[grouped.experts]
+        y = y + leaves["bias"].astype(x.dtype)[rows.experts]
     if lora.A in leaves:
-        inner = jax.lax.ragged_dot(x, leaves[lora.A].astype(x.dtype), grouped.sizes)
-        added = jax.lax.ragged_dot(inner, leaves[lora.B].astype(x.dtype), grouped.sizes)
+        inner = grouped.product(x, leaves[lora.A].astype(x.dtype), rows.sizes)
+        added = grouped.product(inner, leaves[lora.B].astype(x.dtype), rows.sizes)
         y = y + leaves[lora.SCALE].astype(x.dtype) * added
     return y
 
@@ -58,13 +57,13 @@ def mixture(
     logits = jnp.matmul(x.astype(jnp.float32), weights["router"], precision="highest")
     logits = logits + weights["router_bias"] if settings.bias else logits
     routing = experts.route(logits, settings, given)
-    grouped = experts.group(x, routing.experts, settings.number)
-    gate, up = (linear(grouped.rows, grouped, weights[name]) for name in ("experts_gate", "experts_up"))
+    sorted_rows = experts.group(x, routing.experts, settings.number)
+    gate, up = (linear(sorted_rows.rows, sorted_rows, weights[name]) for name in ("experts_gate", "experts_up"))
 
     def gated(gate: Array, up: Array) -> Array:
         return activation(gate) * up if settings.clip is None else experts.clipped_gate(gate, up, *settings.clip)
 
     inner = float16.in_float32(gated, gate, up)
-    down = float16.within(linear(inner, grouped, weights["experts_down"]))
-    rows = experts.combine(down, grouped.back, routing.weights)
+    down = float16.within(linear(inner, sorted_rows, weights["experts_down"]))
+    rows = experts.combine(down, sorted_rows.back, routing.weights)
     return Mixed(rows, routing.experts, logits)
