@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import per_text
+from grpo_jax.rewards.units import canonical_unit, is_number_word, is_unit
 
 
 def worked_steps() -> RewardFunction:
@@ -24,9 +25,11 @@ def worked_steps() -> RewardFunction:
     on the right may be rounded: `10/3=3.33` is right, `10/3=3` is wrong. A division by
     zero is wrong.
 
-    Anything else is passed over: variables, powers, percentages, roots, factorials, operators and words
-    of another kind beside the calculation (`∗`, `mod`, `√`, `7e3`, "7 million"), mixed numbers,
-    fractions in LaTeX, numbers of more than 40 or sides of more than 200 characters. A
+    Anything else is passed over: variables, powers, percentages, roots, factorials, operators of another kind
+    beside the calculation (`∗`, `mod`, `√`, `7e3`, and what stands between two numbers without being a separator:
+    `3 @ 4`, `6 : 2`, `12:00`), mixed numbers, fractions in LaTeX, numbers of more than 40 or sides of more than 200
+    characters. A word may touch a number only if it is a unit (`7kg`), and follow it only if it is a unit or a word of
+    three letters or more that is no number and no operation ("7 apples", not "7 million", "7 pi", "7 tenths"). A
     comma before exactly three digits separates thousands, any other ends a number.
 
     Right steps need not be of use: one `1+1=2` earns 1.0. Use it beside a reward for the
@@ -37,6 +40,7 @@ def worked_steps() -> RewardFunction:
 
 def _share_of_right(text: str) -> float:
     """The share of right ones among the calculations of a text, by the rule of `worked_steps`; 0 without any."""
+    text = _ANNOTATION.sub(r" ; \1 ; ", text)
     steps = [step for line in text.splitlines() for step in _steps(line)]
     return sum(steps) / len(steps) if steps else 0.0
 
@@ -74,21 +78,20 @@ _SIDE, _DIGITS = 200, 40  # characters of a side and of a number; they bound the
 _TOKEN = re.compile(
     r"(?P<number>(?:\\?\$)?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+))"
     r"|(?P<operator>[-+*/−–×·⋅÷]|\\(?:times|cdot|div)(?![a-zA-Z])|(?<![^\W\d_])[xX](?=\s*(?:\\?\$)?[.(0-9]))"
-    r"|(?P<command>\\[a-zA-Z]+)|(?P<open>\()|(?P<close>\))|(?P<word>[^\W\d_]+)|(?P<space>\s+)|(?P<other>\\?.)"
+    r"|(?P<command>\\[a-zA-Z]+)|(?P<open>\()|(?P<close>\))|(?P<word>[^\W\d_]+)|(?P<space>\s+)|(?P<other>[<>|&@#~^•:]{2,3}|\\?.)"
 )
+_ANNOTATION = re.compile(r"<<([^<>\n]{1,200})>>")  # of GSM8K: 5*3=<<5*3=15>>15
 _PLUS, _MINUS = {"+"}, {"-", "−", "–"}
 _TIMES, _DIVIDED = {"*", "x", "X", "×", "·", "⋅", r"\times", r"\cdot"}, {"/", "÷", r"\div"}
 _BULLETS = {"-", "–", "*", "+"}
 _EXPRESSION = {"number", "operator", "open", "close"}
 _COMMANDS = r"\text \textbf \mbox \mathrm \quad \qquad \checkmark \Rightarrow \rightarrow \implies \to \therefore"
-_WORDS = (
-    "mod modulo rem remainder r div divided multiplied times plus minus over by of per percent squared cubed power root"
-    " sqrt log ln exp sin cos tan gcd lcm max min choose half third quarter twice double triple hundred thousand"
-    " million billion trillion dozen"
-)
 _ENDINGS = "加 减 乘 除 加上 减去 乘以 除以 根号 的 倍 方 模 余 万 亿 分之"
-_HARMLESS, _OPERATING, _OPERATING_ENDS = set(_COMMANDS.split()), set(_WORDS.split()), tuple(_ENDINGS.split())
-_VARIABLES = frozenset("abcefijknopqruvwxyzE")  # beside a number; the other single letters are units
+_SHORT_WORDS = "a A I so is as it we in at on if he an my or"  # words, and no units or variables
+_LINKING_WORDS = "so and then thus hence therefore but or also next now because since where while"
+_HARMLESS, _OPERATING_ENDS = set(_COMMANDS.split()), tuple(_ENDINGS.split())
+_SHORT, _CONNECTIVES = set(_SHORT_WORDS.split()), set(_LINKING_WORDS.split())
+_SEPARATORS = frozenset(",;.，；。、)]}\"'`”’»?")  # between a number and the next calculation
 _OPENING = frozenset("([{<>|,;:\"'`“‘«$~，；：。、（【《「")  # what may touch a calculation on its left
 
 
@@ -104,7 +107,7 @@ def _tokens(text: str) -> list[_Token]:
 def _operates(token: _Token) -> bool:
     """Whether a token may be an operator that is not known, or a word that changes the number beside it."""
     if token.kind == "word":
-        return token.text.casefold() in _OPERATING or token.text.endswith(_OPERATING_ENDS)
+        return (is_number_word(token.text) and not is_unit(token.text)) or token.text.endswith(_OPERATING_ENDS)
     if token.kind == "command":
         return token.text not in _HARMLESS
     if token.kind != "other" or token.text in _OPENING or "\u2190" <= token.text[-1] <= "\u21ff":  # arrows
@@ -132,6 +135,13 @@ def _end_of(text: str, *, starts_line: bool) -> list[_Token]:
         if starts_line or start > 1 or _changes(tokens[start - 1 : start + 2]):
             raise _Unreadable
         return expression
+    if (
+        start > 1
+        and expression
+        and tokens[start - 2].kind in ("number", "close")
+        and _joins(tokens[start - 1 : start + 1])
+    ):
+        raise _Unreadable  # 3 @ 4+1, 12:00+3, 3 xor 1+1
     if start > 0 and expression and not _may_precede(tokens[start - 1], expression[0], signed=signed):
         raise _Unreadable
     if start > 0 and signed and expression[1].spaced:
@@ -191,11 +201,35 @@ def _changes(tokens: Sequence[_Token]) -> bool:
     if _operates(following):
         return True
     if following.kind == "word":
-        return following.text in (set("xyz") if following.spaced else _VARIABLES)
+        return not _may_follow(following, after)
     if following.kind == "number":
         grouped = re.fullmatch("[0-9]{1,3} [0-9]{3}", f"{number.text} {following.text}")
         return bool(grouped) or (after is not None and after.text == "/")
-    return following.text == ":" and after is not None and after.kind == "number" and not after.spaced
+    return after is not None and after.kind == "number" and _joins([following, after])
+
+
+def _may_follow(word: _Token, after: _Token | None) -> bool:
+    """Whether a word after a number leaves it: a unit, or apart from it a plain word or a name such as E3."""
+    text = word.text
+    if text.lower() == text.upper():  # Chinese and others without spaces
+        return not text.startswith(("十", "百", "千", "万", "亿", "兆"))
+    if text in ("l", "L") or (text.islower() and canonical_unit(text)):
+        return True
+    if not word.spaced:
+        return is_unit(text)
+    named = len(text) == 1 and text.isupper() and after is not None and after.kind == "number" and not after.spaced
+    return len(text) > 2 or text in _SHORT or named
+
+
+def _joins(pair: Sequence[_Token]) -> bool:
+    """Whether what stands between a number and another may be an operator: `3 @ 4`, `12:00`, `6 : 2`, `3 xor 1`."""
+    between, after = pair
+    if between.kind == "word":
+        return between.text.isascii() and between.text.casefold() not in _CONNECTIVES
+    if between.text == ":":
+        return between.spaced or not after.spaced
+    arrow = "\u2190" <= between.text[-1] <= "\u21ff"
+    return between.kind == "other" and not arrow and between.text not in _SEPARATORS
 
 
 def _apart(pair: Sequence[_Token]) -> bool:

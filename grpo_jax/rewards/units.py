@@ -20,6 +20,22 @@ newton n; volt v; ampere a; ohm; hertz hz; celsius c; fahrenheit f
 """
 _NAMES = {alias: names[0] for entry in re.split(r"[;\n]", _KNOWN) if (names := entry.split()) for alias in names}
 _NAMES |= {"mph": "mile hour", "kmh": "kilometer hour", "kph": "kilometer hour"}
+_CARDINALS = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+nineteen twenty thirty forty fifty sixty seventy eighty ninety dozen score gross hundred thousand million billion
+trillion quadrillion quintillion sextillion googol lakh crore myriad pair couple mil mn bn
+"""
+_OPERATIONS = """
+mod modulo rem remainder div divided multiplied times plus minus over by of per squared square cubed cube power root
+sqrt log ln exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh gcd lcm max min choose half halves third
+quarter fourth twice thrice double triple doubled tripled halved factorial negated negative inverse reciprocal increased
+decreased raised xor nand nor shl shr percent percentage permille mille pct base infinity alpha beta gamma delta
+epsilon theta lambda sigma tau phi chi psi omega
+"""
+_CHANGING_WORDS = frozenset(_CARDINALS.split()) | frozenset(_OPERATIONS.split())
+_ORDINAL = re.compile(
+    r"(?:fif|twelf|eigh|nin|.*teen|.*tie|four|six|seven|ten|eleven|.*hundred|.*thousand|.*illion)ths?"
+)
 _COUNTED = {
     "men",
     "boy",
@@ -68,6 +84,12 @@ def canonical_unit(words: str) -> str:
 def changes_meaning(words: str) -> bool:
     """Whether a text beside a number makes it another answer: `or more`, `million`, digits."""
     return bool(_CHANGING.search(_EXPONENT.sub("", words)))
+
+
+def is_number_word(word: str) -> bool:
+    """Whether a word is a number, a part of one or an operation: `hundreds`, `tenths`, `factorial`."""
+    word = word.casefold()
+    return bool({word, word.removesuffix("s"), word.removesuffix("es")} & _CHANGING_WORDS or _ORDINAL.fullmatch(word))
 
 
 def _name(word: str) -> str:

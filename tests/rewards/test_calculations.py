@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 
 from grpo_jax import rewards
 
+AMOUNTS = (
+    "K,M,B, G,pi, pi,π, π,xy, xy, i, factorial, hundreds, dozens, tenths, quadrillion, twelfths, gross, squared, tau"
+)
+SIGNS = ["•", ":", ">>", "<<", "@", "#", "&", "^^", "|", "~", "§", "//", "\\"]
 STEPS = {  # text -> whether each calculation in it is right
     "3+4=7": [True],
     "3+4=8": [False],
@@ -155,6 +159,19 @@ STEPS = {  # text -> whether each calculation in it is right
     "y 3+4=7": [],
     "3+4=7 → 7+1=8": [True, True],
     r"3+4=7 \quad 3+5=9": [True, False],
+    **{f"3+4=7{word}": [] for word in AMOUNTS.split(",")},
+    **{f"8 {sign} 1+1=2": [] for sign in [*SIGNS, "xor", "nand"]},
+    **{f"3+4=7 {sign} 1": [] for sign in SIGNS},
+    "12:00 + 3 = 15": [],
+    "3+4=7apples": [],
+    "3+4=7万": [],
+    "3+4=7 apples": [True],
+    "3+4=7 in all": [True],
+    "3+4=7 so 7+2=8": [True, False],
+    "3+4=7, and 7+2=8": [True, False],
+    "3+4=7 m, 3+4=8 degrees": [True, False],
+    "1: 3+4=7": [True],
+    "• 3+4=7": [True],
     "(3+4=8": [False],
     "((3+4)=8": [False],
     "3+4)=8": [],
