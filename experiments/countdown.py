@@ -29,7 +29,7 @@ import optax
 
 from grpo_jax import advantages, data, losses, rewards, run, sampling, testing
 from grpo_jax.models import hf
-from grpo_jax.run import measured
+from grpo_jax.run import measured, ranges
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
 from grpo_jax.study.task_runs import TaskRun
@@ -68,6 +68,7 @@ class Config:
 
 def train(config: Config) -> dict[str, float]:
     """Trains, evaluates before and after, and returns the results."""
+    ranges.check(config)
     updates = Updates(minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=1.0)
     updates.check(config.prompts_per_step)
     task = countdown.task(
@@ -95,7 +96,12 @@ def train(config: Config) -> dict[str, float]:
     state, began_with = init_state(params, optimizer, jax.random.key(config.seed), reference=True), used.digests(params)
     del params
     keys = ("reward", *(f"reward/{name}" for name in used.names), "validation/accuracy")
-    settings = {"save_every": config.save_every, "allow": ("steps",), "digests": began_with, "keys": keys}
+    settings = {
+        "save_every": config.save_every,
+        "allow": ("steps", "save_every", "evaluate_every", "micro_batches"),
+        "digests": began_with,
+        "keys": keys,
+    }
     with run.loop(config, state, steps=config.steps, **settings) as loop:
         del state
         for n in loop:

@@ -47,7 +47,7 @@ from grpo_jax.freezing import bind
 from grpo_jax.models import hf, quantized
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Advantage, Loss, VocabularyDivergence
-from grpo_jax.run import digests, inputs, teacher_files
+from grpo_jax.run import digests, inputs, ranges, teacher_files
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
@@ -57,7 +57,7 @@ from grpo_jax.train_step import followed_by, make_train_step
 from grpo_jax.types import Array, Experience, Metrics, Params
 from grpo_jax.updates import Updates, init_state
 
-MAY_CHANGE = ("steps", "save_every", "tensorboard", "wandb")  # of a run that is resumed
+MAY_CHANGE = ("steps", "save_every", "tensorboard", "wandb", "data", "micro_batches")  # of a run that is resumed
 Pair = tuple[list[int], list[int]]  # a prompt and its completion
 
 
@@ -102,6 +102,7 @@ class Config(data.PromptSettings, WeightSettings):
 
 def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
+    ranges.check(config)
     its_own = not config.teacher and config.teacher_file is None and config.teacher_column is not None
     if not (config.model and (config.teacher or config.teacher_file or its_own) and config.data.is_file()):
         raise ValueError("give --model, --teacher and --data, or --smoke")

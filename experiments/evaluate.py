@@ -32,7 +32,7 @@ import rich
 
 from grpo_jax import data, sampling
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint, command, inputs, metrics
+from grpo_jax.run import checkpoint, command, inputs, metrics, ranges
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import WithFloat16, compute_dtype
@@ -94,6 +94,10 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     inputs.check_tokens(
         model, tokenizer, problems.prompts, max_tokens=config.max_tokens, revision=config.revision
     )  # fmt: skip
+    config.output.mkdir(parents=True, exist_ok=True)
+    if config.filtered is not None:
+        as_lines(rows)
+        config.filtered.parent.mkdir(parents=True, exist_ok=True)
     policy, params = hf.load_pretrained(
         model, compute_dtype=compute_dtype(config.compute_dtype, float16=True), revision=config.revision
     )
@@ -125,12 +129,11 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         scored[name] = items.judge(
             evaluate(params, seed=config.seed), threshold=config.threshold, extract=extract if sampled else None
         )
+        items.write_items(config.output / f"{name}.jsonl", scored[name])
         k = config.k if sampled else ()
         summaries[name] = items.summarise(scored[name], k=k, level=config.level, seed=config.seed)
 
-    config.output.mkdir(parents=True, exist_ok=True)
     for name, summary in summaries.items():
-        items.write_items(config.output / f"{name}.jsonl", scored[name])
         rich.print(items.sample_table(scored[name], config.shown))
         print(f"{name}, {len(scored[name])} prompts:\n{report(summary)}")
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -142,14 +145,19 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         between = items.between(
             [as_read[id(problem)] for problem in problems.rows], rates, low=config.low, high=config.high
         )
-        config.filtered.write_text("".join(json.dumps(row) + "\n" for row in between), encoding="utf-8")
+        config.filtered.write_text(as_lines(between), encoding="utf-8")
         print(f"{len(between)} of {len(rates)} rows have a pass rate between {config.low} and {config.high}: "
               f"{config.filtered}")  # fmt: skip
     return summaries
 
 
 def check(config: Config) -> None:
-    """Refuses settings that do not go together."""
+    """Refuses settings that are out of range or do not go together."""
+    ranges.check(config, group_size=0)
+    if not 0 < config.level < 1:
+        raise ValueError(f"--level is between 0 and 1, got {config.level}")
+    if not config.low < config.high:
+        raise ValueError(f"--low is below --high, got {config.low} and {config.high}")
     if (config.task is None) == (config.data is None):
         raise ValueError("what to evaluate on is either --task or --data")
     if config.task is None and not config.reward:
@@ -158,8 +166,13 @@ def check(config: Config) -> None:
         raise ValueError("nothing to do: neither --greedy nor --group-size")
     if config.group_size and (wrong := [k for k in config.k if not 1 <= k <= config.group_size]):
         raise ValueError(f"--k is from 1 to --group-size {config.group_size}, got {wrong[0]}")
-    if config.filtered is not None and config.group_size < 2:
-        raise ValueError("--filtered goes by the pass rate of several completions: --group-size is at least 2")
+    if config.filtered is not None:
+        if config.group_size < 2:
+            raise ValueError("--filtered goes by the pass rate of several completions: --group-size is at least 2")
+        if config.filtered.is_dir():
+            raise ValueError(f"--filtered {config.filtered} is a folder: name a file")
+    if config.output.exists() and not config.output.is_dir():
+        raise ValueError(f"--output {config.output} is a file: name a folder")
     folder = pathlib.Path(config.model)
     models = sorted(path.parent.name for path in folder.glob("*/config.json"))
     models += ["checkpoints"] if any(folder.glob("checkpoints/*/meta")) else []
@@ -201,6 +214,17 @@ def read(config: Config) -> tuple[list[data.Row], list[data.Row], list[Callable[
     for group_size in (*([1] if config.greedy else []), *([config.group_size] if config.group_size else [])):
         inputs.check_rewards(functions, group_size=group_size)
     return rows[: config.rows], problems[: config.rows], functions
+
+
+def as_lines(rows: list[data.Row]) -> str:
+    """Rows as JSON Lines."""
+    lines = []
+    for number, row in enumerate(rows, 1):
+        try:
+            lines.append(json.dumps(row) + "\n")
+        except TypeError as error:
+            raise ValueError(f"--filtered writes JSON, which row {number} cannot be: {error}") from error
+    return "".join(lines)
 
 
 def report(summary: dict[str, float]) -> str:

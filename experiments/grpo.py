@@ -54,7 +54,7 @@ from grpo_jax.freezing import bind, partition
 from grpo_jax.models import hf, quantized, sharding
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
-from grpo_jax.run import completions, digests, inputs, keeping, measured, memory, overlap
+from grpo_jax.run import completions, digests, inputs, keeping, measured, memory, overlap, ranges
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.drawing import SamplingSettings
 from grpo_jax.run.names import resolve
@@ -72,9 +72,11 @@ from grpo_jax.updates import Updates, init_state
 
 MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export", "export_every", "show_every", "tensorboard", "wandb", "profile"),
-    *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout"),
-    *("environment_workers", "mesh", "coordinator", "processes", "process_id"),
+    *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout", "environment_workers"),
     *("server", "server_model", "server_timeout"),
+    *("evaluate_every", "eval_batch", "eval_group_size", "held_out", "held_out_every"),
+    *("data", "eval_data"),  # what is in them may not
+    *("micro_batches", "memory_gib", "mesh", "coordinator", "processes", "process_id"),  # equal to rounding
 )
 
 
@@ -263,10 +265,11 @@ def write(
 
 
 def check(config: Config, mesh: Mesh | None = None) -> Updates:
-    """Refuses settings that do not go together."""
+    """Refuses settings that are out of range or do not go together."""
+    ranges.check(config)
+    if config.eval_data is not None and config.eval_rows:
+        raise ValueError(f"--eval-rows {config.eval_rows} are held out of --data: leave them out beside --eval-data")
     updates = config.updates(prompts=config.prompts_per_step)
-    if config.overlap < 0:
-        raise ValueError(f"--overlap is a number of batches, 0 or more, got {config.overlap}")
     if config.pack and config.attention in ("cudnn", "splash"):
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
     if config.server is not None and (config.sample_weights is not None or config.memory_gib is not None):

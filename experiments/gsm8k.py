@@ -32,6 +32,7 @@ import jax
 from grpo_jax import data, recipes, rewards, run, sampling, testing
 from grpo_jax.freezing import bind
 from grpo_jax.models.settings import WeightSettings
+from grpo_jax.run import ranges
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.study.task_runs import TaskRun
 from grpo_jax.tasks import gsm8k, with_prompts
@@ -103,6 +104,7 @@ def make_step(recipe: recipes.Recipe, config: Config, policy: Any, eos_ids: Any)
 
 def train(config: Config) -> dict[str, float]:
     """Trains, evaluates before and after, and returns the results."""
+    ranges.check(config)
     recipe = make_recipe(config)
     rows = gsm8k.from_hub() if config.train is None else {}
     for split in ("train", "test"):
@@ -123,7 +125,7 @@ def train(config: Config) -> dict[str, float]:
         init_state(params, recipe.optimizer, jax.random.key(config.seed), frozen=frozen, **recipe.initial),
         steps=config.steps,
         save_every=config.save_every,
-        allow=("steps",),
+        allow=("steps", "save_every", "evaluate_every", "samples", "micro_batches", "train", "test"),
         digests=used.digests(bind(params, frozen)),
         # A reference that is renewed belongs to what changes.
         initial=("frozen",) if recipe.reference_updates else ("frozen", "ref_params"),

@@ -39,7 +39,7 @@ from grpo_jax import data, losses, models, rewards, run, sampling
 from grpo_jax.advantages import from_rewards
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
-from grpo_jax.run import preemption
+from grpo_jax.run import preemption, ranges
 from grpo_jax.schedules import learning_rates
 from grpo_jax.tasks import arithmetic
 from grpo_jax.train_step import make_learn, make_train_step
@@ -90,6 +90,7 @@ def make_policy(tokenizer: transformers.PreTrainedTokenizerFast) -> Policy:
 def train(config: Config) -> dict[str, float]:
     """The whole experiment; returns the test accuracies."""
     started = time.monotonic()
+    ranges.check(config)
     tokenizer = arithmetic.tokenizer()
     splits = arithmetic.splits(config.seed)
     policy = make_policy(tokenizer)

@@ -94,7 +94,7 @@ from grpo_jax.baselines.rejection_sampling import best_of_n
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Reward
-from grpo_jax.run import checkpoint, preemption
+from grpo_jax.run import checkpoint, preemption, ranges
 from grpo_jax.run.files import made_once, write_json
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
@@ -564,7 +564,8 @@ def pretrained(config: Config) -> Problem:
 
 
 def check(config: Config) -> None:
-    """Refuses settings that do not go together."""
+    """Refuses settings that are out of range or do not go together."""
+    ranges.check(config)
     if config.model is None:
         needs = [name for name in OF_MODELS if getattr(config, name)]
         if needs:

@@ -43,7 +43,7 @@ _CHUNK, _FILE = 2**24, 2**26  # bytes of a piece of an array, and of a file of a
 _PART = 2**27  # bytes that are read at a time
 
 
-class CheckpointCorruptError(RuntimeError):
+class CheckpointCorruptError(OSError):
     """A checkpoint cannot be read back as it was written."""
 
 
@@ -247,7 +247,8 @@ def check_config(
 
     Args:
       saved: the configuration in the checkpoint's `meta`.
-      current: that of this run, of JSON values; nested mappings become dotted names.
+      current: that of this run, of JSON values; nested mappings become dotted names. Two texts that name one file or
+        folder are the same.
       allow: fields, or whole sections, that may change: `("optimizer.learning_rate",)`.
 
     Returns:
@@ -260,7 +261,7 @@ def check_config(
     changes = {
         field: (old.get(field, _ABSENT), new.get(field, _ABSENT))
         for field in sorted(old.keys() | new.keys())
-        if json.dumps(old.get(field, _ABSENT)) != json.dumps(new.get(field, _ABSENT))
+        if not _same(old.get(field, _ABSENT), new.get(field, _ABSENT))
     }
     refused = [
         f"  {field}: {before!r} -> {after!r}"
@@ -268,7 +269,10 @@ def check_config(
         if not any(field == name or field.startswith(f"{name}.") for name in allow)
     ]
     if refused:
-        raise ValueError("the configuration is not the checkpoint's; undo or allow:\n" + "\n".join(refused))
+        raise ValueError(
+            "the configuration is not the checkpoint's; go back to it, or begin anew in another folder:\n"
+            + "\n".join(refused)
+        )
     return changes
 
 
@@ -552,6 +556,14 @@ def _refuse_mismatch(facts: dict[str, Any], leaves: dict[str, Any], where: str) 
     ]
     if differing:
         raise ValueError(f"{where} is of another state:\n" + "\n".join(differing))
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether two settings are equal, or name the same file: `model/` and `model`, or a path from elsewhere."""
+    if json.dumps(old) == json.dumps(new):
+        return True
+    paths = isinstance(old, str) and isinstance(new, str) and old and new
+    return bool(paths) and os.path.exists(new) and os.path.realpath(old) == os.path.realpath(new)
 
 
 def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:

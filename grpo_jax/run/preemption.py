@@ -33,8 +33,7 @@ def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     re-entrant: a process, in one thread, may hold it several times.
 
     Raises:
-      RuntimeError: if another run holds it, naming its process and host.
-      OSError: if the folder cannot be written.
+      OSError: if another run holds it, naming its process and host; if the folder cannot be written.
     """
     path = pathlib.Path(run_dir).absolute() / "run.lock"
     with contextlib.ExitStack() as held:
@@ -52,7 +51,7 @@ def lock(run_dir: str | os.PathLike[str]) -> Iterator[None]:
             )
         except filelock.Timeout as error:
             holder = path.read_text() or "another process"
-            raise RuntimeError(f"the run folder {run_dir} is in use by {holder}; stop it or use another") from error
+            raise OSError(f"the run folder {run_dir} is in use by {holder}; stop it or use another") from error
         except OSError as error:
             raise OSError(error.errno, f"cannot write in the run folder ({error.strerror})", str(run_dir)) from error
         yield

@@ -10,6 +10,8 @@ from grpo_jax import processes
 from grpo_jax.run import checkpoint, digests, metrics
 from grpo_jax.types import TrainState
 
+SAVED = "saved"  # in the folder of a run that has had a checkpoint
+
 
 def newest(
     checkpoints: ocp.CheckpointManager,
@@ -18,40 +20,51 @@ def newest(
     meta: Mapping[str, Any],
     allow: Sequence[str],
     steps: int,
-    save_every: int,
-) -> TrainState:
-    """The state of the newest checkpoint, or the given one, with the metrics cut to the steps before it.
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the newest checkpoint and its meta, or what is given; the metrics are cut to the steps before it.
 
     Raises:
       ValueError: if the checkpoint is another run's, or if there are metrics of steps whose checkpoint is gone.
     """
+    changes: dict[str, tuple[Any, Any]] = {}
 
     def check(saved: Mapping[str, Any]) -> None:
-        checkpoint.check_config(saved["config"], meta["config"], allow=allow)
+        changes.update(checkpoint.check_config(saved["config"], meta["config"], allow=allow))
         digests.check(saved.get("digests", {}), meta["digests"])
 
     restored = checkpoint.restore(checkpoints, state, check=check)
     if restored is None:
         lines = metrics.read(folder)
-        if lines and lines[-1]["step"] >= save_every:
+        if lines and (folder / SAVED).exists():  # and was not killed before its first
             raise ValueError(
                 f"{folder} has the metrics of {len(lines)} steps, but no checkpoint: put {checkpoints.directory} back, "
                 f"or delete {folder / metrics.METRICS_FILE} to begin anew"
             )
         if lines:
             print(f"begins anew: the run was killed in step {lines[-1]['step'] + 1}, before its first checkpoint")
+        (folder / SAVED).unlink(missing_ok=True)
         _truncate(folder, 0)
-        return state
-    state, _ = restored
+        return state, dict(meta)
+    state, found = restored
     first = int(state.step)
+    note_saved(folder)
     print(f"resumed at step {first} of {steps}" + (": nothing to do" if first >= steps else ""))
+    for name, (before, after) in changes.items():
+        if name != "run_dir":
+            print(f"  {name}: {before} -> {after}")
     _truncate(folder, first)
     if gaps := metrics.missing(folder, first):
         told = f"{gaps[0]} to {gaps[-1]}" if len(gaps) > 1 else f"{gaps[0]}"
         print(
             f"{folder / metrics.METRICS_FILE} lacks {len(gaps)} of the steps before (within {told}): curves have a hole"
         )
-    return state
+    return state, found
+
+
+def note_saved(folder: pathlib.Path) -> None:
+    """Notes that there is a checkpoint, so that a run is told from one that was killed before its first."""
+    if processes.is_first():
+        (folder / SAVED).touch()
 
 
 def _truncate(folder: pathlib.Path, step: int) -> None:

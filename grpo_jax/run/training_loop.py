@@ -88,12 +88,18 @@ def loop(
       whole: makes of the state one that can be saved, such as `whole` of `overlap.ahead`.
 
     Raises:
-      RuntimeError: if another process runs in the folder; if the run ends by `SystemExit(0)` before its last step.
-      ValueError: if the settings or digests are not the checkpoint's, with all that differ; if there are metrics of
-        steps whose checkpoint is gone.
+      OSError: if another process runs in the folder.
+      RuntimeError: if the run ends by `SystemExit(0)` before its last step.
+      ValueError: for numbers out of range; if the settings or digests are not the checkpoint's, with all that differ;
+        if there are metrics of steps whose checkpoint is gone.
       SystemExit: with status `preemption.STOPPED`, after a step in which the process was asked to stop.
-      FloatingPointError: see `stop_after_skipped`.
+      FloatingPointError: see `stop_after_skipped`; after the last step, if no update of the run was finite.
     """
+    if steps < 0 or save_every < 1 or stop_after_skipped < 1:
+        raise ValueError(
+            "steps are at least 0, save_every and stop_after_skipped at least 1; got "
+            f"{steps}, {save_every} and {stop_after_skipped}"
+        )
     folder = pathlib.Path(config.run_dir if run_dir is None else run_dir)
     meta = {"config": metrics.settings(config), "digests": dict(digests or {})}
     with contextlib.ExitStack() as stack:
@@ -105,7 +111,7 @@ def loop(
         checkpoints = stack.enter_context(checkpoint.manager(folder / "checkpoints"))
         if first:
             leftovers.remove(folder)
-        state = resuming.newest(checkpoints, state, folder, meta, ("run_dir", *allow), steps, save_every)
+        state, found = resuming.newest(checkpoints, state, folder, meta, ("run_dir", *allow), steps)
         if keep_programs:
             compilation.enable_compilation_cache()
         stack.callback(compilation.trim_malloc())
@@ -119,7 +125,8 @@ def loop(
             steps=steps,
             run_dir=folder,
             save_every=save_every,
-            save=lambda state: checkpoint.save(checkpoints, state, meta, initial=initial),
+            save=lambda state, best: checkpoint.save(checkpoints, state, meta | {"best": best}, initial=initial),
+            best=found.get("best", {}),
             show=show,
             writers=followers,
             stop_requested=stop_requested,
@@ -161,7 +168,8 @@ class Loop:
         steps: int,
         run_dir: pathlib.Path,
         save_every: int,
-        save: Callable[[TrainState], None],
+        save: Callable[[TrainState, dict[str, float]], None],
+        best: Mapping[str, float],
         show: Callable[..., None],
         writers: Sequence[writers.Writer],
         stop_requested: Callable[[], bool],
@@ -175,6 +183,7 @@ class Loop:
         self._whole = whole
         self._stop_requested, self._stop_after_skipped, self._profile = stop_requested, stop_after_skipped, profile
         self.history = metrics.read(run_dir)
+        self._best, self._asked = dict(best), set(best)  # by the checkpoint, of what `improved` was asked about
         self._saved = self.step or None
         self._line: dict[str, metrics.Number] = {}
         self._timing: dict[str, float] = {}
@@ -221,9 +230,14 @@ class Loop:
 
     def improved(self, name: str) -> bool:
         """Whether a metric of this step is above all its earlier values, of which the first is the bar."""
-        before = [line[name] for line in self.history if line.get(name) is not None]
-        value = self._line.get(name)
+        self._asked.add(name)
+        before, value = self._before(name), self._line.get(name)
         return value is not None and bool(before) and value > max(before)
+
+    def _before(self, name: str) -> list[Any]:
+        """A metric's values of the steps before, and the best of those whose lines may be lost."""
+        values = [line[name] for line in self.history if line.get(name) is not None]
+        return [*values, self._best[name]] if name in self._best else values
 
     def save(self) -> None:
         """Writes a checkpoint, unless there is one of this step: at the head of a step, before its state changes."""
@@ -234,8 +248,9 @@ class Loop:
         if processes.is_first():
             metrics.sync(self.run_dir)
         self.state = self._whole(self.state)
-        self._save(self.state)
+        self._save(self.state, {name: max(before) for name in self._asked if (before := self._before(name))})
         self._saved = self.step
+        resuming.note_saved(self.run_dir)
 
     @contextlib.contextmanager
     def exporting(self, name: str) -> Iterator[pathlib.Path]:
@@ -313,10 +328,11 @@ class Loop:
             return
         if self._line:
             self._append()
-        if not processes.is_first():
-            return
-        metrics.sync(self.run_dir)
-        if self.history:
+        if processes.is_first():
+            metrics.sync(self.run_dir)
+        if (made := [line for line in self.history if line["step"] < self.steps]) and all(map(_refused, made)):
+            raise FloatingPointError("none of the run's updates was finite, so that nothing was trained")
+        if self.history and processes.is_first():
             print(f"curves: {plots.plot(self.run_dir, keys=curves)}")
 
 

@@ -1,6 +1,7 @@
 """Samplers as values: a function `(policy, params, prompts, key) -> rollout` that carries its settings."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class PolicySampler:
     def __post_init__(self) -> None:
         if self.group_size < 1 or self.max_tokens < 1:
             raise ValueError(f"group_size and max_tokens are at least 1, got {self.group_size} and {self.max_tokens}")
-        if isinstance(self.temperature, int | float) and self.temperature <= 0:
+        if isinstance(self.temperature, int | float) and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is above 0, got {self.temperature}; for the likeliest token: greedy=True")
         _ = self.truncation  # refuses what is out of range
         if self.slots is not None and self.slots < 1:

@@ -235,6 +235,12 @@ def test_the_command_line_evaluates_and_shows_the_samples(files, tmp_path):
         ({"greedy": False, "group_size": 0}, "nothing to do"),
         ({"k": (1, 8)}, "--k is from 1 to --group-size 4, got 8"),
         ({"group_size": 1, "k": (1,), "filtered": pathlib.Path("x")}, "--group-size is at least 2"),
+        ({"filtered": pathlib.Path(".")}, "--filtered . is a folder"),
+        ({"output": pathlib.Path("rows.jsonl")}, "--output rows.jsonl is a file"),
+        ({"level": 2.0}, "--level is between 0 and 1, got 2.0"),
+        ({"low": 0.5, "high": 0.5}, "--low is below --high, got 0.5 and 0.5"),
+        ({"rows": -1}, "--rows is at least 1, got -1"),
+        ({"threshold": float("nan")}, "--threshold is a number, got nan"),
         ({"reward": ("verifiers:absent",)}, "verifiers has no function 'absent'"),
         ({"reward": ("even",)}, r"named module:function, or .*got 'even'"),
         ({"reward": ("verifiers:even", "verifiers:even")}, "one name each, got even, even"),
@@ -250,7 +256,7 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(
 ):
     monkeypatch.setattr(hf, "load_pretrained", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=message):
-        evaluate.run(settings(files, tmp_path / "out", **changes))
+        evaluate.run(settings(files, **{"output": tmp_path / "out"} | changes))
     assert not (tmp_path / "out").exists()
 
 

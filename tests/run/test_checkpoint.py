@@ -519,6 +519,16 @@ def test_an_unchanged_config_passes_after_its_way_through_json():
     assert checkpoint.check_config({**CONFIG, "sizes": [1, 2]}, CONFIG) == {}
 
 
+def test_another_spelling_of_a_path_is_no_change(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for spelled in ("model/", "./model", str(tmp_path / "model"), "other/../model"):
+        assert checkpoint.check_config({"model": "model"}, {"model": spelled}) == {}
+    with pytest.raises(ValueError, match=r"another folder:\n  model: 'model' -> 'other'"):
+        checkpoint.check_config({"model": "model"}, {"model": "other"})
+
+
 def test_a_changed_config_is_refused_with_each_field_and_both_values():
     changed = {"seed": 1, "optimizer": {"learning_rate": 2e-6, "b1": 0.9}, "sizes": (1, 3), "beta": 0.1}
     with pytest.raises(ValueError, match="the configuration is not the checkpoint's") as error:

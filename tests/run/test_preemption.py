@@ -39,7 +39,7 @@ def test_a_folder_that_another_process_holds_is_refused_by_name(tmp_path):
     with process(HOLD, tmp_path / "run", "alone") as holder:
         assert holder.stdout.readline() == "held\n"
         expected = rf"run is in use by process {holder.pid} on {socket.gethostname()}"
-        with pytest.raises(RuntimeError, match=expected), preemption.lock(tmp_path / "run"):
+        with pytest.raises(OSError, match=expected), preemption.lock(tmp_path / "run"):
             pass
         holder.communicate()
     with preemption.lock(tmp_path / "run"):

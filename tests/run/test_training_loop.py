@@ -376,13 +376,48 @@ def test_other_inputs_are_refused_by_name(tmp_path):
         train(Config(tmp_path), digests=changed)
 
 
-def test_metrics_whose_checkpoints_were_deleted_are_not_dropped(tmp_path):
-    train(Config(tmp_path))
+@pytest.mark.parametrize("save_every", [2, 50])  # the last step is saved in any case
+def test_metrics_whose_checkpoints_were_deleted_are_not_dropped(tmp_path, save_every):
+    train(Config(tmp_path, save_every=save_every))
     before = text(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match=r"has the metrics of 6 steps, but no checkpoint: put .*checkpoints back"):
-        train(Config(tmp_path))
+        train(Config(tmp_path, save_every=save_every))
     assert text(tmp_path) == before
+    (tmp_path / metrics.METRICS_FILE).unlink()
+    train(Config(tmp_path, save_every=save_every))
+    assert text(tmp_path) == before
+
+
+def test_the_best_value_outlives_the_lines_that_held_it(tmp_path):
+    best = []
+
+    def evaluate(loop, n):
+        if n % 2 == 0:
+            loop.log({"eval": {0: 0.1, 2: 0.9, 4: 0.2, 6: 0.3, 8: 1.0}[n]})
+            if loop.improved("eval"):
+                best.append(n)
+
+    train(Config(tmp_path, steps=4), evaluate)
+    (tmp_path / metrics.METRICS_FILE).unlink()
+    train(Config(tmp_path, steps=10), evaluate, allow=("steps",))
+    assert best == [2, 8]
+
+
+def test_a_run_of_which_nothing_was_trained_says_so(tmp_path):
+    def skip(loop, n):
+        loop.state, measured = learn(loop.state, skipped=True)
+        loop.log(measured)
+
+    with pytest.raises(FloatingPointError, match="none of the run's updates was finite"):
+        train_by(skip, Config(tmp_path, steps=2))
+    assert checkpoints(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("changed", [{"steps": -1}, {"save_every": 0}])
+def test_numbers_out_of_range_are_refused(tmp_path, changed):
+    with pytest.raises(ValueError, match="steps are at least 0, save_every and stop_after_skipped at least 1; got"):
+        train(Config(tmp_path, **changed))
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_anew(tmp_path, capsys):
@@ -434,7 +469,7 @@ with preemption.lock({str(tmp_path)!r}):
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RuntimeError, match=f"in use by process {holder.pid} on"):
+        with pytest.raises(OSError, match=f"in use by process {holder.pid} on"):
             train(Config(tmp_path))
         holder.communicate("\n")
 

@@ -1,0 +1,70 @@
+"""Numbers out of range are refused under the name that they have on the command line."""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import sys
+
+import pytest
+
+from grpo_jax.run import ranges
+
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    save_every: int = 50
+    export_every: int | None = None
+    steps: int = 0
+    seed: int = 0
+    learning_rate: float | None = 1e-6
+    temperature: float = 1.0
+    max_grad_norm: float = 1.0
+    reward_weights: tuple[float, ...] | None = None
+    group_size: int = 2
+    anything: float = -1.0
+    flag: bool = False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"save_every": 0}, "--save-every is at least 1, got 0"),
+        ({"export_every": -1}, "--export-every is at least 1, got -1"),
+        ({"steps": -1}, "--steps is at least 0, got -1"),
+        ({"seed": -1}, "--seed is at least 0, got -1"),
+        ({"learning_rate": -1e-6}, "--learning-rate is at least 0, got -1e-06"),
+        ({"learning_rate": math.inf}, "--learning-rate is a number, got inf"),
+        ({"temperature": 0}, "--temperature is above 0, got 0"),
+        ({"temperature": math.nan}, "--temperature is a number, got nan"),
+        ({"reward_weights": (1.0, math.nan)}, "--reward-weights is a number, got nan"),
+        ({"anything": math.nan}, "--anything is a number, got nan"),
+        ({"group_size": 0}, "--group-size is at least 1, got 0"),
+    ],
+)
+def test_a_number_out_of_range_is_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ranges.check(dataclasses.replace(Config(), **changes))
+
+
+def test_what_is_in_range_passes():
+    ranges.check(Config(max_grad_norm=math.inf, learning_rate=None))
+    ranges.check(Config(group_size=0), group_size=0)
+
+
+@pytest.mark.parametrize(
+    "name", [path.stem for path in sorted(EXPERIMENTS.glob("*.py")) if "save_every" in path.read_text()]
+)
+def test_every_script_that_saves_looks_at_its_numbers_first(name, monkeypatch):
+    """Before it reads or makes anything: none of the files that the settings name are there."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    spec = importlib.util.spec_from_file_location(f"ranged_{name}", EXPERIMENTS / f"{name}.py")
+    sys.modules[f"ranged_{name}"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fields = dataclasses.fields(module.Config)
+    required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
+    given = {name: ("a:b",) if name == "reward" else "nowhere" for name in required}
+    with pytest.raises(ValueError, match="--save-every is at least 1, got 0"):
+        module.train(module.Config(**given, save_every=0))
