@@ -1,9 +1,11 @@
 """Several rewards of a completion to one, and the metrics of both."""
 
+import math
 from collections.abc import Sequence
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.advantages.spread import from_mean, has_variance, root_mean_square
 from grpo_jax.statistics import Mean
@@ -73,4 +75,7 @@ def as_array(weights: Weights | None, R: int) -> Array:
     """`[R]`, 1 each if not given."""
     if weights is not None and len(weights) != R:
         raise ValueError(f"{len(weights)} weights for {R} reward functions: {weights}")
+    known = [weight for weight in (() if weights is None else weights) if isinstance(weight, float | np.floating)]
+    if not all(map(math.isfinite, known)):
+        raise ValueError(f"weights of reward functions are finite numbers, got {weights}")
     return jnp.asarray([1.0] * R if weights is None else weights, jnp.float32)

@@ -81,8 +81,8 @@ def call(
 
     Raises:
       ValueError: for a wrong number of values or one that is no number, or infinite.
-      RuntimeError: for a function that called `sys.exit`. Other exceptions pass through, with a note that names the
-        function.
+      RuntimeError: for a function that called `sys.exit`, or raised CancelledError or GeneratorExit. Other exceptions
+        pass through, with a note that names the function.
 
     Warns:
       RuntimeWarning: for NaN, which is also counted as `<name>/nan` where the arguments have a `log_metric`; and for
@@ -128,18 +128,30 @@ def _copied(entry: Any) -> Any:
 
 
 @contextlib.contextmanager
-def noted(function: RewardFunction, count: int) -> Iterator[None]:
-    """Adds the function's name to an exception, and makes a failure of `sys.exit`, which would end the run."""
+def noted(function: RewardFunction, count: int, *, awaited: bool = False) -> Iterator[None]:
+    """Adds the function's name to an exception, and makes a failure of those that would end the run.
+
+    They are `sys.exit`, a task of the function's own that was cancelled, and GeneratorExit, unless the function is
+    `awaited` and it is the function itself that is cancelled or closed.
+    """
     note = f"raised by the reward function {name_of(function)} over {count} completions"
     try:
         yield
-    except SystemExit as error:
-        raised = RuntimeError(f"a reward function called sys.exit({error.code!r})")
+    except (SystemExit, asyncio.CancelledError, GeneratorExit) as error:
+        if awaited and (isinstance(error, GeneratorExit) or _cancelled()):
+            raise
+        did = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
+        raised = RuntimeError(f"a reward function {did}")
         raised.add_note(note)
         raise raised from error
     except Exception as error:
         error.add_note(note)
         raise
+
+
+def _cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 @contextlib.contextmanager
@@ -182,7 +194,7 @@ async def _gathered(functions: Sequence[RewardFunction], results: Sequence[Any],
     async def wait(function: RewardFunction, result: Any) -> Any:
         if not inspect.isawaitable(result):
             return result
-        with noted(function, count):
+        with noted(function, count, awaited=True):
             return await result
 
     return await asyncio.gather(*map(wait, functions, results))

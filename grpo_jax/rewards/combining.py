@@ -23,13 +23,16 @@ def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | N
       weights: one per function; all 1 if None.
 
     Raises:
-      ValueError: for no function, another number of weights, or functions that need groups of different sizes.
+      ValueError: for no function, another number of weights, one that is not finite, or functions that need groups of
+        different sizes.
     """
     if not functions or (weights is not None and len(weights) != len(functions)):
         number = None if weights is None else len(weights)
         raise ValueError(
             f"combine takes at least one function and a weight for each, got {len(functions)} and {number}"
         )
+    if weights is not None and not np.all(np.isfinite(np.asarray(weights, np.float64))):
+        raise ValueError(f"weights are finite numbers, got {list(weights)}")
     sizes = {size for function in functions if (size := group_size_of(function)) is not None}
     if len(sizes) > 1:
         raise ValueError(f"the functions need groups of different sizes: {sizes}")

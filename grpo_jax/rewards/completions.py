@@ -33,6 +33,33 @@ def _content(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
+def after_thoughts(text: str) -> str | None:
+    """What a text says after its thoughts: after the last `</think>`, all of it where there is none.
+
+    None where a `<think>` follows that is not closed: all that it holds is thoughts.
+    """
+    rest = text.rpartition("</think>")[2]
+    return None if "<think>" in rest else rest
+
+
+def per_completion(columns: Mapping[str, Any], count: int) -> dict[str, Sequence[Any]]:
+    """The columns that hold something for each of `count` completions: lists, tuples and arrays, as lists.
+
+    Other arguments, such as TRL's state and its loggers, are left out.
+
+    Raises:
+      ValueError: for a column of another length.
+    """
+    lists: dict[str, Sequence[Any]] = {}
+    for name, column in columns.items():
+        array = hasattr(column, "tolist") and getattr(column, "ndim", 0) > 0
+        if array or (isinstance(column, Sequence) and not isinstance(column, str | bytes)):
+            lists[name] = column.tolist() if array else column
+            if len(lists[name]) != count:
+                raise ValueError(f"the column {name} has {len(lists[name])} entries for {count} completions")
+    return lists
+
+
 def named(name: str, reward: RewardFunction) -> RewardFunction:
     """Gives a reward function the name by which metrics and messages call it."""
     reward.__name__ = reward.__qualname__ = name

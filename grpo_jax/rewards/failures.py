@@ -16,8 +16,9 @@ from grpo_jax.rewards.calling import numbers as checked
 def skip_failed_batches(function: RewardFunction, *, batches: int = 3) -> RewardFunction:
     """Masks the batches that a reward function fails on, up to a number of them in a row.
 
-    An exception (`sys.exit` too) then costs a batch and not the run, and nothing is scored as 0. It is reported as a
-    `RuntimeWarning` with its traceback and, given TRL's `log_metric`, counted as `<name>/failed`, 1 or 0 per batch.
+    An exception (`sys.exit` and a cancelled task too) then costs a batch and not the run, and nothing is scored as 0.
+    It is reported as a `RuntimeWarning` with its traceback and, given TRL's `log_metric`, counted as `<name>/failed`, 1
+    or 0 per batch.
 
     Of several processes, one in which the function fails is enough: all mask their parts of the batch, and count it.
 
@@ -77,7 +78,7 @@ def skip_failed_batches(function: RewardFunction, *, batches: int = 3) -> Reward
         raised: Exception | None = None
         try:
             if completions:
-                with noted(function, len(completions)):
+                with noted(function, len(completions), awaited=True):
                     returned: Any = await function(**accepted(function, arguments))
                 values = checked(function, returned, len(completions), log_metric)
         except Exception as error:

@@ -144,7 +144,7 @@ def pack(value: Any, keep: Callable[[Any], int]) -> Any:
         if isinstance(value, kind):
             items = [pack(item, keep) for item in value]
             return items if kind is list else {kind.__name__: items}
-    return {"object": keep(value)}
+    return {"coroutine" if isinstance(value, types.CoroutineType) else "object": keep(value)}
 
 
 def unpack(value: Any, get: Callable[[int], Any]) -> Any:
@@ -156,6 +156,8 @@ def unpack(value: Any, get: Callable[[int], Any]) -> Any:
     ((kind, content),) = value.items()
     if kind == "object":
         return get(content)
+    if kind == "coroutine":
+        return _awaited(get(content))
     if kind == "int":
         return int(content, 16)
     if kind == "bytes":
@@ -165,6 +167,17 @@ def unpack(value: Any, get: Callable[[int], Any]) -> Any:
     if kind == "dict":
         return {unpack(k, get): unpack(v, get) for k, v in content}
     return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](unpack(item, get) for item in content)
+
+
+async def _awaited(remote: Any) -> Any:
+    """A coroutine of the code, as the tests wait for it: it runs where the code is."""
+    return vars(remote)["_subject"].ask("await", remote)
+
+
+def _waited_for(coroutine: Any) -> Any:
+    import asyncio
+
+    return asyncio.run(coroutine)
 
 
 # ------------------------------------------------------------------------------------------ the code
@@ -197,6 +210,7 @@ def subject(source: str) -> None:
         "list": lambda value: list(itertools.islice(value, ITEM_LIMIT)),
         "length": len,
         "truth": bool,
+        "await": _waited_for,
     }
 
     def keep(value: Any) -> int:
@@ -309,30 +323,93 @@ class Remote:
         return self._subject.ask("truth", self)
 
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+COMPOUND = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.TryStar, ast.Match)
+
+
+def opened_up(tree: ast.Module) -> ast.Module:
+    """The tests with the asserts behind `if __name__ == "__main__"` at the top level: no condition hides them there."""
+    guards = ("__name__ == '__main__'", "'__main__' == __name__")
+    body: list[ast.stmt] = []
+    for statement in tree.body:
+        guard = isinstance(statement, ast.If) and ast.unparse(statement.test) in guards and asserts(statement)
+        body += statement.body if isinstance(statement, ast.If) and guard else [statement]
+    return ast.Module(body, [])
+
+
+def asserts(node: ast.AST) -> bool:
+    """Whether there is an assert in it that runs with it, not one within a function or a class."""
+    inner = [child for child in ast.iter_child_nodes(node) if not isinstance(child, Function | ast.ClassDef)]
+    return isinstance(node, ast.Assert) or any(map(asserts, inner))
+
+
 def is_test(statement: ast.stmt) -> bool:
     """Whether a statement of the tests is a test; the others prepare."""
-    if isinstance(statement, ast.FunctionDef):
-        return statement.name.startswith("test") and not statement.args.args
+    if isinstance(statement, Function):
+        return statement.name.startswith("test") and not required(statement)
+    if isinstance(statement, COMPOUND):
+        return asserts(statement)
     call = isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant)
     if call and re.fullmatch(r"(unittest\.)?main\(.*\)", ast.unparse(statement), re.DOTALL):
         return False  # the methods are the tests
     return isinstance(statement, ast.Assert) or call
 
 
+def required(function: Function, *, method: bool = False) -> list[str]:
+    """The parameters of a function that have no default, without the `self` of a method."""
+    given = function.args
+    positional = [parameter.arg for parameter in (*given.posonlyargs, *given.args)]
+    positional = positional[: len(positional) - len(given.defaults)]
+    bound = method and not any(ast.unparse(decorator) == "staticmethod" for decorator in function.decorator_list)
+    keywords = zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    return positional[bound:] + [parameter.arg for parameter, default in keywords if default is None]
+
+
+def _methods(case: ast.ClassDef) -> list[Function]:
+    return [node for node in case.body if isinstance(node, Function)]
+
+
 def test_methods(tree: ast.Module) -> dict[str, list[str]]:
-    """The test methods of the classes that derive from unittest's TestCase, directly or through others of the tests."""
+    """The test methods of the classes that hold tests.
+
+    Those derive from unittest's TestCase, directly or through others of the tests; or they are pytest's, by a name that
+    begins with `Test`, and without an `__init__`.
+    """
     own: dict[str, list[str]] = {}
     cases: dict[str, list[str]] = {}
     for statement in tree.body:
         if isinstance(statement, ast.ClassDef):
-            functions = [node for node in statement.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
             bases = [ast.unparse(base) for base in statement.bases]
             inherited = [name for base in bases for name in own.get(base, [])]
-            written = [function.name for function in functions if function.name.startswith("test")]
-            own[statement.name] = list(dict.fromkeys(inherited + written))
-            if any(base.rpartition(".")[2].endswith("TestCase") or base in cases for base in bases):
+            written = [method.name for method in _methods(statement)]
+            tests = [name for name in written if name.startswith("test")]
+            own[statement.name] = list(dict.fromkeys(inherited + tests))
+            unittests = any(base.rpartition(".")[2].endswith("TestCase") or base in cases for base in bases)
+            if unittests or (statement.name.startswith("Test") and "__init__" not in written):
                 cases[statement.name] = own[statement.name]
     return cases
+
+
+def not_run(tree: ast.Module) -> str:
+    """What looks like a test and would not be run as one, with the reason; empty where there is nothing such."""
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    cases = test_methods(tree)
+    functions: list[tuple[Function, bool]] = []
+    for statement in tree.body:
+        if isinstance(statement, Function) and statement.name not in used:
+            functions.append((statement, False))
+        elif isinstance(statement, ast.ClassDef):
+            tests = [method for method in _methods(statement) if method.name.startswith("test")]
+            if tests and statement.name not in used and statement.name not in cases:
+                return f"the class {statement.name} with {tests[0].name} is neither a TestCase nor called Test..."
+            functions += [(method, True) for method in tests if statement.name in cases]
+    for function, method in functions:
+        if function.name.startswith("test") and not (method and function.decorator_list):  # patch gives arguments
+            if missing := required(function, method=method):
+                return f"{function.name} takes {', '.join(missing)}, which nothing gives it"
+            if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(function)):
+                return f"{function.name} yields, so that a call runs nothing of it"
+    return ""
 
 
 def asked_for(source: str) -> set[str]:
@@ -368,13 +445,15 @@ def checker(source: str, replies: BinaryIO, requests: BinaryIO) -> None:
         print("unusable", " ".join(reason.split())[:1000], file=verdict)
 
     try:
-        tree = ast.parse(source)
+        tree = opened_up(ast.parse(source))
         starred = any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree))
         names = asked_for(source) if starred or not imports_solution(tree) else set()
         methods = test_methods(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return unusable(f"the tests are no Python: {error}")
     total = sum(map(is_test, tree.body)) + sum(map(len, methods.values()))
+    if reason := not_run(tree):
+        return unusable(reason)
     if not total:
         return unusable("there is no test")
     if not names and not imports_solution(tree):
@@ -408,13 +487,14 @@ def checker(source: str, replies: BinaryIO, requests: BinaryIO) -> None:
                         print("passed", number, file=verdict)
                 if code.unusable:
                     return unusable("what the tests pass to the code is no plain data")
-            if is_test(statement) and isinstance(statement, ast.FunctionDef):
-                scope[statement.name]()
+            if is_test(statement) and isinstance(statement, Function):
+                _run(scope[statement.name])
         except (Exception, SystemExit, Gone) as error:
             missing = isinstance(error, NameError) and error.name in names
             if code.unusable or not (is_test(statement) or code.asked or missing):
                 return unusable(f"{type(error).__name__}: {error}")
             if not is_test(statement):
+                print("spoiled", number, file=verdict)
                 return None  # what later tests need is not there
         else:
             if is_test(statement) and not code.gone:
@@ -427,12 +507,34 @@ def checker(source: str, replies: BinaryIO, requests: BinaryIO) -> None:
 
 
 def _succeeds(case: type, method: str) -> bool:
-    """Whether a test method of a TestCase passes; one that skips itself does not."""
+    """Whether a test method of a class passes; one that skips itself does not."""
     import unittest
 
-    result = unittest.TestResult()
-    unittest.TestSuite([case(method)]).run(result)
-    return result.wasSuccessful() and not result.skipped
+    if issubclass(case, unittest.TestCase):
+        result = unittest.TestResult()
+        test = case(method)
+        if not isinstance(test, unittest.IsolatedAsyncioTestCase):
+            setattr(test, method, functools.partial(_run, getattr(test, method)))
+        unittest.TestSuite([test]).run(result)
+        return result.wasSuccessful() and not result.skipped
+    try:
+        instance = case()
+        for name in ("setup_class", "setup_method", method, "teardown_method"):
+            function = getattr(instance, name, None)
+            if function is not None:
+                # pytest gives those around a test the test, where they take it.
+                takes = name.endswith("_method") and function.__code__.co_argcount > 1
+                _run(function, *([getattr(instance, method)] if takes else []))
+    except (Exception, SystemExit, Gone):
+        return False
+    return True
+
+
+def _run(function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls a test, and waits for one that is async."""
+    result = function(*arguments)
+    if isinstance(result, types.CoroutineType):
+        _waited_for(result)
 
 
 def _attribute(namespace: Remote, name: str) -> Any:

@@ -82,7 +82,7 @@ def host(
 
     Returns:
       The reward. Conversations in which the environment failed have none. An exception of a function passes through
-      as it is, with a note that names the function; `sys.exit` in one is a `RuntimeError`.
+      as it is, with a note that names the function; `sys.exit` and CancelledError in one are a `RuntimeError`.
 
     Raises:
       ValueError: if the data set has no `prompt_column`; of several processes, if some functions tell the others that

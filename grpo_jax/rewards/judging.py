@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from grpo_jax.rewards.calling import run_async
-from grpo_jax.rewards.completions import text_of
+from grpo_jax.rewards.completions import after_thoughts, per_completion, text_of
 
 Ask = Callable[[str, str, dict[str, Any]], str]  # (prompt, completion, its columns) -> the question to the judge
 Parse = Callable[[str], float | None]
@@ -149,8 +149,8 @@ def judge(
       model: its name there.
       ask: makes the question of a prompt, a completion (both as text) and the row's columns; None asks for a grade
         from 0 to 10.
-      parse: makes the reward of the judge's answer; None takes the grade from 0 to 10, as `7`, `7.5`, `7/10` or
-        `7 out of 10`, at the end of its last line, divided by 10.
+      parse: makes the reward of the judge's answer; None takes the grade from 0 to 10, divided by 10, where the last
+        line is nothing else: `7`, `7.5`, `7/10`, `**Grade:** 7 out of 10`. A sentence is none, whatever numbers it has.
       service: settings of `chat`, such as `timeout` and `concurrency`.
 
     Returns:
@@ -181,7 +181,7 @@ def judge(
 
 def rows_of(columns: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """The columns of each of `count` completions."""
-    lists = {name: column for name, column in columns.items() if isinstance(column, Sequence)}
+    lists = per_completion(columns, count)
     return [{name: column[i] for name, column in lists.items()} for i in range(count)]
 
 
@@ -213,9 +213,14 @@ def parse_all(
     return found
 
 
+def last_line(answer: str) -> str:
+    """The last line of an answer, empty where the judge is still at its thoughts."""
+    return (after_thoughts(answer) or "").strip().rpartition("\n")[2][-200:]
+
+
 def last_word(answer: str) -> str:
     """What the last line of an answer says, in small letters, without marks."""
-    return re.sub(r"[\W_]", "", answer.strip().rpartition("\n")[2][-200:]).lower()
+    return re.sub(r"[\W_]", "", last_line(answer)).lower()
 
 
 def enclosed(**texts: str) -> tuple[str, str]:
@@ -239,10 +244,17 @@ def _ask_for_a_grade(prompt: str, completion: str, columns: dict[str, Any]) -> s
     )
 
 
+_MARKS = re.compile(r"(?<!\w)[*_`#\[(]+|[*_`\])]+(?!\w)")  # of Markdown, around words and numbers
+_GRADE = re.compile(
+    r"((the |my )?((final|overall) )?(grade|score|rating)( is)?\s*[:=]?\s*)?"
+    r"(?P<grade>[0-9]{1,2}(\.[0-9]{1,4})?)\s*((/|out of|of)\s*10)?\s*\.?",
+    re.IGNORECASE,
+)
+
+
 def _last_grade(answer: str) -> float | None:
-    last = answer.strip().rpartition("\n")[2][-200:].replace("*", "")
-    match = re.search(r"(?<![\d.,/+-])(\d{1,2}(?:\.\d{1,4})?)(?: ?(?:/|out of|of) ?10)?[ .]{0,3}$", last)
-    return float(match[1]) / 10 if match and float(match[1]) <= 10 else None
+    match = _GRADE.fullmatch(_MARKS.sub("", last_line(answer)).strip())
+    return float(match["grade"]) / 10 if match and float(match["grade"]) <= 10 else None
 
 
 def _parsed(text: str, parse: Callable[[str], T | None]) -> tuple[T | None, str]:

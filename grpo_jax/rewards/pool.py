@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from grpo_jax.rewards.completions import text_of
+from grpo_jax.rewards.completions import per_completion, text_of
 from grpo_jax.rewards.outcomes import Outcome, to_rewards
 from grpo_jax.rewards.worker_process import LINE_LIMIT, RETURN_LIMIT, WorkerProcess, encode, wait
 
@@ -193,7 +193,7 @@ class WorkerPool:
 
 
 def in_worker_processes(
-    score: Callable[..., float | None],
+    score: Callable[..., Any],
     *,
     pool: WorkerPool | None = None,
     workers: int = 2,
@@ -214,7 +214,7 @@ def in_worker_processes(
     `outcomes.to_rewards`.
 
     Args:
-      score: of a module's top level; see `WorkerPool.map`. It is given the completion's text,
+      score: of a module's top level, plain or async; see `WorkerPool.map`. It is given the completion's text,
         the prompt where it names `prompt`, and the data set's columns that it names (all, if it has `**kwargs`).
       pool: one to share with other rewards, whose own limits hold.
       workers: how many processes a pool of its own has.
@@ -237,8 +237,7 @@ def in_worker_processes(
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        # TRL also passes its state and its loggers; a column is a list with one entry per completion.
-        lists = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == len(completions)}
+        lists = per_completion(columns, len(completions))
         columns = {"prompt": list(prompts), **lists, "completion": [text_of(completion) for completion in completions]}
         columns = {k: v for k, v in columns.items() if (everything or k in named) and k not in fixed}
         items = [fixed | {k: v[i] for k, v in columns.items()} for i in range(len(completions))]

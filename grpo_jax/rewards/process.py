@@ -20,7 +20,7 @@ import numpy as np
 from grpo_jax.rewards.calling import LogMetric, ignore
 from grpo_jax.rewards.completions import named
 from grpo_jax.rewards.host import sampled_tokens
-from grpo_jax.rewards.judging import chat, enclosed, parse_all, plain
+from grpo_jax.rewards.judging import chat, enclosed, last_line, parse_all, plain
 from grpo_jax.types import Rollout
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ def _ask_for_grades(prompt: str, pieces: Sequence[str]) -> str:
 
 
 def _grades(answer: str) -> list[float] | None:
-    parts = answer.strip().rpartition("\n")[2].strip(" .*[]()").split(",")
-    if not all(re.fullmatch(r" *\d{1,2}(\.\d{1,4})? *", part) for part in parts):
+    parts = last_line(answer).strip(" .*[]()").split(",")
+    if not all(re.fullmatch(r" *[0-9]{1,2}(\.[0-9]{1,4})? *", part) for part in parts):
         return None
     grades = [float(part) / 10 for part in parts]
     return grades if max(grades) <= 1 else None

@@ -1,7 +1,9 @@
 """Code that a model wrote, run against unit tests, where it can do no harm."""
 
+import ast
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -12,12 +14,14 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from grpo_jax.rewards.completions import text_of
+from grpo_jax.rewards import harness
+from grpo_jax.rewards.completions import after_thoughts, text_of
+from grpo_jax.rewards.formats import marks_of, opened_by
 from grpo_jax.rewards.outcomes import Outcome, to_rewards
 from grpo_jax.rewards.pool import START_TIMEOUT
 from grpo_jax.rewards.program_tests import pairs_of, parsed
@@ -25,6 +29,7 @@ from grpo_jax.rewards.sandbox import bubblewrap
 from grpo_jax.rewards.worker_process import environment, kill_group
 
 HARNESS = Path(__file__).with_name("harness.py")
+THOUGHTS = marks_of(["think"])
 CODE_LIMIT = 1 << 16  # characters; longer code is wrong
 
 
@@ -41,14 +46,18 @@ def python_tests(
     """1 where the completion's code passes all of the row's tests, else 0; or the share that it passes.
 
     The code is the completion's last block of Markdown marked `python` or `py` (also `python3`,
-    attributes, `~~~`, in a list), or else its last block without a mark, or else, where it opens
-    no block, all of it. It has the standard library. The column `tests` holds either
+    attributes, `~~~`, in a list, quoted) that defines a name which tests in Python take from it, so that a block that
+    shows its use may follow; or else its last such block; or else its last block without a mark; or else, where it
+    opens no block, all of it. Of a completion that thinks, only what follows the last `</think>` is read, and nothing
+    where a `<think>`, its own or the prompt's, is not closed. It has the standard library. The column `tests` holds
+    either
 
     - Python, as a string or a list of strings that are run one after the other. Every
-      `assert`, every call and every `def test...():` at the top level is a test, and so is every test
-      method of a `unittest.TestCase` (`unittest.main()` itself is none): passed if
-      nothing is raised. What else there is prepares them. Names that it does not define are the code's
-      (`assert add(1, 2) == 3`), or imported (`from solution import add`, or `*`).
+      `assert`, every call, every compound statement with an assert in it, and every function `test...`, plain or async,
+      at the top level is a test, and so is every test method of a `unittest.TestCase` or of a class `Test...` as pytest
+      has them (`unittest.main()` itself is none): passed if nothing is raised. What else there is prepares them, and
+      is a test that fails where the code makes it fail. Asserts behind `if __name__ == "__main__"` are run. Names that
+      it does not define are the code's (`assert add(1, 2) == 3`), or imported (`from solution import add`, or `*`).
     - Or pairs of what a program reads and what it prints, `[(stdin, stdout), ...]`, or as APPS, TACO, CodeContests and
       DeepCoder write them (`program_tests.pairs_of`), as a string of JSON too: for each the code is run as a program,
       and what it prints must be that, but for spaces at the ends of lines and empty lines at the end.
@@ -72,7 +81,8 @@ def python_tests(
     Scores 0: failed tests, no code, code of more than 65536 characters, and, whatever
     passed before, tests that together took longer than `timeout` (counted in `timeouts`).
     Masked and counted in `faults`: tests that cannot be run whatever the code (no Python, no test, another form,
-    a function as an argument), and a sandbox that does not start. See `pool.to_rewards`.
+    a function as an argument, a test that takes arguments or yields), and a sandbox that does not start. See
+    `outcomes.to_rewards`.
 
     Args:
       share: reward the share of tests passed, not only all of them.
@@ -101,12 +111,16 @@ def python_tests(
     def reward(
         prompts: Sequence[Any],
         completions: Sequence[Any],
+        prompt_tail: Sequence[str | None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
         if "tests" not in columns:
             raise ValueError("the python_tests reward needs a column tests with unit tests for the code")
-        codes = [code_of(text_of(completion)) for completion in completions]
+        tails = prompt_tail or [None] * len(completions)
+        texts = [opened_by(tail or "", THOUGHTS) + text_of(c) for tail, c in zip(tails, completions, strict=True)]
+        sources = [_tests_in_python(parsed(tests)) for tests in columns["tests"]]
+        codes = [code_of(t, _tested_names(source) if source else ()) for t, source in zip(texts, sources, strict=True)]
         with ThreadPoolExecutor(workers) as threads:
             outcomes = list(threads.map(run, codes, columns["tests"]))
         refused = [(i, o.message) for i, o in enumerate(outcomes) if o.value is not None and o.message]
@@ -168,29 +182,73 @@ def make_python_output(
     return run
 
 
-def code_of(completion: str) -> str:
-    """The code of a completion, by the rule of `python_tests`; a block that is not closed is none."""
-    marked, plain, opened = "", "", False
+def code_of(completion: str, names: Collection[str] = ()) -> str:
+    """The code of a completion, by the rule of `python_tests`; a block that is not closed is none.
+
+    Args:
+      completion: with what its prompt opens.
+      names: that the tests take from the code. The last marked block that defines one of them is the code, if any does.
+    """
+    text = after_thoughts(completion)
+    if text is None:
+        return ""
+    marked, plain, opened = [""], "", False
     fence: re.Match[str] | None = None  # of the block that the line is in
     block: list[str] = []
-    for line in completion.split("\n"):
-        found = _FENCE.fullmatch(line)
-        if fence is None and found:
-            fence, block, opened = found, [], True
-        elif fence and found and found[2].startswith(fence[2]) and not found[3]:
-            code = textwrap.dedent("\n".join(_outdented(line, len(fence[1])) for line in block))
+    for written in text.split("\n"):
+        line = written
+        if fence is None:
+            if found := _FENCE.fullmatch(line):
+                fence, block, opened, quotes = found, [], True, found[1].count(">")
+            continue
+        for _ in range(quotes):
+            line = _QUOTED.sub("", line, count=1)
+        found = _CLOSING.fullmatch(line)
+        if found and found[1].startswith(fence[2]):
+            columns = len(fence[1].rpartition(">")[2].removeprefix(" ") if quotes else fence[1])
+            code = textwrap.dedent("\n".join(_outdented(line, columns) for line in block))
             if _PYTHON.match(fence[3]):
-                marked = code
+                marked.append(code)
             elif not fence[3]:
                 plain = code
             fence = None
-        elif fence:
+        else:
             block.append(line)
-    return (marked or plain) if opened else completion
+    defining = [code for code in marked if names and _definitions(code) & set(names)]
+    return ((defining or marked)[-1] or plain) if opened else text
 
 
-_FENCE = re.compile(r"(\s*)(`{3,}|~{3,})[ \t]*([^`\r]*?)\s*")
+# Before a block: white space, the marks of lists whose items begin with it, and of quotations.
+_FENCE = re.compile(r"(\s*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+|>[ \t]*)*)(`{3,}|~{3,})[ \t]*([^`\r]*?)\s*")
+_CLOSING = re.compile(r"\s*(`{3,}|~{3,})\s*")
+_QUOTED = re.compile(r"^[ \t]*> ?")
 _PYTHON = re.compile(r"[{.\s]*py(?:thon)?[\d.]*(?![\w+-])", re.IGNORECASE)  # python3, {.python}, py title="a.py"
+# At the start of a line, by the text: a parser may fail on what a model writes.
+_DEFINED = re.compile(r"^(?:async[ \t]+)?(?:def|class)[ \t]+(\w+)|^(\w+)[ \t]*=(?!=)", re.MULTILINE)
+
+
+def _definitions(code: str) -> set[str]:
+    return {name for match in _DEFINED.finditer(code) for name in match.groups() if name}
+
+
+@functools.lru_cache(maxsize=64)  # the completions of a group have the same tests
+def _tested_names(tests: str) -> frozenset[str]:
+    """The names that tests in Python take from the code; none where the tests cannot be read, which is told later."""
+    try:
+        tree = ast.parse(tests)
+        if not harness.imports_solution(tree):
+            return frozenset(harness.asked_for(tests))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return frozenset()
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "solution"]
+    return frozenset(alias.name for node in imports for alias in node.names)
+
+
+def _tests_in_python(tests: Any) -> str | None:
+    """The source of tests that are a string or a list of strings, None for others."""
+    tests = [tests] if isinstance(tests, str) else tests
+    strings = isinstance(tests, list | tuple) and len(tests) > 0 and all(isinstance(test, str) for test in tests)
+    return "\n".join(tests) if strings else None
 
 
 def _outdented(line: str, columns: int) -> str:
@@ -237,9 +295,8 @@ class _Runner(NamedTuple):
         if not code.strip() or len(code) > CODE_LIMIT:
             return Outcome(0.0)
         tests = parsed(tests)
-        tests = [tests] if isinstance(tests, str) else tests
-        if isinstance(tests, list | tuple) and tests and all(isinstance(test, str) for test in tests):
-            return self.run_asserts(code, "\n".join(tests))
+        if (source := _tests_in_python(tests)) is not None:
+            return self.run_asserts(code, source)
         try:
             pairs = pairs_of(tests)
         except ValueError as error:
@@ -282,7 +339,9 @@ class _Runner(NamedTuple):
             return Outcome(None, "timeout", "the tests took longer than their limit")
         lines = said.text.splitlines()
         refused = next((line.removeprefix("refused ") for line in lines if line.startswith("refused ")), "")
-        return Outcome(sum(line.startswith("passed ") for line in lines) / int(said.ready), message=refused)
+        passed = sum(line.startswith("passed ") for line in lines)
+        spoiled = sum(line.startswith("spoiled ") for line in lines)  # a preparation, which counts as a test that fails
+        return Outcome(passed / (int(said.ready) + spoiled), message=refused)
 
     @contextlib.contextmanager
     def process(self, role: list[Any], **streams: Any) -> Iterator[subprocess.Popen[bytes]]:

@@ -31,10 +31,20 @@ def load(file: str, function: str) -> Callable[..., Any]:
     return target
 
 
+def called(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What the function returns, plain or awaited."""
+    value = function(**arguments)
+    if inspect.iscoroutine(value):
+        import asyncio
+
+        return asyncio.run(value)
+    return value
+
+
 def answer(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The function's result for one item: `{"value": ...}` or `{"fault": ..., "message": ...}`."""
     try:
-        value = function(**arguments)
+        value = called(function, arguments)
     except (RecursionError, MemoryError, OverflowError) as error:
         return {"fault": "exhausted", "message": type(error).__name__}
     except (Exception, SystemExit):
@@ -51,11 +61,7 @@ def answer(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
 def answer_json(function: Callable[..., Any], arguments: dict[str, Any], returned: list[str]) -> dict[str, Any]:
     """The function's result as it is, plain or awaited, with the arguments that it may have changed."""
     try:
-        value = function(**arguments)
-        if inspect.iscoroutine(value):
-            import asyncio
-
-            value = asyncio.run(value)
+        value = called(function, arguments)
         result = {"value": None, "returned": [value, {name: arguments[name] for name in returned}]}
         json.dumps(result)
         return result

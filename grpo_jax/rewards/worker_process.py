@@ -121,9 +121,16 @@ def wait(workers: Sequence[WorkerProcess], end: float) -> None:
 
 def encode(request: Mapping[str, Any]) -> bytes:
     try:
-        return json.dumps(request).encode() + b"\n"
+        return json.dumps(request, default=_listed).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"an item does not fit into JSON, in which workers are given it: {error}") from error
+
+
+def _listed(value: Any) -> Any:
+    """An array, or a number of NumPy, as JSON can hold it."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"a {type(value).__name__} is not of JSON")
+    return value.tolist()
 
 
 def _decode(line: bytes, item: int | None) -> Outcome:

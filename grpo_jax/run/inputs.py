@@ -1,6 +1,7 @@
 """Checks of a run's inputs, before the weights of a model are read."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from grpo_jax.rewards import group_size_of, name_of
 # Arguments that `rewards.host` passes beside the columns of the data.
 _PASSED = {"prompts", "completions", "completion_ids", "prompt_tail", "trainer_state", "log_metric", "log_extra"}
 _PASSED |= {"turn_rewards"}  # of conversations
+_READ = _PASSED - {"trainer_state", "log_metric", "log_extra"}
 
 
 def check_tokens(
@@ -71,14 +73,16 @@ def check_rewards(
       group_size: completions of a prompt; None where nothing is evaluated.
 
     Raises:
-      ValueError: for two functions of one name, another number of weights, or a function that compares the completions
-        of a group of another size.
+      ValueError: for two functions of one name, another number of weights, one that is not finite, or a function that
+        compares the completions of a group of another size.
     """
     names = [name_of(function) for function in functions]
     if len(set(names)) < len(names):
         raise ValueError(f"reward functions have one name each, got {', '.join(names)}: set their __name__")
     if weights is not None and len(weights) != len(names):
         raise ValueError(f"{len(weights)} weights for {len(names)} reward functions")
+    if not all(map(math.isfinite, weights or ())):
+        raise ValueError(f"weights of reward functions are finite numbers, got {list(weights or ())}")
     for name, function in zip(names, functions, strict=True):
         if group_size is not None and (size := group_size_of(function)) not in (None, group_size):
             raise ValueError(
@@ -92,11 +96,18 @@ def check_arguments(functions: Sequence[Callable[..., Any]], columns: Iterable[s
     """Checks that each reward function gets the arguments that it requires.
 
     Raises:
-      ValueError: for an argument without a default that is no column of the data.
+      ValueError: for an argument without a default that is no column of the data; for a class, and for a function that
+        takes nothing of the completions: it is likely a maker that was not called.
     """
     known = _PASSED | (set(columns) - {prompt_column})
     for function in functions:
         parameters = inspect.signature(function).parameters.values()
+        reads = any(p.kind is p.VAR_KEYWORD or p.name in _READ for p in parameters)
+        if inspect.isclass(function) or not reads:
+            raise ValueError(
+                f"{name_of(function)} is no reward function: it takes neither prompts nor completions. A maker? Then "
+                f"write {name_of(function)}()"
+            )
         required = [
             p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]

@@ -64,6 +64,42 @@ async def leaves_later(completions, **columns):
     sys.exit("done")
 
 
+def cancels(completions, **columns):
+    raise asyncio.CancelledError
+
+
+async def cancels_later(completions, **columns):
+    task = asyncio.create_task(asyncio.sleep(9))
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+
+
+def closes(completions, **columns):
+    raise GeneratorExit
+
+
+@pytest.mark.parametrize("function", [cancels, cancels_later, closes])
+def test_a_cancelled_task_of_a_reward_is_an_error_and_a_failed_batch(function):
+    with pytest.raises(RuntimeError, match=r"raised (CancelledError|GeneratorExit)") as error:
+        scored(function)
+    assert error.value.__notes__ == [f"raised by the reward function {function.__name__} over 4 completions"]
+    with pytest.warns(RuntimeWarning, match=rf"{function.__name__} failed on a batch of 4"):
+        assert np.isnan(scored(rewards.skip_failed_batches(function))).all()
+
+
+def test_a_reward_that_is_cancelled_since_another_raised_is_no_second_error(caplog):
+    async def waits(completions, **columns):
+        await asyncio.sleep(9)
+
+    async def raises(completions, **columns):
+        raise KeyError("the first")
+
+    with pytest.raises(KeyError, match="the first"):
+        scored(waits, raises)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(("function", "code"), [(leaves, "0"), (leaves_later, "'done'")], ids=["plain", "async"])
 def test_sys_exit_in_a_reward_is_an_error_and_a_failed_batch_and_not_the_end_of_the_run(function, code):
     with pytest.raises(RuntimeError, match=rf"called sys.exit\({code}\)") as error:

@@ -127,6 +127,12 @@ def test_refuses_no_function_or_another_number_of_weights(functions, weights):
         rewards.combine(functions, weights=weights)
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), np.float32("nan")], ids=str)
+def test_refuses_weights_that_are_not_finite(weight):
+    with pytest.raises(ValueError, match="weights are finite numbers, got"):
+        rewards.combine([length, length], weights=[1.0, weight])
+
+
 def test_a_combined_reward_takes_what_a_reward_function_takes():
     assert {"prompts", "completions"} <= set(inspect.signature(rewards.combine([length])).parameters)
 

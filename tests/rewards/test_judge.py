@@ -55,7 +55,24 @@ def test_questions_and_grades_may_be_ones_own_and_see_the_rows_columns():
     ("answer", "expected"),
     [
         ("Good.\n7", 0.7),
-        ("I give it 3/10.", 0.3),
+        ("I give it 3/10.", None),
+        ("**Rating**: [[7]]", 0.7),
+        ("*The final score is 7 / 10.*", 0.7),
+        ("__8__", 0.8),
+        ("I'd give 3, not 9", None),
+        ("between 3 and 9", None),
+        ("3 or 9", None),
+        ("not a 9", None),
+        ("<think>9", None),
+        ("<think>\nperhaps\n9", None),
+        ("<think>\nperhaps 9\n</think>\n3", 0.3),
+        ("on a scale of 0 to 10", None),
+        ("out of 10", None),
+        ("Step 3", None),
+        ("1e1", None),
+        ("<5", None),
+        ("1_0", None),
+        ("\u0667", None),
         ("2 errors.\nGrade: **3 out of 10**", 0.3),
         ("10/10", 1.0),
         ("Grade: 7.5", 0.75),
@@ -69,7 +86,7 @@ def test_questions_and_grades_may_be_ones_own_and_see_the_rows_columns():
     ],
     ids=str,
 )
-def test_the_grade_is_what_the_last_line_ends_with(answer, expected):
+def test_the_grade_is_what_the_last_line_is(answer, expected):
     with Service(lambda request, number: says(answer)) as service:
         assert grade(service, ["x"]) == [pytest.approx(expected) if expected is not None else None]
 

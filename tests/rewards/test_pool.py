@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from grpo_jax.rewards.outcomes import Outcome, to_rewards
@@ -81,6 +82,10 @@ def score(completion, answer, bonus=0.0):
     return float(completion == answer) + bonus
 
 def everything(completion, **columns): return float(sorted(columns) == ["answer", "level", "prompt"])
+
+async def later(completion, answer): return score(completion, answer)
+
+def plain(completion, answer, values): return float(answer == 4 and values == [1, 2] and type(answer) is int)
 
 wrapped = functools.partial(half, number=1)
 """
@@ -396,6 +401,21 @@ def test_chat_messages_settings_and_columns_it_does_not_name(pool, verifiers):
 def test_a_verifier_with_keywords_gets_every_column(pool, verifiers):
     reward = in_worker_processes(verifiers.everything, pool=pool)
     assert reward(["?"], ["4"], answer=["4"], level=[1], log_extra=print) == [1.0]
+
+
+def test_an_async_verifier_is_waited_for(pool, verifiers):
+    reward = in_worker_processes(verifiers.later, pool=pool)
+    with pytest.warns(RuntimeWarning, match=r"(?s)later could not score 1 of 3 .*the verifier's own"):
+        assert reward(["?"] * 3, ["4", "5", "fault"], answer=["4"] * 3) == [1.0, 0.0, None]
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, list])
+def test_columns_are_sequences_or_arrays(pool, verifiers, kind):
+    reward = in_worker_processes(verifiers.plain, pool=pool)
+    assert reward(["?"] * 2, ["a", "b"], answer=kind([4, 4]), values=kind([[1, 2], [1, 2]])) == [1.0, 1.0]
+    assert reward(["?"], ["a"], answer=[np.int64(4)], values=[np.array([1, 2])]) == [1.0]
+    with pytest.raises(ValueError, match="the column answer has 1 entries for 2 completions"):
+        reward(["?"] * 2, ["a", "b"], answer=kind([4]), values=kind([[1, 2], [1, 2]]))
 
 
 def test_a_pool_of_its_own(verifiers):

@@ -46,6 +46,16 @@ BLOCKS = {
     "a title": ('```py title="a.py"\nx = 1\n```\n```\n5\n```', "x = 1"),
     "tildes": ("~~~python\nx = 1\n~~~", "x = 1"),
     "a longer fence": ("````python\nx = 1\n```\n````", "x = 1\n```"),
+    "the first thing of an item": ("- ```python\n  x = 1\n  y = 2\n  ```", "x = 1\ny = 2"),
+    "the first thing of a numbered item": ("1. ```python\n   if x:\n       y\n   ```", "if x:\n    y"),
+    "quoted": ("> ```python\n> if x:\n>     y\n>\n> z\n> ```", "if x:\n    y\n\nz"),
+    "quoted, in a list": ("> - ```python\n>   x = 1\n>   ```", "x = 1"),
+    "a list within code": ('```python\nx = """\n- ```\n"""\n```', 'x = """\n- ```\n"""'),
+    "thoughts": ("<think>\n```python\nx = 1\n```\n</think>\n```python\nx = 2\n```", "x = 2"),
+    "thoughts with a block that stays open": ("<think>\n```python\nx = 1\n</think>\n```python\nx = 2\n```", "x = 2"),
+    "thoughts alone": ("<think>maybe\n```python\nx = 1\n```\nor not?", ""),
+    "thoughts again": ("```python\nx = 1\n```\n<think>no", ""),
+    "all of it after thoughts": ("<think>so</think>x = 1", "x = 1"),
     "a console is no code": ("```pycon\n>>> x\n```", ""),
     "nothing": ("", ""),
 }
@@ -57,7 +67,30 @@ def test_the_code_of_a_completion(case):
     assert code_of(completion) == code
 
 
-@pytest.mark.parametrize("text", ["```python\n", "```\n", "`", "```python\nx\n```\n", "\n"], ids=repr)
+def test_a_block_that_shows_the_use_is_not_the_code(reward):
+    usage = "```python\nprint(add(1, 2))\n```"
+    completion = f"```python\n{ADD}```\nUsage:\n{usage}"
+    assert code_of(completion, {"add"}) == ADD.rstrip()
+    assert code_of(f"```python\nadd = max\n```\n{completion}", {"add"}) == ADD.rstrip()
+    assert code_of(completion, {"other"}) == code_of(completion) == "print(add(1, 2))"
+    tests = ["assert add(1, 2) == 3", "from solution import add\nassert add(1, 2) == 3"]
+    assert reward(["?"] * 2, [completion] * 2, tests=tests) == [1.0, 1.0]
+
+
+def test_thoughts_that_the_prompt_opens_hold_no_code():
+    seen = []
+    reward = python_tests(executor=lambda code, tests: seen.append(code) or [True], workers=1)
+    block = f"```python\n{ADD}```"
+    tails = ["assistant\n<think>\n", "assistant\n<think>\n", "assistant\n"]
+    reward(["?"] * 3, [block, f"so</think>{block}", block], tests=["t"] * 3, prompt_tail=tails)
+    assert seen == ["", ADD.rstrip(), ADD.rstrip()]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- " * 9 + "\n", "> - ", "> ```python\n", "```python\n", "```\n", "`", "```python\nx\n```\n", "\n"],
+    ids=repr,
+)
 def test_finding_the_code_takes_linear_time(text):
     began = time.monotonic()
     code_of(text * (1_000_000 // len(text)))
@@ -99,6 +132,7 @@ class Stack:
     def __getitem__(self, i): return self.items[i]
 def top(stack): return stack[-1]
 def mixed(): return [Stack([1]), {"a": (Stack([2]), 3)}]
+async def later(x): return x
 def big(): return 7**5000
 def main(): print("not part of the verdict")
 main()
@@ -137,6 +171,16 @@ PASS = {
     "objects within data": "a, b = mixed()\nassert a[0] == 1 and b['a'][0][0] == 2 and b['a'][1] == 3",
     "a long number": "assert big() == 7**5000 and big() % 1000 == pow(7, 5000, 1000)",
     "truth": "assert Stack([1])\nassert not Stack()",
+    "a test with a default": "def test_gcd(n=12):\n    assert gcd(n, 18) == 6",
+    "a loop of asserts": "for n in (12, 18):\n    assert gcd(n, 6) == 6",
+    "an assert within an exception": "try:\n    gcd(-1, 2)\n    assert False\nexcept ValueError:\n    pass",
+    "asserts behind a guard": "if __name__ == '__main__':\n    assert gcd(12, 18) == 6",
+    "pytest's classes": "class TestGcd:\n    def setup_method(self, method): self.n = 12\n"
+    "    def test_gcd(self): assert gcd(self.n, 18) == 6\n    async def test_other(self): assert gcd(4, 6) == 2",
+    "async tests, and code": "import asyncio\nasync def test_later():\n    assert await later(3) == 3\n"
+    "assert asyncio.run(later(4)) == 4",
+    "unittest's async tests": "import unittest\nclass T(unittest.TestCase):\n"
+    "    async def test_gcd(self): self.assertEqual(gcd(12, 18), 6)\n",
     "one that prints": "assert gcd(12, 18) == 6; print('passed 0')",
 }
 DATA = [
@@ -173,6 +217,14 @@ FAIL = {
     "unittest that skips": "import unittest\nclass T(unittest.TestCase):\n"
     "    def test_gcd(self):\n        if gcd(12, 18): self.skipTest('')\n",
     "without end": "assert list(evens()) == 3",
+    "a test with a default": "assert gcd(1, 2) == 1\ndef test_gcd(n=12):\n    assert gcd(n, 18) == 5",
+    "pytest's classes": "assert gcd(1, 2) == 1\nclass TestGcd:\n    def test_gcd(self): assert gcd(12, 18) == 5",
+    "async tests": "assert gcd(1, 2) == 1\nasync def test_gcd(): assert gcd(12, 18) == 5",
+    "unittest's async tests": "import unittest\nclass T(unittest.TestCase):\n"
+    "    async def test_gcd(self): self.assertEqual(gcd(12, 18), 5)\n",
+    "a loop of asserts": "assert gcd(1, 2) == 1\nfor n in (12, 18):\n    assert gcd(n, 6) == 5",
+    "asserts behind a guard": "assert gcd(1, 2) == 1\nif __name__ == '__main__':\n    assert gcd(12, 18) == 5",
+    "a loop of checks": "def check(n): assert gcd(n, 6) == n\nassert gcd(1, 2) == 1\nfor n in (6, 7): check(n)",
     "leaving": "import sys\nassert gcd(12, 18) == 6\nsys.exit(0)",
 }
 
@@ -258,6 +310,9 @@ UNUSABLE = {
     "a package that is not there": "import numpy as np\nassert add(np.int64(1), 2) == 3",
     "preparation that fails by itself": "x = 1 / 0\nassert add(1, 2) == 3",
     "a function as argument": "assert add(lambda: 1, 2) == 3",
+    "a test with an argument": "assert add(1, 2) == 3\ndef test_a(n): assert add(n, 2) == 3",
+    "a test that yields": "assert add(1, 2) == 3\ndef test_a():\n    yield\n    assert add(1, 2) == 3",
+    "a class of tests by no rule": "assert add(1, 2) == 3\nclass Sums:\n    def test_a(self): assert add(1, 2) == 3",
 }
 
 
@@ -265,7 +320,7 @@ UNUSABLE = {
     ("case", "code"),
     # A test with a function as its argument is not reached where the code has ended: that is wrong without it.
     [(case, ADD) for case in UNUSABLE]
-    + [(case, "raise ValueError") for case in UNUSABLE if case != "a function as argument"],
+    + [(case, "raise ValueError") for case in ("no Python", "no test", "a package that is not there")],
 )
 def test_tests_that_cannot_be_run_mask(case, code):
     reward = python_tests(timeout=5.0, accept_unsandboxed_execution=True)

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from grpo_jax import testing
+from grpo_jax import rewards, testing
 from grpo_jax.run import inputs
 
 
@@ -34,6 +34,30 @@ def test_positions_beyond_those_of_the_model_are_told(model, capsys):
     assert capsys.readouterr().out == ""
     inputs.check_tokens(model, tokenizer, [[0] * 10], max_tokens=100_000)
     assert "the longest prompt (10 tokens) and a completion of 100000 pass the" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_refused():
+    def length(completions, **columns): ...
+
+    with pytest.raises(ValueError, match=r"finite numbers, got \[nan\]"):
+        inputs.check_rewards([length], weights=[float("nan")])
+
+
+def test_a_maker_without_its_brackets_is_refused():
+    class Scorer:
+        def __init__(self, **settings): ...
+        def __call__(self, completions): ...
+
+    def settings(tolerance=0.0): ...
+
+    for maker in (rewards.accuracy, rewards.python_tests, settings, Scorer):
+        with pytest.raises(ValueError, match=rf"A maker\? Then write {maker.__name__}\(\)"):
+            inputs.check_arguments([maker], ["prompt", "answer"], prompt_column="prompt")
+    inputs.check_arguments(
+        [rewards.accuracy(), Scorer(), lambda completion_ids: [], lambda **columns: []],
+        ["prompt", "answer"],
+        prompt_column="prompt",
+    )
 
 
 def test_a_reward_whose_required_arguments_nothing_gives_is_refused():
