@@ -1,6 +1,6 @@
 """Games of textarena for a policy: against fixed opponents, and against itself.
 
-    make = lambda: textarena.make("TicTacToe-v0-raw", error_allowance=0)
+    make = lambda: textarena.make("TicTacToe-v0-raw")
     rows = game_rows(make, range(1000), roles=(0, 1), opponents={0: first_free, 1: first_free})
     respond = against(make, {0: first_free, 1: first_free})
 
@@ -63,14 +63,14 @@ def game_rows(
     for seed in seeds:
         for role in roles:
             row: Row = {"seed": seed, "role": role}
-            said = _until(_begin(make, row, players), role, opponents or {})
+            said = _until(_begin(make, row, players, None), role, opponents or {})
             if said is None:
                 raise ValueError(f"the game of seed {seed} is over before player {role} moves")
             rows.append(row | {prompt_column: [{"role": "user", "content": said}]})
     return rows
 
 
-def against(make: Make, opponents: Mapping[int, Player], *, players: int = 2) -> Respond:
+def against(make: Make, opponents: Mapping[int, Player], *, players: int = 2, mistakes: int | None = None) -> Respond:
     """Makes the environment in which the policy plays the row's `role` and `opponents` all others.
 
     The reward of the last turn is the one that the game gives to that role.
@@ -79,11 +79,12 @@ def against(make: Make, opponents: Mapping[int, Player], *, players: int = 2) ->
       make: a new game, of which each conversation has its own.
       opponents: by their numbers; that of the policy's own role is not asked.
       players: of a game.
+      mistakes: moves in a row that are not allowed and may be made anew; as many as the game has it unless given.
     """
 
     def respond(row: Row, messages: list[Message]) -> Turn:
         if STATE not in row:
-            row[STATE] = _begin(make, row, players)
+            row[STATE] = _begin(make, row, players, mistakes)
             _until(row[STATE], row["role"], opponents)
         held = row[STATE]
         done, _ = held.game.step(messages[-1]["content"])
@@ -99,7 +100,7 @@ def self_play(make: Make, *, players: int = 2) -> Respond:
     Each player so reads what the others did and were told: it is for games in which nothing is hidden. At the end each
     turn has as its reward that of the role which made it, not discounted and not summed: `from_turns(gamma=0.0)`,
     with `by_role` for a baseline per role (Liu et al. 2025, arXiv:2506.24119, section 3.3, whose baseline is a running
-    one). Roles take turns where a move that is not allowed ends the game (`error_allowance=0` of most games).
+    one). A move that is not allowed loses the game, so that roles take turns.
 
     Args:
       make: a new game, of which each conversation has its own.
@@ -108,7 +109,7 @@ def self_play(make: Make, *, players: int = 2) -> Respond:
 
     def respond(row: Row, messages: list[Message]) -> Turn:
         if STATE not in row:
-            row[STATE] = _begin(make, row, players)
+            row[STATE] = _begin(make, row, players, 0)
             row[STATE].movers.append(_observe(row[STATE])[0])
         held = row[STATE]
         done, _ = held.game.step(messages[-1]["content"])
@@ -123,9 +124,11 @@ def self_play(make: Make, *, players: int = 2) -> Respond:
     return respond
 
 
-def _begin(make: Make, row: Row, players: int) -> _Game:
+def _begin(make: Make, row: Row, players: int, mistakes: int | None) -> _Game:
     game = make()
     game.reset(num_players=players, seed=row["seed"])
+    if mistakes is not None and hasattr(getattr(game, "state", None), "error_allowance"):
+        game.state.error_allowance = mistakes  # few games take it as an argument
     return _Game(game)
 
 

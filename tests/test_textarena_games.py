@@ -97,7 +97,7 @@ def test_a_game_of_textarena():
     textarena = pytest.importorskip("textarena")
 
     def make():
-        return textarena.make("TicTacToe-v0-raw", error_allowance=0)
+        return textarena.make("TicTacToe-v0-raw")
 
     def first_free(observation):
         board = next(text for _, text, *_ in reversed(observation) if "[" in text)
@@ -107,4 +107,6 @@ def test_a_game_of_textarena():
     assert "Player 0" in row["prompt"][0]["content"]
     turns = play(against(make, {1: first_free}), row, "[4]", "[6]", "[2]")
     assert turns[-1] == Turn(None, 1.0)
+    assert play(against(make, {1: first_free}, mistakes=0), row, "[9]") == [Turn(None, -1.0)]
+    assert "invalid move" in play(against(make, {1: first_free}), row, "[9]")[0].content
     assert play(self_play(make), row, "[4]", "[4]")[-1] == Turn(None, -1.0, [(0, 1.0)])
