@@ -13,14 +13,15 @@ from grpo_jax.rewards.formats import TAGS, marks_of, opened_by
 from grpo_jax.rewards.latex import unwrapped
 from grpo_jax.rewards.units import changes_meaning
 
-THOUGHT_END = "</think>"
+THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 
 
 def answer_of(text: str, pattern: str | re.Pattern[str] | None = None) -> str | None:
     """The answer that a text gives, without the white space around it; None where it gives none.
 
-    Without a pattern the answer comes after the thoughts: after the last `</think>`, or
-    anywhere in a text without one. It stands between the first `<answer>` there and the `</answer>`
+    Nothing but white space is no answer. Without a pattern the answer comes after the thoughts: after the last
+    `</think>`, or anywhere in a text without one; where a `<think>` is not closed, all of
+    the rest is thought and there is no answer. It stands between the first `<answer>` there and the `</answer>`
     after it: a second answer is no second chance, and one that is never closed is none.
     Without any `<answer>` there, it follows the last `####`, up to the end of the
     line (GSM8K's form; the last, since `####` is also a heading in Markdown).
@@ -32,14 +33,20 @@ def answer_of(text: str, pattern: str | re.Pattern[str] | None = None) -> str | 
     if pattern is not None:
         match = re.search(pattern, text)
         answer = match and match[1 if match.re.groups else 0]
-        return None if answer is None else answer.strip()
+        return _stripped(answer)
     text = text.rpartition(THOUGHT_END)[2]
+    if THOUGHT_START in text:
+        return None
     _, opened, rest = text.partition("<answer>")
     if opened:
         answer, closed, _ = rest.partition("</answer>")
-        return answer.strip() if closed else None
+        return _stripped(answer) if closed else None
     _, marked, rest = text.rpartition("####")
-    return rest.partition("\n")[0].strip() if marked else None
+    return _stripped(rest.partition("\n")[0]) if marked else None
+
+
+def _stripped(answer: str | None) -> str | None:
+    return (answer or "").strip() or None
 
 
 def exact_answer(
@@ -50,6 +57,8 @@ def exact_answer(
     column: str = "answer",
 ) -> RewardFunction:
     """1.0 where the completion's answer is the reference, else 0.0; None where there is no reference.
+
+    An empty reference, NaN and infinity are none.
 
     The answer is `answer_of(text, pattern)`: after the thoughts in the first `<answer>` tags, else after
     the last `####`, or where the pattern says. A completion without one gets 0.0. Both
@@ -87,14 +96,18 @@ def exact_answer(
     marks = marks_of(TAGS) if pattern is None else ()
 
     def judge(completion: Any, reference: Any, tail: str | None) -> float | None:
-        if reference is None:
+        wanted = str(reference).strip()
+        if reference is None or wanted.casefold() in _MISSING:
             return None
         answer = answer_of(opened_by(tail or "", marks) + text_of(completion), compiled)
         if answer is None:
             return 0.0
-        wanted = str(reference).strip()
         if normalise is not None:
             answer, wanted = normalise(answer), normalise(wanted)
+            if not wanted.strip():
+                return None
+            if not answer.strip():
+                return 0.0
         if exact is not None:
             number, wanted_number = _number(answer), _number(wanted)
             if number is not None and wanted_number is not None:
@@ -141,6 +154,7 @@ def plain_answer(*, units: Sequence[str] | None = ()) -> Callable[[str], str]:
     return plain
 
 
+_MISSING = ("", "nan", "inf", "-inf")  # references
 _MARKUP = re.compile(
     r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf)\s*\{(.*)\}|`([^`]+)`|\*([^*]+)\*|__([^_]+)__", re.DOTALL
 )

@@ -24,7 +24,7 @@ def self_consistency(
     arXiv:2504.16084). A group is `group_size` completions in a row, as the host gives
     them, and has to be scored in one call. Answers are compared as `extract` returns
     them, of the completion after a tag that its prompt opens (`formats.opened_by`).
-    A completion without an answer gets `other` and has no vote. Where several
+    A completion without an answer, or with an empty one, gets `other` and has no vote. Where several
     answers have the most votes there is no majority and all get `other`, so that the
     order within a group decides nothing.
 
@@ -61,7 +61,7 @@ def self_consistency(
         ]
         numbers = {answer: number for number, answer in enumerate(dict.fromkeys(answers))}
         number = np.array([numbers[answer] for answer in answers], np.int64).reshape(-1, group_size)
-        answered = np.array([answer is not None for answer in answers], bool).reshape(-1, group_size)
+        answered = np.array([bool(answer and answer.strip()) for answer in answers], bool).reshape(-1, group_size)
         leads = has_majority(number[:, :, None] == number[:, None], answered)
         return [majority if led else other for led in leads.reshape(-1).tolist()]
 

@@ -29,8 +29,10 @@ def traced(*rewards: TokenReward) -> Callable[[Rollout], tuple[Array, Array]]:
     return reward
 
 
-def exact_answer(start: int, end: int, *, thought_end: int | None = None) -> TokenReward:
-    """1 where the tokens between the first `start` and the `end` after it are the answer, else 0.
+def exact_answer(
+    start: int, end: int, *, thought_start: int | None = None, thought_end: int | None = None
+) -> TokenReward:
+    """1 where the tokens between the first `start` and the `end` after it are the answer, else 0; empty is none.
 
     The answer is `prompts.info["answer"] [B, K]`, right-padded, of
     `prompts.info["answer_length"] [B]` tokens. Only the first `start` counts: a second
@@ -40,6 +42,7 @@ def exact_answer(start: int, end: int, *, thought_end: int | None = None) -> Tok
     Args:
       start: the token that opens the answer.
       end: the token that closes it.
+      thought_start: the token that opens the reasoning; where it is not closed there is no answer, as on text.
       thought_end: the token that closes the reasoning, after the last of which the answer
         is looked for, as on text; None to look for it everywhere.
     """
@@ -49,13 +52,13 @@ def exact_answer(start: int, end: int, *, thought_end: int | None = None) -> Tok
         B, K = answer.shape
         wanted = jnp.where(jnp.arange(K) < length[:, None], answer, -1)
         wanted = jnp.concatenate([wanted, jnp.full((B, 1), -1)], axis=1).at[jnp.arange(B), length].set(end)
-        tokens = _after_thoughts(_continued(rollout, [start]), thought_end)
+        tokens = _after_thoughts(rollout, start, thought_start, thought_end)
         first = jnp.argmax(tokens == start, axis=-1)[..., None]  # 0 where there is none: checked below
         places = first + 1 + jnp.arange(K + 1)
         written = jnp.take_along_axis(tokens, jnp.minimum(places, tokens.shape[-1] - 1), axis=-1)
         same = (written == wanted[:, None]) & (places < tokens.shape[-1])
         right = jnp.all(same | (wanted[:, None] == -1), axis=-1)
-        return (right & jnp.any(tokens == start, axis=-1)).astype(jnp.float32)
+        return (right & (length > 0)[:, None] & jnp.any(tokens == start, axis=-1)).astype(jnp.float32)
 
     return reward
 
@@ -205,23 +208,30 @@ def repetition_penalty(*, ngram: int = 3, max_penalty: float = -1.0) -> TokenRew
 
 
 def self_consistency(
-    start: int, end: int, *, thought_end: int | None = None, majority: float = 1.0, other: float = -0.1
+    start: int,
+    end: int,
+    *,
+    thought_start: int | None = None,
+    thought_end: int | None = None,
+    majority: float = 1.0,
+    other: float = -0.1,
 ) -> TokenReward:
     """`majority` for the answer that most completions of the group give, `other` for the rest: no label is needed.
 
     `rewards.self_consistency` on tokens, with its rules: a completion without an answer has no
     vote, and where several answers have the most votes all get `other`. The answer stands
-    between the first `start` and the first `end` after it; `thought_end` is as of `exact_answer`.
+    between the first `start` and the first `end` after it, and is not empty; `thought_start` and `thought_end` are as
+    of `exact_answer`.
     """
 
     def reward(rollout: Rollout) -> Array:
-        tokens = _after_thoughts(_continued(rollout, [start]), thought_end)
+        tokens = _after_thoughts(rollout, start, thought_start, thought_end)
         T = tokens.shape[-1]
         place = jnp.arange(T)
         opened = jnp.argmax(tokens == start, axis=-1, keepdims=True)
         closes = (tokens == end) & (place > opened)
         closed = jnp.argmax(closes, axis=-1, keepdims=True)
-        answered = jnp.any(tokens == start, axis=-1) & jnp.any(closes, axis=-1)
+        answered = jnp.any(tokens == start, axis=-1) & jnp.any(closes, axis=-1) & (closed > opened + 1)[..., 0]
         from_start = jnp.take_along_axis(tokens, jnp.minimum(opened + 1 + place, T - 1), axis=-1)
         answer = jnp.where(place < closed - opened - 1, from_start, -1)  # [B, G, T], left-aligned
         same = jnp.all(answer[:, :, None] == answer[:, None], axis=-1)
@@ -250,9 +260,12 @@ def _continued(rollout: Rollout, opening: Sequence[int]) -> Array:
     return jnp.concatenate([jnp.broadcast_to(head, (*tokens.shape[:2], 1)).astype(tokens.dtype), tokens], axis=-1)
 
 
-def _after_thoughts(tokens: Array, thought_end: int | None) -> Array:
-    """The tokens, with -1 up to the last one that ends the thoughts."""
-    if thought_end is None:
+def _after_thoughts(rollout: Rollout, start: int, thought_start: int | None, thought_end: int | None) -> Array:
+    """The tokens `[B, G, 1 + T]`, with -1 up to the last one that ends the thoughts, and for thoughts that go on."""
+    tokens = _continued(rollout, [start] if thought_start is None else [start, thought_start])
+    if thought_end is not None:
+        later = jnp.flip(jnp.cumsum(jnp.flip(tokens == thought_end, axis=-1), axis=-1), axis=-1)
+        tokens = jnp.where(later > 0, -1, tokens)
+    if thought_start is None:
         return tokens
-    later = jnp.flip(jnp.cumsum(jnp.flip(tokens == thought_end, axis=-1), axis=-1), axis=-1)
-    return jnp.where(later > 0, -1, tokens)
+    return jnp.where(jnp.any(tokens == thought_start, axis=-1, keepdims=True), -1, tokens)

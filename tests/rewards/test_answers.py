@@ -15,14 +15,18 @@ ANSWERS = {  # text, answer
     "first of two, wrong": ("<answer>8</answer><answer>7</answer>", "8"),
     "nested": ("<answer><answer>7</answer></answer>", "<answer>7"),
     "a stray close first": ("</answer><answer>7</answer>", "7"),
-    "empty": ("<answer></answer>", ""),
+    "empty": ("<answer></answer>", None),
+    "blank": ("<answer> \n</answer>", None),
     "not closed": ("<answer>7", None),
     "not closed, with a mark": ("#### 7\n<answer>8", None),
     "not opened": ("7</answer>", None),
     "mark": ("72/2=36\n#### 36", "36"),
     "mark and more lines": ("#### 36\nand more", "36"),
     "mark twice": ("#### Step 1\n5\n#### 36", "36"),
-    "mark without a line": ("####", ""),
+    "mark without a line": ("####", None),
+    "thoughts that do not end": ("<think>I should put <answer>7</answer> or 8", None),
+    "a mark in thoughts that do not end": ("<think>#### 7", None),
+    "thoughts that begin again": ("<think>a</think>b<think>#### 7", None),
     "tags before the mark": ("<answer>7</answer>\n#### 8", "7"),
     "tags after the mark": ("#### 8\n<answer>7</answer>", "7"),
     "the instruction in the thoughts": ("<think>between <answer> and </answer>.</think><answer>7</answer>", "7"),
@@ -61,6 +65,18 @@ def test_a_pattern_without_a_group_is_the_answer_itself():
 
 def test_a_missing_reference_is_masked_and_a_missing_answer_is_wrong():
     assert scores(rewards.exact_answer(), ["<answer>7</answer>", "7"], answer=[None, "7"]) == [None, 0.0]
+
+
+@pytest.mark.parametrize("reference", ["", " \n", "NaN", math.nan, math.inf, -math.inf, None])
+def test_an_empty_reference_or_none_that_is_finite_is_missing(reference):
+    for tolerance in (None, 0):
+        reward = rewards.exact_answer(tolerance=tolerance)
+        assert scores(reward, [f"#### {reference}", "<answer></answer>"], answer=[reference] * 2) == [None, None]
+
+
+def test_what_is_empty_without_its_markup_is_no_answer():
+    reward = rewards.exact_answer(normalise=lambda written: written.strip("$"))
+    assert scores(reward, ["#### $$", "#### 7", "#### $$"], answer=["7", "$", "$"]) == [0.0, None, None]
 
 
 def test_references_may_be_numbers_and_of_another_column():
@@ -106,12 +122,9 @@ NUMBERS = {  # text -> the number it is, None for none
     "--7": None,
     "$": None,
     ".": None,
-    "": None,
     "seven": None,
     "7 8": None,
     "1/2": None,
-    "nan": None,
-    "inf": None,
     "1e1000": None,
     "٧": None,
     "1_000": None,
@@ -168,6 +181,8 @@ def test_an_answer_goes_on_from_the_tag_that_its_prompt_opens():
     reward = rewards.exact_answer()
     assert score(reward, "7</answer>", answer="7", prompt_tail="So:\n<answer>") == 1.0
     assert score(reward, "7</answer>", answer="7", prompt_tail="<think>\n") == 0.0
+    assert score(reward, "#### 7", answer="7", prompt_tail="assistant\n<think>\n") == 0.0
+    assert score(reward, "so</think>#### 7", answer="7", prompt_tail="assistant\n<think>\n") == 1.0
     completions = ["7</answer>", "8</answer>", "7</answer>"]
     tails = ["<answer>"] * 3
     assert scores(rewards.self_consistency(group_size=3), completions, prompt_tail=tails) == [1.0, -0.1, 1.0]

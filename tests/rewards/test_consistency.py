@@ -45,9 +45,11 @@ def test_answers_are_what_extract_says():
     assert scores(reward, ["", "", "b"]) == [-0.1, -0.1, 1.0]
 
 
-def test_an_answer_of_nothing_can_be_the_majority():
-    """It is an answer all the same, unlike none."""
-    assert scores(rewards.self_consistency(group_size=2), ["<answer></answer>"] * 2) == [1.0, 1.0]
+def test_an_empty_answer_has_no_vote():
+    reward = rewards.self_consistency(group_size=3)
+    assert scores(reward, ["<answer></answer>", "<answer> </answer>", "<answer>5</answer>"]) == [-0.1, -0.1, 1.0]
+    written = rewards.self_consistency(group_size=3, extract=str)
+    assert scores(written, [" ", " ", "5"]) == [-0.1, -0.1, 1.0]
 
 
 @pytest.mark.parametrize("group_size", [1, 0, -3])

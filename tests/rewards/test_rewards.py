@@ -591,7 +591,7 @@ def has_answer(text, answer):
     """`exact_answer` on text: what stands between the first tag and the end after it."""
     _, opened, rest = text.partition("<answer>")
     written, closed, _ = rest.partition("</answer>")
-    return float(bool(opened and closed) and written == answer)
+    return float(bool(opened and closed and answer) and written == answer)
 
 
 def has_format(text):
@@ -607,7 +607,7 @@ RIGHT = "<think>1+2</think><answer>12</answer><eos>"
 CASES = {  # text, answer, has the answer, has the format
     "right": (RIGHT, "12", 1, 1),
     "nothing thought": ("<think></think><answer>12</answer><eos>", "12", 1, 1),
-    "nothing answered": ("<think></think><answer></answer><eos>", "", 1, 1),
+    "nothing answered": ("<think></think><answer></answer><eos>", "", 0, 1),
     "nothing answered, but asked": ("<think></think><answer></answer><eos>", "1", 0, 1),
     "wrong": ("<think></think><answer>21</answer><eos>", "12", 0, 1),
     "longer": ("<think></think><answer>123</answer><eos>", "12", 0, 1),
@@ -693,7 +693,7 @@ def test_a_well_formed_completion_is_right_where_its_answer_is(answer, written, 
     """Random fragments seldom make one."""
     text = f"<think>{thoughts}</think><answer>{written}</answer><eos>"
     rollout = completions_of([text] * 2, [answer, written])
-    assert jitted_answer(rollout)[:, 0].tolist() == [float(answer == written), 1]
+    assert jitted_answer(rollout)[:, 0].tolist() == [float(answer == written != ""), float(written != "")]
     assert jitted_format(rollout)[:, 0].tolist() == [1, 1]
 
 

@@ -85,16 +85,19 @@ COMPLETION = st.one_of(
     FORMED.map(lambda ids: ids[:-1]),
     ANYTHING,
 ).map(as_sampled)
-DIGITS = st.lists(st.sampled_from(TASK("12")["input_ids"]), max_size=3)
+DIGITS = st.lists(st.sampled_from(TASK("12")["input_ids"]), min_size=1, max_size=3)  # on text an empty one is missing
 B, G = 4, 3  # always of one shape, which compiles once
 
 PAIRS = {  # traced, on text
-    "exact_answer": (tokens.exact_answer(START, END, thought_end=TAGS[1]), rewards.exact_answer()),
+    "exact_answer": (
+        tokens.exact_answer(START, END, thought_start=TAGS[0], thought_end=TAGS[1]),
+        rewards.exact_answer(),
+    ),
     "format": (tokens.soft_format(TAGS), rewards.soft_format()),
     "tag_count": (tokens.tag_count(TAGS), rewards.tag_count()),
     "strict_format": (tokens.strict_format(TAGS, [EOS]), rewards.strict_format()),
     "self_consistency": (
-        tokens.self_consistency(START, END, thought_end=TAGS[1]),
+        tokens.self_consistency(START, END, thought_start=TAGS[0], thought_end=TAGS[1]),
         rewards.self_consistency(group_size=3),
     ),
     "soft_overlong": (tokens.soft_overlong(12, 7), rewards.soft_overlong(12, 7)),
@@ -105,7 +108,9 @@ PAIRS = {  # traced, on text
         rewards.repetition_penalty(ngram=2, max_penalty=-0.5),
     ),
     "cosine_length": (
-        tokens.cosine_length(tokens.exact_answer(START, END, thought_end=TAGS[1]), rewards.cosine_scale(15)),
+        tokens.cosine_length(
+            tokens.exact_answer(START, END, thought_start=TAGS[0], thought_end=TAGS[1]), rewards.cosine_scale(15)
+        ),
         rewards.cosine_length(rewards.exact_answer(), rewards.cosine_scale(15)),
     ),
     "cosine_length of the format": (
@@ -133,6 +138,9 @@ def on_text(name, groups, answers):
     )
     if name == "strict_format":  # the text does not tell whether an end came
         values = [value if row and row[-1] == EOS else 0.0 for value, row in zip(values, rows, strict=True)]
+    values = [
+        0.0 if value is None else value for value in values
+    ]  # no reference: the host masks what tokens call wrong
     return np.array(values, np.float32).reshape(len(groups), per_group)
 
 
@@ -159,7 +167,7 @@ def test_a_majority_is_of_answers_and_a_tie_is_none():
     rollout = a_rollout([[TASK(completion)["input_ids"] for completion in group] for group in groups])
     lost, tie = np.float32(-0.1), [np.float32(-0.1)] * 3
     found = tokens.self_consistency(START, END)(rollout)
-    assert found.tolist() == [[1, lost, 1], tie, [lost, lost, 1], [1, 1, lost], tie]
+    assert found.tolist() == [[1, lost, 1], tie, [lost, lost, 1], [lost, lost, 1], tie]
     found = tokens.self_consistency(START, END, majority=3.0, other=-2.0)(rollout)
     assert found[0].tolist() == [3, -2, 3]
 
