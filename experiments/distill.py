@@ -47,7 +47,7 @@ from grpo_jax.freezing import bind
 from grpo_jax.models import hf, quantized
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Advantage, Loss, VocabularyDivergence
-from grpo_jax.run import digests, inputs, ranges, teacher_files
+from grpo_jax.run import digests, inputs, ranges, resuming, teacher_files
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
@@ -103,6 +103,7 @@ class Config(data.PromptSettings, WeightSettings):
 def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     ranges.check(config)
+    resuming.check(config, allow=MAY_CHANGE)
     its_own = not config.teacher and config.teacher_file is None and config.teacher_column is not None
     if not (config.model and (config.teacher or config.teacher_file or its_own) and config.data.is_file()):
         raise ValueError("give --model, --teacher and --data, or --smoke")

@@ -54,7 +54,7 @@ from grpo_jax.freezing import bind, partition
 from grpo_jax.models import hf, quantized, sharding
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
-from grpo_jax.run import completions, digests, inputs, keeping, measured, memory, overlap, ranges
+from grpo_jax.run import completions, digests, inputs, keeping, measured, memory, overlap, ranges, resuming
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.drawing import SamplingSettings
 from grpo_jax.run.names import resolve
@@ -216,10 +216,9 @@ def train(config: Config) -> Params:
             export("best")
 
     keys = ("reward", *(f"reward/{name}" for name in names), "eval/reward", "kl", "entropy", "length")
-    allow = MAY_CHANGE if config.decay == "constant" else MAY_CHANGE[1:]  # a decay goes by the number of steps
     with run.loop(
-        config, state, steps=config.steps, save_every=config.save_every, allow=allow, digests=began_with, keys=keys,
-        stop_after_skipped=config.stop_after_skipped, tensorboard=config.tensorboard, wandb=config.wandb,
+        config, state, steps=config.steps, save_every=config.save_every, allow=may_change(config), keys=keys,
+        digests=began_with, stop_after_skipped=config.stop_after_skipped, tensorboard=config.tensorboard, wandb=config.wandb,
         profile=config.profile, whole=step.whole,
     ) as loop:  # fmt: skip
         del state
@@ -264,6 +263,11 @@ def write(
         hf.save_adapters(policy, *partition(params, all_but_adapters), folder, base_model=config.model)
 
 
+def may_change(config: Config) -> Sequence[str]:
+    """What may when a run is resumed."""
+    return MAY_CHANGE if config.decay == "constant" else MAY_CHANGE[1:]  # a decay goes by the number of steps
+
+
 def check(config: Config, mesh: Mesh | None = None) -> Updates:
     """Refuses settings that are out of range or do not go together."""
     ranges.check(config)
@@ -286,6 +290,7 @@ def check(config: Config, mesh: Mesh | None = None) -> Updates:
         raise ValueError(f"say how the {count} share the work: --mesh fsdp={jax.device_count()}, for instance")
     if mesh is not None:
         sharding.check_rows(mesh, config.prompts_per_step // updates.parts, config.group_size)
+    resuming.check(config, allow=may_change(config))
     return updates
 
 

@@ -24,7 +24,7 @@ from grpo_jax.freezing import bind
 from grpo_jax.models import hf
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
-from grpo_jax.run import digests, inputs, ranges
+from grpo_jax.run import digests, inputs, ranges, resuming
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
 from grpo_jax.statistics import Mean
@@ -33,6 +33,9 @@ from grpo_jax.types import Experience, Params, Rollout
 from grpo_jax.updates import Updates, init_state, jit_learn
 
 Pair = tuple[list[int], list[int]]  # a prompt and its completion
+
+
+MAY_CHANGE = ("save_every", "data", "micro_batches")  # of a run that is resumed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Config(WeightSettings):
 def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     ranges.check(config)
+    resuming.check(config, allow=MAY_CHANGE)
     tokenizer = hf.load_tokenizer(config.model)
     pairs, eos_ids = read(config, tokenizer)
     inputs.check_tokens(config.model, tokenizer, [prompt + completion for prompt, completion in pairs])
@@ -94,7 +98,7 @@ def train(config: Config) -> Params:
     began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs, held_out=held_out)
     state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen)
     del params
-    settings = {"keys": ("loss", "eval/loss", "grad_norm", "length"), "allow": ("save_every", "data", "micro_batches")}
+    settings = {"keys": ("loss", "eval/loss", "grad_norm", "length"), "allow": MAY_CHANGE}
     with run.loop(
         config, state, steps=steps, save_every=config.save_every, digests=began_with, **settings
     ) as loop:  # fmt: skip

@@ -1,5 +1,6 @@
 """Where a run goes on: its newest checkpoint, of the same run, with the metrics of the steps before it."""
 
+import contextlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from grpo_jax import processes
-from grpo_jax.run import checkpoint, digests, metrics
+from grpo_jax.run import checkpoint, digests, metrics, preemption
 from grpo_jax.types import TrainState
 
 SAVED = "saved"  # in the folder of a run that has had a checkpoint
@@ -59,6 +60,28 @@ def newest(
             f"{folder / metrics.METRICS_FILE} lacks {len(gaps)} of the steps before (within {told}): curves have a hole"
         )
     return state, found
+
+
+def check(config: Any, *, allow: Sequence[str] = ()) -> None:
+    """Refuses the folder of a run that is in use, cannot be written to, or was made under other settings.
+
+    `run.loop` does so, too; a script that asks before it loads a model need not wait for that.
+
+    Args:
+      config: with a `run_dir`.
+      allow: settings that may change, as in `run.loop`.
+
+    Raises:
+      OSError: as `preemption.lock`.
+      ValueError: as `checkpoint.check_config`.
+    """
+    if not processes.is_first():
+        return
+    folder = pathlib.Path(config.run_dir)
+    with preemption.lock(folder), contextlib.suppress(checkpoint.CheckpointCorruptError):  # an older one may do
+        if any((folder / "checkpoints").glob("[0-9]*/meta")):
+            _, meta = checkpoint.read_meta(folder / "checkpoints")
+            checkpoint.check_config(meta["config"], metrics.settings(config), allow=("run_dir", *allow))
 
 
 def note_saved(folder: pathlib.Path) -> None:

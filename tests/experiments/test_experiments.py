@@ -471,7 +471,8 @@ def test_a_malformed_line_is_refused_with_its_number(files, tmp_path):
         grpo.train(settings(files, tmp_path / "run", data=tmp_path / "bad.jsonl"))
 
 
-def test_a_finished_run_is_not_trained_on_under_other_settings(finished):
+def test_a_finished_run_is_not_trained_on_under_other_settings(finished, monkeypatch):
+    monkeypatch.setattr(hf, "load_pretrained", lambda *args, **settings: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.01"):
         grpo.train(dataclasses.replace(finished, learning_rate=0.01))
 
