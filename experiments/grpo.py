@@ -218,8 +218,8 @@ def train(config: Config) -> Params:
     keys = ("reward", *(f"reward/{name}" for name in names), "eval/reward", "kl", "entropy", "length")
     with run.loop(
         config, state, steps=config.steps, save_every=config.save_every, allow=may_change(config), keys=keys,
-        digests=began_with, stop_after_skipped=config.stop_after_skipped, tensorboard=config.tensorboard, wandb=config.wandb,
-        profile=config.profile, whole=step.whole,
+        digests=began_with, stop_after_skipped=config.stop_after_skipped, tensorboard=config.tensorboard,
+        wandb=config.wandb, profile=config.profile, whole=step.whole,
     ) as loop:  # fmt: skip
         del state
         more_shapes = config.pack and not config.overlap  # to compile, once the lengths of a batch are known
