@@ -197,10 +197,10 @@ def _received(computation: str, line: str, result: str, kind: str, start: str | 
         math.prod(int(n) for n in dims.split(",") if n) * _WIDTHS.get(dtype, 1 if dtype.startswith("f8") else 4)
         for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", result)
     ]
-    size = max(sizes) if start or kind == "collective-permute" else sum(sizes)
-    n = _group_size(line)
     if kind == "collective-permute":
-        return kind, size
+        return kind, max(sizes)
+    size = max(sizes) if start else sum(sizes)
+    n = _group_size(line)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # as TPUs' programs have it
         return "reduce-scatter", size * (n - 1) / n
     if kind == "reduce-scatter":
@@ -209,15 +209,16 @@ def _received(computation: str, line: str, result: str, kind: str, start: str | 
 
 
 def _group_size(line: str) -> int:
-    """Of the chips that take part, in any of the three ways in which programs write it."""
+    """Of the chips that take part, in any of the ways in which programs write it."""
     if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):  # {{0,1},{2,3}}
         return groups[1].count(",") + 1
     if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):  # [2,2]<=[4]
         return int(groups[1])
-    if groups := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):  # mesh['a'=2,'b'=2] {'b'}
+    # mesh['a'=2,'b'=2] {'b'}, and mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'} where their order is another
+    if groups := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", line):
         sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", groups[2]))
-    return 1
+    raise ValueError(f"the chips that take part are not told in a form that is known: {line.strip()[:300]}")
 
 
 def table(name: str, need: Need, chip: Chip) -> str:

@@ -20,6 +20,7 @@ HLO = """\
 
 %body (state: (s32[], bf16[16,32])) -> (s32[], bf16[16,32]) {
   %gathered = bf16[64,32]{1,0:T(8,128)} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %others = f32[8]{0} all-gather(%z), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, dimensions={0}
   %scattered = bf16[16,32]{1,0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter.1
 }
 
@@ -38,10 +39,16 @@ ENTRY %main (x: bf16[16,32]) -> bf16[16,32] {
 def test_collectives_are_counted_as_often_as_their_loops_turn():
     found = chips.collectives(types.SimpleNamespace(as_text=lambda: HLO))
     assert found == {
-        "all-gather": (5, 5 * 64 * 32 * 2 * 3 / 4),
+        "all-gather": (10, 5 * 64 * 32 * 2 * 3 / 4 + 5 * 32 / 2),
         "reduce-scatter": (5, 5 * 64 * 32 * 2 * 3 / 4),
         "all-reduce": (1, 36 * 2 * 3 / 4),
     }
+
+
+def test_groups_of_chips_in_a_form_that_is_not_known_are_no_groups_of_one():
+    text = HLO.replace("replica_groups=[2,4]<=[8]", "replica_groups=all")
+    with pytest.raises(ValueError, match=r"not told in a form that is known: %total = .* replica_groups=all"):
+        chips.collectives(types.SimpleNamespace(as_text=lambda: text))
 
 
 def test_products_are_counted_through_loops_and_recomputation():
