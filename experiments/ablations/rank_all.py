@@ -3,7 +3,7 @@
 python experiments/ablations/rank_all.py --estimate     # how long each takes here
 python experiments/ablations/rank_all.py                # killed, the same command goes on where it was
 
-What came of it: `experiments/README.md`.
+They have no results yet.
 """
 
 import advantages

@@ -97,7 +97,7 @@ class Config:
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # of --rank
     rate_seeds: int = 8  # that choose the rates
     rank_seeds: int = 32  # that compare
-    rank_steps: int = 60  # of a run under --rank
+    rank_steps: int = 48  # of a run under --rank
     rank_evaluations: int = 4  # of a run under --rank, greedy and of half the problems
     estimate: bool = False  # of --rank: measure a chunk of each program, say how long all of it will take, and end
 

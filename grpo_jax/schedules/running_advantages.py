@@ -76,7 +76,8 @@ def spo(
     with `D[i]` how far the policy has moved since it saw a prompt of the baseline last (SPO, arXiv:2509.13232). The
     divergence between those two policies would take the older one's log-probs of the new completions, and so its
     weights. `D` is the length of the path between them: the divergence that each step made on its own batch
-    (`movement.make_movement`), summed over the steps.
+    (`movement.make_movement`), summed over the steps. Where a batch is sampled ahead of an update, as by `run.overlap`,
+    its divergence spans two updates, and the path counts each of them twice.
 
     Args:
       of_row: as `of_rows` makes it.
