@@ -13,9 +13,11 @@ with open files named by their numbers and limits as JSON in the last argument.
 
 import ast
 import builtins
+import collections
 import contextlib
 import ctypes
 import functools
+import importlib
 import itertools
 import json
 import operator
@@ -120,13 +122,43 @@ def confine(memory: int, output: int, seconds: int) -> None:
 
 
 class NotPlain(TypeError):
-    """A value that is not made of numbers, text, bytes, lists, tuples, sets and dictionaries."""
+    """A value that is not plain data."""
 
 
-def pack(value: Any, keep: Callable[[Any], int]) -> Any:
-    """Plain data as what JSON can hold; of what else is in it, the number that `keep` gives it.
+# Classes of the standard library whose values are plain data: their modules, how a value is told in other plain data,
+# and how it is made again. (A datetime is a date, so that it comes first.)
+CLASSES: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    "Fraction": ("fractions", lambda value: (value.numerator, value.denominator), lambda kind, told: kind(*told)),
+    "Decimal": ("decimal", str, lambda kind, told: kind(told)),
+    "datetime": ("datetime", lambda value: value.isoformat(), lambda kind, told: kind.fromisoformat(told)),
+    "date": ("datetime", lambda value: value.isoformat(), lambda kind, told: kind.fromisoformat(told)),
+    "time": ("datetime", lambda value: value.isoformat(), lambda kind, told: kind.fromisoformat(told)),
+    "timedelta": (
+        "datetime",
+        lambda value: (value.days, value.seconds, value.microseconds),
+        lambda kind, told: kind(*told),
+    ),
+    "deque": ("collections", lambda value: (list(value), value.maxlen), lambda kind, told: kind(*told)),
+    "range": ("builtins", lambda value: (value.start, value.stop, value.step), lambda kind, told: kind(*told)),
+}
+VIEWS: dict[str, tuple[Any, Callable[[list[Any]], Any]]] = {
+    "keys": (type({}.keys()), lambda items: dict.fromkeys(items).keys()),
+    "values": (type({}.values()), lambda items: dict(enumerate(items)).values()),
+    "items": (type({}.items()), lambda items: dict(items).items()),
+}
 
-    Subclasses lose their class: a `Counter` arrives as a dictionary.
+
+@functools.lru_cache(maxsize=64)
+def _named_tuple(name: str, *fields: str) -> type:
+    return collections.namedtuple(name, fields)  # it refuses what is no name
+
+
+def pack(value: Any, keep: Callable[[Any], Any]) -> Any:
+    """Plain data as what JSON can hold; of what else is in it, what `keep` gives for it, such as a number.
+
+    Plain data are numbers (also `Fraction` and `Decimal`), text, bytes, dates and times, lists, tuples (also named
+    ones), sets, dictionaries and their views, ranges and deques. Subclasses lose their class: a `Counter` arrives as a
+    dictionary.
     """
     if value is None or type(value) is bool:
         return value
@@ -140,15 +172,24 @@ def pack(value: Any, keep: Callable[[Any], int]) -> Any:
         return {"complex": [value.real, value.imag]}
     if isinstance(value, dict):
         return {"dict": [[pack(k, keep), pack(v, keep)] for k, v in value.items()]}
+    if isinstance(value, tuple) and (fields := getattr(value, "_fields", None)):
+        return {"named": [type(value).__name__, list(map(str, fields)), [pack(item, keep) for item in value]]}
     for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
             items = [pack(item, keep) for item in value]
             return items if kind is list else {kind.__name__: items}
+    for name, (module, tell, _) in CLASSES.items():
+        # A value's module is loaded.
+        if isinstance(value, getattr(sys.modules.get(module), name, ())):
+            return {name: pack(tell(value), keep)}
+    for name, (view, _) in VIEWS.items():
+        if isinstance(value, view):
+            return {name: [pack(item, keep) for item in value]}
     return {"coroutine" if isinstance(value, types.CoroutineType) else "object": keep(value)}
 
 
-def unpack(value: Any, get: Callable[[int], Any]) -> Any:
-    """The value that `pack` was given, with `get(number)` for what was kept."""
+def unpack(value: Any, get: Callable[[Any], Any]) -> Any:
+    """The value that `pack` was given, with `get` of what `keep` gave."""
     if isinstance(value, list):
         return [unpack(item, get) for item in value]
     if not isinstance(value, dict):
@@ -166,6 +207,13 @@ def unpack(value: Any, get: Callable[[int], Any]) -> Any:
         return complex(*content)
     if kind == "dict":
         return {unpack(k, get): unpack(v, get) for k, v in content}
+    if kind == "named":
+        return _named_tuple(content[0], *content[1])(*(unpack(item, get) for item in content[2]))
+    if kind in CLASSES:
+        module, _, make = CLASSES[kind]
+        return make(getattr(importlib.import_module(module), kind), unpack(content, get))
+    if kind in VIEWS:
+        return VIEWS[kind][1]([unpack(item, get) for item in content])
     return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](unpack(item, get) for item in content)
 
 
@@ -191,6 +239,13 @@ def program(source: str) -> None:
     exec(compile(source, "program.py", "exec"), vars(module))
 
 
+def _leave(value: Any, name: str | None, message: str) -> None:
+    """Ends a `with` block of the tests, with the exception that ended it."""
+    kind = getattr(builtins, name or "", Exception)
+    error = None if name is None else kind(message) if isinstance(kind, type) else Exception(message)
+    value.__exit__(None if error is None else type(error), error, None)
+
+
 def subject(source: str) -> None:
     """Runs the code, then does what the tests request, one request a line. Ends if the code does."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -210,25 +265,60 @@ def subject(source: str) -> None:
         "list": lambda value: list(itertools.islice(value, ITEM_LIMIT)),
         "length": len,
         "truth": bool,
+        "text": str,
+        "description": repr,
+        "hash": hash,
+        "next": lambda value: list(itertools.islice(value, 1)),
+        "operate": lambda name, one, other: getattr(operator, name)(one, other),
+        "instance": isinstance,
+        "subclass": issubclass,
+        "set attribute": setattr,
+        "set item": operator.setitem,
+        "delete item": operator.delitem,
+        "enter": lambda value: value.__enter__(),
+        "exit": _leave,
         "await": _waited_for,
     }
 
-    def keep(value: Any) -> int:
-        objects.append(value)
-        return len(objects) - 1
+    numbers: dict[int, int] = {}  # by identities, which stay as long as the objects do
+
+    def keep(value: Any) -> Any:
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return lineage(value)
+        if id(value) not in numbers:
+            numbers[id(value)] = len(objects)
+            objects.append(value)
+        return numbers[id(value)]
+
+    def told_of(told: Any) -> Any:
+        return getattr(builtins, told["builtin"]) if isinstance(told, dict) else objects[told]
+
+    def lineage(kind: type[BaseException]) -> dict[str, Any]:
+        """Of an exception's class, the names of all classes that it derives from, and which of them are the code's."""
+        own = [cls for cls in kind.__mro__ if cls.__module__ != "builtins"]
+        for cls in own:
+            if id(cls) not in numbers:
+                numbers[id(cls)] = len(objects)
+                objects.append(cls)
+        names = [cls.__name__ for cls in kind.__mro__]
+        return {"names": names, "own": [[numbers[id(cls)], cls.__name__] for cls in own]}
 
     for line in requests:
         try:
             request = json.loads(line)
-            value = operations[request["do"]](*unpack(request["with"], objects.__getitem__))
+            value = operations[request["do"]](*unpack(request["with"], told_of))
             reply = {"value": pack(value, keep)}
         except Exception as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__]
-            reply = {"raised": kinds, "message": str(error)[:1000]}
+            reply = {"raised": lineage(type(error)), "error": keep(error), "message": str(error)[:1000]}
         line = json.dumps(reply).encode() + b"\n"
         if len(line) > LINE_LIMIT:
             message = f"a result of {len(line)} bytes is above the limit of {LINE_LIMIT}"
-            line = json.dumps({"raised": ["OverflowError"], "message": message, "refused": message}).encode() + b"\n"
+            line = (
+                json.dumps(
+                    {"raised": {"names": ["OverflowError"], "own": []}, "message": message, "refused": message}
+                ).encode()
+                + b"\n"
+            )
         replies.write(line)
         replies.flush()
 
@@ -247,6 +337,7 @@ class Subject:
         self.replies, self.requests = replies, requests
         self.asked = self.gone = self.unusable = False
         self.refused = ""  # why a result did not come
+        self.kinds: dict[int, type[Exception]] = {}  # the code's exceptions, by the numbers of their classes
 
     def read(self) -> Any:
         line = self.replies.readline(LINE_LIMIT)
@@ -255,7 +346,7 @@ class Subject:
         return json.loads(line)
 
     def ask(self, what: str, *arguments: Any) -> Any:
-        packed = pack(arguments, self._number_of)
+        packed = pack(arguments, self._told)
         self.asked = True
         try:
             if self.gone:
@@ -263,19 +354,50 @@ class Subject:
             self.requests.write(json.dumps({"do": what, "with": packed}).encode() + b"\n")
             self.requests.flush()
             reply = self.read()
-            value = unpack(reply.get("value"), lambda number: Remote(self, number))
-            raised, message = [str(kind) for kind in reply.get("raised", [])], str(reply.get("message", ""))
+            value = unpack(reply.get("value"), self._object)
+            error = self._raised(reply) if "raised" in reply else None
             self.refused = str(reply.get("refused", self.refused))
         except BaseException as error:  # a closed pipe, or whatever else than an answer it wrote
             self.gone = True
             raise Gone from error
-        if raised:
-            raise _usual(raised)(message)
+        if error is not None:
+            raise error
         return value
 
-    def _number_of(self, value: Any) -> int:
+    def _object(self, told: Any) -> Any:
+        return self._kind(told) if isinstance(told, dict) else Remote(self, told)
+
+    def _kind(self, lineage: Mapping[str, Any]) -> type[Exception]:
+        """The class that stands for a class of the code's exceptions: the same one each time, so that it catches."""
+        kind = _usual([str(name) for name in lineage["names"]])
+        for number, name in reversed(lineage["own"]):
+            if number not in self.kinds:
+                self.kinds[int(number)] = type(str(name), (kind,), {"__getattr__": _attribute_of})
+            kind = self.kinds[number]
+        return kind
+
+    def _raised(self, reply: Mapping[str, Any]) -> Exception:
+        error = self._kind(reply["raised"])(str(reply.get("message", "")))
+        vars(error)["_remote"] = Remote(self, reply["error"]) if "error" in reply else None
+        return error
+
+    def _told(self, value: Any) -> Any:
+        """How the code is told of an object of its own, or of a builtin exception.
+
+        All that it can have sent is among them, or its answer could make tests unusable.
+        """
+        if isinstance(value, Exception):
+            value = vars(value).get("_remote") or value
+        if isinstance(value, types.CoroutineType) and value.cr_code is _awaited.__code__:
+            if value.cr_frame is None:
+                raise NotPlain("a coroutine that was waited for")
+            value = value.cr_frame.f_locals["remote"]
         if isinstance(value, Remote):
             return int(vars(value)["_number"])
+        if isinstance(value, type) and issubclass(value, Exception):
+            own = [number for number, kind in self.kinds.items() if kind is value]
+            if own or getattr(builtins, value.__name__, None) is value:
+                return own[0] if own else {"builtin": value.__name__}
         self.unusable = True
         raise NotPlain(f"a {type(value).__name__} cannot be passed from the tests to the code")
 
@@ -283,20 +405,31 @@ class Subject:
 def _usual(names: Sequence[str]) -> type[Exception]:
     """The builtin exception that an exception of the code is: its class, or the first of its bases that is one.
 
-    RuntimeError for other classes, and for StopIteration: it would end an iteration of the tests early, with success.
+    RuntimeError for StopIteration: it would end an iteration of the tests early, with success.
     """
     usual = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError)
     for name in names:
         kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, (*usual, ValueError)):
             return kind
-    return Exception if names[0] == "Exception" else RuntimeError
+    return RuntimeError if {"StopIteration", "StopAsyncIteration"} & set(names) else Exception
+
+
+def _attribute_of(error: Exception, name: str) -> Any:
+    """An attribute that an exception of the code has there."""
+    remote = vars(error).get("_remote")
+    if name.startswith("__") or remote is None:
+        raise AttributeError(name)
+    return getattr(remote, name)
 
 
 class Remote:
-    """An object of the code that is not plain data: it can be called, iterated over, and has attributes and items.
+    """An object of the code that is not plain data: the code is asked whatever the tests do with it.
 
-    Comparisons are the tests' own, by identity; an object that says that it equals everything is not asked.
+    But for what would let an object pass tests whose answer it does not know, by what it is compared with. Operators
+    and comparisons with plain data are not passed on: an object equals none. Those of two objects of the code are,
+    since it could as well have returned equal data; `!=` is `not ==`, so that it does not know what is wished. `in`
+    goes through the items, and a `with` block never holds up an exception.
     """
 
     def __init__(self, subject: Subject, number: Any) -> None:
@@ -313,6 +446,15 @@ class Remote:
     def __getitem__(self, key: Any) -> Any:
         return self._subject.ask("item", self, key)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._subject.ask("set item", self, key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._subject.ask("delete item", self, key)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._subject.ask("set attribute", self, name, value)
+
     def __iter__(self) -> Any:
         return iter(self._subject.ask("list", self))
 
@@ -321,6 +463,46 @@ class Remote:
 
     def __bool__(self) -> bool:
         return self._subject.ask("truth", self)
+
+    def __next__(self) -> Any:
+        for item in self._subject.ask("next", self):
+            return item
+        raise StopIteration
+
+    def __str__(self) -> str:
+        return self._subject.ask("text", self)
+
+    def __repr__(self) -> str:
+        return self._subject.ask("description", self)
+
+    def __hash__(self) -> int:
+        return self._subject.ask("hash", self)
+
+    def __eq__(self, other: Any) -> Any:
+        return self._subject.ask("operate", "eq", self, other) if isinstance(other, Remote) else NotImplemented
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, Remote) and self._subject.ask("instance", instance, self)
+
+    def __subclasscheck__(self, subclass: Any) -> bool:
+        return isinstance(subclass, Remote) and self._subject.ask("subclass", subclass, self)
+
+    def __enter__(self) -> Any:
+        return self._subject.ask("enter", self)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        self._subject.ask("exit", self, kind and kind.__name__, str(error or ""))
+
+
+def _between_two(name: str) -> Callable[[Remote, Any], Any]:
+    def operate(one: Remote, other: Any) -> Any:
+        return vars(one)["_subject"].ask("operate", name, one, other) if isinstance(other, Remote) else NotImplemented
+
+    return operate
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lt", "le"):
+    setattr(Remote, f"__{_name.strip('_')}__", _between_two(_name))
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -66,11 +66,15 @@ def python_tests(
     Python run in a sandbox of their own, and call the code's functions through a pipe that
     carries plain data. So there is no result that the code could write, no checker that it
     could patch, no expected value that it could read, and ending the process early passes
-    nothing. The price: what tests pass to the code is plain data (numbers, text, bytes,
-    lists, tuples, sets, dictionaries) and copied, so that changes of an argument in place are not seen;
-    what the code returns is plain data too, or an object that can be called, iterated over, indexed
-    and asked for attributes, but equals nothing. An exception of the code arrives as the first builtin class
-    that it is or derives from. A result of more than 1 MiB is refused: its test fails, and a warning says why.
+    nothing. The price: what tests pass to the code is plain data (numbers, `Fraction` and `Decimal`, text, bytes, dates
+    and times, lists, tuples, sets, dictionaries and their views, ranges, deques) and copied, so that changes of an
+    argument in place are not seen. What the code returns is plain data too, or an object which the code is asked
+    about: it can be called, iterated over, indexed, changed, printed, awaited, entered by `with`, asked for attributes
+    and by `isinstance` for a class of the code's, and compared and computed with other objects of the code. With plain
+    data it is not: it equals none, has no order, and nothing is added to it, or an object could agree with whatever it
+    is compared with; so code whose objects are tested by `Vector(1, 2) * 3` gets 0. `in` goes through its items. An
+    exception arrives as its class, with the builtin class that it derives from. A result of more than 1 MiB is
+    refused: its test fails, and a warning says why.
 
     The sandbox is bubblewrap's (`sandbox.bubblewrap`): no network, a read-only system, no
     environment, no `/proc`, a `/tmp` of 32 MiB. Of the kernel a process gets `memory` bytes of

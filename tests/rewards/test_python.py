@@ -133,6 +133,35 @@ class Stack:
 def top(stack): return stack[-1]
 def mixed(): return [Stack([1]), {"a": (Stack([2]), 3)}]
 async def later(x): return x
+class TooBig(ValueError):
+    def __init__(self, size): super().__init__(f"{size} is too big"); self.size = size
+def fit(size): raise TooBig(size)
+class Vector:
+    def __init__(self, *xs): self.xs, self.open = xs, False
+    def __eq__(self, other): return isinstance(other, Vector) and self.xs == other.xs
+    def __hash__(self): return hash(self.xs)
+    def __add__(self, other): return Vector(*map(sum, zip(self.xs, other.xs)))
+    def __lt__(self, other): return self.xs < other.xs
+    def __str__(self): return f"<{self.xs}>"
+    def __enter__(self): self.open = True; return self
+    def __exit__(self, *error): self.open = False; return True
+    def __setitem__(self, i, x): self.xs = self.xs[:i] + (x,) + self.xs[i + 1 :]
+    def __iter__(self): return iter(self.xs)
+def kept(view): return view
+def caught(f, kind):
+    try: f(1)
+    except kind: return True
+class Liar:
+    xs = ()
+    def __eq__(self, other): return True
+    __lt__ = __gt__ = __le__ = __ge__ = __contains__ = __eq__
+    def __sub__(self, other): return 0
+    __rsub__ = __sub__
+    def __iter__(self): return iter(())
+    def __enter__(self): return self
+    def __exit__(self, *error): return True
+def lie(*_): return Liar()
+def kind(*_): return ValueError
 def big(): return 7**5000
 def main(): print("not part of the verdict")
 main()
@@ -153,7 +182,7 @@ PASS = {
     "a value": "assert LIMIT == 10",
     "an exception": "try:\n    gcd(-1, 2)\nexcept ValueError as e:\n    caught = str(e)\nassert caught == 'negative'",
     "other exceptions": "def kind(f):\n    try: f()\n    except Exception as e: return type(e).__name__\n"
-    "assert kind(boom) == 'LookupError' and kind(own) == 'RuntimeError'",
+    "assert kind(boom) == 'LookupError' and kind(own) == 'Own'",
     "a subclass of an exception": "try: sub()\nexcept ValueError as e: caught = str(e)\nassert caught == 'low'",
     "everything from solution": "from solution import *\nassert gcd(12, 18) == 6\nassert LIMIT == 10",
     "unittest": "import unittest\nfrom solution import gcd\nclass T(unittest.TestCase):\n"
@@ -181,13 +210,34 @@ PASS = {
     "assert asyncio.run(later(4)) == 4",
     "unittest's async tests": "import unittest\nclass T(unittest.TestCase):\n"
     "    async def test_gcd(self): self.assertEqual(gcd(12, 18), 6)\n",
+    "two objects": "assert Vector(1, 2) + Vector(3, 4) == Vector(4, 6) != Vector(4, 7)\n"
+    "assert Vector(1) < Vector(2) and Vector(1) in {Vector(1)} and Vector(1) in [Vector(1)] and Vector(1) != (1,)\n"
+    "assert str(Vector(1)) == f'{Vector(1)}' == '<(1,)>'\n"
+    "assert isinstance(Vector(1), Vector) and not isinstance(1, Vector)",
+    "objects that are changed": "v = Vector(1, 2)\nv[0] = 3\nassert v == Vector(3, 2)\nv.xs = (5,)\nassert 5 in v",
+    "a with block": "with Vector(1) as v: assert v.open\nassert not v.open",
+    "an iterator's next": "e = evens()\nassert [next(e), next(e)] == [0, 2]\nassert next(upto(0), 7) == 7",
+    "an exception of its own": "import unittest\ntry: fit(3)\nexcept TooBig as e: caught_it = str(e), e.size\n"
+    "assert caught_it == ('3 is too big', 3) and issubclass(TooBig, ValueError)\nclass T(unittest.TestCase):\n"
+    "    def test_fit(self):\n        with self.assertRaises(TooBig): fit(1)\n",
+    "exceptions as arguments": "assert caught(fit, ValueError) and caught(fit, TooBig) and kept(kind()) is ValueError",
+    "a named tuple's fields": "p = point()\nassert p.x == 1 and p._asdict() == {'x': 1, 'y': 2} and kept(p).y == 2",
     "one that prints": "assert gcd(12, 18) == 6; print('passed 0')",
 }
 DATA = [
     "None", "True", "-3", "2**70", "1.5", "float('inf')", "'é\\n\\x00'", "b'\\xff'", "1j", "[]", "[1, [2, ()]]", "(1,)",
     "{1: 'a', (2, 3): [4]}", "{1, 2}", "set()", "frozenset({1})", "{'tuple': [1]}", "{'a': None}", "'\\ud800'",
+    "[Fraction(1, 3), Decimal('1.10'), range(1, 9, 2), collections.deque([1, 2], 3)]", "{1: 2}.keys()",
+    "[dt.date(2024, 2, 29), dt.datetime(2024, 2, 29, 1, 2, 3), dt.time(1), dt.timedelta(1, 2)]", "{1: 2}.items()",
+    "dt.datetime(2024, 1, 1, tzinfo=dt.UTC)",
 ]  # fmt: skip
-PASS |= {f"echo of {data}": f"assert echo({data}) == {data} and type(echo({data})) is type({data})" for data in DATA}
+
+
+def test_plain_data_pass_between_tests_and_code(shared):
+    imports = "import collections, datetime as dt\nfrom fractions import Fraction\nfrom decimal import Decimal\n"
+    equal = "def same(x): y = echo(x); assert y == x and type(y) is type(x) and repr(y) == repr(x), x\n"
+    tests = imports + equal + "\n".join(f"same({data})" for data in DATA)
+    assert shared(["?"], [GCD], tests=[tests]) == [1.0]
 
 
 @pytest.mark.parametrize("case", PASS)
@@ -225,6 +275,15 @@ FAIL = {
     "a loop of asserts": "assert gcd(1, 2) == 1\nfor n in (12, 18):\n    assert gcd(n, 6) == 5",
     "asserts behind a guard": "assert gcd(1, 2) == 1\nif __name__ == '__main__':\n    assert gcd(12, 18) == 5",
     "a loop of checks": "def check(n): assert gcd(n, 6) == n\nassert gcd(1, 2) == 1\nfor n in (6, 7): check(n)",
+    "a liar's equality": "assert lie(1) == 1",
+    "a liar's order": "assert lie(1) > 0",
+    "a liar's difference": "assert abs(lie(2) - 1.4) < 0.1",
+    "a liar's items": "assert 3 in lie(1)",
+    "a liar's with block": "with lie(1) as x: assert x == 3",
+    "odd objects as arguments": "assert gcd(lie(), 3) == 1",
+    "a class as argument": "assert gcd(kind(), 3) == 1",
+    "a coroutine as argument": "assert gcd(later(1), 3) == 1",
+    "an exception as argument": "try: boom()\nexcept Exception as e: assert gcd(e, 3) == 1",
     "leaving": "import sys\nassert gcd(12, 18) == 6\nsys.exit(0)",
 }
 
