@@ -57,6 +57,8 @@ class Policy(NamedTuple):
       gather_rows: `(cache, rows [N]) -> cache` of those of its `B` rows, in that order.
       compact: `(cache, ends [B, G]) -> cache` that keeps of each row the tokens at positions before its end, in
         order, in its first columns; writing goes on after the longest row.
+      for_decoding: `params -> params`, of `cast`'s result, in the form that `extend` reads fastest with a cache, token
+        by token; made once a rollout, after `prefill`, which does not take that form.
       by_rows: makes of `f(params, of_rows, *others)` the function that computes it on each device for the rows `[B, G]`
         there; `f` may call `unembed` and nothing else of the policy. Only a policy of several devices has one.
       extend_routed: `extend` of a policy with experts, else None; returns `Routes` as a third. With `given
@@ -75,6 +77,7 @@ class Policy(NamedTuple):
     reset_rows: Callable[[Cache, Array], Cache]
     gather_rows: Callable[[Cache, Array], Cache]
     compact: Callable[[Cache, Array], Cache]
+    for_decoding: Callable[[Params], Params] = lambda params: params
     by_rows: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
     extend_routed: Callable[..., tuple[Array, Cache, Any]] | None = None
 
@@ -176,6 +179,7 @@ def within(policy: Policy, name: str) -> Policy:
     return policy._replace(
         init=lambda key: {name: policy.init(key)},
         cast=lambda params: {name: policy.cast(params[name])},
+        for_decoding=lambda params: {name: policy.for_decoding(params[name])},
         prefill=at_name(policy.prefill),
         extend=at_name(policy.extend),
         extend_routed=None if policy.extend_routed is None else at_name(policy.extend_routed),

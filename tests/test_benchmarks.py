@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import (
     cells,
+    decode,
     first_steps,
     floor,
     gpu,
@@ -284,6 +285,51 @@ def test_first_steps_count_every_second_and_are_compared_in_mean_and_in_the_stea
     assert plain == ["W3", "plain", "3", "3.67", "1.00", "1.09x", "4.00x", "2.0", "300", "3"]
     assert trl == ["W3", "trl", "3", "4.00", "4.00", "1.00x", "1.00x", "8.0", "200", ""]
     assert floor_row[-2:] == ["", ""]
+
+
+COMPILED = """
+HloModule jit_f
+%copied (p.1: f32[2,64,64], n.1: s32[]) -> f32[64,64] {
+  %p.1 = f32[2,64,64]{2,1,0} parameter(0)
+  %n.1 = s32[] parameter(1)
+  %slice.1 = f32[1,64,64]{2,1,0} dynamic-slice(%p.1, %n.1), dynamic_slice_sizes={1,64,64}
+  ROOT %bitcast.1 = f32[64,64]{1,0} bitcast(%slice.1)
+}
+%written (p.2: f32[9,64], new.2: f32[1,64], n.2: s32[]) -> f32[9,64] {
+  %p.2 = f32[9,64]{1,0} parameter(0)
+  %new.2 = f32[1,64]{1,0} parameter(1)
+  %n.2 = s32[] parameter(2)
+  ROOT %update.2 = f32[9,64]{1,0} dynamic-update-slice(%p.2, %new.2, %n.2)
+}
+%of_layer (a.3: (s32[], f32[2,64,64], f32[1,64])) -> (s32[], f32[2,64,64], f32[1,64]) {
+  %a.3 = (s32[], f32[2,64,64]{2,1,0}, f32[1,64]{1,0}) parameter(0)
+  %n.3 = s32[] get-tuple-element(%a.3), index=0
+  %w.3 = f32[64,64]{1,0} fusion(%a.3, %n.3), kind=kLoop, calls=%copied
+  %dot.3 = f32[1,64]{1,0} dot(%x.3, %w.3), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %tuple.3 = (s32[], f32[2,64,64]{2,1,0}, f32[1,64]{1,0}) tuple(%n.3, %w.3, %dot.3)
+}
+%of_token (a.4: (s32[], f32[9,64])) -> (s32[], f32[9,64]) {
+  %a.4 = (s32[], f32[9,64]{1,0}) parameter(0)
+  %while.4 = (s32[], f32[1,64]{1,0}) while(%a.4), body=%of_layer, backend_config={"known_trip_count":{"n":"2"}}
+  %cache.4 = f32[9,64]{1,0} fusion(%a.4, %x.4, %n.4), kind=kLoop, calls=%written
+  ROOT %tuple.4 = (s32[], f32[9,64]{1,0}) tuple(%a.4, %cache.4)
+}
+ENTRY %main.5 (x.5: f32[9,64]) -> f32[9,64] {
+  %x.5 = f32[9,64]{1,0} parameter(0)
+  %while.5 = (s32[], f32[9,64]{1,0}) while(%x.5), condition=%ended, body=%of_token
+  ROOT %out.5 = f32[9,64]{1,0} get-tuple-element(%while.5), index=1
+}
+"""  # as XLA writes a program, cut down
+
+
+def test_operations_of_a_decode_step_are_counted_with_the_turns_of_the_loops_inside():
+    assert decode.operations(COMPILED) == {
+        "copies of weights, keys and values": (2, 2 * 64 * 64 * 4),
+        "matrix products": (2, 2 * 64 * 4),
+        "writing into the cache and records": (1, 64 * 4),  # a column, not the cache
+    }
+    told = decode.of_operations({"loop": decode.operations(COMPILED)})
+    assert "| all | 5 | 0.03 |" in told
 
 
 def test_settings_are_compared_by_their_fastest_step():

@@ -1,5 +1,6 @@
 """Any network behind `from_logits_fn` is sampled, scored and differentiated as it is without it."""
 
+import dataclasses
 import functools
 
 import chex
@@ -10,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from grpo_jax import sampling
+from grpo_jax import models, sampling
 from grpo_jax.losses import grpo
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.rewards import traced
@@ -77,7 +78,10 @@ def whole_decoder(params, tokens, mask):
 NETWORKS = {"plain JAX": (causal_mean, causal_mean_init), "flax.nnx": (transformer, transformer_init)}
 POLICIES = {name: from_logits_fn(f, init=init) for name, (f, init) in NETWORKS.items()}
 every_network = pytest.mark.parametrize("name", NETWORKS)
-every_policy = pytest.mark.parametrize("policy", [*POLICIES.values(), DECODER], ids=[*POLICIES, "decoder"])
+IN_A_LOOP = models.decoder(dataclasses.replace(DECODER.config, layers_apart=False))
+every_policy = pytest.mark.parametrize(
+    "policy", [*POLICIES.values(), DECODER, IN_A_LOOP], ids=[*POLICIES, "decoder", "decoder in a loop"]
+)
 
 
 @functools.cache

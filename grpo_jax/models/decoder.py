@@ -31,9 +31,9 @@ class PromptCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the completions so far."""
+    """Keys and values of the completions so far; of all layers together, or of each apart, see `_apart`."""
 
-    layers: KeyValues  # [L, B, G, C, K, h]
+    layers: KeyValues | list[KeyValues]  # [L, B, G, C, K, h], or L times [B, G, K, C, h]
     positions: Array  # [B, G, C] int32, -1 where empty
     column: Array  # [] int32, the next to be written
 
@@ -105,12 +105,15 @@ class Attention(nn.Module):
         self,
         x: Array,
         cache: tuple[KeyValues, Array] | None,
-        layer: Array,
+        layer: Array | None,
         prompt: KeyValues | None,
         mask_inputs: MaskInputs,
         rotation: tuple[Array, Array],
     ) -> tuple[Array, KeyValues | None, KeyValues]:
-        """Reads `x [B, G, S, D]`; returns the output, the cache of all layers and the new keys and values."""
+        """Reads `x [B, G, S, D]`; returns the output, the cache and the new keys and values.
+
+        The cache is of all layers, of which this one is `layer`; or of this layer alone, and `layer` is None.
+        """
         c = self.config
         heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
         rows = _rows(c, x)
@@ -132,18 +135,7 @@ class Attention(nn.Module):
         own = new = KeyValues(key, value)
         stored = None
         if cache is not None:
-            stored, column = cache
-            start = (layer, 0, 0, column, 0, 0)
-            size = (1, *mask_inputs.own.shape, *key.shape[-2:])
-            stored = jax.tree.map(
-                lambda all_layers, update: jax.lax.dynamic_update_slice(
-                    all_layers, update[None].astype(all_layers.dtype), start
-                ),
-                stored,
-                new,
-            )
-            read = functools.partial(jax.lax.dynamic_slice, start_indices=(layer, 0, 0, 0, 0, 0), slice_sizes=size)
-            own = jax.tree.map(lambda all_layers: read(all_layers)[0].astype(key.dtype), stored)
+            stored, own = _written(*cache, layer, new, mask_inputs.own.shape[-1])
 
         options: dict[str, Any] = {}
         if c.attention_soft_cap is not None:
@@ -155,6 +147,27 @@ class Attention(nn.Module):
         out = _rows(c, out.reshape(*x.shape[:-1], c.num_heads * c.head_dim))
         out = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(out)
         return out.reshape(x.shape), stored, new
+
+
+def _written(
+    stored: KeyValues, column: Array, layer: Array | None, new: KeyValues, columns: int
+) -> tuple[KeyValues, KeyValues]:
+    """The cache with new keys and values from a column on, and what it holds in its first `columns`."""
+
+    def of_all_layers(held: Array, update: Array) -> tuple[Array, Array]:
+        assert layer is not None
+        held = jax.lax.dynamic_update_slice(held, update[None].astype(held.dtype), (layer, 0, 0, column, 0, 0))
+        size = (1, *held.shape[1:3], columns, *held.shape[4:])
+        return held, jax.lax.dynamic_slice(held, (layer, 0, 0, 0, 0, 0), size)[0].astype(update.dtype)
+
+    def of_this_layer(held: Array, update: Array) -> tuple[Array, Array]:
+        update = update.swapaxes(2, 3)
+        held = jax.lax.dynamic_update_slice(held, update.astype(held.dtype), (0, 0, 0, column, 0))
+        return held, held[:, :, :, :columns].swapaxes(2, 3).astype(update.dtype)
+
+    write = of_this_layer if layer is None else of_all_layers
+    keys, values = write(stored.keys, new.keys), write(stored.values, new.values)
+    return KeyValues(keys[0], values[0]), KeyValues(keys[1], values[1])
 
 
 class MLP(nn.Module):
@@ -244,7 +257,7 @@ class Mixture(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; the cache of all layers rides in the carry, which is updated in place."""
+    """One layer; its cache, or that of all layers, rides in the carry, which is updated in place."""
 
     config: DecoderConfig
 
@@ -252,7 +265,7 @@ class Block(nn.Module):
     def __call__(
         self,
         carry: tuple[Array, KeyValues | None],
-        layer: Array,
+        layer: Array | None,
         prompt: KeyValues | None,
         window: Array | None,
         which_rotation: Array | None,
@@ -349,11 +362,11 @@ class Decoder(nn.Module):
         tokens: Array,
         mask_inputs: MaskInputs,
         prompt: KeyValues | None,
-        stored: KeyValues | None,
+        stored: KeyValues | list[KeyValues] | None,
         column: Array | None,
         given: Array | None = None,
         counted: Array | None = None,
-    ) -> tuple[Array, KeyValues | None, KeyValues, Routed | None]:
+    ) -> tuple[Array, KeyValues | list[KeyValues] | None, KeyValues, Routed | None]:
         """Hidden states `[B, G, S, D]`, the updated cache, and keys, values and routes of every layer.
 
         By the experts `given [L, B, G, S, k]`, if any.
@@ -367,19 +380,27 @@ class Decoder(nn.Module):
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, c.dtype)
         rotations, which_rotation = _rotations(c, mask_inputs.queries)
-        (x, stored), (new, routed) = self.layers(
-            (x, stored),
-            jnp.arange(c.num_layers),
-            prompt,
-            windows,
-            which_rotation,
-            given,
-            mask_inputs,
-            rotations,
-            column,
-            counted,
-        )
+        of_layers = (prompt, windows, which_rotation, given)
+        of_all = (mask_inputs, rotations, column, counted)
+        if isinstance(stored, list):
+            x, stored, (new, routed) = self._layers_apart(x, stored, of_layers, of_all)
+        else:
+            (x, stored), (new, routed) = self.layers((x, stored), jnp.arange(c.num_layers), *of_layers, *of_all)
         return self.norm(x), stored, new, routed
+
+    def _layers_apart(
+        self, x: Array, stored: list[KeyValues], of_layers: tuple[Any, ...], of_all: tuple[Any, ...]
+    ) -> tuple[Array, list[KeyValues], tuple[KeyValues, Routed | None]]:
+        """The layers one after the other."""
+        layers = self.variables["params"]["layers"]
+        apply: Callable[..., Any] = Block(self.config, parent=None).apply
+        outputs, after = [], []
+        for n, cache in enumerate(stored):
+            weights = layers[n] if isinstance(layers, list) else _layer(layers, n)
+            (x, cache), output = apply({"params": weights}, (x, cache), None, *_layer(of_layers, n), *of_all)
+            after.append(cache)
+            outputs.append(output)
+        return x, after, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
 
     def _embed(self, tokens: Array) -> Array:
         c = self.config
@@ -403,6 +424,20 @@ class Decoder(nn.Module):
 def _rows(c: DecoderConfig, x: Array) -> Array:
     """`[..., D]` as `[N, D]`: gradients of plain matrix products are faster on CPUs. Rows over devices stay apart."""
     return x.reshape(-1, x.shape[-1]) if c.mesh is None else x
+
+
+def _layer(tree: Any, n: int) -> Any:
+    """What is layer `n`'s of arrays of all layers."""
+    return jax.tree.map(lambda x: x[n], tree)
+
+
+def _apart(c: DecoderConfig) -> bool:
+    """Whether a decode step has its layers one after the other, each with weights and a cache of its own.
+
+    In a loop over the layers XLA copies, on a CPU, a layer's weights and all that its cache holds for each token: on W1
+    of the benchmarks 31 MiB, six times what its matrix products write.
+    """
+    return jax.default_backend() == "cpu" if c.layers_apart is None and c.mesh is None else bool(c.layers_apart)
 
 
 def _constrain_layers(c: DecoderConfig, cache: KeyValues) -> KeyValues:
@@ -438,6 +473,11 @@ def decoder(config: DecoderConfig) -> Policy:
         cast = jax.tree_util.tree_map_with_path(cast_leaf, params, is_leaf=quantized.is_quantized)
         return sharding.gather_all(config.mesh, cast)
 
+    def for_decoding(params: Params) -> Params:
+        if not _apart(config):
+            return params
+        return params | {"layers": [_layer(params["layers"], n) for n in range(config.num_layers)]}
+
     def check_positions(highest: int) -> None:
         if config.max_positions is not None and highest > config.max_positions:
             raise ValueError(
@@ -457,9 +497,12 @@ def decoder(config: DecoderConfig) -> Policy:
 
     def init_cache(B: int, G: int, T: int) -> Cache:
         dtype = config.dtype if config.cache_dtype is None else config.cache_dtype
+        positions, column = jnp.full((B, G, T), -1, jnp.int32), jnp.zeros((), jnp.int32)
+        if _apart(config):
+            empty = jnp.zeros((B, G, config.num_kv_heads, T, config.head_dim), dtype)
+            return Cache([KeyValues(empty, empty)] * config.num_layers, positions, column)
         empty = jnp.zeros((config.num_layers, B, G, T, config.num_kv_heads, config.head_dim), dtype)
-        layers = _constrain_layers(config, KeyValues(empty, empty))
-        return Cache(layers, jnp.full((B, G, T), -1, jnp.int32), jnp.zeros((), jnp.int32))
+        return Cache(_constrain_layers(config, KeyValues(empty, empty)), positions, column)
 
     def extend_routed(
         params: Params,
@@ -505,17 +548,24 @@ def decoder(config: DecoderConfig) -> Policy:
         return PromptCache(_constrain_layers(config, layers), prompt_cache.lengths[rows])
 
     def gather_rows(cache: Cache, rows: Array) -> Cache:
+        positions = cache.positions[rows]
+        if isinstance(cache.layers, list):
+            return cache._replace(layers=jax.tree.map(lambda x: x[rows], cache.layers), positions=positions)
         layers = jax.tree.map(lambda layers: layers[:, rows], cache.layers)
-        return cache._replace(layers=_constrain_layers(config, layers), positions=cache.positions[rows])
+        return cache._replace(layers=_constrain_layers(config, layers), positions=positions)
 
     def compact(cache: Cache, ends: Array) -> Cache:
         order, positions, column = kept_columns(cache.positions, ends)
+        if isinstance(cache.layers, list):
+            move = functools.partial(jnp.take_along_axis, indices=order[:, :, None, :, None], axis=3)
+            return Cache(jax.tree.map(move, cache.layers), positions, column)
         order = order[None, ..., None, None]
         layers = jax.tree.map(lambda layers: jnp.take_along_axis(layers, order, axis=3), cache.layers)
         return Cache(_constrain_layers(config, layers), positions, column)
 
     return Policy(
         config, init, cast, prefill, init_cache, extend, unembed, gather_prompts, reset_rows, gather_rows, compact,
+        for_decoding=for_decoding,
         by_rows=functools.partial(sharding.by_rows, config.mesh),
         extend_routed=None if config.experts is None else extend_routed,
     )  # fmt: skip

@@ -38,6 +38,7 @@ def decode_together(
     B = prompts.tokens.shape[0]
     params = policy.cast(params)
     prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
+    params = policy.for_decoding(params)
     keys = completion_keys(key, B, G)
 
     def unfinished(columns: int, state: _Decoding) -> Array:

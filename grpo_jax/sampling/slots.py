@@ -44,6 +44,7 @@ def decode_in_slots(
     count = B * G
     params = policy.cast(params)
     prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
+    params = policy.for_decoding(params)
     keys = completion_keys(key, B, G).reshape(-1)
     last_of_prompt = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
 

@@ -109,6 +109,7 @@ def _play(
     W = min(turn_tokens, T)
     params = policy.cast(params)
     prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
+    params = policy.for_decoding(params)
     keys, lengths = completion_keys(key, B, G), jnp.broadcast_to(prompts.lengths[:, None], (B, G))
     # Tokens have the places 0 to T - 1, so that the noise of T is the environment's own.
     own_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, T)

@@ -167,7 +167,7 @@ def conversations(
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(policy: Policy, params: Params, prompts: Prompts) -> tuple[Params, PromptCache]:
     params = policy.cast(params)
-    return params, policy.prefill(params, prompts.tokens, prompts.lengths)
+    return policy.for_decoding(params), policy.prefill(params, prompts.tokens, prompts.lengths)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

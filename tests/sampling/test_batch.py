@@ -318,8 +318,9 @@ def test_in_bfloat16_scored_log_probs_stay_near_the_sampled_ones():
 def test_the_cache_of_completions_may_be_narrower_than_the_arithmetic():
     wide, narrow = (models.decoder(dataclasses.replace(DECODER.config, cache_dtype=d)) for d in (None, jnp.bfloat16))
     cache = jax.eval_shape(lambda: narrow.init_cache(2, 3, 4))
-    assert {x.dtype for x in cache.layers} == {jnp.dtype(jnp.bfloat16)}
-    assert {x.dtype for x in jax.eval_shape(lambda: wide.init_cache(2, 3, 4)).layers} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype(jnp.bfloat16)}
+    cache = jax.eval_shape(lambda: wide.init_cache(2, 3, 4))
+    assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype(jnp.float32)}
     params, prompts = decoder_params(), random_prompts(3, 4, 6)
 
     def differs(policy):
@@ -327,6 +328,19 @@ def test_the_cache_of_completions_may_be_narrower_than_the_arithmetic():
         return float(jnp.max(jnp.abs(score(policy, params, rollout).log_probs - rollout.log_probs)))
 
     assert differs(wide) < 1e-5 < 1e-4 < differs(narrow) < 3e-2
+
+
+def test_layers_in_a_loop_draw_what_layers_one_after_the_other_do():
+    loop, apart = (models.decoder(dataclasses.replace(DECODER.config, layers_apart=x)) for x in (False, True))
+    assert jax.eval_shape(lambda: loop.init_cache(2, 3, 4)).layers.keys.shape[:4] == (2, 2, 3, 4)
+    assert len(jax.eval_shape(lambda: apart.init_cache(2, 3, 4)).layers) == 2
+    params, prompts = decoder_params(), random_prompts(3, 4, 6)
+    ours, theirs = (
+        sampling.sampler(group_size=4, max_tokens=8, eos_ids=(1,))(policy, params, prompts, jax.random.key(1))
+        for policy in (loop, apart)
+    )
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-5)
 
 
 def test_traced_settings_and_keys_give_what_numbers_give_and_can_be_mapped_over():
