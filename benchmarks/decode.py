@@ -38,7 +38,7 @@ def main(config: Config) -> str:
     """Counts and measures, and returns the tables."""
     cell = cells.CELLS[config.cell]
     programs = {name: rollout_of(cell, **settings) for name, settings in VARIANTS.items()}
-    counted = {name: operations(program.as_text()) for name, (program, _) in list(programs.items())[:2]}
+    counted = {name: operations(program.as_text() or "") for name, (program, _) in list(programs.items())[:2]}
     if not config.repeats:
         return of_operations(counted)
     return f"{of_operations(counted)}\n\n{of_seconds(cell, programs, config.repeats)}"
