@@ -15,6 +15,7 @@ import optax
 from grpo_jax import losses, models, packing, sampling, testing
 from grpo_jax.models import attention, lora, quantized, sharding
 from grpo_jax.models.attention import KeyValues, MaskInputs
+from grpo_jax.run import chips, memory
 from grpo_jax.train_step import make_train_step
 from grpo_jax.updates import Updates, init_state
 
@@ -67,6 +68,33 @@ def step(axes, **settings):
         divided += not a.sharding.is_fully_replicated
     assert moved > 1e-2
     assert divided > 10
+
+
+def sent(axes):
+    """What `learn` sends over `fsdp`: each weight is gathered once in each pass, and nothing else; nothing to all."""
+    mesh = sharding.parse(axes)
+    config = testing.tiny_policy("qwen3", vocab_size=64, tie_word_embeddings=True).config
+    policy, optimizer = models.decoder(dataclasses.replace(config, mesh=mesh)), optax.sgd(1.0)
+    loss, updates = losses.grpo(penalty=losses.k3(0.1)), Updates(micro_batches=2)
+    made = make_train_step(policy, optimizer, SAMPLER, loss=loss, updates=updates)
+    init = functools.partial(init_state, optimizer=optimizer, reference=True)
+    state = jax.eval_shape(lambda key: init(policy.init(key), key=key), jax.random.key(0))
+    prompts = testing.random_prompts(0, 16, 6)
+    _, learn, _ = memory.traced(made, state, jax.eval_shape(lambda: prompts), mesh=mesh)
+    found = chips.collectives(learn.lower().compile())
+
+    def received(tree):
+        parts = zip(jax.tree.leaves(tree), jax.tree.leaves(sharding.shardings(mesh, tree)), strict=True)
+        divided = sum(x.size * x.dtype.itemsize for x, where in parts if "fsdp" in where.spec)
+        return divided * (1 - 1 / mesh.shape["fsdp"])
+
+    layers, ends = received({"layers": state.params["layers"]}), received({**state.params, "layers": {}})
+    passes = 2 * 2 * (1 + 2)  # micro-batches; prompts, completions; the reference, forward and the recomputation
+    assert found.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}, found
+    assert found["all-gather"][1] == passes * layers + 2 * 2 * ends, (found, layers, ends)
+    # A CPU's program has whole sums in place of scattered ones; the recomputation has no gradient.
+    summed = found["all-reduce"][1] + found["reduce-scatter"][1]
+    assert summed < 2.5 * passes / 3 * (layers + ends), (found, layers, ends)
 
 
 def attentions(axes):
@@ -137,6 +165,7 @@ def experts_and_sinks(axes):
 CASES = {
     "experts and sinks": experts_and_sinks,
     "step": step,
+    "sent": sent,
     "one prompt": functools.partial(step, B=1, parts=1),
     "adapters over codes": functools.partial(step, rank=2, kind="nf4"),
     "slots": functools.partial(step, sampler=dataclasses.replace(SAMPLER, slots=8)),
