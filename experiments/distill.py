@@ -120,17 +120,17 @@ def train(config: Config) -> Params:
         raise ValueError(
             f"--teacher {config.teacher} has other tokens than --model {config.model}: they cannot compare"
         )
-    prompts, completions = read(config, tokenizer)
+    prompts, completions, eos_ids = read(config, tokenizer)
     hinted = None
     if config.teacher_column is not None:
         asked = dataclasses.replace(config, prompt_column=config.teacher_column, too_long="refuse")
         hinted = asked.encode(tokenizer, prompts.rows).prompts
     for model in filter(None, (config.model, config.teacher)):
-        inputs.check_tokens(model, tokenizer, [*prompts.prompts, *(hinted or [])], max_tokens=config.max_tokens)
+        for sequences in (prompts.prompts, *([] if hinted is None else [hinted])):
+            inputs.check_tokens(model, tokenizer, sequences, max_tokens=config.max_tokens, rows=prompts.rows)
     sampler = sampling.sampler(
-        group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=hf.eos_ids(config.model, tokenizer),
-        temperature=config.temperature,
-    )  # fmt: skip
+        group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=eos_ids, temperature=config.temperature
+    )
 
     dtype = compute_dtype(config.compute_dtype)
     pairs = [] if completions is None else list(zip(prompts.prompts, completions, strict=True))
@@ -160,7 +160,7 @@ def train(config: Config) -> Params:
         renew = functools.partial(sync_reference, every=config.renew_every, mixture=share)
         step = followed_by(step, lambda state, experience: renew(state))
     step = step.jit()
-    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs or prompts.prompts)
+    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs or prompts.prompts, eos_ids=eos_ids)
     began_with["the prompts of the teacher"] = digests.of_json(hinted or [])
     state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen, reference=its_own)
     if not its_own:
@@ -195,23 +195,23 @@ def train(config: Config) -> Params:
     return loop.state.params
 
 
-def read(config: Config, tokenizer: Any) -> tuple[data.PromptSet, list[list[int]] | None]:
-    """The prompts, and their completions with an end-of-sequence token each, if they are given."""
+def read(config: Config, tokenizer: Any) -> tuple[data.PromptSet, list[list[int]] | None, tuple[int, ...]]:
+    """The prompts, their completions if they are given, and all that may end one, of which given ones have one."""
     rows = config.read(config.data)
     prompts = config.encode(tokenizer, rows)
+    chat = config.has_chats(rows)
+    end, eos_ids = hf.completion_end(config.model, tokenizer, chat=chat, template=config.template)
     if config.completion_column is None:
-        return prompts, None
+        return prompts, None, eos_ids
     if config.divergence == "sampled":
         raise ValueError("--divergence sampled is of tokens that the policy drew: leave out --completion-column")
-    end = hf.eos_ids(config.model, tokenizer)[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    end = data.turn_end(tokenizer, **config.template) or end if config.chat or config.system is not None else end
     _, completions = data.encode_demonstrations(
         tokenizer, prompts.rows, end=end, prompt_column=config.prompt_column,
         completion_column=config.completion_column,
         chat=config.chat, system=config.system, template=config.template, max_prompt_tokens=config.max_prompt_tokens,
         max_tokens=config.max_tokens,
     )  # fmt: skip
-    return prompts, completions
+    return prompts, completions, eos_ids
 
 
 def given(

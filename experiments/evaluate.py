@@ -86,14 +86,15 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     extract = None if config.extract is None else resolve(config.extract)
     model, checkpoints, step = locate(config.model)
     tokenizer = hf.load_tokenizer(model, revision=config.revision)
-    eos_ids = hf.eos_ids(model, tokenizer, revision=config.revision)
+    chats = config.has_chats(problems)
+    eos_ids = hf.eos_ids(model, tokenizer, chat=chats, template=config.template, revision=config.revision)
     as_read = dict(zip(map(id, problems), rows, strict=True))
     talk = config.talk(tokenizer, problems)
     problems = config.encode(tokenizer, problems)
-    inputs.check_arguments(functions, problems.rows[0], prompt_column=config.prompt_column)
+    inputs.check_arguments(functions, problems.rows, prompt_column=config.prompt_column)
     inputs.check_tokens(
-        model, tokenizer, problems.prompts, max_tokens=config.max_tokens, revision=config.revision
-    )  # fmt: skip
+        model, tokenizer, problems.prompts, max_tokens=config.max_tokens, revision=config.revision, rows=problems.rows
+    )
     config.output.mkdir(parents=True, exist_ok=True)
     if config.filtered is not None:
         as_lines(rows)

@@ -147,9 +147,11 @@ def train(config: Config) -> Params:
         prompts.rows, names, weights=config.reward_weights, group_size=config.group_size
     )
     advantage = config.with_steps(advantage)
-    inputs.check_arguments([*functions, *config.verifiers], prompts.rows[0], prompt_column=config.prompt_column)
-    inputs.check_tokens(config.model, tokenizer, [*prompts.prompts, *held_out.prompts], max_tokens=config.max_tokens)
-    own = config.make_sampler(tokenizer, hf.eos_ids(config.model, tokenizer))
+    both = data.PromptSet([*prompts.rows, *held_out.rows], [*prompts.prompts, *held_out.prompts])
+    inputs.check_arguments([*functions, *config.verifiers], both.rows, prompt_column=config.prompt_column)
+    inputs.check_tokens(config.model, tokenizer, both.prompts, max_tokens=config.max_tokens, rows=both.rows)
+    chats = config.has_chats(both.rows)
+    own = config.make_sampler(tokenizer, hf.eos_ids(config.model, tokenizer, chat=chats, template=config.template))
     sampler = config.serve(
         own, stop=config.stop, model=config.model, folder=config.run_dir / "engine",
         adapters=config.lora_rank is not None, write=functools.partial(write, config, tokenizer, own.eos_ids),
@@ -194,7 +196,10 @@ def train(config: Config) -> Params:
         weights=config.reward_weights, stop_after_failed=config.stop_after_failed, batch_size=config.eval_batch,
         prompt_column=config.prompt_column, bucket=config.bucket, talk=talk,
     )  # fmt: skip
-    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=held_out.prompts)
+    began_with = digests.of_run(
+        tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=held_out.prompts, rows=prompts.rows,
+        held_out_rows=held_out.rows, eos_ids=sampler.eos_ids,
+    )  # fmt: skip
     key = jax.random.key(config.seed)
     state = init_state(params, optimizer, key, frozen=frozen, reference=config.beta > 0, extra=kept or ())
     del params

@@ -502,8 +502,6 @@ def small(config: Config) -> Problem:
 def pretrained(config: Config) -> Problem:
     """A model, its problems and its demonstrations, from folders, files or the Hub."""
     tokenizer = hf.load_tokenizer(config.model)
-    eos_ids = hf.eos_ids(config.model, tokenizer)
-    end = eos_ids[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     dtype = compute_dtype(config.compute_dtype)
     load_pretrained = functools.partial(hf.load_pretrained, config.model, compute_dtype=dtype)
     policy, params = load_pretrained()
@@ -537,6 +535,7 @@ def pretrained(config: Config) -> Problem:
     rows = [*tested, *not_tested(trained, "problems")]
     encoded = data.encode_rows(tokenizer, rows, max_prompt_tokens=config.max_prompt_tokens).prompts
     shown = not_tested(data.read_rows(config.demonstrations, ["prompt", "completion"]), "demonstrations")
+    end, eos_ids = hf.completion_end(config.model, tokenizer, chat=data.has_chats([*rows, *shown]))
     demonstrations = data.encode_demonstrations(tokenizer, shown, end=end, max_prompt_tokens=config.max_prompt_tokens)
 
     def reward(*functions: rewards.RewardFunction) -> Reward:

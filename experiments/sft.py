@@ -48,9 +48,9 @@ class Config(WeightSettings):
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     chat: bool = False  # put prompts that are text through the chat template, as a user's message
-    system: str | None = None  # a system message before each prompt; implies --chat
+    system: str | None = None  # a system message before each prompt, which has none of its own; implies --chat
     thinking: bool | None = None  # `enable_thinking` of chat templates that know it, such as Qwen3's
-    date_string: str | None = None  # for chat templates that write today's date, such as Llama 3.2's
+    date_string: str | None = None  # in place of today's date, for chat templates that write it, such as Llama 3.2's
     eos: str | None = None  # the token that ends completions; the chat template's, or the tokenizer's, if not given
     max_prompt_tokens: int = 512
     max_tokens: int = 1024  # of a completion
@@ -73,8 +73,8 @@ def train(config: Config) -> Params:
     ranges.check(config)
     resuming.check(config, allow=MAY_CHANGE)
     tokenizer = hf.load_tokenizer(config.model)
-    pairs, eos_ids = read(config, tokenizer)
-    inputs.check_tokens(config.model, tokenizer, [prompt + completion for prompt, completion in pairs])
+    rows, pairs, eos_ids = read(config, tokenizer)
+    inputs.check_tokens(config.model, tokenizer, [prompt + completion for prompt, completion in pairs], rows=rows)
     order = np.random.default_rng(config.seed).permutation(len(pairs))
     held_out, pairs = [pairs[i] for i in order[: config.eval_rows]], [pairs[i] for i in order[config.eval_rows :]]
     if len(pairs) < config.batch_size:
@@ -95,7 +95,7 @@ def train(config: Config) -> Params:
     learn = make_learn(policy, optimizer, loss=losses.sft(), updates=updates)
     learn = jit_learn(learn)
     evaluate = make_evaluate(policy, held_out, config)
-    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs, held_out=held_out)
+    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs, held_out=held_out, eos_ids=eos_ids)
     state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen)
     del params
     settings = {"keys": ("loss", "eval/loss", "grad_norm", "length"), "allow": MAY_CHANGE}
@@ -140,25 +140,18 @@ def make_evaluate(policy: Policy, held_out: Sequence[Pair], config: Config) -> C
     return evaluate
 
 
-def read(config: Config, tokenizer: Any) -> tuple[list[Pair], list[int]]:
-    """The demonstrations as tokens, and the tokens that may end a completion, of which they have one."""
-    rows = data.read_rows(config.data, [config.prompt_column, config.completion_column])
+def read(config: Config, tokenizer: Any) -> tuple[list[data.Row], list[Pair], list[int]]:
+    """The rows, the demonstrations as tokens, and the tokens that may end a completion, of which they have one."""
+    rows = data.read_problems(config.data, prompt_column=config.prompt_column, columns=[config.completion_column])
     template = {"enable_thinking": config.thinking, "date_string": config.date_string}
-    eos_ids = list(hf.eos_ids(config.model, tokenizer))
-    chat = config.chat or config.system is not None or not isinstance(rows[0][config.prompt_column], str)
-    end = tokenizer.convert_tokens_to_ids(config.eos) if config.eos is not None else None
-    if config.eos is not None and end in (None, tokenizer.unk_token_id):
-        raise ValueError(f"--eos {config.eos} is no token of {config.model}")
-    if end is None and chat:
-        end = data.turn_end(tokenizer, **template)
-    if end is None:
-        end = eos_ids[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    chat = data.has_chats(rows, prompt_column=config.prompt_column, chat=config.chat, system=config.system)
+    end, eos_ids = hf.completion_end(config.model, tokenizer, chat=chat, template=template, eos=config.eos)
     prompts, completions = data.encode_demonstrations(
         tokenizer, rows, end=end, prompt_column=config.prompt_column, completion_column=config.completion_column,
         chat=config.chat, system=config.system, template=template, max_prompt_tokens=config.max_prompt_tokens,
         max_tokens=config.max_tokens,
     )  # fmt: skip
-    return list(zip(prompts, completions, strict=True)), sorted({*eos_ids, end})
+    return rows, list(zip(prompts, completions, strict=True)), [*eos_ids]
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ def train(config: Config) -> dict[str, float]:
     ranges.check(config)
     folder = model_folder(config)
     tokenizer = hf.load_tokenizer(folder)
-    eos_ids = hf.eos_ids(folder, tokenizer)
     rows = splits(config)
+    eos_ids = hf.eos_ids(folder, tokenizer, chat=data.has_chats(rows.train))
     prompts = data.encode_rows(tokenizer, rows.train)
     functions = [rewards.exact_answer(tolerance=0), rewards.soft_format(tags=("answer",))]
     names = [rewards.name_of(function) for function in functions]
@@ -168,6 +168,7 @@ def train(config: Config) -> dict[str, float]:
     del params, frozen
     began_with = {
         "the prompts": digests.of_json([rows.train, rows.validation, rows.test]),
+        "the tokens that end a completion": digests.of_json(eos_ids),
         "the tokenizer or its template": digests.of_tokenizer(tokenizer),
         "the weights of the model": digests.of_arrays(bind(state.params, state.frozen)),
     }

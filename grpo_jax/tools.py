@@ -140,7 +140,7 @@ def environment(
     by_name = {_name(function): function for function in functions}
 
     def respond(row: Row, messages: list[Message]) -> Turn:
-        written = [calls(message["content"]) for message in messages if message["role"] == "assistant"]
+        written = [calls(message.get("content") or "") for message in messages if message["role"] == "assistant"]
         earlier, present = [call for turn in written[:-1] for call in turn], written[-1]
         if not present:
             return Turn(None, None if score is None else score(row, messages))

@@ -141,9 +141,10 @@ def update(
     counted: Array | bool = True,
     max_grad_norm: Number | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Applies one update, or none at all if the loss or the gradient is not finite.
+    """Applies one update, or none at all if the loss, the gradient or what the params would become is not finite.
 
-    A refused update leaves params and optimiser state as they were, bit for bit, and
+    Finite gradients make params that are not where a setting of the optimizer is NaN, such as its weight decay, or a
+    step overflows. A refused update leaves params and optimiser state as they were, bit for bit, and
     adds 1 to `state.skipped`. (`optax.apply_if_finite` gives up after some refusals
     and applies the NaN; this never does.)
 
@@ -164,7 +165,6 @@ def update(
     """
     _check_max_grad_norm(max_grad_norm)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
 
     def apply(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
         clipped = grads
@@ -177,6 +177,10 @@ def update(
     def keep(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
         return params, opt_state
 
+    # Computed first for the answer alone, which takes no room: after the params and the optimiser's state are written
+    # over there is no way back, and their new values beside them would be copies.
+    applied = _all_finite(apply(state.params, state.opt_state)[0])
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss) & (applied | ~jnp.asarray(counted))
     # Not a choice of each number: that makes XLA keep copies of the optimiser's state while it writes over it.
     params, opt_state = jax.lax.cond(finite & counted, apply, keep, state.params, state.opt_state)
     metrics = {
@@ -344,6 +348,11 @@ def _split(tree: Tree, parts: int) -> Tree:
 def _join(tree: Tree) -> Tree:
     """The inverse of `_split`."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def _all_finite(tree: Params) -> Array:
+    # Of bools, which take the least where XLA does not fuse a reduction with what it reduces, as on CPUs.
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _check_max_grad_norm(max_grad_norm: Number | None) -> None:

@@ -125,6 +125,19 @@ def test_an_update_that_is_not_finite_changes_no_bit_and_the_next_is_as_if_it_ha
     assert statistics.summary(metrics)["skipped"] == 0
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adamw(1e-3, weight_decay=float("nan")), optax.sgd(float("inf")), optax.chain(optax.sgd(3e38), optax.sgd(9))],
+    ids=["decay", "rate", "overflow"],
+)
+def test_finite_gradients_whose_update_is_not_finite_change_no_bit(optimizer, counted):
+    before = init_state(params_of(), optimizer, jax.random.key(0))
+    state, metrics = jax.jit(lambda s, g: update(s, g, optimizer, counted=counted))(before, params_of(1))
+    assert raw((state.params, state.opt_state)) == raw((before.params, before.opt_state))
+    assert statistics.summary(metrics)["skipped"] == state.skipped == int(counted)
+
+
 def test_a_refused_update_keeps_the_sign_of_a_zero():
     """Adding an update of 0 would turn -0.0 into 0.0."""
     optimizer = optax.sgd(1.0)
@@ -181,7 +194,8 @@ def test_a_donated_state_is_written_over_with_no_copy_of_it():
     optimizer = optax.adamw(1e-3)
     state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
     step = jax.jit(lambda state, grads: update(state, grads, optimizer, max_grad_norm=1.0), donate_argnums=0)
-    assert memory.beside(step, state, params) < memory.size(params) / 6
+    # On CPUs a byte for each number, whether it will be finite, is held; a copy of any part would be four.
+    assert memory.beside(step, state, params) < memory.size(params) / 3.9
 
 
 def test_learning_is_compiled_to_save_memory_unless_other_options_are_given(monkeypatch):

@@ -20,7 +20,7 @@ from grpo_jax.data.batches import (
     pad,
 )
 from grpo_jax.data.between_turns import Between, between_texts, between_turns, read_between
-from grpo_jax.data.prompt_sets import PromptSet, encode_demonstrations, encode_rows, hold_out, read_problems
+from grpo_jax.data.prompt_sets import PromptSet, encode_demonstrations, encode_rows, has_chats, hold_out, read_problems
 from grpo_jax.data.prompts import (
     Text,
     TooLong,
@@ -31,7 +31,17 @@ from grpo_jax.data.prompts import (
     prompt_tail,
     turn_end,
 )
-from grpo_jax.data.rows import Row, field, read_csv, read_hugging_face, read_json, read_jsonl, read_parquet, read_rows
+from grpo_jax.data.rows import (
+    Row,
+    field,
+    place_of,
+    read_csv,
+    read_hugging_face,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    read_rows,
+)
 from grpo_jax.data.settings import PromptSettings
 
 __all__ = [
@@ -52,11 +62,13 @@ __all__ = [
     "encode_prompt",
     "encode_rows",
     "field",
+    "has_chats",
     "hold_out",
     "limit_prompts",
     "make_demonstrations",
     "make_prompts",
     "pad",
+    "place_of",
     "prompt_tail",
     "read_between",
     "read_csv",

@@ -9,7 +9,8 @@ import numpy as np
 from grpo_jax.data.batches import batch_indices, make_prompts
 from grpo_jax.data.prompts import Text, TooLong, encode_demonstration, encode_prompt, limit_prompts
 from grpo_jax.data.prompts import chat as to_messages
-from grpo_jax.data.rows import Row, field, read_rows
+from grpo_jax.data.rows import Row, field, place_of, read_rows
+from grpo_jax.data.templates import is_message
 from grpo_jax.types import Prompts
 
 if TYPE_CHECKING:
@@ -57,31 +58,34 @@ def read_problems(
       answer_column: where the answer is; by default `answer`, if `answer_after` is given.
       answer_after: the answer is the text after the last of these marks, such as `####` in GSM8K.
       columns: what else every row must have.
-      rename: `{old: new}` names of columns, for reward functions that expect others; the old ones stay.
+      rename: `{old: new}` names of columns, for reward functions that expect others; the old ones stay, unless they are
+        new names, too, as where two columns change places. One that has the new name already is replaced.
       split: of a data set.
       subset: of a data set.
 
     Raises:
       ValueError: with source and row, for a row without one of these columns, a prompt that is neither text nor
-        messages, prompts of both kinds, an answer that is no text or number, or one without the mark.
+        messages, prompts of both kinds, an answer that is no text or number, an empty one, or one without the mark;
+        for two columns that would be renamed to one.
     """
     rename = rename or {}
     answer_column = answer_column or ("answer" if answer_after else None)
     renamed = {new: old for old, new in rename.items()}
-    wanted = [prompt_column, *rename, *columns, *([answer_column] if answer_column else [])]
-    wanted = [*dict.fromkeys(renamed.get(name, name) for name in wanted)]
+    if len(renamed) < len(rename):
+        raise ValueError(f"each new name is of one column, got {dict(rename)}")
+    wanted = [prompt_column, *columns, *([answer_column] if answer_column else [])]
+    wanted = [*dict.fromkeys([*rename, *(renamed.get(name, name) for name in wanted)])]
     rows = read_rows(source, wanted, split=split, subset=subset)
     for number, row in enumerate(rows, start=1):
-        where = f"{source}: row {number}"
-        for old, new in rename.items():
-            row[new] = field(row, old)
+        where = place_of(row, number)
+        row.update({new: field(row, old) for old, new in rename.items()})
         prompt = row[prompt_column] = field(row, prompt_column)
         _check_prompt(prompt, prompt_column, where)
         if isinstance(prompt, str) != isinstance(rows[0][prompt_column], str):
             kinds = ["messages", "text"]
             raise ValueError(
                 f"{where}: {prompt_column} is {kinds[isinstance(prompt, str)]}, and "
-                f"{kinds[not isinstance(prompt, str)]} in row 1; give all prompts in one form"
+                f"{kinds[not isinstance(prompt, str)]} in the first row; give all prompts in one form"
             )
         if answer_column is not None:
             row["answer"] = _answer(field(row, answer_column), answer_column, answer_after, where)
@@ -118,25 +122,28 @@ def encode_rows(
       rows: with a prompt each; they stay as they are.
       prompt_column: where the prompt is.
       chat: put a prompt that is text through the chat template, as a user's message.
-      system: a system message before each prompt; implies `chat`.
+      system: a system message before each prompt, which has none of its own; implies `chat`.
       template: arguments of the chat template, such as `{"enable_thinking": False, "date_string": "26 Jul 2024"}`.
       max_prompt_tokens: the longest prompt that is taken; None for any.
       too_long: what becomes of longer ones, see `limit_prompts`.
 
     Raises:
-      ValueError: with the row's number, from 1, for a prompt that cannot be encoded or is too long.
+      ValueError: with the row's place (`rows.place_of`), for a prompt that cannot be encoded, has no tokens or is too
+        long.
     """
     prompts = []
     for number, row in enumerate(rows, start=1):
         prompt: Text = field(row, prompt_column)
-        if chat or system is not None:
-            prompt = to_messages(prompt, system)
+        _check_prompt(prompt, prompt_column, place_of(row, number))
         try:
+            if chat or system is not None:
+                prompt = to_messages(prompt, system)
             prompts.append(encode_prompt(tokenizer, prompt, **(template or {})))
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
+            raise ValueError(f"{place_of(row, number)}: {error}") from error
     limit = max(map(len, prompts), default=0) if max_prompt_tokens is None else max_prompt_tokens
-    kept = limit_prompts(prompts, limit, too_long=too_long)
+    places = [place_of(row, number) for number, row in enumerate(rows, start=1)]
+    kept = limit_prompts(prompts, limit, too_long=too_long, places=places)
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} prompts, longer than {limit} tokens")
     return PromptSet([rows[i] for i in kept], [prompts[i] for i in kept])
@@ -164,38 +171,54 @@ def encode_demonstrations(
       prompt_column: where the prompt is.
       completion_column: where the completion is.
       chat: put a prompt that is text through the chat template, as a user's message.
-      system: a system message before each prompt; implies `chat`.
+      system: a system message before each prompt, which has none of its own; implies `chat`.
       template: arguments of the chat template.
       max_prompt_tokens: the longest prompt that is taken; None for any.
       max_tokens: the longest completion that is taken, its end included; None for any.
 
     Raises:
-      ValueError: with the row's number, from 1, for one that cannot be encoded or is too long.
+      ValueError: with the row's place (`rows.place_of`), for one that cannot be encoded or is too long, or a prompt
+        without tokens.
     """
     pairs = []
     for number, row in enumerate(rows, start=1):
         prompt, completion = field(row, prompt_column), field(row, completion_column)
-        if chat or system is not None:
-            prompt = to_messages(prompt, system)
+        where = place_of(row, number)
+        _check_prompt(prompt, prompt_column, where)
         try:
+            if chat or system is not None:
+                prompt = to_messages(prompt, system)
             if not isinstance(completion, str | list):
                 raise ValueError(f"{completion_column} is text or a list of one message, got {_short(completion)}")
             pairs.append(encode_demonstration(tokenizer, prompt, completion, end=end, **(template or {})))
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
+        if not pairs[-1][0]:
+            raise ValueError(f"{where}: the prompt has no tokens; a prompt needs at least 1")
         for name, ids, limit in zip(("prompt", "completion"), pairs[-1], (max_prompt_tokens, max_tokens), strict=True):
             if limit is not None and len(ids) > limit:
-                raise ValueError(f"row {number}: the {name} has {len(ids)} tokens and the limit is {limit}: raise it")
+                raise ValueError(f"{where}: the {name} has {len(ids)} tokens and the limit is {limit}: raise it")
     return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+
+
+def has_chats(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    prompt_column: str = "prompt",
+    chat: bool = False,
+    system: str | None = None,
+) -> bool:
+    """Whether `encode_rows` puts prompts through the chat template, whose end of a turn then ends completions."""
+    return chat or system is not None or any(not isinstance(field(row, prompt_column), str) for row in rows)
 
 
 def _check_prompt(prompt: Any, column: str, where: str) -> None:
     if isinstance(prompt, str):
         return
-    if not isinstance(prompt, list) or not prompt:
+    if not isinstance(prompt, list | tuple) or not prompt:
         raise ValueError(f"{where}: {column} is text or a list of chat messages, got {_short(prompt)}")
     for message in prompt:
-        if not (isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))):
+        if not is_message(message):
             raise ValueError(
                 f"{where}: a message of {column} has a role and a content, both text; got {_short(message)}"
             )
@@ -204,6 +227,8 @@ def _check_prompt(prompt: Any, column: str, where: str) -> None:
 def _answer(answer: Any, column: str, after: str | None, where: str) -> str | int | float:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"{where}: {column} is text or a number, got {_short(answer)}")
+    if isinstance(answer, str) and not answer.strip():
+        raise ValueError(f"{where}: {column} is empty: {answer!r}")
     if after is None:
         return answer
     if not isinstance(answer, str):

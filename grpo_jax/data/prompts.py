@@ -14,7 +14,17 @@ TooLong = Literal["refuse", "drop", "cut"]
 
 
 def chat(prompt: Text, system: str | None = None) -> list[Mapping[str, str]]:
-    """A prompt as chat messages: text becomes a user's message; the system's comes first, where there is one."""
+    """A prompt as chat messages: text becomes a user's message; the system's comes first, where there is one.
+
+    Raises:
+      ValueError: for a system message beside one that the prompt has.
+    """
+    roles = [] if isinstance(prompt, str) else [message.get("role") for message in prompt]
+    if system is not None and "system" in roles:
+        raise ValueError(
+            f"the prompt has a system message, so that {system!r} would be a second one: leave it out (--system), or "
+            "take it from the prompts"
+        )
     messages: list[Mapping[str, str]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
@@ -81,7 +91,7 @@ def encode_demonstration(
     opened = render(tokenizer, prompt, **template)
     messages = [*prompt, {"role": "assistant", "content": text}]
     if prompt[-1].get("role") == "assistant":
-        messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + text}]
+        messages = [*prompt[:-1], {**prompt[-1], "content": (prompt[-1].get("content") or "") + text}]
     closed = render(tokenizer, messages, **template, add_generation_prompt=False, continue_final_message=False)
     if closed.text.startswith(opened.text) and text.strip() in closed.text[len(opened.text) :]:
         whole = encode_rendered(tokenizer, closed)
@@ -138,7 +148,9 @@ def prompt_tail(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str
     return tags[0] if tags and ids else ""
 
 
-def limit_prompts(prompts: Sequence[list[int]], max_tokens: int, *, too_long: TooLong = "refuse") -> list[int]:
+def limit_prompts(
+    prompts: Sequence[list[int]], max_tokens: int, *, too_long: TooLong = "refuse", places: Sequence[str] = ()
+) -> list[int]:
     """The indices of the prompts that can be used; prompts longer than `max_tokens` are cut in place if asked.
 
     Args:
@@ -146,19 +158,24 @@ def limit_prompts(prompts: Sequence[list[int]], max_tokens: int, *, too_long: To
       max_tokens: the longest prompt that is taken.
       too_long: `refuse` raises, `drop` leaves them out, `cut` keeps their last
         `max_tokens` tokens.
+      places: what an error calls them, such as their file and row; by default `row 1` and so on.
 
     Raises:
       ValueError: for an empty prompt; for one too long, under `refuse`; if none of them is left.
     """
     if too_long not in get_args(TooLong):
         raise ValueError(f"too_long is one of {get_args(TooLong)}, got {too_long!r}")
+
+    def place(i: int) -> str:
+        return places[i] if places else f"row {i + 1}"
+
     kept = []
     for i, ids in enumerate(prompts):
         if not ids:
-            raise ValueError(f"prompt {i} has no tokens; a prompt needs at least 1")
+            raise ValueError(f"{place(i)}: the prompt has no tokens; a prompt needs at least 1")
         if len(ids) > max_tokens and too_long == "refuse":
             raise ValueError(
-                f"prompt {i} has {len(ids)} tokens and the limit is {max_tokens}: raise the limit, "
+                f"{place(i)}: the prompt has {len(ids)} tokens and the limit is {max_tokens}: raise the limit, "
                 "drop such prompts, or cut them on the left"
             )
         if len(ids) > max_tokens and too_long == "cut":
@@ -237,9 +254,12 @@ def _without_special(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> li
 
 
 def _only_message(completion: Sequence[Mapping[str, str]]) -> str:
-    if len(completion) != 1 or completion[0].get("role") != "assistant":
-        roles = [message.get("role") for message in completion]
+    told = all(isinstance(message, Mapping) for message in completion)
+    if not told or len(completion) != 1 or completion[0].get("role") != "assistant":
+        roles = [message.get("role") for message in completion] if told else completion
         raise ValueError(f"a completion is text or one message of the assistant, got messages of {roles}")
+    if not isinstance(completion[0].get("content"), str):
+        raise ValueError(f"the content of a completion is text, got {completion[0]}")
     return completion[0]["content"]
 
 

@@ -1,4 +1,7 @@
-"""Rows of files and data sets, checked as they are read: an error names the file and the row."""
+"""Rows of files and data sets, checked as they are read: an error names the file and the row.
+
+So does one that is found later, however the rows were shuffled meanwhile: `place_of(row)`.
+"""
 
 import codecs
 import csv
@@ -8,10 +11,33 @@ import math
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+
+
+class _ReadRow(dict[str, Any]):
+    """A row with its place beside its columns, where reward functions do not see it."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, columns: Mapping[str, Any], place: str) -> None:
+        super().__init__(columns)
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self), self.place)
+
+
+def place_of(row: Mapping[str, Any], number: int) -> str:
+    """Where a row was read, as file and line, or file and row; of one that was not read here, `row {number}`.
+
+    Args:
+      row: of a data set; a copy of one that was read has no place.
+      number: among the rows at hand, from 1.
+    """
+    return getattr(row, "place", f"row {number}")
 
 
 def read_rows(
@@ -64,15 +90,15 @@ def read_jsonl(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> lis
       ValueError: at the first bad line, with file and line number; or for a file
         without a row.
     """
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
             continue
         row = _parsed(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: a row is an object, got {line[:80]!r}")
         _check_columns(row, columns, f"{path}:{number}")
-        rows.append(row)
+        rows.append(_ReadRow(row, f"{path}:{number}"))
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
     return rows
@@ -102,7 +128,7 @@ def read_csv(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[
     """Reads comma-separated values under a line of column names; every value is text, as it stands there.
 
     Fields may be quoted, and then have commas, line ends and doubled quotes. Empty lines
-    are skipped. CSV has no null: an empty field is an empty string, and refused where it
+    are skipped. A field may be of any length. CSV has no null: an empty field is an empty string, and refused where it
     is one of `columns`.
 
     Args:
@@ -114,6 +140,14 @@ def read_csv(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[
         another number of fields than there are names, for instance; for a file without a
         row, or a line of names with one that is empty or there twice.
     """
+    limit = csv.field_size_limit(2**31 - 1)  # the module's, of 131,072 characters
+    try:
+        return _csv_rows(path, columns)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_rows(path: str | os.PathLike[str], columns: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
     names: list[str] = []
     # Lines are decoded one at a time, so that an error knows its line.
@@ -138,14 +172,14 @@ def read_csv(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[
             raise ValueError(f"{where}: {len(fields)} fields for the {len(names)} columns {', '.join(names)}")
         row = dict(zip(names, fields, strict=True))
         _check_columns({name: text for name, text in row.items() if text}, columns, where)
-        rows.append(row)
+        rows.append(_ReadRow(row, where))
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
     return rows
 
 
 def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[Row]:
-    """Reads a Parquet file. NaN is refused, as in JSON: it is how some writers say that there is no value.
+    """Reads a Parquet file. NaN and infinity, which JSON does not have, are null: so some writers say it.
 
     Args:
       path: of the file.
@@ -178,7 +212,8 @@ def read_hugging_face(
 ) -> list[Row]:
     """Reads one split of a data set of the Hugging Face Hub, or of a folder, by `datasets.load_dataset`.
 
-    `datasets` fills a field that a row lacks with None: name in `columns` what must be there.
+    `datasets` fills a field that a row lacks with None, and NaN and infinity are None, too: name in `columns` what must
+    be there.
 
     Args:
       source: id of the data set, such as `openai/gsm8k`, or a folder.
@@ -208,11 +243,11 @@ def _checked(rows: Sequence[Row], columns: Sequence[str], source: str) -> Iterat
         raise ValueError(f"{source}: there are no rows")
     for number, row in enumerate(rows, start=1):
         where = f"{source}: row {number}"
-        for name, column in row.items():
-            if bad := [value for value in _values(column) if isinstance(value, float) and not math.isfinite(value)]:
+        for name in columns:
+            if bad := [x for x in _values(field(row, name)) if isinstance(x, float) and not math.isfinite(x)]:
                 raise ValueError(f"{where}: {name} is {bad[0]}, which is no value")
         _check_columns(row, columns, where)
-        yield row
+        yield _ReadRow({name: _with_nulls(column) for name, column in row.items()}, where)
 
 
 def _check_columns(row: Row, columns: Sequence[str], where: str) -> None:
@@ -220,7 +255,7 @@ def _check_columns(row: Row, columns: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: no column {', '.join(missing)}; the row has {', '.join(row)}")
 
 
-def field(row: Row, name: str) -> Any:
+def field(row: Mapping[str, Any], name: str) -> Any:
     """The value of a column, or None; `outer.inner` also names a field of the object in column `outer`."""
     value: Any = row
     while isinstance(value, dict) and name not in value and "." in name:
@@ -270,6 +305,15 @@ def _values(column: Any) -> Iterator[Any]:
             yield from _values(inner)
     else:
         yield column
+
+
+def _with_nulls(column: Any) -> Any:
+    """The column's value with None in place of each number in it that is not finite."""
+    if isinstance(column, dict):
+        return {name: _with_nulls(inner) for name, inner in column.items()}
+    if isinstance(column, list):
+        return [_with_nulls(inner) for inner in column]
+    return None if isinstance(column, float) and not math.isfinite(column) else column
 
 
 def _short(value: Any) -> str:

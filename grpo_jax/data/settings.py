@@ -10,10 +10,10 @@ prompts = config.encode(tokenizer, rows)
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.data.prompt_sets import PromptSet, encode_rows, read_problems
+from grpo_jax.data.prompt_sets import PromptSet, encode_rows, has_chats, read_problems
 from grpo_jax.data.prompts import TooLong
 from grpo_jax.data.rows import Row
 
@@ -28,11 +28,11 @@ class PromptSettings:
     prompt_column: str = "prompt"
     answer_column: str | None = None  # passed to the rewards as `answer` as well; `outer.inner` is a nested field
     answer_after: str | None = None  # keep of the answer only the text after the last of these, as "####" in GSM8K
-    rename: dict[str, str] = dataclasses.field(default_factory=dict)  # old and new names of columns
+    rename: dict[str, str] = dataclasses.field(default_factory=dict)  # old and new names of columns, all at once
     chat: bool = False  # put prompts that are text through the chat template, as a user's message
-    system: str | None = None  # a system message before each prompt; implies --chat
+    system: str | None = None  # a system message before each prompt, which has none of its own; implies --chat
     thinking: bool | None = None  # `enable_thinking` of chat templates that know it, such as Qwen3's
-    date_string: str | None = None  # for chat templates that write today's date, such as Llama 3.2's
+    date_string: str | None = None  # in place of today's date, for chat templates that write it, such as Llama 3.2's
     max_prompt_tokens: int = 512
     too_long: TooLong = "refuse"  # what to do with longer prompts
     bucket: int = 64  # prompts are padded to a multiple of this, so that few programs compile
@@ -48,6 +48,10 @@ class PromptSettings:
     def template(self) -> dict[str, Any]:
         """Arguments of the chat template."""
         return {"enable_thinking": self.thinking, "date_string": self.date_string}
+
+    def has_chats(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether prompts go through the chat template; see `has_chats`."""
+        return has_chats(rows, prompt_column=self.prompt_column, chat=self.chat, system=self.system)
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> PromptSet:
         """Encodes the prompts; see `encode_rows`."""

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 
 
+_DATED = "{%- macro strftime_now(format) -%}{{ date_string }}{%- endmacro -%}"  # in place of transformers' function
+
+
 class Rendered(NamedTuple):
     """A chat as its template renders it."""
 
@@ -46,12 +49,14 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
 
     Args:
       tokenizer: with a chat template.
-      messages: of `role` and `content`.
-      template: arguments of the chat template, such as `enable_thinking=False`; None is not given.
+      messages: of `role` and `content`; an assistant's that calls tools has `tool_calls`, and may have no content.
+      template: arguments of the chat template, such as `enable_thinking=False`; None is not given. `date_string` is
+        also what the template's `strftime_now` gives, in whatever format it asks for the date.
 
     Raises:
-      ValueError: without a chat template; for a message whose content is not text; where the template refuses the
-        messages, or does to a special token in them what it would not do to other text.
+      ValueError: without a chat template; for a message without a role or whose content is not text; where the template
+        refuses the messages, leaves out a call of a tool, or does to a special token in them what it would not do to
+        other text.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -59,11 +64,14 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
             f"or put a chat_template.jinja beside the tokenizer; the prompt is {_short(messages)}"
         )
     for message in messages:
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"the content of a message is text, got {_short(message)}")
+        if not is_message(message):
+            raise ValueError(f"a message has a role and a content, both text; got {_short(message)}")
     continued = bool(messages) and messages[-1].get("role") == "assistant"
     given = {name: value for name, value in template.items() if value is not None}
     template = {"add_generation_prompt": not continued, "continue_final_message": continued} | given
+    if "date_string" in given:
+        own = tokenizer.get_chat_template(tools=given.get("tools"))
+        template = {"chat_template": _DATED + own if "strftime_now" in own else own} | template
 
     def apply(messages: Messages) -> str:
         try:
@@ -73,7 +81,10 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
         except Exception as error:  # jinja2's, and whatever a template raises
             raise ValueError(f"the chat template refuses {_short(messages)}: {error}") from error
 
+    messages = [{"content": None} | dict(message) if message.get("tool_calls") else message for message in messages]
     text = apply(messages)
+    if lost := [name for message in messages for name in _called(message) if name not in text]:
+        raise ValueError(f"the chat template does not write the call of {lost[0]} in {_short(messages)}")
     pattern = special_pattern(tokenizer)
     written = dict.fromkeys(
         (i, match) for i, message in enumerate(messages) for part in _texts(message) for match in pattern.findall(part)
@@ -102,6 +113,24 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
     if result is None:
         raise ValueError(f"the chat template does not keep apart the special tokens in {_short(messages)}")
     return Rendered(text, result)
+
+
+def is_message(message: Any) -> bool:
+    """Whether it has a role and a content, both text, or calls of tools in place of the content."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def _called(message: Mapping[str, Any]) -> Iterator[str]:
+    """The names of the tools that a message calls."""
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise ValueError(f"a call of a tool has the function's name, got {_short(call)}")
+        yield name
 
 
 def _texts(message: Mapping[str, Any]) -> Iterator[str]:

@@ -94,7 +94,7 @@ class ConversationSettings(PromptSettings):
         """
         if not self.functions and self.environment is None:
             return Talk(lambda sampler, rows: sampler, None)
-        chat = self.chat or self.system is not None or not isinstance(rows[0][self.prompt_column], str)
+        chat = self.has_chats(rows)
         if self.functions and not chat:
             raise ValueError("tools are told by the chat template: --chat, or give prompts as messages")
         role = "tool" if self.functions else "user"

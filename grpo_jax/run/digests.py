@@ -5,7 +5,8 @@ with run.loop(config, state, digests=of_run(tokenizer, params, prompts=prompts),
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,29 @@ from grpo_jax import processes
 def of_json(value: Any) -> str:
     """Of JSON values, in their order: encoded prompts, rows. Other values count as their text."""
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+
+
+def of_rows(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Of all columns of rows, in the order of the rows, whatever the order of the columns."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(_plain(row), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON that is the same in every process: an address in memory is none of it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, set | frozenset):
+        return sorted(json.dumps(_plain(inner), sort_keys=True) for inner in value)
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{type(value).__name__} {value!r}")
 
 
 def of_arrays(tree: Any) -> str:
@@ -37,7 +61,16 @@ def of_tokenizer(tokenizer: Any) -> str:
     return of_json([rules, tokenizer.chat_template, str(tokenizer.special_tokens_map)])
 
 
-def of_run(tokenizer: Any, params: Any, *, prompts: Any, held_out: Any = ()) -> dict[str, str]:
+def of_run(
+    tokenizer: Any,
+    params: Any,
+    *,
+    prompts: Any,
+    held_out: Any = (),
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    held_out_rows: Sequence[Mapping[str, Any]] = (),
+    eos_ids: Sequence[int] | None = None,
+) -> dict[str, str]:
     """Of all inputs of a run, by names that a message can use.
 
     Args:
@@ -45,13 +78,28 @@ def of_run(tokenizer: Any, params: Any, *, prompts: Any, held_out: Any = ()) -> 
       params: its weights.
       prompts: to train on, encoded, in their order; of demonstrations with their completions.
       held_out: to evaluate on.
+      rows: of the prompts, with all that rewards see; None where nothing but the prompts is learned from.
+      held_out_rows: those to evaluate on.
+      eos_ids: the tokens that end a completion.
     """
-    return {
-        "the data to train on": of_json(prompts),
-        "the data to evaluate on": of_json(held_out),
-        "the tokenizer or its template": of_tokenizer(tokenizer),
-        "the weights of the model": of_arrays(params),
-    }
+    of_columns, of_ends = {}, {}
+    if rows is not None:
+        of_columns = {
+            "the answers and other columns of the data to train on": of_rows(rows),
+            "the answers and other columns of the data to evaluate on": of_rows(held_out_rows),
+        }
+    if eos_ids is not None:
+        of_ends = {"the tokens that end a completion": of_json([*map(int, eos_ids)])}
+    return (
+        of_columns
+        | of_ends
+        | {
+            "the data to train on": of_json(prompts),
+            "the data to evaluate on": of_json(held_out),
+            "the tokenizer or its template": of_tokenizer(tokenizer),
+            "the weights of the model": of_arrays(params),
+        }
+    )
 
 
 def check(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
@@ -62,7 +110,10 @@ def check(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
     """
     differing = [name for name in current if name in saved and saved[name] != current[name]]
     if differing:
+        # The same rows and the same template, and other tokens: the template writes what is not in them.
+        only_tokens = {"the data to train on", "the data to evaluate on"} >= {*differing}
+        dated = " (or the chat template writes today's date: name the day with --date-string)" if only_tokens else ""
         raise ValueError(
             f"not what the run began with: {', '.join(differing)}. Settings name the same sources, but their content "
-            "is another one: put it back, or begin in another run folder"
+            f"is another one{dated}: put it back, or begin in another run folder"
         )

@@ -2,11 +2,12 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import transformers
 
+from grpo_jax.data import place_of
 from grpo_jax.rewards import group_size_of, name_of
 
 # Arguments that `rewards.host` passes beside the columns of the data.
@@ -22,6 +23,7 @@ def check_tokens(
     *,
     max_tokens: int = 0,
     revision: str | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Checks tokens against the configuration of the model that will read them.
 
@@ -33,6 +35,7 @@ def check_tokens(
       sequences: prompts as tokens, or whole texts.
       max_tokens: of a completion after them.
       revision: of a repository.
+      rows: of the sequences, one each, for an error to say where they were read.
 
     Raises:
       ValueError: if the tokenizer has more tokens than the model, or a sequence has one that the model does not.
@@ -50,7 +53,8 @@ def check_tokens(
         if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
             wrong = next(token for token in ids if not 0 <= token < config.vocab_size)
             limit = config.vocab_size - 1
-            raise ValueError(f"sequence {number} has the token {wrong}; {model} has 0 to {limit}")
+            where = place_of(rows[number] if rows else {}, number + 1)
+            raise ValueError(f"{where} has the token {wrong}; {model} has 0 to {limit}")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest + max_tokens > positions:
         print(
@@ -92,14 +96,22 @@ def check_rewards(
             )
 
 
-def check_arguments(functions: Sequence[Callable[..., Any]], columns: Iterable[str], *, prompt_column: str) -> None:
-    """Checks that each reward function gets the arguments that it requires.
+def check_arguments(
+    functions: Sequence[Callable[..., Any]], rows: Sequence[Mapping[str, Any]], *, prompt_column: str
+) -> None:
+    """Checks that each reward function gets the arguments that it requires, for every row.
+
+    Args:
+      functions: of a run or an evaluation.
+      rows: as the functions see them.
+      prompt_column: which they get as `prompts`.
 
     Raises:
-      ValueError: for an argument without a default that is no column of the data; for a class, and for a function that
-        takes nothing of the completions: it is likely a maker that was not called.
+      ValueError: for an argument without a default that is no column of the data; for a row that has none or a null
+        there, or an empty text as its `answer`; for a class, and for a function that takes nothing of the completions:
+        it is likely a maker that was not called.
     """
-    known = _PASSED | (set(columns) - {prompt_column})
+    known = _PASSED | ({name for row in rows for name in row} - {prompt_column})
     for function in functions:
         parameters = inspect.signature(function).parameters.values()
         reads = any(p.kind is p.VAR_KEYWORD or p.name in _READ for p in parameters)
@@ -116,3 +128,13 @@ def check_arguments(functions: Sequence[Callable[..., Any]], columns: Iterable[s
                 f"the reward function {name_of(function)} requires {', '.join(absent)}, and the data has the columns "
                 f"{', '.join(sorted(known - _PASSED))}"
             )
+        for number, row in enumerate(rows, start=1):
+            for name in required:
+                value = row.get(name)
+                if name not in _PASSED and (value is None or (name == "answer" and value == "")):
+                    found = "not there" if name not in row else "null" if value is None else "empty"
+                    raise ValueError(
+                        f"{place_of(row, number)}: the reward function {name_of(function)} requires {name}, which is "
+                        f"{found}; the row has the columns {', '.join(row)} (an argument with a default, such as None, "
+                        "is not required)"
+                    )

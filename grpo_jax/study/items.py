@@ -184,7 +184,7 @@ def _shown(item: Item) -> list[str]:
 def _plain_prompt(prompt: Text) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {message.get('content') or message.get('tool_calls')}" for message in prompt)
 
 
 def _visible(text: str, characters: int) -> str:

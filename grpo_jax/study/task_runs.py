@@ -45,18 +45,23 @@ class TaskRun:
         self._task, self._functions, self._model, self._run_dir = task, functions, model, run_dir
         self._max_tokens, self._bucket = max_tokens, bucket
         self._tokenizer = hf.load_tokenizer(model)
-        self.eos_ids = hf.eos_ids(model, self._tokenizer)
+        chats = data.has_chats([row for split in task.splits for row in split])
+        self.eos_ids = hf.eos_ids(model, self._tokenizer, chat=chats)
         self.names = tuple(map(rewards.name_of, functions))
         self.logged = metrics.Logged()
         self._prompts = data.encode_rows(self._tokenizer, task.splits.train)
-        inputs.check_tokens(model, self._tokenizer, self._prompts.prompts, max_tokens=max_tokens)
+        inputs.check_tokens(
+            model, self._tokenizer, self._prompts.prompts, max_tokens=max_tokens, rows=self._prompts.rows
+        )
         self.reward = rewards.host(
             functions, task.splits.train, self._tokenizer, eos_ids=self.eos_ids, log_metric=self.logged
         )
 
     def digests(self, params: Params) -> dict[str, str]:
-        """Of the prompts, the tokenizer and the weights that the run begins with, for `run.loop`."""
-        return digests.of_run(self._tokenizer, params, prompts=self._prompts.prompts)
+        """Of the prompts and their rows, the tokenizer and the weights that the run begins with, for `run.loop`."""
+        return digests.of_run(
+            self._tokenizer, params, prompts=self._prompts.prompts, rows=self._prompts.rows, eos_ids=self.eos_ids
+        )
 
     def batch(self, seed: int, step: int, size: int) -> Prompts:
         """The prompts of a step."""

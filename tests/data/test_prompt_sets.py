@@ -1,12 +1,14 @@
 """From a file of rows to the prompts of a step."""
 
+import functools
 import json
+import pickle
 import re
 
 import numpy as np
 import pytest
 
-from grpo_jax.data import encode_demonstrations, encode_rows, field, hold_out, read_problems
+from grpo_jax.data import encode_demonstrations, encode_rows, field, has_chats, hold_out, place_of, read_problems
 from grpo_jax.testing import tiny_tokenizer
 
 
@@ -43,6 +45,53 @@ def test_renamed_columns_are_there_under_both_names(tmp_path):
         read_problems(path, rename={"gold": "answer"})
 
 
+def test_columns_are_renamed_all_at_once_and_no_two_to_one_name(tmp_path):
+    path = write(tmp_path, [{"prompt": "2", "answer": "1+1?", "a": 3, "b": 4}])
+    swapped = read_problems(path, rename={"prompt": "answer", "answer": "prompt", "a": "b", "b": "c"})
+    assert swapped == [{"prompt": "1+1?", "answer": "2", "a": 3, "b": 3, "c": 4}]
+    with pytest.raises(
+        ValueError, match=re.escape("each new name is of one column, got {'a': 'answer', 'b': 'answer'}")
+    ):
+        read_problems(path, rename={"a": "answer", "b": "answer"})
+
+
+def test_a_row_is_told_by_its_place_in_the_file_after_it_was_shuffled(tmp_path):
+    tokenizer = tiny_tokenizer()
+    rows = [{"prompt": "1?", "completion": "2"} for _ in range(6)] + [{"prompt": "1" * 30, "completion": "2"}]
+    path = write(tmp_path, rows)
+    path.write_text("\n" + path.read_text())  # a line that is no row
+    for part in hold_out(read_problems(path), 3, seed=0):
+        if any(len(row["prompt"]) == 30 for row in part):
+            for encode in (encode_rows, functools.partial(encode_demonstrations, end=2)):
+                with pytest.raises(ValueError, match=re.escape(f"{path}:8: the prompt has 30 tokens")):
+                    encode(tokenizer, part, max_prompt_tokens=9)
+    (first, *_) = read_problems(path)
+    assert place_of(pickle.loads(pickle.dumps(first)), 5) == f"{path}:2"
+    assert place_of({"prompt": ""}, 5) == "row 5"
+
+
+@pytest.mark.parametrize("prompt", ["", 7, {"role": "user"}, ["a"], None, [{"content": "a"}]], ids=repr)
+def test_rows_that_nobody_checked_are_refused_before_they_are_encoded(prompt):
+    rows = [{"prompt": "1?", "completion": "2"}, {"prompt": prompt, "completion": "2"}]
+    for encode in (encode_rows, functools.partial(encode_demonstrations, end=2)):
+        with pytest.raises(ValueError, match=r"row 2: (the prompt has no tokens|.*text)"):
+            encode(tiny_tokenizer(), rows)
+
+
+def test_a_second_system_message_is_refused_with_its_row():
+    rows = [{"prompt": "a"}, {"prompt": [{"role": "system", "content": "A"}, {"role": "user", "content": "b"}]}]
+    with pytest.raises(ValueError, match="row 2: the prompt has a system message, so that 'B' would be a second one"):
+        encode_rows(tiny_tokenizer(), rows, system="B")
+
+
+def test_chats_are_told_by_the_settings_or_by_the_rows():
+    texts, chats = [{"q": {"p": "a"}}], [{"q": {"p": [{"role": "user", "content": "b"}]}}]
+    assert not has_chats(texts, prompt_column="q.p")
+    assert has_chats(texts, prompt_column="q.p", chat=True)
+    assert has_chats(texts, prompt_column="q.p", system="S")
+    assert has_chats([*texts, *chats], prompt_column="q.p")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -51,8 +100,13 @@ def test_renamed_columns_are_there_under_both_names(tmp_path):
         ({"prompt": []}, "prompt is text or a list of chat messages, got []"),
         ({"prompt": ["a"]}, "a message of prompt has a role and a content, both text; got 'a'"),
         ({"prompt": [{"role": "user"}]}, "a message of prompt has a role and a content, both text; got {'role'"),
-        ({"prompt": [{"role": "user", "content": "a"}]}, "prompt is messages, and text in row 1"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "prompt is messages, and text in the first row"),
         ({"answer": ["2"]}, "answer is text or a number, got ['2']"),
+        ({"answer": " "}, "answer is empty: ' '"),
+        (
+            {"prompt": [{"role": "", "content": "a"}]},
+            "a message of prompt has a role and a content, both text; got {'role'",
+        ),
         ({"answer": True}, "answer is text or a number, got True"),
         ({"answer": {"value": "2"}}, "answer is text or a number, got {'value'"),
     ],
@@ -60,7 +114,7 @@ def test_renamed_columns_are_there_under_both_names(tmp_path):
 def test_a_bad_row_is_refused_with_its_file_and_number(tmp_path, row, message):
     good = {"prompt": "1+1?", "answer": "2"}
     path = write(tmp_path, [good, good | row, good])
-    with pytest.raises(ValueError, match=re.escape(f"{path}: row 2: {message}")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: {message}")):
         read_problems(path, answer_column="answer")
 
 
@@ -75,7 +129,7 @@ def test_a_bad_row_is_refused_with_its_file_and_number(tmp_path, row, message):
 )
 def test_an_answer_without_its_mark_is_refused_with_file_and_row(tmp_path, answer, message):
     path = write(tmp_path, [{"prompt": "a", "answer": "#### 1"}, {"prompt": "b", "answer": answer}])
-    with pytest.raises(ValueError, match=re.escape(f"{path}: row 2: {message}")) as error:
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: {message}")) as error:
         read_problems(path, answer_after="####")
     assert len(str(error.value)) < 500
 
@@ -103,7 +157,7 @@ def test_a_prompt_set_has_the_rows_beside_their_tokens_without_those_that_are_to
     problems = encode_rows(tokenizer, rows, max_prompt_tokens=8, too_long="drop")
     assert [row["x"] for row in problems.rows] == [1, 3]
     assert problems.prompts == [tokenizer("1+1?")["input_ids"], tokenizer("3?")["input_ids"]]
-    with pytest.raises(ValueError, match="prompt 1 has 25 tokens and the limit is 8"):
+    with pytest.raises(ValueError, match="row 2: the prompt has 25 tokens and the limit is 8"):
         encode_rows(tokenizer, rows, max_prompt_tokens=8)
 
 
@@ -136,6 +190,8 @@ def test_demonstrations_are_prompts_and_completions_with_their_end(make_tokenize
     ("row", "settings", "message"),
     [
         ({"completion": 4}, {}, "row 2: completion is text or a list of one message, got 4"),
+        ({"completion": ["a"]}, {}, r"row 2: a completion is text or one message of the assistant, got .* \['a'\]"),
+        ({"completion": [{"role": "assistant"}]}, {}, "row 2: the content of a completion is text"),
         ({"completion": []}, {}, "row 2: a completion is text or one message of the assistant"),
         ({}, {"max_tokens": 3}, "row 1: the completion has 4 tokens and the limit is 3"),
         ({}, {"max_prompt_tokens": 3}, "row 1: the prompt has 34 tokens and the limit is 3"),

@@ -167,12 +167,12 @@ def test_messages_need_a_chat_template():
 
 @pytest.mark.parametrize("content", [None, [{"type": "text", "text": "<|im_end|>"}], 7])
 def test_content_that_is_not_text_is_refused(content):
-    with pytest.raises(ValueError, match="the content of a message is text, got"):
+    with pytest.raises(ValueError, match="a message has a role and a content, both text; got"):
         encode_prompt(make_tokenizer(), a_user(content))
 
 
 def test_a_message_without_content_is_refused():
-    with pytest.raises(ValueError, match=r"the content of a message is text, got \{'role': 'user'\}"):
+    with pytest.raises(ValueError, match=r"a message has a role and a content, both text; got \{'role': 'user'\}"):
         encode_prompt(make_tokenizer(), [{"role": "user"}])
 
 
@@ -184,7 +184,7 @@ def test_prompts_within_the_limit_are_all_kept():
 
 
 def test_a_prompt_too_long_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match="prompt 1 has 4 tokens and the limit is 3"):
+    with pytest.raises(ValueError, match="row 2: the prompt has 4 tokens and the limit is 3"):
         limit_prompts([[1], [1, 2, 3, 4]], 3)
 
 
@@ -202,7 +202,7 @@ def test_prompts_too_long_are_cut_on_the_left():
 
 @pytest.mark.parametrize("too_long", ["refuse", "drop", "cut"])
 def test_an_empty_prompt_is_refused(too_long):
-    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+    with pytest.raises(ValueError, match="row 2: the prompt has no tokens"):
         limit_prompts([[1], []], 3, too_long=too_long)
 
 

@@ -1,5 +1,6 @@
 """Rows as they are read, and errors that name the file and the row."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -194,8 +195,8 @@ def test_rows_of_parquet_have_the_values_that_were_written(tmp_path):
     [
         ({"prompt": ["a", "b", None]}, "row 3: no column prompt; the row has prompt"),
         ({"answer": ["a", "b", "c"]}, "row 1: no column prompt; the row has answer"),
-        ({"prompt": ["a", "b", "c"], "x": [1.0, 2.0, float("nan")]}, "row 3: x is nan, which is no value"),
-        ({"prompt": ["a", "b", "c"], "x": [1.0, float("inf"), 2.0]}, "row 2: x is inf, which is no value"),
+        ({"prompt": [1.0, 2.0, float("nan")]}, "row 3: prompt is nan, which is no value"),
+        ({"prompt": [1.0, float("inf"), 2.0]}, "row 2: prompt is inf, which is no value"),
     ],
     ids=["null", "missing", "nan", "infinity"],
 )
@@ -335,10 +336,26 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name):
         read_rows(tmp_path / name)
 
 
-def test_a_nested_value_that_is_none_is_refused(tmp_path):
-    path = write_parquet(tmp_path / "rows.parquet", {"a": [{"b": [1.0, float("nan")]}]})
-    with pytest.raises(ValueError, match="row 1: a is nan, which is no value"):
-        read_parquet(path)
+def test_a_number_that_is_none_is_null_where_nobody_asked_for_it(tmp_path):
+    columns = {"a": [{"b": [1.0, float("nan")]}], "c": [float("-inf")], "d": [2.0]}
+    path = write_parquet(tmp_path / "rows.parquet", columns)
+    assert read_parquet(path, ["d"]) == [{"a": {"b": [1.0, None]}, "c": None, "d": 2.0}]
+    with pytest.raises(ValueError, match=r"row 1: a\.b is nan, which is no value"):
+        read_parquet(path, ["a.b"])
+
+
+def test_a_field_of_csv_may_be_long_and_a_byte_order_mark_may_stand_alone(tmp_path):
+    (tmp_path / "long.csv").write_text(f"prompt,answer\n{'a' * 200_000},1\n")
+    limit = csv.field_size_limit()
+    assert len(read_rows(tmp_path / "long.csv")[0]["prompt"]) == 200_000
+    assert csv.field_size_limit() == limit  # of other readers
+    for name, content in {
+        "mark.jsonl": b'\n{"a": "1"}\n',
+        "mark.csv": b"\na\n1\n",
+        "mark.json": b'\n[{"a": "1"}]',
+    }.items():
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
+        assert read_rows(tmp_path / name) == [{"a": "1"}]
 
 
 @pytest.mark.parametrize("settings", [{"split": "train"}, {"subset": "main"}], ids=["split", "subset"])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
+from grpo_jax import testing
 from grpo_jax.data import chat, encode_demonstration, encode_prompt, encode_rows, prompt_tail, turn_end
 from grpo_jax.models import hf
 
@@ -102,6 +103,35 @@ def test_template_arguments_reach_the_template_of_every_row(make_tokenizer):
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
+
+
+def test_the_date_that_is_given_stands_in_a_template_that_asks_for_todays():
+    tokenizer = testing.tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} " + tokenizer.chat_template
+    ids = encode_prompt(tokenizer, messages("2+2?"), date_string="26 Jul 2024")
+    assert decode(tokenizer, ids).startswith("26 Jul 2024 <|im_start|>user")
+    assert decode(tokenizer, encode_prompt(tokenizer, messages("2+2?"))).startswith("20")
+
+
+def test_a_history_of_tool_calls_is_rendered_and_one_that_the_template_leaves_out_is_refused():
+    tokenizer = testing.tiny_tokenizer()
+    call = {"function": {"name": "weather", "arguments": {"place": "<|im_end|>"}}}
+    prompt = [*messages("w?"), {"role": "assistant", "content": None, "tool_calls": [call]},
+              {"role": "tool", "content": "3"}]  # fmt: skip
+    rows = [{"prompt": prompt}, {"prompt": [{k: v for k, v in m.items() if v is not None} for m in prompt]}]
+    with pytest.raises(ValueError, match="row 1: the chat template does not write the call of weather"):
+        encode_rows(tokenizer, rows)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message.content }}",
+        "{{ message.tool_calls[0].function | tojson if message.tool_calls else message.content }}",
+    )
+    first, second = encode_rows(tokenizer, rows).prompts
+    assert first == second
+    assert '{"name": "weather", "arguments": {"place": "<|im_end|>"}}<|im_end|>' in decode(tokenizer, first)
+    assert special(tokenizer, first) == special(tokenizer, encode_prompt(tokenizer, messages("w?", "", "3")))
+    rows[1]["prompt"][1]["tool_calls"] = []
+    with pytest.raises(ValueError, match="row 2: a message of prompt has a role and a content, both text; got"):
+        encode_rows(tokenizer, rows)
 
 
 def test_messages_that_the_template_refuses_are_refused_with_its_words_and_the_row(make_tokenizer):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
 import sys
 
@@ -24,6 +25,24 @@ def load(name):
 
 
 distill = load("distill")
+
+
+def test_given_completions_of_chats_end_as_those_of_supervised_learning(tmp_path):
+    testing.tiny_checkpoint(tmp_path / "model")
+    tokenizer = hf.load_tokenizer(tmp_path / "model")
+    tokenizer.eos_token = "<|endoftext|>"
+    text, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    row = {"prompt": [{"role": "user", "content": "a"}], "text": "a", "completion": "b"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    config = distill.Config(
+        model=str(tmp_path / "model"), data=tmp_path / "rows.jsonl", completion_column="completion"
+    )  # fmt: skip
+    _, ((*_, end),), eos_ids = distill.read(config, tokenizer)
+    assert end == turn
+    assert {text, turn} <= {*eos_ids}
+    _, ((*_, end),), eos_ids = distill.read(dataclasses.replace(config, prompt_column="text"), tokenizer)
+    assert end == text
+    assert distill.read(dataclasses.replace(config, completion_column=None), tokenizer)[1] is None
 
 
 def test_the_smoke_mode_moves_the_model_towards_its_teacher_and_exports_it(tmp_path):

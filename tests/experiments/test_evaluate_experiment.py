@@ -64,6 +64,35 @@ def load(name):
 evaluate = load("evaluate")
 
 
+def test_chats_of_a_base_model_end_with_the_templates_turn(files, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def seen(*, eos_ids, **settings):
+        raise Seen(eos_ids)
+
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(evaluate.hf, "load_pretrained", lambda *arguments, **settings: (None, None))
+    monkeypatch.setattr(evaluate.sampling, "greedy", seen)
+    tokenizer = hf.load_tokenizer(files / "model")
+    tokenizer.eos_token = "<|endoftext|>"
+    monkeypatch.setattr(evaluate.hf, "load_tokenizer", lambda *arguments, **settings: tokenizer)
+    (files / "model" / "generation_config.json").rename(tmp_path / "generation_config.json")
+    text, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    try:
+        for chat, ends in ((False, (text,)), (True, (text, turn))):
+            with pytest.raises(Seen) as raised:
+                evaluate.run(
+                    evaluate.Config(
+                        model=str(files / "model"), data="rows.jsonl", prompt_column="question", answer_after="####",
+                        reward=("verifiers:even",), chat=chat, output=tmp_path,
+                    )
+                )  # fmt: skip
+            assert raised.value.args[0] == ends
+    finally:
+        (tmp_path / "generation_config.json").rename(files / "model" / "generation_config.json")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
@@ -247,7 +276,7 @@ def test_the_command_line_evaluates_and_shows_the_samples(files, tmp_path):
         ({"reward": ("verifiers:best_of_four",)}, "groups of 4 completions and the evaluation draws 1 .* --no-greedy"),
         ({"reward": ("verifiers:wants_target",)}, "wants_target requires target, and the data has the columns"),
         ({"prompt_column": "text"}, r"rows.jsonl:1: no column text"),
-        ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
+        ({"max_prompt_tokens": 3}, r":1: the prompt has \d+ tokens and the limit is 3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

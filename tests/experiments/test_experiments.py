@@ -414,7 +414,7 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"reward": ("my_rewards:absent",)}, r"my_rewards has no function 'absent'"),
         ({"reward": ("contains_answer",)}, r"named module:function.* got 'contains_answer'"),
         ({"prompt_column": "text"}, r"gsm8k.jsonl.*1: no column text"),
-        ({"max_prompt_tokens": 3}, r"prompt 0 has \d+ tokens and the limit is 3"),
+        ({"max_prompt_tokens": 3}, r"gsm8k.jsonl:\d+: the prompt has \d+ tokens and the limit is 3"),
         ({"eval_rows": 20}, r"20 rows leaves none of the 20 rows"),
         ({"reward": ("my_rewards:wants_more",)}, r"wants_more requires solution, and the data has the columns"),
         ({"reward": ("my_rewards:compares",), "eval_rows": 4}, r"groups of 2 completions .* --eval-group-size 2"),
@@ -553,8 +553,74 @@ def test_adapters_over_a_quantised_base_are_exported_and_a_run_goes_on_to_the_sa
     hf.load_adapters(*hf.load_pretrained(files / "model"), tmp_path / "whole" / "step_3", any_base=True)
 
 
+@pytest.fixture(scope="module")
+def base(files):
+    """A base model: its template ends turns with a token that nothing else names."""
+    shutil.copytree(files / "model", files / "base")
+    tokenizer = hf.load_tokenizer(files / "base")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(files / "base")
+    (files / "base" / "generation_config.json").unlink()
+    return (
+        files / "base",
+        tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    )
+
+
+def test_chats_of_a_base_model_end_with_the_templates_turn_however_they_are_asked_for(
+    files, base, tmp_path, monkeypatch
+):
+    class Seen(Exception):
+        pass
+
+    def seen(config, tokenizer, eos_ids):
+        raise Seen(eos_ids)
+
+    monkeypatch.setattr(grpo.Config, "make_sampler", seen)
+    model, text, turn = base
+    chats = {"data": files / "chats.jsonl", "prompt_column": "prompt", "answer_column": "answer", "answer_after": None}
+    for changes, ends in (
+        ({"chat": False}, (text,)), ({"chat": True}, (text, turn)), ({"chat": False, "system": "S"}, (text, turn)),
+        ({"chat": False} | chats, (text, turn)),
+    ):  # fmt: skip
+        with pytest.raises(Seen) as raised:
+            grpo.train(settings(files, tmp_path, model=str(model), **changes))
+        assert raised.value.args[0] == ends
+
+
+def test_demonstrations_are_read_as_prompts_are(files, base, tmp_path):
+    model, text, turn = base
+    tokenizer = hf.load_tokenizer(model)
+
+    def read(*rows, **changes):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = sft.Config(model=str(model), data=tmp_path / "rows.jsonl", **changes)
+        _, pairs, eos_ids = sft.read(config, tokenizer)
+        return [completion[-1] for _, completion in pairs], eos_ids
+
+    plain, asked = {"prompt": "a", "completion": "b"}, {"role": "user", "content": "a"}
+    assert read(plain) == ([text], [text])
+    assert read(plain, chat=True) == read({"prompt": [asked], "completion": "b"}) == ([turn], [text, turn])
+    assert read(plain, eos="<|im_start|>")[0] == [tokenizer.convert_tokens_to_ids("<|im_start|>")]
+    assert read({"a": {"p": "x"}, "completion": "b"}, prompt_column="a.p")[0] == [text]
+    for bad, message in (
+        ({"prompt": [asked]}, "2: prompt is messages, and text in the first row"),
+        ({"prompt": [{"content": "a"}]}, "2: a message of prompt has a role and a content"),
+        ({"prompt": 7}, "2: prompt is text or a list of chat messages, got 7"),
+        ({"prompt": {"a": 1}}, "2: prompt is text or a list"),
+        ({"prompt": ["a", "b"]}, "2: a message of prompt has a role"),
+        ({"prompt": ""}, "2: the prompt has no tokens"),
+        ({"completion": 7}, "2: completion is text or a list of one message, got 7"),
+        ({"completion": {"a": 1}}, "2: completion is text or a list of one message"),
+        ({"completion": None}, "2: no column completion"),
+    ):
+        with pytest.raises(ValueError, match=f"rows.jsonl:{message}"):
+            read(plain, plain | bad)
+
+
 def test_supervised_learning_refuses_a_completion_that_does_not_fit(files, tmp_path):
-    with pytest.raises(ValueError, match=r"row 1: the completion has 2 tokens and the limit is 1"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1: the completion has 2 tokens and the limit is 1"):
         sft.train(sft.Config(model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, max_tokens=1))
 
 

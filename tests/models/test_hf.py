@@ -460,12 +460,22 @@ def test_the_export_is_cast_to_the_dtype_asked_for(tiny, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), loaded, params)
 
 
-def test_params_that_are_not_finite_are_saved_as_they_are_and_refused_when_they_are_read(tiny, tmp_path):
+def test_params_that_are_not_finite_are_not_written_and_refused_by_name_when_they_are_read(tiny, checkpoint, tmp_path):
     policy, params = tiny
-    hf.save_pretrained(policy, jax.tree.map(lambda leaf: leaf * jnp.nan, params), tmp_path / "saved")
-    assert all(np.isnan(tensor).all() for tensor in tensors_of(tmp_path / "saved").values())
-    with pytest.raises(ValueError, match=r"weights that are NaN or infinite, in 26 tensors: .*earlier export"):
-        hf.load_pretrained(tmp_path / "saved")
+    params = params | {"norm": {"scale": params["norm"]["scale"].at[3].set(jnp.nan)}}
+    with pytest.raises(ValueError, match=r"NaN or infinite, in 1 parameters: norm/scale: nothing is written"):
+        hf.save_pretrained(policy, params, tmp_path / "saved")
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e30), params)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        hf.save_pretrained(policy, params, tmp_path / "saved", dtype=jnp.float16)
+    assert not (tmp_path / "saved").exists()
+
+    def edit(tensors):
+        for tensor in tensors.values():
+            tensor[...] = np.nan
+
+    with pytest.raises(ValueError, match=r"weights that are NaN or infinite, in \d+ tensors: .*earlier export"):
+        hf.load_pretrained(checkpoint(edit))
 
 
 @pytest.mark.parametrize("block", [7 * 16, 2**22], ids=["put together of rows", "made on the host"])
@@ -704,9 +714,29 @@ def test_end_tokens_are_those_of_generation_config_config_and_tokenizer_together
     assert hf.eos_ids(folder, also=[30]) == tuple(sorted([3, 7, 9, tokenizer.eos_token_id, 30]))
 
 
+def test_a_completion_ends_with_the_token_asked_for_or_the_templates_or_the_tokenizers(checkpoint):
+    folder = checkpoint(eos_token_id=7)
+    tokenizer = tiny_tokenizer()
+    text, start, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.eos_token = tokenizer.unk_token = "<|endoftext|>"  # as of base models, and of GPT-2 and SmolLM2
+    assert hf.completion_end(folder, tokenizer) == (text, (text, 7))
+    assert hf.completion_end(folder, tokenizer, chat=True) == (turn, tuple(sorted((text, turn, 7))))
+    assert hf.completion_end(folder, tokenizer, eos="<|endoftext|>", chat=True)[0] == text
+    assert hf.completion_end(folder, tokenizer, eos="<|im_start|>") == (start, tuple(sorted((text, start, 7))))
+    with pytest.raises(ValueError, match="'<end>' is no token of"):
+        hf.completion_end(folder, tokenizer, eos="<end>")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "{{ end }}")
+    assert hf.eos_ids(folder, tokenizer, chat=True, template={"end": "<|im_end|>"}) == tuple(sorted((text, turn, 7)))
+    tokenizer.eos_token = None
+    assert hf.completion_end(folder, tokenizer) == (7, (7,))
+    fields = json.loads((folder / "config.json").read_text()) | {"eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert hf.completion_end(folder, tokenizer, eos="<|im_end|>") == (turn, (turn,))
+
+
 def test_a_model_without_an_end_token_asks_for_one(checkpoint, tiny, tmp_path):
     folder = checkpoint(eos_token_id=None)
-    with pytest.raises(ValueError, match="name an end-of-sequence token; pass also="):
+    with pytest.raises(ValueError, match="name an end-of-sequence token: put an eos_token_id into"):
         hf.eos_ids(folder)
     assert hf.eos_ids(folder, also=[4]) == (4,)
     hf.save_pretrained(*hf.load_pretrained(folder), tmp_path / "saved")

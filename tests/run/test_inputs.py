@@ -15,9 +15,9 @@ def model(tmp_path_factory):
 def test_a_token_outside_of_the_model_is_refused_with_its_place(model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     inputs.check_tokens(model, tokenizer, [[0, 1], [2]])
-    with pytest.raises(ValueError, match=r"sequence 1 has the token 99999; .* has 0 to \d+"):
+    with pytest.raises(ValueError, match=r"row 2 has the token 99999; .* has 0 to \d+"):
         inputs.check_tokens(model, tokenizer, [[0, 1], [2, 99999]])
-    with pytest.raises(ValueError, match=r"sequence 0 has the token -1"):
+    with pytest.raises(ValueError, match=r"row 1 has the token -1"):
         inputs.check_tokens(model, tokenizer, [[-1]])
 
 
@@ -50,12 +50,13 @@ def test_a_maker_without_its_brackets_is_refused():
 
     def settings(tolerance=0.0): ...
 
+    rows = [{"prompt": "a", "answer": "1"}]
     for maker in (rewards.accuracy, rewards.python_tests, settings, Scorer):
         with pytest.raises(ValueError, match=rf"A maker\? Then write {maker.__name__}\(\)"):
-            inputs.check_arguments([maker], ["prompt", "answer"], prompt_column="prompt")
+            inputs.check_arguments([maker], rows, prompt_column="prompt")
     inputs.check_arguments(
         [rewards.accuracy(), Scorer(), lambda completion_ids: [], lambda **columns: []],
-        ["prompt", "answer"],
+        rows,
         prompt_column="prompt",
     )
 
@@ -65,6 +66,20 @@ def test_a_reward_whose_required_arguments_nothing_gives_is_refused():
 
     def wrong(prompts, completions, solution): ...
 
-    inputs.check_arguments([right], ["prompt", "answer"], prompt_column="prompt")
+    rows = [{"prompt": "a", "answer": 0}]
+    inputs.check_arguments([right], rows, prompt_column="prompt")
     with pytest.raises(ValueError, match="wrong requires solution, and the data has the columns answer"):
-        inputs.check_arguments([right, wrong], ["prompt", "answer"], prompt_column="prompt")
+        inputs.check_arguments([right, wrong], rows, prompt_column="prompt")
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"), [({"answr": "2"}, "not there"), ({"answer": None}, "null"), ({"answer": ""}, "empty")]
+)
+def test_a_row_without_what_a_reward_requires_is_refused_with_its_place(columns, found):
+    def right(completions, answer, level=None, **others): ...
+
+    rows = [{"prompt": "a", "answer": "1", "level": 3}, {"prompt": "b", **columns}]
+    message = f"row 2: the reward function right requires answer, which is {found}; the row has the columns prompt, "
+    with pytest.raises(ValueError, match=message):
+        inputs.check_arguments([right], rows, prompt_column="prompt")
+    inputs.check_arguments([lambda completions, answer=None: []], rows, prompt_column="prompt")

@@ -6,7 +6,8 @@ Only safetensors is read: no pickle is opened and no code of a repository is run
     adapters     load_adapters, save_adapters: PEFT's folders
     writing      save_pretrained, into a folder that takes an earlier one's place whole (`replacing`)
     gguf         convert_gguf, a file of llama.cpp as such a folder
-    tokenizers   load_tokenizer, eos_ids
+    tokenizers   load_tokenizer; eos_ids, completion_end: what ends a completion
+    finite       what is refused before it is written
     layout       which tensors a parameter is made of
     shards       a safetensors file, written a tensor at a time
 """
@@ -14,10 +15,11 @@ Only safetensors is read: no pickle is opened and no code of a repository is run
 from grpo_jax.models.hf.adapters import load_adapters, save_adapters
 from grpo_jax.models.hf.gguf import convert_gguf
 from grpo_jax.models.hf.reading import load_pretrained, load_reward_model
-from grpo_jax.models.hf.tokenizers import eos_ids, load_tokenizer
+from grpo_jax.models.hf.tokenizers import completion_end, eos_ids, load_tokenizer
 from grpo_jax.models.hf.writing import save_pretrained
 
 __all__ = [
+    "completion_end",
     "convert_gguf",
     "eos_ids",
     "load_adapters",

@@ -33,6 +33,7 @@ import transformers
 from grpo_jax import processes
 from grpo_jax.freezing import bind, named_leaves
 from grpo_jax.models import experts, lora
+from grpo_jax.models.hf.finite import check_finite
 from grpo_jax.models.hf.folders import local_folder, open_shard, read_json, short, write_json
 from grpo_jax.models.hf.layout import leaves_of
 from grpo_jax.models.hf.replacing import replacing
@@ -89,8 +90,10 @@ def save_adapters(
 
     Raises:
       FileExistsError: if `path` holds what no export wrote.
-      ValueError: if these are no adapters of this base, or its family's tensors hold several layers' kernels.
+      ValueError: if these are no adapters of this base, or its family's tensors hold several layers' kernels;
+        for adapters that are not finite.
     """
+    check_finite(adapters)
     tensors: dict[str, np.ndarray] = {}
     settings: dict[str, list[tuple[int, float]]] = {}  # rank and alpha of each layer, by target
     ranks: dict[str, dict[str, int]] = {}

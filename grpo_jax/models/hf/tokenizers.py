@@ -1,7 +1,8 @@
 """Tokenizers, and the tokens that end a completion."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import transformers
 
@@ -28,6 +29,7 @@ def eos_ids(
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
     *,
     chat: bool = False,
+    template: Mapping[str, Any] | None = None,
     also: Sequence[int] = (),
     revision: str | None = None,
 ) -> tuple[int, ...]:
@@ -40,7 +42,8 @@ def eos_ids(
     Args:
       path_or_repo: a folder, or the id of a repository on the Hugging Face Hub.
       tokenizer: None reads that of `path_or_repo`, if it has one.
-      chat: prompts are chats, so the token that ends a turn in the chat template is one of them.
+      chat: prompts are chats (`data.has_chats`), so the token that ends a turn in the chat template is one of them.
+      template: arguments of the chat template.
       also: more of them.
       revision: a branch, tag or commit of the repository.
 
@@ -52,10 +55,49 @@ def eos_ids(
         tokenizer = load_tokenizer(folder)
     ids = {*also, *ids_of(getattr(tokenizer, "eos_token_id", None))}
     if chat and tokenizer is not None:
-        ids |= ids_of(turn_end(tokenizer))
+        ids |= ids_of(turn_end(tokenizer, **(template or {})))
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             ids |= ids_of(read_json(folder / name).get("eos_token_id"))
     if not ids:
-        raise ValueError(f"neither the configs nor the tokenizer of {folder} name an end-of-sequence token; pass also=")
+        raise ValueError(
+            f"neither the configs nor the tokenizer of {folder} name an end-of-sequence token: put an eos_token_id "
+            "into its generation_config.json, or give one (also=[...]; sft.py --eos TOKEN)"
+        )
     return tuple(sorted(ids))
+
+
+def completion_end(
+    path_or_repo: str | os.PathLike[str],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    chat: bool = False,
+    template: Mapping[str, Any] | None = None,
+    eos: str | None = None,
+    revision: str | None = None,
+) -> tuple[int, tuple[int, ...]]:
+    """The token that completions of a data set are taught to end with, and all that may end one, of which it is one.
+
+    It is `eos`, else the end of a turn in the chat template for chats, else the tokenizer's end-of-sequence token, or
+    the config's where the tokenizer has none.
+
+    Args:
+      path_or_repo: as in `eos_ids`.
+      tokenizer: of the model.
+      chat: prompts are chats (`data.has_chats`).
+      template: arguments of the chat template.
+      eos: a token, as text.
+      revision: a branch, tag or commit of the repository.
+
+    Raises:
+      ValueError: if `eos` is no token of the tokenizer; if there is none.
+    """
+    also = []
+    if eos is not None:
+        if (end := tokenizer.get_vocab().get(eos)) is None:
+            raise ValueError(f"{eos!r} is no token of {path_or_repo}")
+        also = [end]
+    ids = eos_ids(path_or_repo, tokenizer, chat=chat, template=template, also=also, revision=revision)
+    named = turn_end(tokenizer, **(template or {})) if chat else tokenizer.eos_token_id
+    ends = [*also, *sorted(ids_of(named)), *ids[::-1]]
+    return ends[0], ids

@@ -18,6 +18,7 @@ from grpo_jax import processes
 from grpo_jax.freezing import named_leaves
 from grpo_jax.models import lora
 from grpo_jax.models.families import FAMILIES
+from grpo_jax.models.hf.finite import check_finite
 from grpo_jax.models.hf.folders import INDEX, WEIGHTS, write_json
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
 from grpo_jax.models.hf.replacing import replacing
@@ -58,7 +59,8 @@ def save_pretrained(
     Raises:
       FileExistsError: if `path` holds what no export wrote.
       AssertionError: if the params are not those of the policy.
-      ValueError: if the tokenizer has more tokens than the model, or the params hold adapters or codes.
+      ValueError: if the tokenizer has more tokens than the model, or the params hold adapters or codes, or numbers that
+        are not finite.
     """
     fields = json.loads(getattr(policy.config, "hf_config", None) or "null")
     if fields is None:
@@ -74,6 +76,7 @@ def save_pretrained(
     chex.assert_trees_all_equal_shapes(params, shapes)
     leaves, arrays = leaves_of(policy), jax.tree.leaves(params)
     dtypes = [jnp.dtype(array.dtype if dtype is None else dtype) for array in arrays]
+    check_finite(params, dtypes)
 
     shards = _shards(leaves, arrays, dtypes, max_shard_bytes)
     with processes.alike("export"), written_by_first(shards) as shards:

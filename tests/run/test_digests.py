@@ -1,0 +1,54 @@
+"""Digests by which a run is known to be the same run."""
+
+import re
+
+import numpy as np
+import pytest
+
+from grpo_jax import testing
+from grpo_jax.run import digests
+
+
+def test_rows_differ_by_any_value_and_by_their_order_and_not_by_the_order_of_columns():
+    rows = [{"prompt": "a", "answer": 1, "tests": ["x", {"y": None, "z": 1}]}, {"prompt": "b", "answer": 2}]
+    digest = digests.of_rows(rows)
+    assert digests.of_rows([dict(reversed(row.items())) for row in rows]) == digest
+    for other in (
+        [rows[0] | {"answer": 2}, rows[1]], [rows[0] | {"answer": "1"}, rows[1]], rows[::-1], rows[:1],
+        [rows[0] | {"tests": ["x", {"y": None, "z": 2}]}, rows[1]],
+    ):  # fmt: skip
+        assert digests.of_rows(other) != digest
+
+
+def test_values_that_are_no_json_have_digests_that_are_the_same_in_every_process():
+    class Opaque: ...
+
+    def of(*values):
+        return digests.of_rows([{"x": value} for value in values])
+
+    assert of(Opaque()) == of(Opaque())
+    assert of({"b", "a", "c"}) == of({"c", "a", "b"}) != of({"a"})
+    assert of(np.arange(3)) == of([0, 1, 2]) != of([0, 1, 3])
+    assert of(b"a") != of(b"b")
+    assert of({1: "a"}) == of({"1": "a"})
+
+
+def test_a_run_with_other_answers_or_ends_is_refused_and_a_date_in_the_template_is_told():
+    def of(prompts=((1, 2),), answer=1, eos_ids=(0, 2)):
+        rows = [{"prompt": "a", "answer": answer}]
+        return digests.of_run(
+            testing.tiny_tokenizer(), {"w": np.ones(2)}, prompts=prompts, rows=rows, held_out_rows=rows, eos_ids=eos_ids
+        )
+
+    digests.check(of(), of())
+    columns = "the answers and other columns of the data to"
+    for changed, message in (
+        ({"answer": 2}, f"{columns} train on, {columns} evaluate on. Settings"),
+        ({"eos_ids": (0,)}, "the tokens that end a completion. Settings"),
+        (
+            {"prompts": ((1, 3),)},
+            "is another one (or the chat template writes today's date: name the day with --date-st",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            digests.check(of(), of(**changed))
