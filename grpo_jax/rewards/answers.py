@@ -11,7 +11,7 @@ from grpo_jax.rewards.calling import RewardFunction
 from grpo_jax.rewards.completions import named, text_of
 from grpo_jax.rewards.formats import TAGS, marks_of, opened_by
 from grpo_jax.rewards.latex import unwrapped
-from grpo_jax.rewards.units import changes_meaning
+from grpo_jax.rewards.units import unit_of
 
 THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 
@@ -134,8 +134,8 @@ def plain_answer(*, units: Sequence[str] | None = ()) -> Callable[[str], str]:
     `$18$`, `\(18\)`, `**18**`, `` `18` ``, `\boxed{18}`, `\text{18}` and `18.` become `18`.
 
     Args:
-      units: words that may follow a number, such as "dollars"; None for any words but those that
-        make it another number (`18 thousand`, `18 or more`), which stay.
+      units: words that may follow a number, such as "dollars"; None for any known unit and any one plural
+        noun; words that may make it another number (`18 thousand`, `18 or more`, `18 pi`) stay.
     """
     known = None if units is None else {unit.casefold() for unit in units}
 
@@ -147,7 +147,7 @@ def plain_answer(*, units: Sequence[str] | None = ()) -> Callable[[str], str]:
             inner = next((group for group in match.groups() if group is not None), "") if match else ""
             answer = inner.strip() if inner and _balanced(inner) else answer
         match = _WITH_UNIT.fullmatch(answer)
-        if match and (not changes_meaning(match[2]) if known is None else match[2].strip().casefold() in known):
+        if match and (unit_of(match[2]) is not None if known is None else match[2].strip().casefold() in known):
             return plain(match[1])
         return answer
 

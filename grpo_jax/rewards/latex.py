@@ -5,7 +5,8 @@ whose LaTeX has no thousands separators, units, currencies or scale words left:
 
     1\,234 -> 1234    5\text{ million} -> 5000000    \frac12 -> \frac{1}{2}    \$36 -> 36    5\text{ cm} -> 5
 
-Text that would change the answer, and is none of these (`5\text{ or more}`), makes it unreadable. The time taken
+Text that is known to change the answer, and is none of these (`5\text{ or more}`), makes it unreadable, and a number
+beside words that are neither a known unit nor one plural noun (`5\text{ maybe}`) is compared as text. The time taken
 grows linearly with the text.
 """
 
@@ -16,7 +17,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from grpo_jax.rewards.surroundings import REACH, stands_alone
-from grpo_jax.rewards.units import SCALES, canonical_unit, changes_meaning, is_unit, significant
+from grpo_jax.rewards.units import SCALES, changes_meaning, is_unit, unit_of
 
 
 class Reading(NamedTuple):
@@ -51,6 +52,11 @@ _ENVIRONMENT = re.compile(  # of bounded length, so that many that are not close
 )
 _ANSWER = re.compile("answer", re.IGNORECASE)
 _AFTER = re.compile(rf"[\s$]*(?:\\[)\]])?\s*(?:\\?%|\b(?:percent|{'|'.join(SCALES)})\b)", re.IGNORECASE)
+_UNIT_AFTER = re.compile(
+    r"\s*(?:\\[,;: ])?\s*(?:\\(?:text|mathrm|mbox)\{([^{}]*)\}(?:\^\{?-?\d\}?)?"
+    r"|\^\s*\{?\s*\\circ\s*\}?(?:\\text\{[CF]\})?)"
+)
+_SCALE_WORDS = [[word] for word in SCALES]
 _ANNOUNCED = re.compile(  # between "answer" and its LaTeX
     r"(?:[\s*_:=]|\b(?:is|was|equals|be|(?:will|must|is equal to)(?:\s+be)?|then|therefore|thus|hence|so|simply"
     r"|just|exactly|approximately|to\s+(?:the|this|your)\s+(?:problem|question|exercise)|[a-zA-Z]\s*=)(?![a-zA-Z])){0,60}"
@@ -75,26 +81,31 @@ def final_answer(text: str) -> Reading | None:
 def gold_answer(gold: str) -> Reading | None:
     r"""The gold answer: what follows its last `####`, its last `\boxed{}`, or all of it where it is bare mathematics.
 
-    Of a sentence it is the LaTeX that "answer" announces, the only LaTeX or the only number. None where it
-    cannot be told.
+    Of a sentence it is the LaTeX that "answer" announces, the only LaTeX, the number that "answer is" announces, or
+    the only number. Several numbers with units are text (12 hours 30 minutes). None where it cannot be told.
     """
     gold = gold.rpartition("####")[2].strip()
     boxes = list(_boxes(gold))
     if boxes:
         latex = _last(gold, boxes)
-        return None if latex is None else read(latex)
+        return None if latex is None else read(latex, gold=True)
     bare = unwrapped(gold)
     environments = list(_ENVIRONMENT.finditer(bare))
     if not environments and not _is_sentence(bare):
-        return read(gold)
+        return read(gold, gold=True)
     if not environments:
-        numbers = _NUMERAL.findall(bare)
+        numbers = [match[1] for match in _ANSWER_IS.finditer(bare)][-1:] or _NUMERAL.findall(bare)
+        if not _ANSWER_IS.search(bare) and _COMPOUND.fullmatch(bare):
+            return Reading(bare, re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", bare).casefold(), words=True)
+        if _ANSWER_IS.search(bare):
+            clause = _CLAUSE.split(bare[: bare.casefold().rindex("answer")])[-1]
+            return None if _NEGATION.search(clause) else read(numbers[0], gold=True)
         return read(numbers[0]) if len(numbers) == 1 and not changes_meaning(_NUMERAL.sub("", bare)) else None
     gaps = [bare[a.end() : b.start()] for a, b in itertools.pairwise(environments)]
     if all(map(_JOINED.fullmatch, gaps)) and not _NEGATION.search(bare):
-        return read(", ".join(map(_content, environments)) + _following(bare, environments[-1].end()))
+        return read(", ".join(map(_content, environments)) + _following(bare, environments[-1].end()), gold=True)
     latex = _announced(bare)
-    return None if latex is None else read(latex)
+    return None if latex is None else read(latex, gold=True)
 
 
 def _boxes(text: str) -> Iterator[tuple[int, int, str | None]]:
@@ -176,7 +187,9 @@ def _content(environment: re.Match[str]) -> str:
 
 
 def _following(text: str, end: int) -> str:
-    """A percent sign or a scale word right after an answer, which belongs to it."""
+    """A percent sign, a scale word, or a unit in LaTeX right after an answer, which belongs to it."""
+    if unit := _UNIT_AFTER.match(text, end, end + REACH):
+        return unit.group() if unit[1] is None or unit_of(unit[1]) or unit[1].split()[:1] in _SCALE_WORDS else ""
     after = _AFTER.match(text, end)
     return after.group().lstrip("$\\)] ").rjust(after.end() - after.start()) if after else ""
 
@@ -228,12 +241,18 @@ _CHARACTERS = str.maketrans(
     }
 )
 _NUMERAL = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?(?![\w/])")
+_ANSWER_IS = re.compile(
+    rf"\banswer\s*(?:is|was|:|=)\s*:?\s*\$?({_NUMERAL.pattern})(?!\s*(?:or|and|to)\b)", re.IGNORECASE
+)
+_COMPOUND = re.compile(r"(?:\d+(?:\.\d+)? [a-z]+\.?,? ?){2,}|-?\w+\s*\(\s*mod\s+\w+\s*\)", re.IGNORECASE)
 _DELIMITED = [(r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"), ("**", "**")]
 _ENDING = re.compile(r"(?:\\[,;:! ]|\\q?quad|(?<!\.)\.(?!\.)|[,;:]|\s|(?<!\\)~)+$")
 _TEXT = r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname)\s*\{"
 _CURRENCY = re.compile(
     r"(?:\b(?:US|AU|CA))?(?:\\?\$|\\euro\b|\\pounds\b|[€£¥₹])\s*(?=[-+]?[\d.])|(?<=\d)\s*(?:\\?\$|[€£¥₹])$"
 )
+_CURRENCIES = {"$": "dollar", "€": "euro", "euro": "euro", "£": "pound", "pounds": "pound", "¥": "yen", "₹": "rupee"}
+_DEGREE = r"\^\s*\{?\s*\\circ\s*\}?"
 _SPACED = re.compile(r"(?<![\d.,\\])\d{1,3}(?:(?:\\[,;:! ]|\{,\}|,\s*\\!|\{\\,\}|~| )\s*\d{3})+(?!\d)")
 _DECIMAL = re.compile(r"([-+]?)\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?")
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
@@ -243,23 +262,30 @@ _REPEATING = re.compile(r"(\d{1,20})?\.(\d{0,20})\\(?:overline|bar|dot)\s*\{(\d{
 _MIXED = re.compile(r"([-+]?)\s*(\d+)(?:\s+(\d+)\s*/\s*(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})")
 _LEADING = re.compile(r"(?:[a-zA-Z]\s*)?(?:\\approx|\\sim)(?![a-zA-Z])\s*|[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 _TEXT_AT_END = re.compile(
-    rf"((?:\s|~|\\[,;:! ]|\\q?quad|[-/]|\\cdot)*){_TEXT}([^{{}}]*)\}}\s*(?:\^\s*(?:-?\d|\{{-?\d\}}))?$"
+    rf"((?:\s|~|\\[,;:! ]|\\q?quad|[-/]|\\cdot)*){_TEXT}([^{{}}]*)\}}\s*(\^\s*(?:-?\d|\{{-?\d\}}))?$"
 )
-_WORDS_AT_END = re.compile(r"(?<=[\d})%])(\s*)([A-Za-z][A-Za-z .'/-]*?)\s*(?:\^\s*(?:-?\d|\{-?\d\}))?$")
+_WORDS_AT_END = re.compile(r"(?<=[\d})%])(\s*)([A-Za-z][A-Za-z .'/-]*?)\s*(\^\s*(?:-?\d|\{-?\d\}))?$")
 _DEGREES = re.compile(r"(\\circ\s*\}?)\s*([CF])$")
 _NAMED_BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 _BASES = {name: number for number, name in enumerate(_NAMED_BASES.split())}
 _BASE = re.compile(
-    rf"\(?\s*([0-9A-Za-z]+)\s*\)?\s*(?:_\s*\{{?\s*(?:{_TEXT})?\s*(\w+?)\s*\}}{{0,2}}|(?:{_TEXT})?\s*\(?\s*(?:in\s+)?base[\s~-]*(\w+)\)?\s*\}}?)"
+    rf"([-+]?)\s*\(?\s*([0-9A-Za-z]+)(?:\.([0-9A-Za-z]+))?\s*\)?\s*(?:_\s*\{{?\s*(?:{_TEXT})?\s*(\w+?)\s*\}}{{0,2}}"
+    rf"|(?:{_TEXT})?\s*\(?\s*(?:in\s+)?base[\s~-]*\}}?\s*(\w+)\)?\s*\}}?)"
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z .'’-]*")
 
 
-def read(latex: str) -> Reading | None:
-    """The reading of an answer in LaTeX; None where it is empty, or text changes it in a way that is not known."""
+def read(latex: str, *, gold: bool = False) -> Reading | None:
+    """The reading of an answer in LaTeX; None where it is empty, or text changes it in a way that is not known.
+
+    A number beside words that may change it, for all that is known, is text. Of a gold answer, which is not written to
+    please, words are taken for its unit unless they are known to change it.
+    """
     answer = unwrapped(latex.translate(_CHARACTERS))
     text = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r"\1", answer)
-    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[,;:!]|\\q?quad", "", text)
+    text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
+    text = re.sub(r"(?:\\[,;:!]|\\q?quad|~|\s)+", " ", text)
+    text = re.sub(r"\\pmod\s*(?:\{(\w+)\}|(\w))|\(\s*mod\s+(\w+)\s*\)", r"(mod\1\2\3)", text)
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
     if based := _based(answer):
         return based
@@ -269,13 +295,24 @@ def read(latex: str) -> Reading | None:
     words = re.sub(rf"{_TEXT}|[{{}}()]", "", answer).strip()
     if _WORD.fullmatch(words) and (len(words) > 3 or (answer != words and len(words) > 1)):
         return Reading(answer, " ".join(words.casefold().split()), words=True)
-    answer = _CURRENCY.sub("", _LEADING.sub("", answer, count=1) if _LEADING.match(answer) else answer)
+    answer = _LEADING.sub("", answer, count=1)
+    currency = _CURRENCY.search(answer)
+    answer = _CURRENCY.sub("", answer)
     answer = _SPACED.sub(lambda match: re.sub(r"\D", "", match.group()), answer)
     if len(answer) > _LONG:
         return Reading(answer, text)
-    if (separated := _without_words(answer)) is None:
-        return None
+    separated = _without_words(answer, strict=not gold)
+    if separated is None:
+        return (
+            None
+            if changes_meaning(re.sub(r"[^A-Za-z' ]", " ", words))
+            else Reading(answer, text.casefold(), words=True)
+        )
     answer, unit = separated
+    if currency and not unit:
+        unit = next(name for sign, name in _CURRENCIES.items() if sign in currency.group())
+    elif not unit and re.fullmatch(rf"[-+\d.,\s]*{_DEGREE}", answer):
+        unit = "degree"
     answer = _EXPONENT.sub(r"\1 \\times 10^{\2}", unwrapped(answer))
     answer = _REPEATING.sub(_repeating, answer)
     if mixed := _MIXED.fullmatch(answer):
@@ -337,16 +374,16 @@ def _repeating(decimal: re.Match[str]) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-def _without_words(answer: str) -> tuple[str, str] | None:
+def _without_words(answer: str, *, strict: bool) -> tuple[str, str] | None:
     """The answer without the unit at its end, a scale word multiplied out, and the unit's name; None if unreadable."""
     unit, scale = "", 1
     for _ in range(4):
         match = _TEXT_AT_END.search(answer)
         bare = None if match else _WORDS_AT_END.search(answer)
         if match and match.start():
-            words, cut = match[2].strip(), match.start()
-        elif bare and not re.search(r"\\[a-zA-Z]*$", answer[: bare.start()]) and _are_units(bare[2], bool(bare[1])):
-            words, cut = bare[2].strip(), bare.start()
+            words, power, cut = match[2].strip(), match[3] or "", match.start()
+        elif bare and not re.search(r"\\[a-zA-Z]*$", answer[: bare.start()]) and _are_units(answer, bare):
+            words, power, cut = bare[2].strip(), bare[3] or "", bare.start()
         else:
             break
         if words.casefold() in ("percent", "percentage", "pct", r"\%", "%"):
@@ -354,9 +391,11 @@ def _without_words(answer: str) -> tuple[str, str] | None:
             break
         while (first := words.casefold().partition(" ")[0]) in SCALES:
             scale, words = scale * SCALES[first], words[len(first) :].strip()
-        if changes_meaning(words):
+        single = bool(re.search(r"(?<![\d.])1$", answer[:cut]))
+        name = unit_of(re.sub(r"\W+$", "", words) + power.replace(" ", ""), strict=strict, single=single)
+        if name is None:
             return None
-        unit = f"{canonical_unit(words)} {unit}".strip()
+        unit = f"{name} {unit}".strip()
         answer = answer[:cut].rstrip()
     if scale > 1:
         number = _DECIMAL.fullmatch(answer.strip())
@@ -370,9 +409,19 @@ def _without_words(answer: str) -> tuple[str, str] | None:
     return answer, unit
 
 
-def _are_units(words: str, spaced: bool) -> bool:
-    """Whether bare letters after a number are words, rather than variables: apples and cm, but not xyz."""
-    return all(is_unit(word) or (spaced and len(word) > 3) for word in significant(words))
+def _are_units(answer: str, bare: re.Match[str]) -> bool:
+    """Whether bare letters after a number are words, rather than variables: apples, cm and, after a space, m."""
+    words, spaced = bare[2].replace("/", " ").split(), bool(bare[1])
+    if all(map(is_unit, words)):
+        return True
+    if bare[2] in tuple("mgshlL"):
+        return spaced and bool(re.fullmatch(r"[-+]?[\d.,]+", answer[: bare.start()]))
+    long = any(len(word) > 3 for word in words)
+    return (
+        spaced
+        and long
+        and all(len(word) > 2 or is_unit(word) or word in ("of", "a", "an", "sq", "cu") for word in words)
+    )
 
 
 def _based(answer: str) -> Reading | None:
@@ -380,13 +429,16 @@ def _based(answer: str) -> Reading | None:
     match = _BASE.fullmatch(answer)
     if not match:
         return None
-    named = (match[2] or match[3]).casefold()
+    named = (match[4] or match[5]).casefold()
     base = int(named) if named.isdecimal() and len(named) < 3 else _BASES.get(named, 0)
-    digits = match[1].lstrip("0").upper() or "0"
+    whole, part = match[2].lstrip("0").upper() or "0", match[3].rstrip("0").upper() if match[3] else ""
     try:
-        value = int(digits, base) if 2 <= base <= 36 else None
+        value = Fraction(int(whole + part, base), base ** len(part)) if 2 <= base <= 36 else None
     except ValueError:
         value = None
-    if value is None or (not digits[0].isdigit() and not any(digit.isdigit() for digit in digits)):
+    number = any(map(str.isdigit, whole)) or (base > 10 and len(whole) > 1 and match[2].isupper())  # else a variable
+    if value is None or not number:
         return None
-    return Reading(str(value), f"{digits}_{base}", base=base)
+    sign, digits = match[1].strip("+"), whole + (f".{part}" if part else "")
+    latex = str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return Reading(f"{sign}{latex}", f"{sign}{digits}_{base}", base=base)

@@ -1,11 +1,13 @@
 """Whether a completion's mathematical answer is the right one."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.latex import Reading, final_answer, gold_answer
 from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
+from grpo_jax.rewards.units import same_unit
 
 
 def accuracy(
@@ -28,15 +30,19 @@ def accuracy(
     mathematics, a number with a unit or a word; of a sentence the only LaTeX or the only number.
 
     Both are read as a person reads them (`rewards.latex`): `\frac12`, `2\sqrt2`, `1\,234`, `1\frac12`, `\$36`,
-    `5\text{ million}` (5000000), `50\%` (50 or 0.5), `2516_8` (equal to `2516`, not to `2516_7`),
-    and without units, of which known ones must agree: `5\text{ cm}` is 5, not `5\text{ m}`. A number beside text
-    that changes it (`5\text{ or more}`) is not that number. Then math-verify compares them as numbers, sets, intervals,
-    matrices, relations or formulas; `\frac{1}{2}`, `0.5` and `\frac{2}{4}` are one answer. Words are compared as
-    text, without case. Otherwise the rule is that of TRL's `accuracy_reward`.
+    `5\text{ million}` (5000000), `50\%` (50 or 0.5), `2516_8` (equal to the digits `2516`, not to `2516_7` or 1358;
+    as an answer also to the gold 1358), and without units, which must agree where both sides have one: `5\text{ cm}`
+    is 5, not `5\text{ m}` or `5\text{ cm}^2`, and `\$5` is not `5\text{ cents}`. Units are those that are known
+    and one plural noun; a number beside other text (`5\text{ or more}`, `5\text{ tenths}`) is not that number. `x` is
+    not `X`, letters alone (`AB`) are a word and no product, and numbers on both sides of `=` have to be equal.
+    Then math-verify compares them as numbers, sets, intervals, matrices, relations or formulas; `\frac{1}{2}`, `0.5`
+    and `\frac{2}{4}` are one answer. Words are compared as text, without case. Otherwise the rule is that of TRL's
+    `accuracy_reward`.
 
     An answer that is missing, unreadable or cannot be parsed scores 0, and so does one whose parsing takes longer than
-    `timeout` or more than `memory`. Where the gold answer cannot be read or parsed, the item is masked, unless the
-    completion's answer is the same text. A fault of the verifier masks (see `in_worker_processes`).
+    `timeout` or more than `memory`. Where the gold answer cannot be told, the item is masked; where it
+    can but cannot be parsed (`\langle 1,2\rangle`), the same text scores 1 and any other 0.
+    A fault of the verifier masks (see `in_worker_processes`).
 
     Args:
       column: the data set's column of gold answers; by default `solution`, or else `answer`.
@@ -97,8 +103,26 @@ def verdict(answer: Reading | None, gold: Reading | None) -> float | None:
         return None if gold is None else 0.0
     if answer.text in (gold.text, gold.text.removesuffix(f"_{gold.base}")):
         return 1.0
-    if gold.base and answer.base:
-        return 0.0
-    if (gold.words and answer.words) or (answer.unit and gold.unit and answer.unit != gold.unit):
-        return 0.0
-    return None
+    if gold.base:
+        return 0.0  # a bare number is its digits
+    if (gold.words and answer.words) or (answer.unit and gold.unit and not same_unit(answer.unit, gold.unit)):
+        return float(gold.words and answer.words and answer.text.casefold() == gold.text.casefold())
+    if any(side.words and any(map(str.isdecimal, side.text)) for side in (answer, gold)):
+        return 0.0  # a number beside words that may change it
+    if answer.latex.isalpha() and gold.latex.isalpha() and len(answer.latex) > 1:
+        return float(answer.latex.casefold() == gold.latex.casefold())  # words, and no products
+    ours, theirs = _letters(answer.latex), _letters(gold.latex)
+    if {letter for letter in ours - theirs if letter.swapcase() in theirs - ours}:
+        return 0.0  # x and X
+    ours, theirs = _connectives(answer.latex), _connectives(gold.latex)
+    return 0.0 if ours and theirs and ours != theirs else None
+
+
+def _letters(latex: str) -> set[str]:
+    """The letters of variables."""
+    return set(filter(str.isalpha, re.sub(r"\\[a-zA-Z]+\s*", "", latex)))
+
+
+def _connectives(latex: str) -> set[str]:
+    found = re.findall(r"\b(and|or)\b|\\(land|wedge|lor|vee)\b", latex)
+    return {"and" if (word or command) in ("and", "land", "wedge") else "or" for word, command in found}

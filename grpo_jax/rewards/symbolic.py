@@ -1,5 +1,6 @@
 """Whether two pieces of mathematics are equal, by math-verify. Workers load this file, and with it SymPy."""
 
+import itertools
 import logging
 import math
 import re
@@ -31,16 +32,17 @@ def accuracy(completion: str, gold: str | None, verdict: float | None, tolerance
       decimals: as of `mathematics.accuracy`.
 
     Returns:
-      1.0 or 0.0, or None where the gold answer cannot be parsed.
+      1.0 or 0.0, or None without a gold answer. One that cannot be parsed is mathematics all the same: only its own
+      text is right, which the verdict has found.
     """
     if verdict is not None:
         return verdict
     if gold is None:
         return None
     expected = parsed(gold)
-    if not expected:
-        return None
     answer = parsed(completion) if completion else []
+    if not expected or not answer or _contradicts(completion):
+        return 0.0
     places = decimals + max(_leading_zeros(gold), _leading_zeros(completion))
     if verify(expected, answer, float_rounding=places, timeout_seconds=None):
         return float(not any(_apart(a, e) for e in expected for a in answer))
@@ -54,6 +56,22 @@ def parsed(latex: str) -> list[Any]:
         rf"\boxed{{{latex}}}", extraction_config=[LATEX], extraction_mode="first_match", parsing_timeout=None
     )
     return [answer for answer in answers if not isinstance(answer, str)]
+
+
+def _contradicts(latex: str) -> bool:
+    """Whether numbers on both sides of an equals sign differ, as in `4 = 5`, by more than the rounding of a decimal."""
+    sides = re.split(r"(?<![<>!:\\])=", latex)
+    if len(sides) < 2:
+        return False
+    values = [_number(found[0]) if (found := parsed(side)) else None for side in sides]
+    for (a, left), (b, right) in itertools.pairwise(zip(values, sides, strict=True)):
+        if (
+            a is not None
+            and b is not None
+            and abs(a - b) > (2e-2 if "." in left + right else 1e-9) * max(abs(a), abs(b))
+        ):
+            return True
+    return False
 
 
 def _leading_zeros(latex: str) -> int:

@@ -204,6 +204,7 @@ PLAIN = {  # written -> without markup, and any units
     r"18 \text{ apples}": (r"18 \text{ apples}", "18"),
     "18 thousand": ("18 thousand", "18 thousand"),
     "18 or more": ("18 or more", "18 or more"),
+    **{f"18 {word}": (f"18 {word}", f"18 {word}") for word in ("tenths", "x", "quadrillion", "pi", "maybe")},
     "not 18": ("not 18", "not 18"),
     "Paris": ("Paris", "Paris"),
     "": ("", ""),
