@@ -111,6 +111,20 @@ SMOLLM3 = """\
 {{- "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n") }}
 {%- endif %}"""
 
+# EXAONE 4: unless it is to think, an answer begins after empty thoughts.
+EXAONE = """\
+{%- for message in messages %}
+{%- set content = message.content %}
+{%- if message.role == "assistant" and not loop.last %}
+{%- set content = content.split("</think>")[-1].lstrip("\n") %}
+{%- endif %}
+{{- "[|" + message.role + "|]\n" + content + "[|endofturn|]\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- "[|assistant|]\n<think>\n" }}
+{%- if enable_thinking is not defined or not enable_thinking %}{{- "\n</think>\n\n" }}{%- endif %}
+{%- endif %}"""
+
 # gpt-oss: the last turn of an assistant ends in another token than earlier ones, and what it says has a channel.
 HARMONY = """\
 {{- "<|start|>system<|message|>You are helpful. Reasoning: " + (reasoning_effort or "medium") + "<|end|>" }}
@@ -135,6 +149,7 @@ TOKENIZERS = {
     "granite": ("bytes", "<|end_of_text|> <|start_of_role|> <|end_of_role|>", None, 0, GRANITE),
     "olmo": ("bytes", "<|endoftext|>", 0, 0, OLMO),
     "smollm3": ("bytes", "<|begin_of_text|> <|im_start|> <|im_end|>", None, 2, SMOLLM3),
+    "exaone": ("bytes", "[BOS] [|endofturn|] [|user|] [|assistant|] [|system|]", None, 1, EXAONE),
     "harmony": ("bytes", "<|endoftext|> <|return|> <|end|> <|start|> <|channel|> <|message|>", None, 1, HARMONY),
 }
 

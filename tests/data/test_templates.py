@@ -293,6 +293,7 @@ def test_a_completion_of_messages_is_one_of_the_assistant(completion, make_token
         ("granite", "<|end_of_text|>"),
         ("olmo", "<|endoftext|>"),
         ("smollm3", "<|im_end|>"),
+        ("exaone", "[|endofturn|]"),
         ("harmony", "<|return|>"),  # <|end|> ends what it says before its answer
     ],
 )
@@ -325,7 +326,7 @@ def test_without_turns_the_end_is_the_tokenizers(make_tokenizer):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_tail_of_a_prompt_is_what_the_assistants_turn_holds_already(name, special_tags, make_tokenizer):
     tokenizer = make_tokenizer(name, special_tags=special_tags)
-    opens = {"thinking": "<think>\n", "r1": "<think>\n"}
+    opens = {"thinking": "<think>\n", "r1": "<think>\n", "exaone": "<think>\n\n</think>\n\n"}
     assert prompt_tail(tokenizer, encode_prompt(tokenizer, messages("hello"))) == opens.get(name, "")
     continued = encode_prompt(tokenizer, messages("hello", "<think>\nthe answer"))
     if name not in ("mistral", "olmo"):  # they mark turns by text that is no special token
