@@ -253,7 +253,7 @@ def _fill(
 def _is_finite(block: np.ndarray, dtype: np.dtype) -> bool:
     """Whether all are finite in the dtype that they become; on the host, since it is what takes long to compile."""
     with np.errstate(over="ignore"):
-        return bool(np.all(np.isfinite(block.astype(dtype))))
+        return bool(np.all(np.isfinite(block.astype(dtype, copy=False))))
 
 
 def _transposed(matrix: np.ndarray) -> np.ndarray:
