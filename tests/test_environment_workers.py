@@ -84,7 +84,7 @@ def test_what_hangs_or_crashes_costs_its_own_conversation_and_the_row_comes_back
 def test_a_row_may_be_large(module):
     row = {"answer": 1, "board": "x" * 200_000}
     made = in_worker_processes(module.respond, workers=1)
-    ((content, _),) = answers(made, [(row, [{"role": "assistant", "content": "well"}])], timeout=10.0)
+    ((content, *_),) = answers(made, [(row, [{"role": "assistant", "content": "well"}])], timeout=10.0)
     assert content == [{"role": "user", "content": "1 1"}]
     assert len(row["board"]) == 200_000
 

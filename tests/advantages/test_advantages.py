@@ -36,6 +36,7 @@ from grpo_jax.advantages import (
     rewards_to_go,
     total_reward,
 )
+from grpo_jax.advantages.totals import as_array
 from grpo_jax.losses import kl_k1, kl_k2, kl_k3
 from grpo_jax.statistics import Mean, summary
 from grpo_jax.types import Experience, Prompts, Rollout
@@ -781,3 +782,9 @@ def test_rewards_of_steps_are_added_to_the_advantage_of_the_outcome():
     assert found_summary["steps"] == pytest.approx(mask.sum() / (B * G))
     with pytest.raises(ValueError, match="no step rewards: put step_rewards"):
         from_steps()(experience._replace(step_mask=None))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), np.float32("nan")], ids=str)
+def test_weights_that_are_not_finite_are_refused(weight):
+    with pytest.raises(ValueError, match="weights of reward functions are finite numbers"):
+        as_array([1.0, weight], 2)
