@@ -204,11 +204,15 @@ def _is_sentence(text: str) -> bool:
 # -------------------------------------------------------------------- reading the answer
 
 _LONG = 500  # characters of an answer from which on no unit is looked for
+_VULGAR = dict(
+    enumerate(((1, 3), (2, 3), (1, 5), (2, 5), (3, 5), (4, 5), (1, 6), (5, 6), (1, 8), (3, 8), (5, 8), (7, 8)), 0x2153)
+)
 _CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
         **dict.fromkeys("\u200b\u2060\ufeff", ""),
         **dict.fromkeys("−﹣－", "-"),
+        **{chr(code): rf"\frac{{{above}}}{{{below}}}" for code, (above, below) in _VULGAR.items()},
         **{chr(ord("０") + digit): str(digit) for digit in range(10)},
         **{
             "×": r"\times ",
@@ -240,6 +244,27 @@ _CHARACTERS = str.maketrans(
         },
     }
 )
+_WRITTEN = [
+    (re.compile(pattern), form)
+    for pattern, form in (  # other ways to write the same
+        (r"(^|[=(,\[]\s*)–(?=\s*[\d\\a-z.])", r"\1-"),
+        (r"(?<=\d)\{,\}(?=(?:\d{1,2}|\d{4,})(?!\d))", "."),
+        (r"\\(?:nicefrac|sfrac|cfrac|dfrac|tfrac)(?![a-z])", r"\\frac"),
+        (r"\\[dt]binom(?![a-z])", r"\\binom"),
+        (r"\\varnothing(?![a-z])", r"\\emptyset"),
+        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+        (r"\\(?:lor|vee)(?![a-z])", r"\\text{ or }"),
+        (r"^\\(?:underline|textcolor\s*\{\w+\}|color\s*\{\w+\})\s*\{([^{}]*)\}$", r"\1"),
+        (r"^\\color\s*\{\w+\}\s*", ""),
+        (r"^\(?([A-Z])[).]$", r"\1"),
+        (r"^\\(?:text|mathrm|textbf|mbox)\s*\{\s*([-+]?\d[^{}]*)\}$", r"\1"),
+        (r"\\text\s*\{\s*infinity\s*\}", r"\\infty "),
+        (
+            r"\\(sin|cos|tan|cot|sec|csc)\s*(?:\\left)?[({]?\s*([\d.]+)\s*\^\s*\{?\s*\\circ\s*\}?\s*(?:\\right)?[)}]?",
+            r"\\\1(\\frac{\2\\pi}{180})",
+        ),
+    )
+]
 _NUMERAL = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?(?![\w/])")
 _ANSWER_IS = re.compile(
     rf"\banswer\s*(?:is|was|:|=)\s*:?\s*\$?({_NUMERAL.pattern})(?!\s*(?:or|and|to)\b)", re.IGNORECASE
@@ -259,7 +284,7 @@ _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _EXPONENT = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,4})(?!\w)")
 _SIGN_ROOT = re.compile(r" +(\d+)")  # what a person reads below the root in √23
 _REPEATING = re.compile(r"(\d{1,20})?\.(\d{0,20})\\(?:overline|bar|dot)\s*\{(\d{1,20})\}")
-_MIXED = re.compile(r"([-+]?)\s*(\d+)(?:\s+(\d+)\s*/\s*(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})")
+_MIXED = re.compile(r"([-+]?)\s*(\d+)(?:\s+(\d+)\s*/\s*(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})\s*(\\?%)?")
 _LEADING = re.compile(r"(?:[a-zA-Z]\s*)?(?:\\approx|\\sim)(?![a-zA-Z])\s*|[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 _TEXT_AT_END = re.compile(
     rf"((?:\s|~|\\[,;:! ]|\\q?quad|[-/]|\\cdot)*){_TEXT}([^{{}}]*)\}}\s*(\^\s*(?:-?\d|\{{-?\d\}}))?$"
@@ -282,6 +307,8 @@ def read(latex: str, *, gold: bool = False) -> Reading | None:
     please, words are taken for its unit unless they are known to change it.
     """
     answer = unwrapped(latex.translate(_CHARACTERS))
+    for pattern, form in _WRITTEN:
+        answer = pattern.sub(form, answer)
     text = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r"\1", answer)
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
     text = re.sub(r"(?:\\[,;:!]|\\q?quad|~|\s)+", " ", text)
@@ -316,9 +343,9 @@ def read(latex: str, *, gold: bool = False) -> Reading | None:
     answer = _EXPONENT.sub(r"\1 \\times 10^{\2}", unwrapped(answer))
     answer = _REPEATING.sub(_repeating, answer)
     if mixed := _MIXED.fullmatch(answer):
-        sign, whole, *parts = mixed.groups()
+        sign, whole, *parts, percent = mixed.groups(default=None)
         above, below = (part for part in parts if part is not None)
-        answer = rf"{sign}({whole}+\frac{{{above}}}{{{below}}})"
+        answer = rf"{sign}({whole}+\frac{{{above}}}{{{below}}}){percent or ''}"
     return Reading(answer, text, unit) if answer else None
 
 
@@ -355,12 +382,12 @@ def _with_braces(latex: str) -> str:
             continue
         elif wanted and token == "[" and pieces[-1] == r"\sqrt" and (end := latex.find("]", i)) >= 0:
             token, i = latex[i - 1 : end + 1], end + 1
-        elif token in (r"\frac", r"\sqrt"):
+        elif token in (r"\frac", r"\binom", r"\sqrt"):
             if token == r"\sqrt" and (digits := _SIGN_ROOT.match(latex, i)):  # from √23
                 token, i = rf"\sqrt{{{digits[1]}}}", digits.end()
                 wanted = max(wanted - 1, 0)
             else:
-                wanted = 2 if token == r"\frac" else 1
+                wanted = 1 if token == r"\sqrt" else 2
         elif wanted:
             token, wanted = f"{{{token}}}", wanted - 1
         pieces.append(token)

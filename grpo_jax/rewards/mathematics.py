@@ -30,13 +30,15 @@ def accuracy(
     mathematics, a number with a unit or a word; of a sentence the only LaTeX or the only number.
 
     Both are read as a person reads them (`rewards.latex`): `\frac12`, `2\sqrt2`, `1\,234`, `1\frac12`, `\$36`,
-    `5\text{ million}` (5000000), `50\%` (50 or 0.5), `2516_8` (equal to the digits `2516`, not to `2516_7` or 1358;
-    as an answer also to the gold 1358), and without units, which must agree where both sides have one: `5\text{ cm}`
-    is 5, not `5\text{ m}` or `5\text{ cm}^2`, and `\$5` is not `5\text{ cents}`. Units are those that are known
-    and one plural noun; a number beside other text (`5\text{ or more}`, `5\text{ tenths}`) is not that number. `x` is
-    not `X`, letters alone (`AB`) are a word and no product, and numbers on both sides of `=` have to be equal.
+    `5\text{ million}` (5000000), `50\%` (50 or 0.5; `0.5\%` also 0.5), `2516_8` (equal to the digits `2516`, not to
+    `2516_7` or 1358; as an answer also to the gold 1358), and without units, which must agree where both sides have
+    one: `5\text{ cm}` is 5, not `5\text{ m}` or `5\text{ cm}^2`, and `\$5` is not `5\text{ cents}`. Units are those
+    that are known and one plural noun; a number beside other text (`5\text{ or more}`, `5\text{ tenths}`) is not that
+    number. `x` is not `X`, letters alone (`AB`) are a word and no product, and numbers on both sides of `=` have to
+    be equal.
     Then math-verify compares them as numbers, sets, intervals, matrices, relations or formulas; `\frac{1}{2}`, `0.5`
-    and `\frac{2}{4}` are one answer. Words are compared as text, without case. Otherwise the rule is that of TRL's
+    and `\frac{2}{4}` are one answer, `1<x<2` is the interval `(1,2)`, and `i` is the imaginary unit where there is no
+    other letter. Words are compared as text, without case. Otherwise the rule is that of TRL's
     `accuracy_reward`.
 
     An answer that is missing, unreadable or cannot be parsed scores 0, and so does one whose parsing takes longer than

@@ -8,6 +8,7 @@ from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Expr, I
 
 # Both answers come as LaTeX alone, without units (`grpo_jax.rewards.latex`): what their own rules for units would cut
 # off (t, s, m, d after a number) is a variable here.
@@ -39,10 +40,20 @@ def accuracy(completion: str, gold: str | None, verdict: float | None, tolerance
         return verdict
     if gold is None:
         return None
+    if ("%" in completion) != ("%" in gold):  # 0.5\% is 0.005, or 0.5 where the sign says what is asked for
+        bare = [parsed(latex.replace("\\%", "").replace("%", "")) for latex in (gold, completion)]
+        if all(bare) and verify(*bare, float_rounding=decimals, timeout_seconds=None):
+            return 1.0
+    gold, completion = (
+        _interval(latex) if _INTERVAL.fullmatch(other.strip()) else latex
+        for latex, other in ((gold, completion), (completion, gold))
+    )
     expected = parsed(gold)
     answer = parsed(completion) if completion else []
     if not expected or not answer or _contradicts(completion):
         return 0.0
+    if all(set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", latex))) <= {"i"} for latex in (gold, completion)):
+        expected, answer = [[_complex(value) for value in values] for values in (expected, answer)]
     places = decimals + max(_leading_zeros(gold), _leading_zeros(completion))
     if verify(expected, answer, float_rounding=places, timeout_seconds=None):
         return float(not any(_apart(a, e) for e in expected for a in answer))
@@ -56,6 +67,37 @@ def parsed(latex: str) -> list[Any]:
         rf"\boxed{{{latex}}}", extraction_config=[LATEX], extraction_mode="first_match", parsing_timeout=None
     )
     return [answer for answer in answers if not isinstance(answer, str)]
+
+
+def _complex(value: Any) -> Any:
+    """The value with the imaginary unit for i."""
+    if not isinstance(value, Expr):
+        return value
+    return value.subs({symbol: I for symbol in value.free_symbols if getattr(symbol, "name", "") == "i"})
+
+
+_INTERVAL = re.compile(r"[(\[][^,;]*,[^,;]*[)\]]")
+_LOWEST, _HIGHEST = r"-\infty", r"\infty"
+_LESS, _MORE = r"(<|\\leq?(?![a-z])|\\lt(?![a-z]))", r"(>|\\geq?(?![a-z])|\\gt(?![a-z]))"
+
+
+def _interval(latex: str) -> str:
+    r"""The interval that an inequality in one letter is, else the text: `(1, 2]` for `1 < x \le 2`."""
+    for pattern, low, high in (  # and the groups of its two ends
+        (rf"([^<>]+?){_LESS}\s*[a-z]\s*{_LESS}([^<>]+)", 1, 4),
+        (rf"([^<>]+?){_MORE}\s*[a-z]\s*{_MORE}([^<>]+)", 4, 1),
+        (rf"\s*[a-z]\s*{_LESS}([^<>]+)", None, 2),
+        (rf"\s*[a-z]\s*{_MORE}([^<>]+)", 2, None),
+        (rf"([^<>]+?){_LESS}\s*[a-z]\s*", 1, None),
+        (rf"([^<>]+?){_MORE}\s*[a-z]\s*", None, 1),
+    ):
+        if match := re.fullmatch(pattern, latex):
+            beside = {1: 2, 4: 3} if match.re.groups == 4 else {1: 2, 2: 1}  # the sign beside an end
+            strict = {end: match[sign] in ("<", ">", r"\lt", r"\gt") for end, sign in beside.items()}
+            opening = "(" if low is None or strict[low] else "["
+            closing = ")" if high is None or strict[high] else "]"
+            return f"{opening}{match[low] if low else _LOWEST},{match[high] if high else _HIGHEST}{closing}"
+    return latex
 
 
 def _contradicts(latex: str) -> bool:
