@@ -247,6 +247,7 @@ _CHARACTERS = str.maketrans(
 _WRITTEN = [
     (re.compile(pattern), form)
     for pattern, form in (  # other ways to write the same
+        (r"\\text\s*\{\s*(\\?\$)\s*\}", r"\1"),
         (r"(^|[=(,\[]\s*)–(?=\s*[\d\\a-z.])", r"\1-"),
         (r"(?<=\d)\{,\}(?=(?:\d{1,2}|\d{4,})(?!\d))", "."),
         (r"\\(?:nicefrac|sfrac|cfrac|dfrac|tfrac)(?![a-z])", r"\\frac"),

@@ -8,6 +8,9 @@ import re
 REACH = 80  # characters on either side that are looked at
 
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname)\s*\{([^{}]*)\}")
+_SHORT_UNIT = re.compile(
+    r"\\(?:text|mathrm|mbox)\s*\{\s*[a-zA-Z]{1,3}(?:\s*/\s*[a-zA-Z]{1,3})?\.?\s*\}"
+)  # m/s, and no variable
 _SPACE = r"(?:[ \t~]|\\[,;:! ]|\\q?quad(?![a-z]))*"
 _DELIMITER = r"(?:\$\$?|\\[()\[\]])"
 # Commands that may touch an answer: relations, arrows, layout. Any other one operates on it.
@@ -54,7 +57,7 @@ def stands_alone(before: str, after: str) -> bool:
     the braces of a command), what a word beside it changes ("minus", "half of", "squared", "or more"), and what the
     text calls wrong. Relations, units, layout and other prose leave it as it is.
     """
-    before, after = _TEXT.sub(r" \1 ", before[-REACH:]), _TEXT.sub(r" \1 ", after[:REACH])
+    before, after = _TEXT.sub(r" \1 ", before[-REACH:]), _TEXT.sub(r" \1 ", _SHORT_UNIT.sub(" unit ", after[:REACH]))
     return not (_enclosed(before) or _operates_before(before) or _operates_after(after) or _denied(after))
 
 

@@ -52,7 +52,9 @@ def accuracy(completion: str, gold: str | None, verdict: float | None, tolerance
     answer = parsed(completion) if completion else []
     if not expected or not answer or _contradicts(completion):
         return 0.0
-    if all(set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", latex))) <= {"i"} for latex in (gold, completion)):
+    if all(
+        set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", latex))) <= {"i", "e"} for latex in (gold, completion)
+    ):
         expected, answer = [[_complex(value) for value in values] for values in (expected, answer)]
     places = decimals + max(_leading_zeros(gold), _leading_zeros(completion))
     if verify(expected, answer, float_rounding=places, timeout_seconds=None):

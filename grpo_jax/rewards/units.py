@@ -86,7 +86,7 @@ def unit_of(words: str, *, strict: bool = True, single: bool = False) -> str | N
     names: list[str] = []
     power, unknown = "", 0
     for part in words.replace("/", " ").casefold().split():
-        word = part.strip(",()")
+        word = part.strip(",.()")
         exponent = _EXPONENT.search(word)
         word = _EXPONENT.sub("", word)
         if word in _POWERS:
@@ -95,7 +95,7 @@ def unit_of(words: str, *, strict: bool = True, single: bool = False) -> str | N
             else:
                 power = _POWERS[word]
             continue
-        if word.strip(".") in _IGNORED or not word:
+        if word in _IGNORED or not word:
             continue
         name = _name(word)
         unknown += not name

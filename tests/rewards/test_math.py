@@ -407,6 +407,11 @@ READ = {
         (boxed(r"-\infty"), r"\infty", 0.0),
     ],
     "other ways to write the same": [
+        (r"$\boxed{5}\,\text{m/s}$", "5", 1.0),
+        (r"$\boxed{5}\mathrm{ m}$", r"5\text{ cm}", 0.0),
+        (boxed(r"5\text{ sq. ft}"), r"5\text{ square feet}", 1.0),
+        (boxed(r"\text{\$}5"), r"\$5", 1.0),
+        (boxed(r"2>x\ge1"), "[1,2)", 1.0),
         (boxed("3{,}14"), "3.14", 1.0),
         (boxed("1{,}234"), "1234", 1.0),
         (boxed(r"0.5\%"), "0.5", 1.0),
