@@ -3,46 +3,31 @@
     python experiments/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k.jsonl \
         --prompt-column question --answer-after "####" --chat --reward my_rewards:correct
 
-`--model` is a folder or a repository of the Hugging Face Hub. `--data` is JSONL, CSV or Parquet: one prompt per line,
-as text or as chat messages, with any other columns. `--reward` names functions as `module:function`, as TRL's:
+`--model` is a folder or a repository of the Hugging Face Hub; `--data` is JSONL, CSV or Parquet, a prompt a line, as
+text or as chat messages, with any other columns. `--reward` names functions as `module:function`, as TRL's:
 
     def correct(prompts, completions, answer, **kwargs) -> list[float | None]
 
-and as `module:maker(...)` a function that a maker returns, such as `grpo_jax.rewards:accuracy()`. `--step-reward` names
-one that grades the steps of the reasoning, `(prompts, steps, **columns) -> list of lists` (`grpo_jax.rewards.steps`).
+and as `module:maker(...)` what a maker returns, such as `grpo_jax.rewards:accuracy()`.
 
 The algorithm is the loop below: `collect` samples (one program), the rewards are computed on the host, and `learn`
-trains (another program). A batch that a reward function raises on is masked, with a warning and the metric
-`<name>/failed`; the run ends at the `--stop-after-failed`th in a row. The state is saved every few steps and on the way
-out; the same command goes on where the run stopped, to the same bits. The model is exported as a Hugging Face folder
-every `--export-every` steps, after the last one, and to `best` whenever the evaluation is better than ever before.
+trains (another program). A batch that a reward raises on is masked; the run ends at the `--stop-after-failed`th in a
+row. The state is saved every few steps and on the way out; the same command goes on where the run stopped, to the same
+bits. The model is exported every `--export-every` steps, after the last one, and to `best` at a better evaluation.
 
 `--lora-rank 16` trains adapters in place of the weights, and `--quantize nf4` holds the weights in 4 bits meanwhile.
-`--export adapters` writes a folder that PEFT reads, in place of a whole model.
-
-`--tools my_tools:weather calculator` lets the policy call functions in the words of its chat template, and
-`--environment my_game:respond` lets it talk with an environment, for `--max-turns` turns (`grpo_jax.tools`,
-`grpo_jax.environments`). Rewards then see whole conversations, and `grpo_jax.rewards:environment` is the environment's.
-
-`--server http://localhost:8000` has vLLM sample (SGLang with `--server-kind sglang`), here and in evaluations. It
-is given the weights as a folder in that of the run, adapters as PEFT's, at every step or after `--max-lag` more. The
-policy is then scored as well: `sampler_kl` tells how far the server is from it.
-
-`--mesh data=2,fsdp=4` divides all of it over eight devices: rows over both, the weights and the optimiser's state over
-`fsdp`. A run is resumed on another mesh, too, where it goes on to rounding. Where the devices are those of several
-processes, the same command is given in each, with `--coordinator HOST:PORT --processes 2 --process-id 0` (and 1), or
-with `--coordinator cluster` where Slurm, Open MPI, Kubernetes or Cloud TPUs started them.
-
-With `--overlap 1` the next batch is sampled while the rewards of this one are computed, for verifiers that keep the
-device waiting. It then comes from the policy before the update, which the ratio takes into account. `--overlap 3` has
-three batches in flight, each of the policy three updates before.
+`--tools my_tools:weather calculator` lets the policy call functions, and `--environment my_game:respond` lets it talk
+with an environment, for `--max-turns` turns; rewards then see whole conversations. `--server http://localhost:8000` has
+vLLM or SGLang sample. `--mesh data=2,fsdp=4` divides all of it over eight devices, of several processes with
+`--coordinator`. `--overlap 1` samples the next batch while the rewards of this one are computed, from the policy before
+the update, which the ratio takes into account. docs/pages/how-to has a page on each.
 """
 
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -50,13 +35,13 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import data, packing, rewards, run
-from grpo_jax.freezing import bind, partition
+from grpo_jax.freezing import bind
 from grpo_jax.models import hf, quantized, sharding
 from grpo_jax.models.settings import WeightSettings
-from grpo_jax.policies import Policy
 from grpo_jax.run import completions, digests, inputs, keeping, measured, memory, overlap, ranges, resuming
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.drawing import SamplingSettings
+from grpo_jax.run.evaluating import EvaluationSettings
 from grpo_jax.run.names import resolve
 from grpo_jax.run.objective import ObjectiveSettings
 from grpo_jax.run.precision import WithFloat16, compute_dtype
@@ -64,9 +49,8 @@ from grpo_jax.run.rewarding import RewardSettings
 from grpo_jax.run.serving import ServerSettings
 from grpo_jax.run.together import ProcessSettings
 from grpo_jax.run.updating import UpdateSettings
-from grpo_jax.schedules.movement import make_movement
 from grpo_jax.study.evaluation import make_mean_rewards
-from grpo_jax.train_step import followed_by, make_train_step, temperature_of, truncation_of
+from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Params
 from grpo_jax.updates import Updates, init_state
 
@@ -83,7 +67,7 @@ MAY_CHANGE = (  # of a run that is resumed
 @dataclasses.dataclass(frozen=True)
 class Config(
     RewardSettings, ObjectiveSettings, SamplingSettings, UpdateSettings, ConversationSettings, WeightSettings,
-    ProcessSettings, ServerSettings,
+    ProcessSettings, ServerSettings, EvaluationSettings,
 ):  # fmt: skip
     """Settings of a run."""
 
@@ -101,13 +85,7 @@ class Config(
     compute_dtype: WithFloat16 = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
     sample_weights: Literal["int8", "fp8"] | None = None  # sample from a copy of 8 bits; see --score-old, --loss dppo
     attention: str = "auto"  # of grpo_jax.models.attention (cudnn, splash, ...), or module:function
-    mesh: str | None = None  # devices to share the work, such as data=2,fsdp=4; see grpo_jax.models.sharding
 
-    eval_data: pathlib.Path | None = None
-    eval_rows: int = 0  # without --eval-data: held out of the data
-    eval_batch: int = 64
-    eval_group_size: int | None = None  # sample so many completions of each prompt; otherwise one likeliest completion
-    evaluate_every: int = 50
     save_every: int = 50
     export_every: int | None = None
     show_every: int = 10  # steps between the completions that are shown; 0 shows none
@@ -126,21 +104,16 @@ def main(config: Config) -> None:
 def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     # Everything that can be wrong with the input is looked at before the weights are read.
-    mesh = None if config.mesh is None else sharding.parse(config.mesh)
-    updates = check(config, mesh)
+    updates, mesh, allow = check(config)
     functions, names = config.reward_functions, config.reward_names
-    group_size = (config.eval_group_size or 1) if config.eval_data or config.eval_rows else None
-    inputs.check_rewards(functions, weights=config.reward_weights, group_size=group_size)
+    inputs.check_rewards(functions, weights=config.reward_weights, group_size=config.evaluated_group)
     loss = config.make_loss(max_tokens=config.max_tokens)
     attention = resolve(config.attention, "grpo_jax.models.attention")
     gap = config.score_old or config.server is not None
     transforms = [*config.transforms(), *([measured.sampler_gap()] if gap else [])]
     score_old = config.overlap > 0 or gap
     tokenizer = hf.load_tokenizer(config.model)
-    rows = config.read(config.data)
-    held_out = [] if config.eval_data is None else config.read(config.eval_data)
-    if config.eval_rows and config.eval_data is None:
-        rows, held_out = data.hold_out(rows, config.eval_rows, seed=config.seed)
+    rows, held_out = config.hold_out(config.read(config.data), config.read, seed=config.seed)
     talk = config.talk(tokenizer, rows)
     prompts, held_out = config.encode(tokenizer, rows), config.encode(tokenizer, held_out)
     advantage, running = config.make_advantage(
@@ -154,22 +127,17 @@ def train(config: Config) -> Params:
     own = config.make_sampler(tokenizer, hf.eos_ids(config.model, tokenizer, chat=chats, template=config.template))
     sampler = config.serve(
         own, stop=config.stop, model=config.model, folder=config.run_dir / "engine",
-        adapters=config.lora_rank is not None, write=functools.partial(write, config, tokenizer, own.eos_ids),
+        adapters=config.lora_rank is not None, tokenizer=tokenizer,
     )  # fmt: skip
-    reward = config.make_reward(
-        prompts.rows, tokenizer, eos_ids=sampler.eos_ids, prompt_column=config.prompt_column, read=talk.read
-    )
-    of_steps = config.make_step_rewards(
-        prompts.rows, tokenizer, eos_ids=sampler.eos_ids, prompt_column=config.prompt_column
-    )
+    seen = {"eos_ids": sampler.eos_ids, "prompt_column": config.prompt_column}
+    reward = config.make_reward(prompts.rows, tokenizer, read=talk.read, **seen)
+    of_steps = config.make_step_rewards(prompts.rows, tokenizer, **seen)
 
     dtype = compute_dtype(config.compute_dtype, float16=True)
     policy, params, frozen = config.load(
         config.model, compute_dtype=dtype, seed=config.seed, attention=attention, mesh=mesh
     )  # fmt: skip
-    trained = policy  # whole where it is evaluated
-    if config.sample_weights is not None:
-        trained = quantized.sampled(policy, config.sample_weights)
+    trained = quantized.sampled(policy, config.sample_weights) if config.sample_weights else policy
     rate = config.make_rate(config.rate(config.learning_rate, 1e-6), steps=config.steps, updates=updates)
     optimizer = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay)
     width = data.bucket(max(map(len, prompts.prompts)), config.bucket)
@@ -186,11 +154,9 @@ def train(config: Config) -> Params:
         score_old=score_old, transforms=(measured.repetition(), measured.unscored(names), *transforms),
         replay_truncation=config.replay_truncation,
     )  # fmt: skip
-    moved = make_movement(
-        trained, temperature=temperature_of(sampler), parts=updates.parts,
-        truncation=truncation_of(sampler) if config.replay_truncation else None,
-    )  # fmt: skip
-    whole_step = (followed_by(whole_step, keeping.follow(running, updates, moved)) if kept else whole_step).jit()
+    if kept:
+        whole_step = keeping.followed(whole_step, running, updates, trained, sampler, replay=config.replay_truncation)
+    whole_step = whole_step.jit()
     evaluate = make_mean_rewards(
         policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,
         weights=config.reward_weights, stop_after_failed=config.stop_after_failed, batch_size=config.eval_batch,
@@ -222,11 +188,12 @@ def train(config: Config) -> Params:
 
     keys = ("reward", *(f"reward/{name}" for name in names), "eval/reward", "kl", "entropy", "length")
     with run.loop(
-        config, state, steps=config.steps, save_every=config.save_every, allow=may_change(config), keys=keys,
+        config, state, steps=config.steps, save_every=config.save_every, allow=allow, keys=keys,
         digests=began_with, stop_after_skipped=config.stop_after_skipped, tensorboard=config.tensorboard,
         wandb=config.wandb, profile=config.profile, whole=step.whole,
     ) as loop:  # fmt: skip
         del state
+        multiple = config.completion_bucket
         more_shapes = config.pack and not config.overlap  # to compile, once the lengths of a batch are known
         for n in loop:
             if n % config.evaluate_every == 0:
@@ -241,13 +208,12 @@ def train(config: Config) -> Params:
             if config.show_every and n % config.show_every == 0:
                 loop.show(completions.lines(experience, tokenizer, prompts.rows, names, column=config.prompt_column))
             if config.pack:
-                packed = packing.pack(experience.rollout, multiple=config.completion_bucket)
-                experience = experience._replace(packing=packed)
-                if more_shapes:
-                    packing.compile_ahead(step.learn, loop.state, experience, multiple=config.completion_bucket)
-                    more_shapes = False
+                experience = experience._replace(packing=packing.pack(experience.rollout, multiple=multiple))
             else:
-                experience = packing.trim(experience, multiple=config.completion_bucket)
+                experience = packing.trim(experience, multiple=multiple)
+            if more_shapes:
+                packing.compile_ahead(step.learn, loop.state, experience, multiple=multiple)
+                more_shapes = False
             loop.state, statistics = step.learn(loop.state, experience)
             loop.log(statistics | of_rewards | {"learning_rate": rate(n * updates.count)})
             loop.lap("learn")
@@ -257,46 +223,26 @@ def train(config: Config) -> Params:
     return loop.state.params
 
 
-def write(
-    config: Config, tokenizer: Any, eos_ids: Sequence[int], policy: Policy, params: Params, folder: pathlib.Path
-) -> None:
-    """Writes what a server is given: the whole model, or its adapters."""
-    if config.lora_rank is None:
-        hf.save_pretrained(policy, params, folder, tokenizer=tokenizer, eos_ids=eos_ids)
-    else:
-        all_but_adapters = "^(?!.*lora_[ab]$)"
-        hf.save_adapters(policy, *partition(params, all_but_adapters), folder, base_model=config.model)
-
-
-def may_change(config: Config) -> Sequence[str]:
-    """What may when a run is resumed."""
-    return MAY_CHANGE if config.decay == "constant" else MAY_CHANGE[1:]  # a decay goes by the number of steps
-
-
-def check(config: Config, mesh: Mesh | None = None) -> Updates:
+def check(config: Config) -> tuple[Updates, Mesh | None, Sequence[str]]:
     """Refuses settings that are out of range or do not go together."""
     ranges.check(config)
-    if config.eval_data is not None and config.eval_rows:
-        raise ValueError(f"--eval-rows {config.eval_rows} are held out of --data: leave them out beside --eval-data")
     updates = config.updates(prompts=config.prompts_per_step)
+    mesh = config.make_mesh(prompts=config.prompts_per_step // updates.parts, group_size=config.group_size)
+    talks, several = bool(config.tools or config.environment), jax.process_count() > 1
     if config.pack and config.attention in ("cudnn", "splash"):
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
     if config.server is not None and (config.sample_weights is not None or config.memory_gib is not None):
         raise ValueError("--sample-weights and --memory-gib are about sampling in this process, not by a --server")
-    if jax.process_count() > 1 and (config.tools or config.environment):
+    if several and talks:
         raise ValueError("conversations go through the host of one process: leave out --coordinator")
-    if config.step_reward is not None and (config.tools or config.environment or jax.process_count() > 1):
+    if config.step_reward is not None and (talks or several):
         raise ValueError(
             f"--step-reward {config.step_reward} grades completions of one turn on one process: "
             "leave out --tools, --environment and --coordinator"
         )
-    if mesh is None and jax.process_count() > 1:
-        count = f"{jax.device_count()} devices of the {jax.process_count()} processes"
-        raise ValueError(f"say how the {count} share the work: --mesh fsdp={jax.device_count()}, for instance")
-    if mesh is not None:
-        sharding.check_rows(mesh, config.prompts_per_step // updates.parts, config.group_size)
-    resuming.check(config, allow=may_change(config))
-    return updates
+    allow = MAY_CHANGE if config.decay == "constant" else MAY_CHANGE[1:]  # a decay goes by the number of steps
+    resuming.check(config, allow=allow)
+    return updates, mesh, allow
 
 
 if __name__ == "__main__":

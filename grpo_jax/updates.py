@@ -177,8 +177,8 @@ def update(
     def keep(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
         return params, opt_state
 
-    # Computed first for the answer alone, which takes no room: after the params and the optimiser's state are written
-    # over there is no way back, and their new values beside them would be copies.
+    # Computed first for the answer alone, since there is no way back from params and optimiser's state that are written
+    # over: no room where XLA fuses it with the reduction, a byte a number on CPUs.
     applied = _all_finite(apply(state.params, state.opt_state)[0])
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss) & (applied | ~jnp.asarray(counted))
     # Not a choice of each number: that makes XLA keep copies of the optimiser's state while it writes over it.

@@ -64,10 +64,7 @@ class DecoderConfig:
     last_norm_dtype: DTypeLike | None = None  # of what the last norm returns, which the head reads; None: dtype
     attention: Attention = auto  # of grpo_jax.models.attention, or any function like them
     remat: bool | Callable[..., bool] = True  # recompute a layer's activations in the backward pass; or all but some
-    layers_apart: bool | None = (
-        None  # a decode step without a loop over layers: faster, and slower to compile, on CPUs,
-    )
-    # where None says so unless there is a mesh
+    layers_apart: bool | None = None  # a decode step without a loop over layers; None: on CPUs, unless there is a mesh
     mesh: Mesh | None = None  # of models.sharding: the devices over which all of it is divided; None for one device
     hf_config: str = ""  # the Hugging Face config as JSON, for the export
     generation_config: str = ""  # and the generation_config.json that lay beside it

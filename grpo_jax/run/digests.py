@@ -82,24 +82,18 @@ def of_run(
       held_out_rows: those to evaluate on.
       eos_ids: the tokens that end a completion.
     """
-    of_columns, of_ends = {}, {}
+    found = {
+        "the data to train on": of_json(prompts),
+        "the data to evaluate on": of_json(held_out),
+        "the tokenizer or its template": of_tokenizer(tokenizer),
+        "the weights of the model": of_arrays(params),
+    }
     if rows is not None:
-        of_columns = {
-            "the answers and other columns of the data to train on": of_rows(rows),
-            "the answers and other columns of the data to evaluate on": of_rows(held_out_rows),
-        }
+        found["the answers and other columns of the data to train on"] = of_rows(rows)
+        found["the answers and other columns of the data to evaluate on"] = of_rows(held_out_rows)
     if eos_ids is not None:
-        of_ends = {"the tokens that end a completion": of_json([*map(int, eos_ids)])}
-    return (
-        of_columns
-        | of_ends
-        | {
-            "the data to train on": of_json(prompts),
-            "the data to evaluate on": of_json(held_out),
-            "the tokenizer or its template": of_tokenizer(tokenizer),
-            "the weights of the model": of_arrays(params),
-        }
-    )
+        found["the tokens that end a completion"] = of_json([*map(int, eos_ids)])
+    return found
 
 
 def check(saved: Mapping[str, str], current: Mapping[str, str]) -> None:

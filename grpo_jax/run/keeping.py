@@ -2,17 +2,20 @@
 
 kept = keeping.begin(running, scaled=dtype == np.float16)
 updates = keeping.scaled(updates) if "loss_scale" in kept else updates
-step = followed_by(step, keeping.follow(running, updates, movement)) if kept else step
+step = keeping.followed(step, running, updates, policy, sampler) if kept else step
 state = init_state(params, optimizer, key, extra=kept or ())
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
+from grpo_jax.policies import Policy
+from grpo_jax.protocols import Sampler
 from grpo_jax.schedules import Scheduled, loss_scale
+from grpo_jax.schedules.movement import make_movement
 from grpo_jax.schedules.running_advantages import RunningAdvantage
-from grpo_jax.types import Array, Experience, TrainState
+from grpo_jax.train_step import Step, followed_by, temperature_of, truncation_of
+from grpo_jax.types import Experience, TrainState
 from grpo_jax.updates import Updates
 
 
@@ -27,24 +30,37 @@ def scaled(updates: Updates) -> Updates:
     return dataclasses.replace(updates, loss_scale=Scheduled(lambda step, kept: kept["loss_scale"].scale))
 
 
-def follow(
-    running: RunningAdvantage | None, updates: Updates, movement: Callable[[TrainState, Experience], Array]
-) -> Callable[[TrainState, Experience], TrainState]:
-    """What becomes of it after a step; see `train_step.followed_by`.
+def followed(
+    step: Step,
+    running: RunningAdvantage | None,
+    updates: Updates,
+    policy: Policy,
+    sampler: Sampler,
+    *,
+    replay: bool = True,
+) -> Step:
+    """The step, after which what is kept follows from what was learned; see `train_step.followed_by`.
 
     Args:
-      running: baselines, if there are some.
+      step: not jitted yet.
+      running: baselines, if there are some; with a half-life they cost one more scoring of the batch.
       updates: of a step.
-      movement: `movement.make_movement` of the policy, for baselines with a half-life.
+      policy: what is trained.
+      sampler: of the step.
+      replay: whether the policy is scored under the sampler's truncation.
     """
+    moved = make_movement(
+        policy, temperature=temperature_of(sampler), parts=updates.parts,
+        truncation=truncation_of(sampler) if replay else None,
+    )  # fmt: skip
 
     def after(state: TrainState, experience: Experience) -> TrainState:
         kept = dict(state.extra)
         if running is not None:
-            moved = None if running.begin.path is None else movement(state, experience)
-            kept["baselines"] = running.after(kept["baselines"], experience, moved)
+            distance = None if running.begin.path is None else moved(state, experience)
+            kept["baselines"] = running.after(kept["baselines"], experience, distance)
         if "loss_scale" in kept:
             kept["loss_scale"] = loss_scale.follow(kept["loss_scale"], state.skipped, updates=updates.count)
         return state._replace(extra=kept)
 
-    return after
+    return followed_by(step, after)

@@ -4,21 +4,24 @@
 class Config(ServerSettings):
     model: str
 
-sampler = config.serve(sampler, stop=config.stop, model=config.model, write=write, folder=run_dir / "engine")
+sampler = config.serve(sampler, stop=config.stop, model=config.model, tokenizer=tokenizer, folder=run_dir / "engine")
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import jax
 
+from grpo_jax.freezing import partition
+from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.sampling import PolicySampler, servers
 from grpo_jax.types import Params
 
-Write = Callable[[Policy, Params, pathlib.Path], None]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class ServerSettings:
         *,
         stop: Sequence[str],
         model: str,
-        write: Write,
+        tokenizer: "PreTrainedTokenizerBase",
         folder: pathlib.Path,
         adapters: bool = False,
     ) -> PolicySampler | servers.EngineSampler:
@@ -47,9 +50,9 @@ class ServerSettings:
           sampler: that of this process, with all settings.
           stop: the texts of `sampler.stop`, as servers take them.
           model: what the run began with.
-          write: as in `servers.engine_sampler`.
-          folder: as there.
-          adapters: whether `write` writes those alone.
+          tokenizer: of the model; written beside its weights.
+          folder: as in `servers.engine_sampler`.
+          adapters: whether those alone are trained, and written.
 
         Raises:
           ValueError: for settings of a server without one; for what a server cannot do; in a run of several processes.
@@ -66,6 +69,13 @@ class ServerSettings:
             server = servers.vllm(self.server, model=self.server_model or model, adapters=adapters)
         else:
             server = servers.sglang(self.server, adapters=adapters)
+
+        def write(policy: Policy, params: Params, folder: pathlib.Path) -> None:
+            if adapters:
+                hf.save_adapters(policy, *partition(params, "^(?!.*lora_[ab]$)"), folder, base_model=model)
+            else:
+                hf.save_pretrained(policy, params, folder, tokenizer=tokenizer, eos_ids=sampler.eos_ids)
+
         top_p, min_p = (None if x is None else float(x) for x in (sampler.top_p, sampler.min_p))
         return servers.engine_sampler(
             server, write=write, folder=folder, group_size=sampler.group_size, max_tokens=sampler.max_tokens,

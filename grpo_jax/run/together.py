@@ -6,19 +6,24 @@ class Config(ProcessSettings):
 
 def main(config):
     with config.joined():
-        train(config)
+        mesh = config.make_mesh(prompts=16, group_size=8)
 """
 
 import contextlib
 import dataclasses
 
+import jax
+from jax.sharding import Mesh
+
 from grpo_jax import processes
+from grpo_jax.models import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessSettings:
     """One process, or several that each drive some of the devices of one mesh."""
 
+    mesh: str | None = None  # devices to share the work, such as data=2,fsdp=4; see grpo_jax.models.sharding
     coordinator: str | None = None  # HOST:PORT of the first of several processes; cluster, where JAX finds them out
     processes: int | None = None  # how many there are; with --coordinator HOST:PORT
     process_id: int | None = None  # which of them this is, from 0; with --coordinator HOST:PORT
@@ -26,3 +31,18 @@ class ProcessSettings:
     def joined(self) -> contextlib.AbstractContextManager[None]:
         """This process as one of them; see `grpo_jax.processes.joined`."""
         return processes.joined(self.coordinator, self.processes, self.process_id)
+
+    def make_mesh(self, *, prompts: int, group_size: int) -> Mesh | None:
+        """The mesh, for so many prompts at a time; None for one device.
+
+        Raises:
+          ValueError: if several processes have none; as `sharding.parse` and `sharding.check_rows`.
+        """
+        if self.mesh is None:
+            if jax.process_count() == 1:
+                return None
+            count = f"{jax.device_count()} devices of the {jax.process_count()} processes"
+            raise ValueError(f"say how the {count} share the work: --mesh fsdp={jax.device_count()}, for instance")
+        mesh = sharding.parse(self.mesh)
+        sharding.check_rows(mesh, prompts, group_size)
+        return mesh

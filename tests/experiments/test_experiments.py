@@ -19,7 +19,7 @@ import safetensors.numpy
 from inference_server import serving
 
 from grpo_jax import testing
-from grpo_jax.models import hf, lora
+from grpo_jax.models import hf, lora, sharding
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import checkpoint, metrics
 from grpo_jax.train_step import Step
@@ -457,7 +457,9 @@ def test_a_mesh_is_asked_for_where_there_are_several_processes(files, tmp_path, 
         monkeypatch.setattr(jax, name, lambda: 2)
     with pytest.raises(ValueError, match="how the 2 devices of the 2 processes share the work: --mesh fsdp=2"):
         grpo.check(settings(files, tmp_path))
-    grpo.check(settings(files, tmp_path), jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor")))
+    mesh = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
+    monkeypatch.setattr(sharding, "parse", lambda text: mesh)
+    assert grpo.check(settings(files, tmp_path, mesh="fsdp=2"))[1] is mesh
 
 
 def test_a_wrong_number_of_rewards_is_told(files, tmp_path):

@@ -6,7 +6,7 @@ from grpo_jax import sampling
 from grpo_jax.run.serving import ServerSettings
 
 SAMPLER = sampling.sampler(group_size=3, max_tokens=5, eos_ids=(1, 2), temperature=0.8)
-GIVEN = {"stop": ("end",), "model": "tiny", "write": print, "folder": "engine"}
+GIVEN = {"stop": ("end",), "model": "tiny", "tokenizer": None, "folder": "engine"}
 
 
 def test_without_a_server_the_sampler_is_itself():
