@@ -133,7 +133,10 @@ def fits() -> Iterator[dict[str, Any]]:
         for name, weights in VARIANTS.items():
             if weights.quantize == "int8":
                 continue
-            settings: Mapping[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": weights.param_dtype(jnp.bfloat16)}
+            settings: Mapping[str, Any] = {
+                "dtype": jnp.bfloat16, "param_dtype": weights.param_dtype(jnp.bfloat16),
+                "layers_apart": False,  # which holds a copy of the layers, on CPUs
+            }  # fmt: skip
             policy = models.decoder(models.from_hf_config(cells.hf_config(model), **settings))
             params, frozen = weights.shapes(policy)
             plan = memory.plan(
