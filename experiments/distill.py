@@ -103,7 +103,6 @@ class Config(data.PromptSettings, WeightSettings):
 def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     ranges.check(config)
-    resuming.check(config, allow=MAY_CHANGE)
     its_own = not config.teacher and config.teacher_file is None and config.teacher_column is not None
     if not (config.model and (config.teacher or config.teacher_file or its_own) and config.data.is_file()):
         raise ValueError("give --model, --teacher and --data, or --smoke")
@@ -137,6 +136,9 @@ def train(config: Config) -> Params:
     about = teacher_files.about(
         tokenizer, pairs, k=config.top_k or 0, temperature=config.temperature, teacher=config.teacher
     )
+    held = None if config.teacher_file is None else teacher_files.read(config.teacher_file, about)
+    if config.write is None:
+        resuming.check(config, allow=MAY_CHANGE)
     teacher, teacher_params = None, None
     if config.teacher and config.teacher_file is None:
         settings = {"dtype": dtype, "compute_dtype": dtype, "quantize": config.quantize_teacher}
@@ -144,7 +146,6 @@ def train(config: Config) -> Params:
         teacher = Teacher(network, divergence)
         if config.write is not None:
             return write(config, teacher, teacher_params, pairs, about)
-    held = None if config.teacher_file is None else teacher_files.read(config.teacher_file, about)
     policy, params, frozen = config.load(config.model, compute_dtype=dtype, seed=config.seed)
     teacher = Teacher(policy, divergence) if its_own else teacher
     rate = learning_rates.learning_rate(

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from grpo_jax import processes
@@ -65,7 +66,8 @@ def newest(
 def check(config: Any, *, allow: Sequence[str] = ()) -> None:
     """Refuses the folder of a run that is in use, cannot be written to, or was made under other settings.
 
-    `run.loop` does so, too; a script that asks before it loads a model need not wait for that.
+    `run.loop` does so, too; a script that asks before it loads a model need not wait for that. Of several processes
+    nothing is refused here: they open checkpoints together, in the loop.
 
     Args:
       config: with a `run_dir`.
@@ -75,7 +77,7 @@ def check(config: Any, *, allow: Sequence[str] = ()) -> None:
       OSError: as `preemption.lock`.
       ValueError: as `checkpoint.check_config`.
     """
-    if not processes.is_first():
+    if jax.process_count() > 1:  # checkpoints are opened together
         return
     folder = pathlib.Path(config.run_dir)
     with preemption.lock(folder), contextlib.suppress(checkpoint.CheckpointCorruptError):  # an older one may do
