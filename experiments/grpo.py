@@ -58,7 +58,7 @@ MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export", "export_every", "show_every", "tensorboard", "wandb", "profile"),
     *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout", "environment_workers"),
     *("server", "server_model", "server_timeout"),
-    *("evaluate_every", "eval_batch", "eval_group_size", "held_out", "held_out_every"),
+    *("evaluate_every", "eval_batch", "held_out", "held_out_every"),
     *("data", "eval_data"),  # what is in them may not
     *("micro_batches", "memory_gib", "mesh", "coordinator", "processes", "process_id"),  # equal to rounding
 )
