@@ -65,6 +65,7 @@ class Grouped(NamedTuple):
     sizes: Array  # [E] int32, how many of the rows are an expert's
     experts: Array  # [R k] int32, each row's
     back: Array  # [R k] int32, where the choice `r k + j` is among the rows
+    held: Array | None = None  # [R k] bool, whether a row's expert is among the `E`; None: all are
 
 
 def group(x: Array, chosen: Array, number: int) -> Grouped:
@@ -73,6 +74,15 @@ def group(x: Array, chosen: Array, number: int) -> Grouped:
     order = jnp.argsort(choices)
     sizes = jnp.bincount(choices, length=number).astype(jnp.int32)
     return Grouped(x[order // chosen.shape[-1]], sizes, choices[order], jnp.argsort(order))
+
+
+def group_of_part(x: Array, chosen: Array, number: int, first: Array) -> Grouped:
+    """As `group`, for the `number` experts from `first` on: their tokens come first, and all others are zeros."""
+    beyond = (chosen < first) | (chosen >= first + number)
+    sorted_rows = group(x, jnp.where(beyond, number, chosen - first), number)
+    held = sorted_rows.experts < number
+    own = jnp.where(held[:, None], sorted_rows.rows, 0)
+    return sorted_rows._replace(rows=own, experts=jnp.minimum(sorted_rows.experts, number - 1), held=held)
 
 
 def combine(outputs: Array, back: Array, weights: Array) -> Array:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from grpo_jax.models import experts, float16, grouped, lora, quantized
@@ -11,7 +12,7 @@ from grpo_jax.types import Array, Params
 
 
 def linear(x: Array, rows: experts.Grouped, leaves: Params) -> Array:
-    """`x[i] @ kernel[e] + bias[e] + scale * (x[i] @ lora_a[e]) @ lora_b[e]`, with `e` the expert of row `i`.
+    """`x[i] @ kernel[e] + bias[e] + scale * (x[i] @ lora_a[e]) @ lora_b[e]`, with `e` the expert of row `i`; or 0.
 
     Args:
       x: `[R k, in]`, in the order of `rows`.
@@ -26,7 +27,8 @@ def linear(x: Array, rows: experts.Grouped, leaves: Params) -> Array:
         inner = grouped.product(x, leaves[lora.A].astype(x.dtype), rows.sizes)
         added = grouped.product(inner, leaves[lora.B].astype(x.dtype), rows.sizes)
         y = y + leaves[lora.SCALE].astype(x.dtype) * added
-    return y
+    # A product leaves rows without an expert as they happen to be.
+    return y if rows.held is None else jnp.where(rows.held[:, None], y, 0)
 
 
 class Mixed(NamedTuple):
@@ -46,6 +48,9 @@ def mixture(
 ) -> Mixed:
     """The weighted sum of the chosen experts' outputs.
 
+    Where experts are divided over the axis `tensor` of a mesh, each device computes the tokens of its own, and the sums
+    are added up.
+
     Args:
       x: `[R, D]`, tokens.
       weights: `router [D, E]` and perhaps `router_bias [E]` in float32; and of each of `experts.LAYERS` what `linear`
@@ -57,7 +62,12 @@ def mixture(
     logits = jnp.matmul(x.astype(jnp.float32), weights["router"], precision="highest")
     logits = logits + weights["router_bias"] if settings.bias else logits
     routing = experts.route(logits, settings, given)
-    sorted_rows = experts.group(x, routing.experts, settings.number)
+    number = jax.tree.leaves(weights["experts_gate"]["kernel"])[0].shape[0]  # that this device has
+    if number == settings.number:
+        sorted_rows = experts.group(x, routing.experts, number)
+    else:
+        first = number * jax.lax.axis_index("tensor")
+        sorted_rows = experts.group_of_part(x, routing.experts, number, first)
     gate, up = (linear(sorted_rows.rows, sorted_rows, weights[name]) for name in ("experts_gate", "experts_up"))
 
     def gated(gate: Array, up: Array) -> Array:
@@ -66,4 +76,5 @@ def mixture(
     inner = float16.in_float32(gated, gate, up)
     down = float16.within(linear(inner, sorted_rows, weights["experts_down"]))
     rows = experts.combine(down, sorted_rows.back, routing.weights)
+    rows = rows if number == settings.number else jax.lax.psum(rows, "tensor")
     return Mixed(rows, routing.experts, logits)

@@ -10,7 +10,7 @@ The mesh has three axes, each of them 1 unless given:
     data     copies of the parameters, each with rows of its own
     fsdp     rows, too; and the parameters in parts, gathered a layer at a time where they are used (Rajbhandari et al.
              2020, arXiv:1910.02054, stage 3)
-    tensor   heads, columns of the MLP and the vocabulary (Shoeybi et al. 2019, arXiv:1909.08053)
+    tensor   heads, columns of the MLP, experts and the vocabulary (Shoeybi et al. 2019, arXiv:1909.08053)
 
 The program stays the one of a single device. JAX divides it (GSPMD), and the decoder of a config with a `mesh` says
 where its parameters, activations and caches are to lie. The rows of `[B, G]` are divided over `data` and `fsdp` by
@@ -49,9 +49,9 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(o|down)_proj/bias", ("fsdp",)),
     (r"router", ("fsdp", None)),
     (r"router_bias", ("fsdp",)),
-    # Experts lie in parts, and each device computes all of them for its rows.
-    (r"experts_(gate|up|down)/(kernel(/qvalue|/scale)?|lora_a|lora_b)", ("fsdp", None, None)),
-    (r"experts_(gate|up|down)/bias", ("fsdp", None)),
+    (r"experts_(gate|up|down)/(kernel(/qvalue|/scale)?|lora_a)", ("tensor", "fsdp", None)),
+    (r"experts_(gate|up|down)/lora_b", ("tensor", None, "fsdp")),
+    (r"experts_(gate|up|down)/bias", ("tensor", "fsdp")),
 )
 
 
@@ -315,17 +315,18 @@ def _own(parts: PartitionSpec, V: int, tokens: Array) -> tuple[Array, Array]:
 
 
 def each_its_rows(mesh: Mesh | None, f: Callable[[Any, Params], Tree]) -> Callable[[Any, Params], Tree]:
-    """`f(of_rows, params)` on each device for its own rows, with whole params; for what sorts or counts rows.
+    """`f(of_rows, params)` on each device for its own rows; for what sorts or counts rows.
 
-    `of_rows` and what `f` returns are trees of arrays `[B, G, ...]`.
+    `of_rows` and what `f` returns are trees of arrays `[B, G, ...]`. Params are gathered over `fsdp`, and each device has
+    its part of what the table divides over `tensor`; what `f` returns is the same on all devices of `tensor`.
     """
     if mesh is None:
         return f
 
     def divided(of_rows: Any, params: Params) -> Tree:
         places = PartitionSpec(*rows(mesh, *jax.tree.leaves(of_rows)[0].shape[:2]))
-        whole = jax.tree.map(lambda _: PartitionSpec(), params)
-        return jax.shard_map(f, mesh=mesh, in_specs=(places, whole), out_specs=places, check_vma=False)(of_rows, params)
+        parts = _map(params, lambda name, leaf: _without_fsdp(spec(mesh, name, leaf.shape)))
+        return jax.shard_map(f, mesh=mesh, in_specs=(places, parts), out_specs=places, check_vma=False)(of_rows, params)
 
     return divided
 

@@ -155,7 +155,7 @@ def experts_and_sinks(axes):
         given = params, tokens, completions
         if on is not None:
             given = sharding.place(mesh, params), *sharding.batch(mesh, (tokens, completions))
-            assert given[0]["layers"]["mlp"]["experts_up"]["kernel"].sharding.spec[1] == "fsdp"
+            assert given[0]["layers"]["mlp"]["experts_up"]["kernel"].sharding.spec[1:3] == ("tensor", "fsdp")
         found.append(jax.jit(jax.value_and_grad(functools.partial(value, policy)))(*given))
     for x, y in zip(*map(jax.tree.leaves, found), strict=True):
         assert np.max(np.abs(x)) > 1e-5

@@ -43,7 +43,7 @@ def test_codes_and_scales_lie_as_their_kernel_does():
     found = {path: sharding.spec(abstract(fsdp=2), path, leaf.shape) for path, leaf in named_leaves(shapes)}
     assert found["layers/mlp/up_proj/kernel/qvalue"] == PartitionSpec(None, "fsdp", "tensor")
     assert found["layers/mlp/up_proj/kernel/scale"] == PartitionSpec(None, None, "tensor")  # one tile of 32 weights
-    assert sharding.spec(abstract(fsdp=2), "layers/mlp/experts_up/kernel/scale", (2, 8, 1, 16))[1] == "fsdp"
+    assert sharding.spec(abstract(fsdp=2), "layers/mlp/experts_up/kernel/scale", (2, 8, 1, 16))[1] == "tensor"
 
 
 def test_a_moment_lies_as_its_parameter_does_and_a_size_that_does_not_divide_stays_whole():
