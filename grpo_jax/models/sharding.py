@@ -317,8 +317,8 @@ def _own(parts: PartitionSpec, V: int, tokens: Array) -> tuple[Array, Array]:
 def each_its_rows(mesh: Mesh | None, f: Callable[[Any, Params], Tree]) -> Callable[[Any, Params], Tree]:
     """`f(of_rows, params)` on each device for its own rows; for what sorts or counts rows.
 
-    `of_rows` and what `f` returns are trees of arrays `[B, G, ...]`. Params are gathered over `fsdp`, and each device has
-    its part of what the table divides over `tensor`; what `f` returns is the same on all devices of `tensor`.
+    `of_rows` and what `f` returns are trees of arrays `[B, G, ...]`. Params are gathered over `fsdp`,
+    and each device has its part of what the table divides over `tensor`; what `f` returns is the same on all of them.
     """
     if mesh is None:
         return f
