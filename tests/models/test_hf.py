@@ -19,10 +19,13 @@ import safetensors
 import safetensors.numpy
 import transformers
 from huggingface_hub.utils import filter_repo_objects
+from jax.sharding import AbstractMesh
 
 from grpo_jax import models
-from grpo_jax.models import hf
+from grpo_jax.models import hf, sharding
 from grpo_jax.models.hf import writing
+from grpo_jax.models.hf.layout import leaves_of
+from grpo_jax.models.hf.shards import read_shard
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.testing import tiny_checkpoint, tiny_hf_config, tiny_tokenizer
 
@@ -319,6 +322,27 @@ def test_parameters_larger_than_a_block_are_put_together_of_rows(case, monkeypat
     expected = hf.load_pretrained(FOLDER / case)[1]
     monkeypatch.setattr(hf.reading, "_BLOCK", 7 * 16)  # 7 rows of the embedding's 31, of a weight's 16
     jax.tree.map(np.testing.assert_array_equal, hf.load_pretrained(FOLDER / case)[1], expected)
+
+
+@pytest.mark.parametrize("case", ["qwen3", "phi3", "mixtral", "gpt_oss"])
+def test_each_device_of_a_mesh_is_given_its_part_of_every_parameter(case, monkeypatch):
+    """Those of experts are divided by expert, of which a checkpoint has a tensor each or one of all."""
+    policy, params = hf.load_pretrained(FOLDER / case)
+    monkeypatch.setattr(hf.reading, "_BLOCK", 7 * 16)
+    mesh = AbstractMesh((1, 2, 2), sharding.AXES)
+    divided = 0
+    with open(FOLDER / case / "model.safetensors", "rb") as file:
+        shards = {"only": read_shard(file)}
+        places = dict.fromkeys(shards["only"], "only")
+        for leaf, array in zip(leaves_of(policy), jax.tree.leaves(params), strict=True):
+            spec = sharding.spec(mesh, leaf.path, leaf.shape)
+            divided += any(spec)
+            for half in np.ndindex(*(2 if axis else 1 for axis in spec)):
+                sizes = [n // 2 if axis else n for n, axis in zip(leaf.shape, spec, strict=False)]
+                part = tuple(slice(i * size, (i + 1) * size) for i, size in zip(half, sizes, strict=True))
+                part += (slice(None),) * (len(leaf.shape) - len(part))
+                np.testing.assert_array_equal(hf.reading._part(leaf, shards, places, part, {}), array[part])
+    assert divided > 5
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from grpo_jax import models
 from grpo_jax.models import quantized, sharding
 from grpo_jax.models.attention import Attention, auto
 from grpo_jax.models.hf import views
-from grpo_jax.models.hf.folders import TEXT_FILES, local_folder, open_shard, read_config, read_json, short, weight_map
+from grpo_jax.models.hf.folders import TEXT_FILES, local_folder, read_config, read_json, short, weight_map
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
+from grpo_jax.models.hf.shards import Stored, read_shard
 from grpo_jax.policies import Policy
 from grpo_jax.types import Array, Params
 
 _BLOCK = 2**22  # numbers read at a time; the host holds two copies of them
 _EMBEDDING = "model.embed_tokens.weight"
+_FLOATS = ("F32", "BF16", "F16")
 _NAMED = 20  # offending tensors in a message
 _QUANTIZED_NAME = re.compile(
     r"[-_](unsloth-)?(bnb-4bit|bnb-8bit|gptq|awq|fp8|int[48]|4bit|8bit|w4a16).*$", re.IGNORECASE
@@ -159,7 +161,8 @@ def _read(
     """The parameters, if the folder's tensors are exactly theirs."""
     with contextlib.ExitStack() as stack:
         places: views.Places = weight_map(folder)
-        files = {file: stack.enter_context(open_shard(folder / file)) for file in sorted(set(places.values()))}
+        opened = {file: stack.enter_context(open(folder / file, "rb")) for file in sorted(set(places.values()))}
+        files = {name: read_shard(file) for name, file in opened.items()}
         places, shards = views.of_floats(*views.of_text(places, files))
         offenders = _offenders(leaves, shards, places, tied)
         if named := [short(line) for line in itertools.islice(offenders, _NAMED)]:
@@ -186,9 +189,7 @@ def _generation_config(folder: Path) -> str:
     return json.dumps(read_json(file), sort_keys=True) if file.is_file() else ""
 
 
-def _offenders(
-    leaves: list[Leaf], shards: Mapping[str, Any], weight_map: Mapping[str, str], tied: bool
-) -> Iterator[str]:
+def _offenders(leaves: list[Leaf], shards: views.Shards, weight_map: views.Places, tied: bool) -> Iterator[str]:
     """A line for each tensor that is missing, superfluous, twice there or of another shape or dtype."""
     wanted = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
     held = {(name, file) for file, shard in shards.items() for name in sorted(shard.keys())}
@@ -199,31 +200,36 @@ def _offenders(
     for name in sorted(wanted.keys() - weight_map.keys()):
         yield f"{name}: missing, shape {list(wanted[name])}"
     for name, file in sorted(weight_map.items() & held):
-        tensor = shards[file].get_slice(name)
-        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+        tensor = shards[file][name]
+        shape, dtype = tensor.shape, tensor.dtype
         if name not in wanted:
             if name == "lm_head.weight" and tied and (_EMBEDDING, weight_map.get(_EMBEDDING)) in held:
-                embedding = shards[weight_map[_EMBEDDING]].get_tensor(_EMBEDDING)
                 # Of two that differ, transformers 5 uses the head and vLLM the embedding.
-                if not _same_bits(shards[file].get_tensor(name), embedding):
+                if not _same_bits(tensor, shards[weight_map[_EMBEDDING]][_EMBEDDING]):
                     yield f"{name}: differs from {_EMBEDDING}, to which tie_word_embeddings = true ties it"
             # Rotation frequencies, which old checkpoints store, follow from the config.
             elif not name.endswith(".rotary_emb.inv_freq"):
                 yield f"{name}: unexpected, shape {list(shape)}"
         elif shape != wanted[name]:
             yield f"{name}: shape {list(shape)} instead of {list(wanted[name])}"
-        elif dtype not in ("F32", "BF16", "F16"):
+        elif dtype not in _FLOATS:
             yield f"{name}: dtype {dtype} instead of F32, BF16 or F16"
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    bits = f"u{a.itemsize}"
-    return a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits))
+def _same_bits(a: Stored, b: Stored) -> bool:
+    """Whether two tensors are equal to the bit; some rows of them are read at a time."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.dtype not in _FLOATS:
+        return False
+    return all(np.array_equal(a[rows].view(np.uint8), b[rows].view(np.uint8)) for rows in _blocks(a.shape))
 
 
-def _fill(
-    leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str], mesh: Mesh | None
-) -> tuple[Array, list[str]]:
+def _blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """The rows of a tensor, so many at a time that they are `_BLOCK` numbers, or one."""
+    step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+    return (slice(row, min(row + step, shape[0])) for row in range(0, shape[0], step))
+
+
+def _fill(leaf: Leaf, shards: views.Shards, weight_map: views.Places, mesh: Mesh | None) -> tuple[Array, list[str]]:
     """Reads a parameter's tensors into its buffer, some rows at a time; with the names of those that are not finite."""
     if mesh is not None:
         return _fill_parts(leaf, shards, weight_map, mesh)
@@ -233,18 +239,17 @@ def _fill(
     buffer = jnp.zeros(leaf.shape, leaf.dtype)
     on_cpu = next(iter(buffer.devices())).platform == "cpu"
     for index, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
-        tensor = shards[weight_map[name]].get_slice(name)
-        rows, *rest = leaf.part_shape
-        step = max(1, _BLOCK // max(1, math.prod(rest)))
-        for row in range(0, rows, step):
-            block = tensor[leaf.first_row + row : leaf.first_row + min(row + step, rows)]
+        tensor = shards[weight_map[name]][name]
+        for rows in _blocks(leaf.part_shape):
+            block = tensor[leaf.first_row + rows.start : leaf.first_row + rows.stop]
             if leaf.columns is not None:
                 block = block[..., leaf.columns[0] :: leaf.columns[1]]
             if not _is_finite(block, leaf.dtype):
                 wrong[name] = None
-            start = (row, *[0] * (block.ndim - 1))
+            start = (rows.start, *[0] * (block.ndim - 1))
             start = (*index, *(start[::-1] if leaf.transposed else start))
-            block = _transposed(block) if leaf.transposed and on_cpu else block
+            if leaf.transposed and on_cpu:
+                block = _transpose(block, np.empty(block.shape[::-1], block.dtype))
             buffer = _put(buffer, block, start, leaf.transposed and not on_cpu)
             buffer.block_until_ready()  # else many blocks are on their way at a time
     return buffer, list(wrong)
@@ -256,17 +261,14 @@ def _is_finite(block: np.ndarray, dtype: np.dtype) -> bool:
         return bool(np.all(np.isfinite(block.astype(dtype, copy=False))))
 
 
-def _transposed(matrix: np.ndarray) -> np.ndarray:
+def _transpose(matrix: np.ndarray, into: np.ndarray) -> np.ndarray:
     """The transpose, 16 rows at a time: their parts of a column are no more than a line of the processor's cache."""
-    result = np.empty(matrix.shape[::-1], matrix.dtype)
     for row in range(0, len(matrix), 16):
-        result[:, row : row + 16] = matrix[row : row + 16].T
-    return result
+        into[:, row : row + 16] = matrix[row : row + 16].T
+    return into
 
 
-def _fill_parts(
-    leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str], mesh: Mesh
-) -> tuple[Array, list[str]]:
+def _fill_parts(leaf: Leaf, shards: views.Shards, weight_map: views.Places, mesh: Mesh) -> tuple[Array, list[str]]:
     """`_fill` over the devices of a mesh; the host holds the part of one of them, which is put there."""
     where = NamedSharding(mesh, sharding.spec(mesh, leaf.path, leaf.shape))
     wrong: dict[str, None] = {}
@@ -278,38 +280,45 @@ def _fill_parts(
             continue
         known = parts.get(str(index))
         part = _part(leaf, shards, weight_map, index, wrong) if known is None else known
-        arrays.append(jax.device_put(part, device))
+        arrays.append(jax.device_put(part, device).block_until_ready())  # else the host holds the next one, too
         parts[str(index)] = arrays[-1]
     return jax.make_array_from_single_device_arrays(leaf.shape, where, arrays), list(wrong)
 
 
 def _part(
     leaf: Leaf,
-    shards: Mapping[str, Any],
-    weight_map: Mapping[str, str],
+    shards: views.Shards,
+    weight_map: views.Places,
     index: tuple[slice, ...],
     wrong: dict[str, None],
 ) -> np.ndarray:
     """A part of a parameter, on the host; the names of tensors that are not finite in it are put into `wrong`."""
-    of_tensor = index[leaf.stacked :]
-    of_tensor = of_tensor[::-1] if leaf.transposed else of_tensor
-    start, stop, _ = of_tensor[0].indices(leaf.part_shape[0])
-    of_tensor = (slice(leaf.first_row + start, leaf.first_row + stop), *of_tensor[1:])
-    first, step = leaf.columns or (0, 1)
-    start, stop, _ = of_tensor[-1].indices(leaf.part_shape[-1])
-    of_tensor = (*of_tensor[:-1], slice(start * step, stop * step)) if step > 1 else of_tensor
     part = np.empty([len(range(*x.indices(n))) for x, n in zip(index, leaf.shape, strict=True)], leaf.dtype)
-    for number, name in zip(np.ndindex(leaf.shape[: leaf.stacked]), leaf.names, strict=True):
-        found = shards[weight_map[name]].get_slice(name)[of_tensor][..., first::step]
-        if not _is_finite(found, leaf.dtype):
-            wrong[name] = None
-        with np.errstate(over="ignore"):
-            part[number] = _transposed(found) if leaf.transposed else found
+    numbers = np.reshape(range(len(leaf.names)), leaf.shape[: leaf.stacked])[index[: leaf.stacked]]
+    rows, *others = index[leaf.stacked :][::-1] if leaf.transposed else index[leaf.stacked :]
+    first, step = leaf.columns or (0, 1)
+    if step > 1:
+        start, stop, _ = others[-1].indices(leaf.part_shape[-1])
+        others[-1] = slice(start * step, stop * step)
+    begin, end, _ = rows.indices(leaf.part_shape[0])
+    of_tensors = part.reshape(numbers.size, *part.shape[leaf.stacked :])
+    for of_tensor, number in zip(of_tensors, np.ravel(numbers), strict=True):
+        tensor = shards[weight_map[leaf.names[number]]][leaf.names[number]]
+        for block in _blocks((end - begin, *tensor.shape[1:])):
+            start = leaf.first_row + begin
+            found = tensor[(slice(start + block.start, start + block.stop), *others)][..., first::step]
+            if not _is_finite(found, leaf.dtype):
+                wrong[leaf.names[number]] = None
+            with np.errstate(over="ignore"):
+                if leaf.transposed:
+                    _transpose(found, of_tensor[:, block])
+                else:
+                    of_tensor[block] = found
     return part
 
 
 def _fill_quantized(
-    leaf: Leaf, shards: Mapping[str, Any], weight_map: Mapping[str, str], kind: quantized.Kind, mesh: Mesh | None
+    leaf: Leaf, shards: views.Shards, weight_map: views.Places, kind: quantized.Kind, mesh: Mesh | None
 ) -> tuple[Any, list[str]]:
     """`_fill` of a quantised kernel; one layer of it is held as floats."""
     where, wrong = None, []

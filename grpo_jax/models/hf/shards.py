@@ -1,23 +1,29 @@
-"""One safetensors file, written a tensor at a time.
+"""One safetensors file, written a tensor at a time and read in parts.
 
 safetensors' own writer takes all tensors at once and makes a copy of each: twice the file's size in memory. It also
-orders the metadata by chance, and gives the file to its owner alone.
+orders the metadata by chance, and gives the file to its owner alone. Its reader maps the file into memory, where all
+that was read once stays the process's until the file is closed.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.models.hf.folders import open_shard
 from grpo_jax.models.hf.replacing import MARK
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_READ = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "U8": np.uint8}
 
 
 class Tensor(NamedTuple):
@@ -36,6 +42,47 @@ class Tensor(NamedTuple):
 def held(array: np.ndarray) -> Tensor:
     """A tensor that is there already."""
     return Tensor(array.shape, array.dtype, lambda: array)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in an open file, of which rows are read when they are asked for.
+
+    The file stays the one that was opened, though another may take its place meanwhile.
+    """
+
+    file: BufferedReader
+    start: int  # bytes of the file before it
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+        first, *others = index if isinstance(index, tuple) else (index,)
+        start, stop, _ = first.indices(self.shape[0])
+        dtype, rows = np.dtype(_READ[self.dtype]), max(0, stop - start)
+        row = math.prod(self.shape[1:]) * dtype.itemsize  # bytes
+        read = np.empty(rows * row, np.uint8)
+        self.file.seek(self.start + start * row)
+        if self.file.readinto(read.data) < read.size:
+            raise ValueError(f"{self.file.name} has become shorter while it was read; is something writing it?")
+        return read.view(dtype).reshape(rows, *self.shape[1:])[(slice(None), *others)]
+
+
+def read_shard(file: BufferedReader) -> dict[str, Stored]:
+    """The tensors of an open safetensors file, by name; none of them is read yet.
+
+    Raises:
+      ValueError: if it is no whole safetensors file.
+    """
+    with open_shard(Path(file.name)):  # which checks that header and size fit
+        pass
+    (size,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(size))
+    return {
+        name: Stored(file, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

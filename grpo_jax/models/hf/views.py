@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 Places = Mapping[str, str]  # the file of each tensor
-Shards = Mapping[str, Any]  # open safetensors files
+Shards = Mapping[str, Mapping[str, Any]]  # the tensors of each file: shape, dtype, and rows to be read
 
 _OF_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 _OF_TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?P<name>.*)")
@@ -24,56 +24,26 @@ _FP4 = np.array([sign * x for sign in (1, -1) for x in (0.0, 0.5, 1.0, 1.5, 2.0,
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
-    """What is used of an open safetensors file, under other names."""
-
-    shard: Any
-    names: dict[str, str]  # those that are seen, and the file's own
-
-    def keys(self) -> list[str]:
-        return sorted(self.names)
-
-    def get_slice(self, name: str) -> Any:
-        return self.shard.get_slice(self.names[name])
-
-    def get_tensor(self, name: str) -> np.ndarray:
-        return self.shard.get_tensor(self.names[name])
-
-
-@dataclasses.dataclass(frozen=True)
 class Packed:
     """Weights `[E, in, out]` in mxfp4, of which parts are made when they are asked for."""
 
     blocks: Any  # [E, out, in / 32, 16] bytes, two codes each, the lower half first
     scales: Any  # [E, out, in / 32] bytes, exponents of 2, plus 127
 
-    def get_shape(self) -> list[int]:
-        E, out, groups, half = self.blocks.get_shape()
-        return [E, groups * 2 * half, out]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        E, out, groups, half = self.blocks.shape
+        return E, groups * 2 * half, out
 
-    def get_dtype(self) -> str:
-        fits = list(self.scales.get_shape()) == list(self.blocks.get_shape())[:-1]
-        dtypes = {self.blocks.get_dtype(), self.scales.get_dtype()}
+    @property
+    def dtype(self) -> str:
+        fits = self.scales.shape == self.blocks.shape[:-1]
+        dtypes = {self.blocks.dtype, self.scales.dtype}
         return "F32" if fits and dtypes == {"U8"} else f"of blocks and scales {sorted(dtypes)}"
 
     def __getitem__(self, index: Any) -> np.ndarray:
         experts, *others = index if isinstance(index, tuple) else (index,)
         return unpack(self.blocks[experts], self.scales[experts])[(slice(None), *others)]
-
-
-@dataclasses.dataclass(frozen=True)
-class AllPacked:
-    """The packed tensors of a checkpoint, whose halves may lie in several files."""
-
-    places: Places
-    shards: Shards
-    names: list[str]
-
-    def keys(self) -> list[str]:
-        return self.names
-
-    def get_slice(self, name: str) -> Packed:
-        return Packed(*(self.shards[self.places[name + end]].get_slice(name + end) for end in _ENDS))
 
 
 def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -98,27 +68,27 @@ def of_text(places: Places, shards: Shards) -> tuple[Places, Shards]:
             return name if match is None else match["name"]
         return f"model.{match['name']}"
 
-    kept = {name: file for name, file in places.items() if not _OF_IMAGES.fullmatch(name)}
-    views = {
-        file: View(shard, {seen(name): name for name in sorted(shard.keys()) if not _OF_IMAGES.fullmatch(name)})
-        for file, shard in shards.items()
-    }
-    return {seen(name): file for name, file in kept.items()}, views
+    def kept(names: Mapping[str, Any]) -> dict[str, Any]:
+        return {seen(name): value for name, value in names.items() if not _OF_IMAGES.fullmatch(name)}
+
+    return kept(places), {file: kept(tensors) for file, tensors in shards.items()}
 
 
 def of_floats(places: Places, shards: Shards) -> tuple[Places, Shards]:
     """With tensors of floats where there are blocks and scales of mxfp4."""
-    packed = sorted(
-        name.removesuffix(_ENDS[0])
-        for name in places
-        if name.endswith(_ENDS[0]) and name.removesuffix(_ENDS[0]) + _ENDS[1] in places
-    )
+    tensors = {name: shards[file][name] for name, file in places.items() if name in shards[file]}
+    names = {name.removesuffix(_ENDS[0]) for name in tensors if name.endswith(_ENDS[0])}
+    packed = {
+        name: Packed(*(tensors[name + end] for end in _ENDS))  # which may lie in two files
+        for name in sorted(names)
+        if name + _ENDS[1] in tensors
+    }
     if not packed:
         return places, shards
     halves = {name + end for name in packed for end in _ENDS}
-    views: dict[str, Any] = {
-        file: View(shard, {name: name for name in {*shard.keys()} - halves}) for file, shard in shards.items()
-    }
-    views["mxfp4"] = AllPacked(places, shards, packed)
-    whole = {name: file for name, file in places.items() if name not in halves}
-    return whole | dict.fromkeys(packed, "mxfp4"), views
+
+    def others(names: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in names.items() if name not in halves}
+
+    whole = {file: others(of_file) for file, of_file in shards.items()}
+    return others(places) | dict.fromkeys(packed, "mxfp4"), whole | {"mxfp4": packed}
