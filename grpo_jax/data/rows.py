@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -80,7 +81,10 @@ def read_rows(
 
 
 def read_jsonl(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[Row]:
-    """Reads one JSON object per line; empty lines are skipped. NaN and infinity, which JSON does not have, are refused.
+    """Reads one JSON object per line; empty lines are skipped.
+
+    NaN and infinity, which JSON does not have and Python writes all the same, and numbers that are too large for a
+    float are refused in `columns`; elsewhere they are null, with a warning.
 
     Args:
       path: of the file, UTF-8 with or without a byte-order mark.
@@ -91,16 +95,23 @@ def read_jsonl(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> lis
         without a row.
     """
     rows: list[Row] = []
+    with_nulls: list[str] = []  # places of rows
     for number, line in enumerate(_lines(path), start=1):
         if not line.removeprefix(codecs.BOM_UTF8).strip():
             continue
-        row = _parsed(line, f"{path}:{number}")
+        where = f"{path}:{number}"
+        row, finite = _parsed(line, where)
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a row is an object, got {line[:80]!r}")
-        _check_columns(row, columns, f"{path}:{number}")
-        rows.append(_ReadRow(row, f"{path}:{number}"))
+            raise ValueError(f"{where}: a row is an object, got {line[:80]!r}")
+        if not finite:
+            row = _finite_row(row, columns, where)
+            with_nulls.append(where)
+        _check_columns(row, columns, where)
+        rows.append(_ReadRow(row, where))
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
+    if with_nulls:
+        _warn_of_nulls(with_nulls[0] + (f" and {len(with_nulls) - 1} more" if with_nulls[1:] else ""))
     return rows
 
 
@@ -112,16 +123,19 @@ def read_json(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list
       columns: what every row must have, and not as null.
 
     Raises:
-      ValueError: at the first bad row, with file and row number, from 1.
+      ValueError: as `read_jsonl`, with file and row number, from 1.
     """
     content = b"".join(_lines(path))
     if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         return read_jsonl(path, columns)
-    rows = _parsed(content, f"{path}")
+    rows, finite = _parsed(content, f"{path}")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: row {number}: a row is an object, got {_short(row)}")
-    return list(_checked(rows, columns, f"{path}"))
+    checked = list(_checked(rows, columns, f"{path}"))
+    if not finite:
+        _warn_of_nulls(f"{path}")
+    return checked
 
 
 def read_csv(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[Row]:
@@ -243,11 +257,21 @@ def _checked(rows: Sequence[Row], columns: Sequence[str], source: str) -> Iterat
         raise ValueError(f"{source}: there are no rows")
     for number, row in enumerate(rows, start=1):
         where = f"{source}: row {number}"
-        for name in columns:
-            if bad := [x for x in _values(field(row, name)) if isinstance(x, float) and not math.isfinite(x)]:
-                raise ValueError(f"{where}: {name} is {bad[0]}, which is no value")
-        _check_columns(row, columns, where)
-        yield _ReadRow({name: _with_nulls(column) for name, column in row.items()}, where)
+        finite = _finite_row(row, columns, where)
+        _check_columns(finite, columns, where)
+        yield _ReadRow(finite, where)
+
+
+def _finite_row(row: Row, columns: Sequence[str], where: str) -> Row:
+    """The row with None in place of each number that is not finite; one in `columns` is refused."""
+    for name in columns:
+        if bad := [x for x in _values(field(row, name)) if isinstance(x, float) and not math.isfinite(x)]:
+            raise ValueError(f"{where}: {name} is {bad[0]}, which is no value")
+    return {name: _with_nulls(column) for name, column in row.items()}
+
+
+def _warn_of_nulls(where: str) -> None:
+    warnings.warn(f"{where}: a number that is not finite is read as null, in a column not asked for", stacklevel=3)
 
 
 def _check_columns(row: Row, columns: Sequence[str], where: str) -> None:
@@ -273,9 +297,17 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
             raise ValueError(f"{path}: no whole gzip file: {error}") from None
 
 
-def _parsed(content: bytes, where: str) -> Any:
+def _parsed(content: bytes, where: str) -> tuple[Any, bool]:
+    """The value, and whether all its numbers are finite."""
+    finite = True
+
+    def number(text: str) -> float:
+        nonlocal finite
+        finite &= math.isfinite(value := float(text))
+        return value
+
     try:
-        value = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(content.decode("utf-8-sig"), parse_constant=number, parse_float=number)
         if b"\\u" in content:  # half of a pair, which no UTF-8 and so no tokenizer can say
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -285,17 +317,7 @@ def _parsed(content: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not JSON of whole characters: {code} is half of a surrogate pair") from None
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}: {content[:80]!r}") from None
-    return value
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no value")
-
-
-def _finite(number: str) -> float:
-    if not math.isfinite(value := float(number)):
-        raise ValueError(f"{number[:40]} is more than a float can hold")
-    return value
+    return value, finite
 
 
 def _values(column: Any) -> Iterator[Any]:

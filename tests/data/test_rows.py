@@ -51,10 +51,9 @@ def test_any_text_is_read_as_it_was_written(tmp_path_factory, rows):
         ('{"prompt": "a"', "not JSON: Expecting ',' delimiter"),
         ("prompt: a", "not JSON: Expecting value"),
         ('{"prompt": "a"} {"prompt": "b"}', "not JSON: Extra data"),
-        ('{"prompt": NaN}', "not JSON: NaN"),
-        ('{"prompt": -Infinity}', "not JSON: -Infinity"),
-        ('{"prompt": 1e999}', "not JSON: 1e999 is more than a float can hold"),
-        ('{"prompt": "a", "x": [-1e400]}', "not JSON: -1e400 is more than a float can hold"),
+        ('{"prompt": NaN}', "prompt is nan, which is no value"),
+        ('{"prompt": [{"a": -Infinity}]}', "prompt is -inf, which is no value"),
+        ('{"prompt": 1e999}', "prompt is inf, which is no value"),
         ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
         (r'{"prompt": "a\ud83db"}', r"not JSON of whole characters: \ud83d is half of a surrogate pair"),
         (r'{"prompt": "a", "x": {"y": ["\udc00"]}}', r"not JSON of whole characters: \udc00 is half of a surrogate"),
@@ -307,7 +306,7 @@ def test_a_json_file_holds_a_list_or_lines(tmp_path):
         ("[]", "rows.json: there are no rows"),
         ('[{"a": 1}, 2]', "rows.json: row 2: a row is an object, got 2"),
         ('[{"a": 1}, {"b": 2}]', "rows.json: row 2: no column a; the row has b"),
-        ('[{"a": 1}, {"a": NaN}]', "rows.json: not JSON: NaN is no value"),
+        ('[{"a": 1}, {"a": NaN}]', "rows.json: row 2: a is nan, which is no value"),
         ('[{"a": 1}', "rows.json: not JSON: Expecting ',' delimiter"),
         ("[" * 100_000, "rows.json: not JSON that can be read: nested too deep"),
         ("", "rows.json: the file has no rows"),
@@ -333,6 +332,16 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("[]")
     with pytest.raises(ValueError, match=rf"{name}: a file of rows ends in .jsonl, .ndjson, .json, .csv, .parq"):
         read_rows(tmp_path / name)
+
+
+def test_a_number_of_json_that_is_none_is_null_and_told_where_nobody_asked_for_it(tmp_path):
+    path = write(tmp_path, '{"a": 1, "loss": NaN}\n{"a": 2.5, "x": [{"y": -1e400, "z": 1.5}]}\n{"a": 3, "loss": 2}\n')
+    with pytest.warns(UserWarning, match=re.escape(f"{path}:1 and 1 more: a number that is not finite")):
+        rows = read_jsonl(path, ["a"])
+    assert rows == [{"a": 1, "loss": None}, {"a": 2.5, "x": [{"y": None, "z": 1.5}]}, {"a": 3, "loss": 2}]
+    (tmp_path / "rows.json").write_text('[{"a": 1, "loss": Infinity}]')
+    with pytest.warns(UserWarning, match=re.escape("rows.json: a number that is not finite is read as null")):
+        assert read_rows(tmp_path / "rows.json", ["a"]) == [{"a": 1, "loss": None}]
 
 
 def test_a_number_that_is_none_is_null_where_nobody_asked_for_it(tmp_path):
