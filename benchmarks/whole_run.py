@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import transformers
 
 from benchmarks import worker
 from grpo_jax import data, losses, models, rewards, sampling, statistics
@@ -33,21 +32,7 @@ def make_run(
 ) -> tuple[Callable[..., Array], tuple[Experience, Prompts]]:
     """`run(key, demonstrations, problems) -> rewards [steps]`, and the two sets it reads."""
     tokenizer = arithmetic.tokenizer()
-    policy = models.decoder(
-        models.from_hf_config(
-            transformers.LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=hidden,
-                intermediate_size=3 * hidden,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
-    )
+    policy = models.small_llama(len(tokenizer), width=hidden, eos_id=tokenizer.eos_token_id)
     splits = arithmetic.splits(0)
     shown, answers = arithmetic.flawed_demonstrations(splits.demonstrations, 0)
     demonstrations = Experience(

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import transformers
 
 from grpo_jax import losses, models, run, sampling
 from grpo_jax.sampling.traced_turns import TracedEnvironment
@@ -36,14 +35,9 @@ NUMBERS, GUESSES = 7, 3
 HIGHER, LOWER, BEGIN = NUMBERS, NUMBERS + 1, NUMBERS + 2  # tokens after those of the numbers
 LENGTH = 2 * GUESSES - 1  # of a game: guesses, and what is said between them
 
-policy = models.decoder(
-    models.from_hf_config(
-        transformers.LlamaConfig(
-            vocab_size=NUMBERS + 3, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=16, initializer_range=0.1, bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+policy = models.small_llama(
+    NUMBERS + 3, width=32, intermediate_size=64, num_attention_heads=2, max_position_embeddings=16,
+    initializer_range=0.1,
 )  # fmt: skip
 
 

@@ -40,10 +40,11 @@ from grpo_jax.advantages import from_rewards
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.run import preemption, ranges
+from grpo_jax.run.supervised import fine_tune
 from grpo_jax.schedules import learning_rates
 from grpo_jax.tasks import arithmetic
-from grpo_jax.train_step import make_learn, make_train_step
-from grpo_jax.types import Experience, Metrics, Params, Prompts, TrainState
+from grpo_jax.train_step import make_train_step
+from grpo_jax.types import Params, Prompts, Rollout
 from grpo_jax.updates import Updates, init_state
 
 
@@ -70,21 +71,7 @@ class Config:
 
 def make_policy(tokenizer: transformers.PreTrainedTokenizerFast) -> Policy:
     """A Llama of 0.4 M parameters."""
-    return models.decoder(
-        models.from_hf_config(
-            transformers.LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=384,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
-    )
+    return models.small_llama(len(tokenizer), width=128, eos_id=tokenizer.eos_token_id)
 
 
 def train(config: Config) -> dict[str, float]:
@@ -120,31 +107,19 @@ def train(config: Config) -> dict[str, float]:
 def warm_up(config: Config, policy: Policy, tokenizer: Any, splits: Any) -> Params:
     """Supervised learning of the teacher's demonstrations, from nothing."""
     prompts, completions = arithmetic.flawed_demonstrations(splits.demonstrations, config.seed)
-    demonstrations = data.make_demonstrations(tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"])
-    rate = learning_rates.learning_rate(
-        config.warmup_learning_rate,
-        config.warmup_steps,
-        warmup_steps=min(20, config.warmup_steps // 2),
-        decay=learning_rates.cosine,
-        final_fraction=0.05,
-    )
-    optimizer = optax.adamw(rate, weight_decay=0.01)
-    learn = make_learn(policy, optimizer, loss=losses.sft(), updates=Updates(max_grad_norm=1.0))
+    ids = tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"]
+    demonstrations = jax.device_get(data.make_demonstrations(*ids))
 
-    @jax.jit
-    def learn_rows(state: TrainState, rows: np.ndarray) -> tuple[TrainState, Metrics]:
-        return learn(state, Experience(jax.tree.map(lambda x: x[rows], demonstrations)))
+    def batch(n: int) -> Rollout:
+        rows = data.batch_indices(config.seed, n, len(prompts), config.warmup_batch)
+        return jax.tree.map(lambda x: x[rows], demonstrations)
 
     print(f"supervised warm-up on {len(prompts)} demonstrations, such as {prompts[0]}{completions[0]}")
     key = jax.random.key(config.seed)
-    state, folder = init_state(jax.jit(policy.init)(key), optimizer, key), config.run_dir / "warmup"
-    settings = {"steps": config.warmup_steps, "save_every": config.save_every, "run_dir": folder}
-    with run.loop(config, state, keys=("loss",), **settings) as loop:
-        for n in loop:
-            rows = data.batch_indices(config.seed, n, len(prompts), config.warmup_batch)
-            loop.state, metrics = learn_rows(loop.state, rows)
-            loop.log(metrics | {"learning_rate": rate(n)})
-    return loop.state.params
+    return fine_tune(
+        config, policy, jax.jit(policy.init)(key), batch, steps=config.warmup_steps, key=key,
+        learning_rate=config.warmup_learning_rate, run_dir=config.run_dir / "warmup", save_every=config.save_every,
+    )  # fmt: skip
 
 
 def grpo(

@@ -37,7 +37,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
-import transformers
 
 from grpo_jax import losses, models, rewards, sampling, statistics
 from grpo_jax.advantages import from_rewards, group_advantages
@@ -64,21 +63,7 @@ START_SEEDS = 8  # models that are warmed up at once
 GUESSER = modular_sums.Teacher(guess=1.0)  # of the task of exploration
 HERE = pathlib.Path(__file__).parent
 
-policy = models.decoder(
-    models.from_hf_config(
-        transformers.LlamaConfig(
-            vocab_size=modular_sums.VOCABULARY,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=modular_sums.EOS,
-        )
-    )
-)
+policy = models.small_llama(modular_sums.VOCABULARY, width=64, eos_id=modular_sums.EOS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from grpo_jax.data.batches import (
     make_demonstrations,
     make_prompts,
     pad,
+    token_pairs,
 )
 from grpo_jax.data.between_turns import Between, between_texts, between_turns, read_between
 from grpo_jax.data.prompt_sets import PromptSet, encode_demonstrations, encode_rows, has_chats, hold_out, read_problems
@@ -78,5 +79,6 @@ __all__ = [
     "read_parquet",
     "read_problems",
     "read_rows",
+    "token_pairs",
     "turn_end",
 ]

@@ -121,3 +121,17 @@ def make_demonstrations(
         log_probs=jnp.zeros(tokens.shape, jnp.float32),
         truncated=jnp.zeros(lengths.shape, bool),
     )
+
+
+def token_pairs(rollout: Rollout) -> list[list[tuple[list[int], list[int]]]]:
+    """The token ids of each prompt and completion, without padding: `B` lists of `G` pairs.
+
+    The inverse of `make_demonstrations`, and the way from what a policy has sampled to what another one learns.
+    """
+    tokens, lengths, prompts, ends = map(
+        np.asarray, (rollout.tokens, rollout.lengths, rollout.prompts.tokens, rollout.prompts.lengths)
+    )
+    return [
+        [(prompt[:end].tolist(), ids[:length].tolist()) for ids, length in zip(group, group_lengths, strict=True)]
+        for prompt, end, group, group_lengths in zip(prompts, ends, tokens, lengths, strict=True)
+    ]

@@ -63,7 +63,7 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 def of_run(
     tokenizer: Any,
-    params: Any,
+    params: Any = None,
     *,
     prompts: Any,
     held_out: Any = (),
@@ -75,7 +75,7 @@ def of_run(
 
     Args:
       tokenizer: of the model.
-      params: its weights.
+      params: its weights; None where each stage of a run has its own.
       prompts: to train on, encoded, in their order; of demonstrations with their completions.
       held_out: to evaluate on.
       rows: of the prompts, with all that rewards see; None where nothing but the prompts is learned from.
@@ -86,8 +86,9 @@ def of_run(
         "the data to train on": of_json(prompts),
         "the data to evaluate on": of_json(held_out),
         "the tokenizer or its template": of_tokenizer(tokenizer),
-        "the weights of the model": of_arrays(params),
     }
+    if params is not None:
+        found["the weights of the model"] = of_arrays(params)
     if rows is not None:
         found["the answers and other columns of the data to train on"] = of_rows(rows)
         found["the answers and other columns of the data to evaluate on"] = of_rows(held_out_rows)

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.data import batch_indices, batch_rows_by_length, bucket, make_demonstrations, make_prompts, pad
+from grpo_jax.data import (
+    batch_indices,
+    batch_rows_by_length,
+    bucket,
+    make_demonstrations,
+    make_prompts,
+    pad,
+    token_pairs,
+)
 
 # ------------------------------------------------------------------- order of the rows
 
@@ -169,3 +177,11 @@ def test_demonstrations_can_have_a_width_that_is_always_the_same():
 def test_demonstrations_need_a_completion_a_prompt():
     with pytest.raises(ValueError, match="1 completions for 2 prompts"):
         make_demonstrations([[5], [6]], [[2, 1]])
+
+
+def test_token_pairs_are_what_demonstrations_were_made_of_and_cut_each_completion_of_a_group_at_its_length():
+    prompts, completions = [[5, 6, 7], [8]], [[2, 1], [0, 4, 0]]
+    made = make_demonstrations(prompts, completions, multiple=4)
+    assert token_pairs(made) == [[(prompt, ids)] for prompt, ids in zip(prompts, completions, strict=True)]
+    group = made._replace(tokens=np.array([[[2, 1, 9], [3, 1, 9]]] * 2), lengths=np.array([[2, 0], [3, 1]]))
+    assert token_pairs(group) == [[([5, 6, 7], [2, 1]), ([5, 6, 7], [])], [([8], [2, 1, 9]), ([8], [3])]]

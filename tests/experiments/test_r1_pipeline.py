@@ -31,7 +31,10 @@ def load_script():
     return module
 
 
+sys.path.insert(0, str(SCRIPT.parent))  # as for a script there
 pipeline = load_script()
+sys.path.remove(str(SCRIPT.parent))
+problems = sys.modules["r1_problems"]
 
 
 def make_config(run_dir, **settings):
@@ -168,11 +171,21 @@ def test_a_run_is_not_resumed_with_other_settings(finished):
     assert outcome(run_dir) == before
 
 
+@pytest.mark.smoke
+def test_a_run_is_not_resumed_on_other_texts_under_the_same_settings(finished, monkeypatch):
+    run_dir, _ = finished
+    before = outcome(run_dir)
+    monkeypatch.setattr(problems, "TEACHER", modular_sums.Teacher(slip=0.9))
+    with pytest.raises(ValueError, match="not what the run began with: the completions to learn"):
+        pipeline.main(make_config(run_dir))
+    assert outcome(run_dir) == before
+
+
 # ------------------------------------------------------------------- the small task
 
 
 def test_no_problem_is_in_two_parts_and_all_answers_are_right():
-    problem = pipeline.small(pipeline.Config())
+    problem = problems.small(pipeline.Config())
     prompts = jax.device_get(problem.prompts(np.concatenate([problem.test, problem.train])))
     texts = {tuple(ids) for ids in prompts.tokens.tolist()}
     shown = {tuple(prompt) for prompt, _ in problem.demonstrations}
@@ -187,13 +200,13 @@ def test_no_problem_is_in_two_parts_and_all_answers_are_right():
 
 def rollout_of(texts, answer):
     """One prompt with these completions, of words of the small task; `answer` is the sum."""
-    words = sorted(pipeline.WORDS, key=len, reverse=True)
+    words = sorted(problems.WORDS, key=len, reverse=True)
 
     def encode(text):
         ids = []
         while text:
             word = next(word for word in words if text.startswith(word))
-            ids.append(pipeline.WORDS.index(word))
+            ids.append(problems.WORDS.index(word))
             text = text[len(word) :]
         return ids
 
@@ -227,7 +240,7 @@ WRITTEN = (
 
 @pytest.fixture(scope="module")
 def problem():
-    return pipeline.small(pipeline.Config())
+    return problems.small(pipeline.Config())
 
 
 def kept_of(problem, **settings):
@@ -274,13 +287,18 @@ def test_a_policy_of_which_nothing_can_be_kept_is_an_error_with_its_numbers(prob
     ("settings", "message"),
     [
         ({"judge": "a:b", "data": pathlib.Path("x")}, "data, judge are for a model"),
+        ({"max_tokens": 64, "system": "Think."}, "system, max_tokens are for a model"),
+        (
+            {"model": "m", "demonstrations": pathlib.Path("d"), "task": "a:b", "prompt_column": "q"},
+            "of a task is `prompt`",
+        ),
         ({"model": "m", "data": pathlib.Path("x")}, "needs --demonstrations"),
         ({"model": "m", "demonstrations": pathlib.Path("d")}, "its problems by --data or by --task"),
         ({"group_size": 1}, "at least 2 completions"),
         ({"minibatches": 3}, "prompts_per_step = 16 does not divide into 3"),
         ({"micro_batches": 3, "prompts_per_step": 3}, "sft_batch = 64 does not divide into 3"),
     ],
-    ids=["small", "demonstrations", "problems", "group", "minibatches", "sft"],
+    ids=["small", "prompts", "column", "demonstrations", "problems", "group", "minibatches", "sft"],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -336,3 +354,8 @@ def test_a_model_goes_through_the_four_stages_and_goes_on(model_config, settings
     kept = json.loads((config.run_dir / "3_rejection_sampling" / "samples" / "00000.json").read_text())["kept"]
     assert not any("4" in item["text"].partition("</think>")[2] for item in kept)
     assert pipeline.main(config) == results
+
+    rows = config.data.read_text()
+    config.data.write_text(rows.replace('"answer": "3"', '"answer": "4"'))
+    with pytest.raises(ValueError, match="not what the run began with: the answers and other columns"):
+        pipeline.main(config)
