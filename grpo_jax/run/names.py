@@ -3,16 +3,20 @@
 resolve("my_rewards:correct")                          # the function
 resolve("grpo_jax.rewards:cosine_length(correct=2)")   # the function that a maker returns
 resolve("group_advantages", "grpo_jax.advantages")     # a name without a module is the package's
+bound("cispo(max_ratio=4)", "grpo_jax.losses")         # the maker with these arguments, which takes more
 """
 
 import ast
+import functools
 import importlib.util
 import inspect
 import pathlib
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+Arguments = tuple[list[Any], dict[str, Any]]
 
 
 def resolve(name: str, *packages: str) -> Callable[..., Any]:
@@ -30,6 +34,43 @@ def resolve(name: str, *packages: str) -> Callable[..., Any]:
       ValueError: for another form, an argument that is no literal, a module or a function
         that does not exist, or a result that cannot be called. The message is one line.
     """
+    function, arguments = _find(name, packages)
+    if arguments is None:
+        return function
+    made = function(*arguments[0], **arguments[1])
+    if not callable(made):
+        raise ValueError(f"{name!r} returns a {type(made).__name__} and not a function")
+    return made
+
+
+def bound(name: str, *packages: str) -> Callable[..., Any]:
+    """The function with a name, to which the arguments of the name are given, but which is not called.
+
+    Args:
+      name: as in `resolve`.
+      packages: as in `resolve`.
+
+    Raises:
+      ValueError: as `resolve`; for an argument that the function does not have.
+    """
+    function, arguments = _find(name, packages)
+    if arguments is None:
+        return function
+    try:
+        inspect.signature(function).bind_partial(*arguments[0], **arguments[1])
+    except TypeError as error:
+        raise ValueError(f"{name!r}: {error}; it has {', '.join(inspect.signature(function).parameters)}") from None
+    return functools.partial(function, *arguments[0], **arguments[1])
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+    """The parameters that have no default."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _find(name: str, packages: Sequence[str]) -> tuple[Callable[..., Any], Arguments | None]:
+    """The function, and the arguments behind it, None without brackets."""
     module, path, arguments = _parse(name, packages[0] if packages else None)
     modules = packages if module in packages and ":" not in name.partition("(")[0] else (module,)
     if str(pathlib.Path.cwd()) not in sys.path:
@@ -39,12 +80,7 @@ def resolve(name: str, *packages: str) -> Callable[..., Any]:
     function = next((found for one in modules if callable(found := _attribute(one, path))), None)
     if function is None:
         raise ValueError(f"{' and '.join(modules)} has no function {path!r}")
-    if arguments is None:
-        return function
-    made = function(*arguments[0], **arguments[1])
-    if not callable(made):
-        raise ValueError(f"{name!r} returns a {type(made).__name__} and not a function")
-    return made
+    return function, arguments
 
 
 def _attribute(module: str, path: str) -> Any:
@@ -66,18 +102,30 @@ def make_with(
       offered: settings that the maker gets if it takes them.
 
     Raises:
-      ValueError: for a stated setting that the maker does not have.
+      ValueError: for a stated setting that the maker does not have, or has by its name already; for one that it
+        requires and nobody has given; for what the maker itself refuses as an argument.
     """
     settings = {name: setting for name, setting in stated.items() if setting is not None}
     known = inspect.signature(make).parameters
-    settings |= {name: setting for name, setting in (offered or {}).items() if name in known}
+    own = [p.name for p in known.values() if p.kind is p.KEYWORD_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD]
+    in_name = make.keywords if isinstance(make, functools.partial) else {}
+    settings |= {name: setting for name, setting in (offered or {}).items() if name in known and name not in in_name}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    plain = name.partition("(")[0]
     if unknown := set(settings) - set(known) - ({"penalty"} if takes_any else set()):
-        raise ValueError(f"the loss {name} has no setting {', '.join(sorted(unknown))}")
-    return make(**settings)
+        has = f"{', '.join(own)}, given as '{plain}({own[0]}=...)'" if own else "none"
+        raise ValueError(f"the loss {plain} has no setting {', '.join(sorted(unknown))}; it has {has}")
+    if twice := sorted(set(in_name) & set(settings)):
+        raise ValueError(f"{', '.join(twice)} of the loss {name} is given twice")
+    if missing := [each for each in required(make) if each not in settings]:
+        raise ValueError(f"the loss {plain} requires {', '.join(missing)}: '{plain}({missing[0]}=...)'")
+    try:
+        return make(**settings)
+    except TypeError as error:
+        raise ValueError(f"the loss {name}: {error}") from error
 
 
-def _parse(name: str, package: str | None) -> tuple[str, str, tuple[list[Any], dict[str, Any]] | None]:
+def _parse(name: str, package: str | None) -> tuple[str, str, Arguments | None]:
     """Module, dotted path in it, and the arguments of a maker."""
     head, bracket, rest = name.partition("(")
     module, _, path = head.rpartition(":")

@@ -15,7 +15,7 @@ from typing import Any
 
 from grpo_jax import advantages, losses
 from grpo_jax.protocols import Advantage, Loss
-from grpo_jax.run.names import make_with, resolve
+from grpo_jax.run.names import bound, make_with, required
 from grpo_jax.schedules import Scheduled, running_advantages
 from grpo_jax.schedules.running_advantages import RunningAdvantage
 
@@ -24,8 +24,8 @@ from grpo_jax.schedules.running_advantages import RunningAdvantage
 class ObjectiveSettings:
     """An objective by the names of its parts."""
 
-    loss: str = "grpo"  # of grpo_jax.losses, or your own as module:function
-    advantage: str = "group_advantages"  # of grpo_jax.advantages, or your own as module:function; see from_function
+    loss: str = "grpo"  # of grpo_jax.losses, such as "cispo(max_ratio=4)", or your own as module:function
+    advantage: str = "group_advantages"  # of grpo_jax.advantages, such as "group_advantages(ddof=1)", or your own
     # or spo or rae, of schedules.running_advantages: a running baseline per prompt
     baseline_column: str | None = None  # of spo and rae: prompts of one value in it, such as a role, share a baseline
     baseline_decay: float | None = None  # of spo and rae: their own, if not given
@@ -37,16 +37,32 @@ class ObjectiveSettings:
     load_balance: float = 0.0  # weight of the balance of loads in a mixture of experts
 
     def make_loss(self, *, max_tokens: int) -> Loss:
-        """The loss by its name, with the settings that were given; its own defaults for the rest."""
+        """The loss by its name, with the settings that were given; its own defaults for the rest.
+
+        A function `(scores, experience)` is a loss itself, and any other one makes it.
+
+        Raises:
+          ValueError: for a setting that the loss does not have, or requires.
+        """
         stated: dict[str, Any] = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
         stated["penalty"] = losses.k3(self.beta) if self.beta else None
-        make = resolve(self.loss, "grpo_jax.losses")
-        loss = make_with(make, self.loss, stated, offered={"max_tokens": max_tokens})
+        make = bound(self.loss, "grpo_jax.losses")
+        if required(make) == ["scores", "experience"]:
+            if given := [name for name, setting in stated.items() if setting is not None]:
+                flags = ", ".join("--beta" if name == "penalty" else f"--{name.replace('_', '-')}" for name in given)
+                raise ValueError(f"{flags} has no effect: {self.loss} is a loss by itself, and no maker of one")
+            loss = make
+        else:
+            loss = make_with(make, self.loss, stated, offered={"max_tokens": max_tokens})
         return losses.plus(loss, losses.load_balance(self.load_balance)) if self.load_balance else loss
 
     def transforms(self) -> list[Any]:
-        """The transforms by their names."""
-        return [resolve(name, "grpo_jax.transforms") for name in self.transform]
+        """The transforms by their names.
+
+        Raises:
+          ValueError: for a maker without its arguments.
+        """
+        return [_transform(name) for name in self.transform]
 
     def make_advantage(
         self,
@@ -67,9 +83,13 @@ class ObjectiveSettings:
         Raises:
           ValueError: for settings of a baseline without one, and a group of 1 that would be compared with itself.
         """
-        function = resolve(self.advantage, "grpo_jax.advantages", "grpo_jax.schedules.running_advantages")
+        function = bound(self.advantage, "grpo_jax.advantages", "grpo_jax.schedules.running_advantages")
         settings: dict[str, Any] = {"weights": weights, "names": names}
-        if "of_row" in (parameters := inspect.signature(function).parameters):
+        parameters = inspect.signature(function).parameters
+        if "(" in self.advantage and not required(function) and "weights" not in parameters:
+            function = function()  # what makes an estimator, such as pass_at_k(4)
+            parameters = inspect.signature(function).parameters
+        if "of_row" in parameters:
             if self.baseline_half_life is not None and (self.baseline_decay, "half_life" in parameters) != (None, True):
                 raise ValueError(
                     f"--baseline-half-life {self.baseline_half_life} is of --advantage spo without --baseline-decay"
@@ -84,4 +104,23 @@ class ObjectiveSettings:
                 raise ValueError(f"{named} is of --advantage spo and rae, not {self.advantage}")
         if group_size < 2:
             raise ValueError(f"a group needs at least 2 completions to compare, got --group-size {group_size}")
+        if not {"rewards", "experience", "weights"} & parameters.keys() and len(required(function)) != 2:
+            raise ValueError(
+                f"{self.advantage} takes neither rewards and their mask nor an experience. A maker? Then write it with "
+                f"its arguments, as in '{self.advantage.partition('(')[0]}(...)'"
+            )
         return advantages.from_function(function, **settings), None
+
+
+def _transform(name: str) -> Any:
+    function = bound(name, "grpo_jax.transforms")
+    plain, brackets, _ = name.partition("(")
+    if brackets and not required(function):
+        return function()
+    first = [*inspect.signature(function).parameters][:1]
+    if first != ["experience"] and (":" not in plain or len(required(function)) != 1):
+        raise ValueError(
+            f"--transform {name} takes no experience. A maker? Then write it with its arguments, as in "
+            f"'{plain}({first[0] if first else ''}=...)'"
+        )
+    return function
