@@ -70,7 +70,7 @@ def top_entropy(share: float | Array) -> ExperienceTransform:
     def hook(experience: Experience) -> tuple[Experience, Metrics]:
         mask, entropy = experience.rollout.mask, experience.old_entropy
         if entropy is None:
-            raise ValueError("top_entropy needs the old_entropy of the policy that sampled: score_old=True adds it")
+            raise ValueError("top_entropy needs old_entropy: make_train_step(score_old=True), grpo.py --score-old")
         threshold = jnp.nanquantile(jnp.where(mask, entropy, jnp.nan), 1 - share)
         weights = (entropy >= threshold).astype(entropy.dtype)
         if experience.weights is not None:
@@ -177,7 +177,7 @@ def second_moment(threshold: Number = 0.04) -> ExperienceTransform:
     def hook(experience: Experience) -> tuple[Experience, Metrics]:
         mask = experience.rollout.mask
         if experience.old_log_probs is None:
-            raise ValueError("second_moment needs old_log_probs: make_train_step(..., score_old=True) adds them")
+            raise ValueError("second_moment needs old_log_probs: make_train_step(score_old=True), grpo.py --score-old")
         square = difference(experience.old_log_probs, experience.rollout.log_probs, mask) ** 2
         ascending = jnp.sort(jnp.where(mask, square, jnp.inf), axis=None)
         count = jnp.arange(1, mask.size + 1)
@@ -262,7 +262,7 @@ def _covariance(name: str, experience: Experience) -> tuple[Array, Array]:
     """Of each token's log-prob and advantage, about their means over the tokens that count; and the log-probs."""
     mask, old, advantages = experience.rollout.mask, experience.old_log_probs, experience.advantages
     if old is None:
-        raise ValueError(f"{name} needs old_log_probs: make_train_step(..., score_old=True) adds them")
+        raise ValueError(f"{name} needs old_log_probs: make_train_step(score_old=True), grpo.py --score-old")
     if advantages is None:
         raise ValueError(f"{name} needs advantages: make_learn(..., advantage=) adds them before the hooks")
     spread = jnp.broadcast_to(per_token(advantages), mask.shape)

@@ -21,7 +21,7 @@ def old_policy(scores: Scores, experience: Experience) -> Array:
     if experience.old_log_probs is None:
         raise ValueError(
             "several updates of a rollout need the old_log_probs of the policy that sampled: "
-            "make_train_step(..., score_old=True) adds them"
+            "make_train_step(score_old=True), grpo.py --score-old"
         )
     return experience.old_log_probs
 

@@ -90,7 +90,9 @@ def _kl(estimate: KLEstimate, beta: Number, correction: Ratio | None) -> Penalty
         cost = beta * kl
         if correction is not None:
             if experience.old_log_probs is None:
-                raise ValueError("a correction needs old_log_probs: make_train_step(..., score_old=True) adds them")
+                raise ValueError(
+                    "a correction needs old_log_probs: make_train_step(score_old=True), grpo.py --score-old"
+                )
             level = correction(difference(scores.log_probs, experience.old_log_probs, mask), mask)
             cost = weighted(jnp.exp(level), cost)
         return cost, {"kl": kl}

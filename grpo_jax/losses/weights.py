@@ -133,5 +133,7 @@ def _check_band(low: Number, high: Number, name: str) -> None:
 def _log_importance(experience: Experience, ratio: Ratio) -> Array:
     mask = experience.rollout.mask
     if experience.old_log_probs is None:
-        raise ValueError("an importance weight needs old_log_probs: make_train_step(..., score_old=True)")
+        raise ValueError(
+            "an importance weight needs old_log_probs: make_train_step(score_old=True), grpo.py --score-old"
+        )
     return ratio(difference(experience.old_log_probs, experience.rollout.log_probs, mask), mask)

@@ -1,5 +1,6 @@
 """A script's function as a command."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,7 +22,8 @@ def command(
     """Reads the settings from the command line and calls `function(config)`, with compiled programs kept on disk.
 
     An error of the input (`ValueError`, `OSError`, `ImportError`) ends in one line, unless
-    `--traceback` is given.
+    `--traceback` is given. Of an option that is given twice the last one counts, as in other commands; but one that
+    takes several values is refused, since the first ones would be lost.
 
     Args:
       function: the script's.
@@ -32,6 +34,8 @@ def command(
     arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
     start = tyro.MISSING_NONPROP if default is None else default
     settings = tyro.cli(config, description=description, args=arguments, default=start)
+    if lost := _given_twice(arguments, settings):
+        sys.exit(f"error: {lost} is given twice: write all of its values behind one, as in {lost} first second")
     compilation.enable_compilation_cache()
     compilation.trim_malloc()
     try:
@@ -41,3 +45,12 @@ def command(
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         sys.exit(f"error: {error}{notes}\n  (--traceback shows where)")
+
+
+def _given_twice(arguments: list[str], settings: Any) -> str | None:
+    """An option of several values that is there more than once."""
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    several = {
+        field.name for field in dataclasses.fields(settings) if isinstance(getattr(settings, field.name), tuple | dict)
+    }
+    return next((f for f in flags if flags.count(f) > 1 and f[2:].replace("-", "_") in several), None)

@@ -112,7 +112,9 @@ def make_with(
     settings |= {name: setting for name, setting in (offered or {}).items() if name in known and name not in in_name}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     plain = name.partition("(")[0]
-    if unknown := set(settings) - set(known) - ({"penalty"} if takes_any else set()):
+    module = getattr(make.func if isinstance(make, functools.partial) else make, "__module__", None) or ""
+    passed_on = {"penalty"} if module.startswith("grpo_jax.") else set(settings)  # to what `**` takes
+    if unknown := set(settings) - set(known) - (passed_on if takes_any else set()):
         has = f"{', '.join(own)}, given as '{plain}({own[0]}=...)'" if own else "none"
         raise ValueError(f"the loss {plain} has no setting {', '.join(sorted(unknown))}; it has {has}")
     if twice := sorted(set(in_name) & set(settings)):

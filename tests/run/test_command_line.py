@@ -12,6 +12,7 @@ from grpo_jax.run.precision import compute_dtype
 @dataclasses.dataclass(frozen=True)
 class Config:
     number: int = 1
+    names: tuple[str, ...] = ()
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,19 @@ def test_an_error_of_the_input_is_one_line_unless_its_traceback_is_asked_for(mon
     monkeypatch.setattr("sys.argv", ["script", "--number", "3", "--traceback"])
     with pytest.raises(ValueError, match="number is even"):
         run.command(fails, Config)
+
+
+def test_values_behind_an_option_that_is_given_twice_are_not_lost(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["script", "--names", "a", "b", "--number", "3", "--number", "4"])
+    run.command(seen.append, Config)
+    assert seen == [Config(4, ("a", "b"))]
+    for again in (["--names", "a", "--names", "b"], ["--names=a", "--number", "3", "--names", "b"]):
+        monkeypatch.setattr("sys.argv", ["script", *again])
+        with pytest.raises(SystemExit) as raised:
+            run.command(seen.append, Config)
+        assert raised.value.code.startswith("error: --names is given twice: write all of its values behind one")
+    assert len(seen) == 1
 
 
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
