@@ -1,18 +1,22 @@
 """The results of a grid: a tidy CSV file, one number per seed, means with intervals.
 
 rows = read("runs/kl/results.csv")                       # condition, seed, step and metrics
+rows = of_runs({"dapo": ["runs/dapo/0", "runs/dapo/1"]})  # the same, of runs of a script
 per_seed(rows, "accuracy")                               # condition -> [seeds]
 summarise(rows, ["accuracy"], against="beta=0.0")        # condition -> column -> Interval
 """
 
 import csv
+import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from grpo_jax.run import metrics
+from grpo_jax.run.metrics import RunDir
 from grpo_jax.study.intervals import Interval, bootstrap
 
 Row = dict[str, Any]  # condition, seed, step, and numbers by name
@@ -49,6 +53,32 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
             {name: types.get(name, float)(text) for name, text in row.items() if text != ""}
             for row in csv.DictReader(file)
         ]
+
+
+def of_runs(folders: Mapping[str, Sequence[RunDir]]) -> list[Row]:
+    """The metrics of runs of a script, such as `grpo.py`, as rows of a grid.
+
+    Args:
+      folders: condition -> the folders of its runs, one per seed, in the same order of seeds under every condition. The
+        rows count them from 0.
+
+    Returns:
+      A row per step with its numbers; one that was not finite is NaN, and text is left out.
+
+    Raises:
+      ValueError: for a folder without metrics.
+    """
+    rows: list[Row] = []
+    for condition, of_condition in folders.items():
+        for seed, folder in enumerate(of_condition):
+            if not (lines := metrics.read(folder)):
+                raise ValueError(
+                    f"{folder} has no {metrics.METRICS_FILE}: the folder of a run of {condition!r} is wanted"
+                )
+            for line in lines:
+                values = {name: math.nan if x is None else x for name, x in line.items() if not isinstance(x, str)}
+                rows.append({"condition": condition, "seed": seed} | values)
+    return rows
 
 
 def last(curve: Sequence[float]) -> float:

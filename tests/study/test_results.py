@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from grpo_jax.run import metrics
 from grpo_jax.study import results
 from grpo_jax.study.intervals import bootstrap
 
@@ -83,3 +84,24 @@ def test_a_metric_that_only_one_condition_has_is_summarised_and_not_compared():
 def test_a_seed_that_diverged_is_not_hidden_in_a_mean():
     rows = rows_of({"a": {0: [0.0, 1.0], 4: [0.0, float("nan")]}})
     assert np.isnan(results.summarise(rows, ["score"])["a"]["score"]).all()
+
+
+def test_runs_of_a_script_become_rows_seed_by_seed(tmp_path):
+    for condition, gain in (("grpo", 0.0), ("mine", 0.25)):
+        for seed, start in enumerate((0.5, 0.125)):
+            for n in range(2):
+                line = {"reward": start + gain * n, "loss": float("nan"), "note": "text"}
+                metrics.append(tmp_path / condition / str(seed), n, line)
+            metrics.append(tmp_path / condition / str(seed), 2, {"eval/reward": start + 2 * gain})
+    folders = {name: [tmp_path / name / "0", tmp_path / name / "1"] for name in ("grpo", "mine")}
+    rows = results.of_runs(folders)
+    assert [(row["condition"], row["seed"], row["step"]) for row in rows[2:5]] == [
+        ("grpo", 0, 2), ("grpo", 1, 0), ("grpo", 1, 1)
+    ]  # fmt: skip
+    assert np.isnan(rows[0]["loss"])
+    assert "note" not in rows[0]
+    summary = results.summarise(rows, ["reward", "eval/reward"], against="grpo")
+    assert summary["mine"]["reward - grpo"].mean == pytest.approx(0.25)
+    assert summary["mine"]["eval/reward - grpo"].mean == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"has no metrics.jsonl: the folder of a run of 'mine'"):
+        results.of_runs(folders | {"mine": [tmp_path / "elsewhere"]})
