@@ -64,6 +64,7 @@ class Config(ConversationSettings):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    slots: int | None = None  # decode so many completions at a time, refilled as they end; all together if not given
     stop: tuple[str, ...] = ()  # texts that end a completion, beside the end-of-sequence tokens
     extract: str | None = "grpo_jax.rewards:answer_of"  # completion -> answer, for the majority
     threshold: float = 1.0  # of the first reward, from which on a completion is right
@@ -112,10 +113,11 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     common: dict[str, Any] = {"max_tokens": config.max_tokens, "eos_ids": eos_ids, "stop": stop}
     samplers = {"greedy": sampling.greedy(**common)} if config.greedy else {}
     if config.group_size:
-        samplers["samples"] = sampling.sampler(
+        drawn = sampling.sampler(
             group_size=config.group_size, temperature=config.temperature,
             top_k=config.top_k, top_p=config.top_p, **common,
         )  # fmt: skip
+        samplers["samples"] = dataclasses.replace(drawn, slots=config.slots)
     evaluates = {
         name: evaluation.make_evaluate(
             policy, sampler, tokenizer, problems, functions,

@@ -60,7 +60,7 @@ MAY_CHANGE = (  # of a run that is resumed
     *("server", "server_model", "server_timeout"),
     *("evaluate_every", "eval_batch", "held_out", "held_out_every"),
     *("data", "eval_data"),  # what is in them may not
-    *("micro_batches", "memory_gib", "mesh", "coordinator", "processes", "process_id"),  # equal to rounding
+    *("micro_batches", "memory_gib", "slots", "mesh", "coordinator", "processes", "process_id"),  # equal to rounding
 )
 
 

@@ -28,13 +28,15 @@ class SamplingSettings:
     top_p: float | None = None
     min_p: float | None = None
     replay_truncation: bool = True  # score under top-k, top-p and min-p, too; TRL and verl do not
+    slots: int | None = None  # decode so many completions at a time, refilled as they end; all together if not given
     stop: tuple[str, ...] = ()  # texts that end a completion, such as "</answer>", beside the end-of-sequence tokens
     record_experts: bool = False  # tokens are scored by the experts that they were sampled by (router replay)
 
     def make_sampler(self, tokenizer: "PreTrainedTokenizerBase", eos_ids: Sequence[int]) -> sampling.PolicySampler:
-        """The sampler; see `sampling.sampler`."""
-        return sampling.sampler(
+        """The sampler; see `sampling.sampler`, and with slots `sampling.continuous`."""
+        drawn = sampling.sampler(
             group_size=self.group_size, max_tokens=self.max_tokens, eos_ids=eos_ids, temperature=self.temperature,
             top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, record_experts=self.record_experts,
             stop=sampling.stop_strings(tokenizer, self.stop) if self.stop else None,
         )  # fmt: skip
+        return dataclasses.replace(drawn, slots=self.slots)

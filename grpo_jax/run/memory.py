@@ -156,7 +156,8 @@ def _items(
     rows = rows * group_size // of_rows
     width = min(max_tokens, max(1, CHUNK_TOKENS // rows))
     logits = 2 * rows * width * (V // of_vocabulary) * 4
-    completion_cache = jax.eval_shape(functools.partial(policy.init_cache, prompts, group_size, max_tokens))
+    decoded = (prompts, group_size) if sampler.slots is None else (min(sampler.slots, prompts * group_size), 1)
+    completion_cache = jax.eval_shape(functools.partial(policy.init_cache, *decoded, max_tokens))
     return Plan(
         parameters=of_params,
         frozen=size(state.frozen),
@@ -369,6 +370,7 @@ class Config:
     group_size: int = 8  # G
     prompt_tokens: int = 512  # P
     max_tokens: int = 512  # T
+    slots: int | None = None  # completions decoded at a time (continuous batching); all together if not given
     micro_batches: int = 1
     beta: float = 0.0  # above 0, a reference policy is kept
     teacher: str | None = None  # of distillation, a folder or a repository
@@ -387,6 +389,8 @@ class Config:
 
 def main(config: Config) -> Plan:
     """Prints and returns the plan."""
+    if config.slots is not None and config.topology is not None:
+        raise ValueError(f"how long --slots {config.slots} take depends on lengths: leave them out beside --topology")
     where = jax.default_backend() if config.topology is None else f"each chip of {config.topology}"
     made = functools.cache(of_config)
     found, compiled = made(config)
@@ -446,7 +450,10 @@ def of_config(config: Config) -> Planned:
         return planned(
             policy,
             optax.adamw(1e-6),
-            sampling.sampler(group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=()),
+            dataclasses.replace(
+                sampling.sampler(group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=()),
+                slots=config.slots,
+            ),
             loss=loss,
             prompts=config.prompts,
             prompt_tokens=config.prompt_tokens,

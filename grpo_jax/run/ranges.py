@@ -13,7 +13,7 @@ COUNTS = {  # at least 1
     *("iterations", "minibatches", "micro_batches", "batch_size", "eval_batch", "test_batch", "sft_batch", "bucket"),
     *("completion_bucket", "save_every", "evaluate_every", "export_every", "held_out_every", "renew_every"),
     *("stop_after_skipped", "stop_after_failed", "max_turns", "max_answer_tokens", "processes", "lora_rank", "rows"),
-    *("test_rows", "train_rows", "sampled_prompts", "keep", "seeds", "top_k", "warmup_batch"),
+    *("test_rows", "train_rows", "sampled_prompts", "keep", "seeds", "top_k", "warmup_batch", "slots"),
 }
 FROM_0 = {
     *("seed", "task_seed", "steps", "warmup_steps", "base_steps", "cold_start_steps", "sft_steps", "distill_steps"),

@@ -63,6 +63,8 @@ class ServerSettings:
             return sampler
         if sampler.record_experts:
             raise ValueError("servers do not tell the experts that they chose: leave out --record-experts")
+        if sampler.slots is not None:
+            raise ValueError(f"a server has slots of its own: leave out --slots {sampler.slots}")
         if jax.process_count() > 1:
             raise ValueError("a server is given the weights by one process: leave out --coordinator")
         if self.server_kind == "vllm":

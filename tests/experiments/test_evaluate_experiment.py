@@ -153,6 +153,22 @@ def test_summaries_and_items_are_written_and_go_together(finished):
     assert "pass@1" not in summaries["greedy"]
 
 
+def test_slots_are_those_of_the_samples(files, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def seen(policy, sampler, *arguments, **given):
+        if not sampler.greedy:
+            raise Seen(sampler.slots)
+
+    monkeypatch.setattr(evaluate.hf, "load_pretrained", lambda *arguments, **given: (None, None))
+    monkeypatch.setattr(evaluate.evaluation, "make_evaluate", seen)
+    for slots in (None, 3):
+        with pytest.raises(Seen) as raised:
+            evaluate.run(settings(files, tmp_path, slots=slots))
+        assert raised.value.args == (slots,)
+
+
 def test_completions_end_at_stop_strings(files, finished, monkeypatch):
     config, without = finished
     monkeypatch.chdir(files)

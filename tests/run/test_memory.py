@@ -56,6 +56,16 @@ def test_what_is_kept_has_the_size_of_the_arrays(planned):
 
 
 @pytest.mark.slow
+def test_with_slots_the_completions_in_them_have_a_cache_and_no_other(planned):
+    settings = SIZES | {"loss": losses.grpo(penalty=losses.k3(0.04)), "reference": True}
+    found = memory.plan(POLICY, OPTIMIZER, dataclasses.replace(SAMPLER, slots=3), **settings)
+    assert found.completion_cache == nbytes(POLICY.init_cache(3, 1, 16)) < planned.completion_cache
+    assert found.learning == planned.learning
+    with pytest.raises(ValueError, match="--slots 3 take depends on lengths"):
+        memory.main(memory.Config("model", slots=3, topology="v5e:1x1"))
+
+
+@pytest.mark.slow
 def test_a_teacher_is_kept_in_the_place_of_the_reference_and_scored_in_learning():
     network = testing.tiny_policy("qwen2", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, hidden_size=64)
     settings = {"loss": losses.distill(), "reference": False, "teacher": Teacher(network, losses.reverse_kl)}

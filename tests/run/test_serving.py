@@ -1,5 +1,7 @@
 """The settings of scripts for inference servers."""
 
+import dataclasses
+
 import pytest
 
 from grpo_jax import sampling
@@ -31,10 +33,11 @@ def test_a_server_draws_under_the_settings_of_the_sampler(kind):
         ({"max_lag": 1}, {}, "are of a --server"),
         ({"server": "http://localhost:1", "server_kind": "sglang"}, {"top_p": 0.9}, "not under top_k"),
         ({"server": "http://localhost:1"}, {"record_experts": True}, "do not tell the experts"),
+        ({"server": "http://localhost:1"}, {"slots": 2}, "has slots of its own: leave out --slots 2"),
         ({"server": "localhost:1"}, {}, "begins with http"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, changes, message):
-    drawing = sampling.sampler(**({"group_size": 3, "max_tokens": 5, "eos_ids": (1,)} | changes))
+    drawing = dataclasses.replace(SAMPLER, **changes)
     with pytest.raises(ValueError, match=message):
         ServerSettings(**settings).serve(drawing, **GIVEN)
