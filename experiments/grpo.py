@@ -55,7 +55,7 @@ from grpo_jax.types import Params
 from grpo_jax.updates import Updates, init_state
 
 MAY_CHANGE = (  # of a run that is resumed
-    *("steps", "save_every", "export", "export_every", "show_every", "tensorboard", "wandb", "profile"),
+    *("steps", "save_every", "export", "export_dtype", "export_every", "show_every", "tensorboard", "wandb", "profile"),
     *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout", "environment_workers"),
     *("server", "server_model", "server_timeout"),
     *("evaluate_every", "eval_batch", "held_out", "held_out_every"),

@@ -36,8 +36,13 @@ class WeightSettings:
     lora_targets: tuple[str, ...] | None = None  # linear layers with adapters, such as q_proj v_proj; all if not given
     quantize: quantized.Kind | None = None  # the frozen weights under adapters to few bits
     export: Literal["merged", "adapters"] = "merged"  # as a whole model, or as a folder that PEFT reads
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = (
+        None  # of a whole model; as it is held if not given
+    )
 
     def __post_init__(self) -> None:
+        if self.export == "adapters" and self.export_dtype is not None:
+            raise ValueError(f"--export-dtype {self.export_dtype} is of whole models: adapters are written in float32")
         if self.lora_rank is not None:
             lora.ranks_of(self.lora_rank, self.lora_targets)
             return
@@ -108,4 +113,5 @@ class WeightSettings:
             hf.save_adapters(policy, state.params, state.frozen, folder, base_model=base, tokenizer=tokenizer)
             return
         params = state.params if self.lora_rank is None else lora.merge(state.params, state.frozen)
-        hf.save_pretrained(policy, params, folder, tokenizer=tokenizer, **settings)
+        dtype = None if self.export_dtype is None else jnp.dtype(self.export_dtype)
+        hf.save_pretrained(policy, params, folder, tokenizer=tokenizer, dtype=dtype, **settings)

@@ -33,13 +33,15 @@ class ProcessSettings:
         return processes.joined(self.coordinator, self.processes, self.process_id)
 
     def make_mesh(self, *, prompts: int, group_size: int) -> Mesh | None:
-        """The mesh, for so many prompts at a time; None for one device.
+        """The mesh, for so many prompts at a time; None for one device, which is told where there are more.
 
         Raises:
           ValueError: if several processes have none; as `sharding.parse` and `sharding.check_rows`.
         """
         if self.mesh is None:
             if jax.process_count() == 1:
+                if (idle := jax.device_count() - 1) > 0:
+                    print(f"uses one device and leaves {idle} idle: --mesh fsdp={idle + 1} divides the run over all")
                 return None
             count = f"{jax.device_count()} devices of the {jax.process_count()} processes"
             raise ValueError(f"say how the {count} share the work: --mesh fsdp={jax.device_count()}, for instance")

@@ -533,6 +533,20 @@ def test_adapters_take_ten_times_the_rate_unless_one_is_given():
     assert (whole.rate(None, 1e-6), adapters.rate(None, 1e-6), adapters.rate(3e-6, 1e-6)) == (1e-6, 10 * 1e-6, 3e-6)
 
 
+def test_an_export_is_of_the_dtype_that_is_asked_for(files, tmp_path):
+    policy, params = hf.load_pretrained(files / "model")
+    state, about = types.SimpleNamespace(params=params, frozen=None), {"base_model": "unused"}
+    WeightSettings(export_dtype="bfloat16").save(policy, state, tmp_path / "half", **about)
+    WeightSettings().save(policy, state, tmp_path / "whole", **about)
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
+    chex.assert_trees_all_equal(hf.load_pretrained(tmp_path / "half")[1], rounded)
+    chex.assert_trees_all_equal(hf.load_pretrained(tmp_path / "whole")[1], params)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+    with pytest.raises(ValueError, match="--export-dtype bfloat16 is of whole models"):
+        WeightSettings(lora_rank=2, export="adapters", export_dtype="bfloat16")
+
+
 def test_adapters_over_a_quantised_base_are_exported_and_a_run_goes_on_to_the_same_bits(files, tmp_path):
     settings_of = {
         "lora_rank": 2,
