@@ -3,7 +3,7 @@
 python experiments/dpo_vs_grpo.py
 
 Task, start and network are those of `experiments/ablations/setting.py`. Every method gets 8 completions of each of
-8 problems a step, judged by the same verifier, and makes one update of them. They differ in two things.
+8 problems a step, scored by the same verifier, and makes one update of them. They differ in two things.
 
 Who samples: online methods the policy as it is, offline ones the start, whose completions might as well have been
 collected before the first step. A completion is used once, offline too.
@@ -13,7 +13,7 @@ What is made of a group:
     GRPO          every completion, with its advantage
     RAFT, SFT     imitation of its best completion, or of every right one; online it is RAFT, which is rejection
                   sampling, and offline fine-tuning on the same data as offline DPO
-    DPO           its best against its worst completion; without a difference it teaches nothing
+    DPO           its best against its worst completion; without a difference it contributes nothing
 
 Best and worst are by accuracy and a tenth of the format, as GRPO's advantages are; right is by accuracy alone. Each
 line runs with two learning rates, and DPO with two betas, all with 8 seeds. `dpo_vs_grpo.csv` and the first table of
@@ -99,13 +99,13 @@ def pairs(config: Config, who: Settings) -> Run:
 
 
 def in_pairs(experience: Experience) -> tuple[Experience, Metrics]:
-    """A hook. The reference has scored the whole group by then, which takes time and no samples."""
+    """A transform. The reference has scored the whole group by then, which takes time and no samples."""
     return preferences.pairs(experience, weights=setting.WEIGHTS), {}
 
 
-def imitation(config: Config, who: Settings, hook: ExperienceTransform) -> Run:
-    """Supervised learning of the completions that a hook leaves."""
-    return setting.make(config, lambda hyper: {"loss": losses.sft(), "transforms": (setting.measure, hook)}, **who)
+def imitation(config: Config, who: Settings, transform: ExperienceTransform) -> Run:
+    """Supervised learning of the completions that a transform leaves."""
+    return setting.make(config, lambda hyper: {"loss": losses.sft(), "transforms": (setting.measure, transform)}, **who)
 
 
 BEST = rejection_sampling.raft(weights=setting.WEIGHTS)

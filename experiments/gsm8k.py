@@ -5,7 +5,7 @@
     python experiments/gsm8k.py --train train.jsonl --test test.jsonl               # files instead of the Hub
     python experiments/gsm8k.py --smoke                                             # minutes on a CPU, a tiny model
 
-`--recipe` is a function of `grpo_jax.recipes`: loss, advantage, hooks, optimizer and sizes are
+`--recipe` is a function of `grpo_jax.recipes`: loss, advantage, transforms, optimizer and sizes are
 the recipe's, but for those given on the command line. The Hub needs the extra `data`.
 
 Hardware: float32 weights with Adam take 16 bytes a parameter, and a reference 4 more: 10 GB

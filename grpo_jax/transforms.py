@@ -1,6 +1,6 @@
 """What is done to an experience once, before it is split into updates: filters of tokens, and what needs them all.
 
-A hook is `experience -> (experience, metrics)`; `make_learn(..., transforms=(mask_truncated,))`
+A transform is `experience -> (experience, metrics)`; `make_learn(..., transforms=(mask_truncated,))`
 runs them in their order, after the reference policy's scores and the advantages are in.
 A quantile or a mean over the rollout belongs here, since a loss sees parts of it.
 
@@ -39,7 +39,7 @@ def mask_zero_variance_groups(experience: Experience) -> tuple[Experience, Metri
     """
     if experience.advantages is None:
         raise ValueError(
-            "mask_zero_variance_groups needs advantages: make_learn(..., advantage=) adds them before the hooks"
+            "mask_zero_variance_groups needs advantages: make_learn(..., advantage=) adds them before the transforms"
         )
     mask = experience.rollout.mask
     spread = jnp.any(per_token(experience.advantages) * mask != 0, axis=(1, 2), keepdims=True)
@@ -47,7 +47,7 @@ def mask_zero_variance_groups(experience: Experience) -> tuple[Experience, Metri
 
 
 def top_entropy(share: float | Array) -> ExperienceTransform:
-    """Lets only the `share` of tokens of highest entropy teach (Wang et al. 2025, arXiv:2506.01939, equation 5).
+    """Trains only on the `share` of tokens of highest entropy (Wang et al. 2025, arXiv:2506.01939, equation 5).
 
         weight = 1 where H >= quantile(H, 1 - share), else 0
 
@@ -60,14 +60,14 @@ def top_entropy(share: float | Array) -> ExperienceTransform:
       share: above 0 and at most 1; 0.2 in the paper.
 
     Returns:
-      A hook, which needs `make_train_step(..., score_old=True)`.
+      A transform, which needs `make_train_step(..., score_old=True)`.
 
     Raises:
       ValueError: for a share out of range.
     """
     _check_share(share)
 
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+    def transform(experience: Experience) -> tuple[Experience, Metrics]:
         mask, entropy = experience.rollout.mask, experience.old_entropy
         if entropy is None:
             raise ValueError("top_entropy needs old_entropy: make_train_step(score_old=True), grpo.py --score-old")
@@ -77,13 +77,13 @@ def top_entropy(share: float | Array) -> ExperienceTransform:
             weights = weights * experience.weights
         return experience._replace(weights=weights), {"entropy_threshold": jnp.nan_to_num(threshold)}
 
-    return hook
+    return transform
 
 
 def drop_weightless(experience: Experience) -> tuple[Experience, Metrics]:
     """Takes tokens of weight 0 out of the mask, and so out of denominators and penalties."""
     if experience.weights is None:
-        raise ValueError("drop_weightless comes after a hook that makes weights, such as top_entropy")
+        raise ValueError("drop_weightless comes after a transform that makes weights, such as top_entropy")
     return _with_mask(experience, experience.rollout.mask & (experience.weights != 0)), {}
 
 
@@ -105,7 +105,7 @@ def clip_cov(share: Number = 2e-4, *, low: Number = 1.0, high: Number = 5.0) -> 
       high: the greatest; 5 in verl.
 
     Returns:
-      A hook with the metric `clip_cov`, the share of tokens taken; it needs `make_train_step(..., score_old=True)`.
+      A transform with the metric `clip_cov`, the share of tokens taken; needs `make_train_step(..., score_old=True)`.
 
     Raises:
       ValueError: for a share out of range, or a band that is empty.
@@ -114,7 +114,7 @@ def clip_cov(share: Number = 2e-4, *, low: Number = 1.0, high: Number = 5.0) -> 
     if isinstance(low, int | float) and isinstance(high, int | float) and not low < high:
         raise ValueError(f"low is below high = {high}, got {low}")
 
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+    def transform(experience: Experience) -> tuple[Experience, Metrics]:
         mask = experience.rollout.mask
         covariance, old = _covariance("clip_cov", experience)
         within = mask & (covariance > low) & (covariance < high)
@@ -124,7 +124,7 @@ def clip_cov(share: Number = 2e-4, *, low: Number = 1.0, high: Number = 5.0) -> 
         weights = jnp.where(taken, 0.0, 1.0 if experience.weights is None else experience.weights)
         return experience._replace(weights=weights), {"clip_cov": Mean(jnp.sum(taken), jnp.sum(mask))}
 
-    return hook
+    return transform
 
 
 def high_covariance(share: Number = 2e-3) -> ExperienceTransform:
@@ -136,20 +136,20 @@ def high_covariance(share: Number = 2e-3) -> ExperienceTransform:
       share: of all tokens, above 0 and at most 1. The paper has 2e-3 for 7B and 2e-4 for 32B, verl 2e-4.
 
     Returns:
-      A hook, which needs `make_train_step(..., score_old=True)`.
+      A transform, which needs `make_train_step(..., score_old=True)`.
 
     Raises:
       ValueError: for a share out of range.
     """
     _check_share(share)
 
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+    def transform(experience: Experience) -> tuple[Experience, Metrics]:
         mask = experience.rollout.mask
         covariance, _ = _covariance("high_covariance", experience)
         marked = mask & _largest(jnp.where(mask, covariance, -jnp.inf), _count(share, mask))
         return experience._replace(high_covariance=marked), {}
 
-    return hook
+    return transform
 
 
 def second_moment(threshold: Number = 0.04) -> ExperienceTransform:
@@ -166,7 +166,7 @@ def second_moment(threshold: Number = 0.04) -> ExperienceTransform:
       threshold: in nats squared, above 0; 0.04 in the paper.
 
     Returns:
-      A hook with the metric `second_moment`, the mean of `d^2` before; it needs
+      A transform with the metric `second_moment`, the mean of `d^2` before; it needs
       `make_train_step(..., score_old=True)`.
 
     Raises:
@@ -174,7 +174,7 @@ def second_moment(threshold: Number = 0.04) -> ExperienceTransform:
     """
     check_positive(threshold=threshold)
 
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+    def transform(experience: Experience) -> tuple[Experience, Metrics]:
         mask = experience.rollout.mask
         if experience.old_log_probs is None:
             raise ValueError("second_moment needs old_log_probs: make_train_step(score_old=True), grpo.py --score-old")
@@ -187,7 +187,7 @@ def second_moment(threshold: Number = 0.04) -> ExperienceTransform:
         weights = jnp.where(mask & (square > last), 0.0, 1.0 if experience.weights is None else experience.weights)
         return experience._replace(weights=weights), {"second_moment": token_mean(square, mask)}
 
-    return hook
+    return transform
 
 
 def reward_variance(share: Number = 0.9, *, weights: Sequence[float | Array] | None = None) -> ExperienceTransform:
@@ -204,14 +204,14 @@ def reward_variance(share: Number = 0.9, *, weights: Sequence[float | Array] | N
       weights: of the reward functions, as in `advantages.from_rewards`.
 
     Returns:
-      A hook with the metric `kept_groups`, the share of groups kept.
+      A transform with the metric `kept_groups`, the share of groups kept.
 
     Raises:
       ValueError: for a share out of range.
     """
     _check_share(share)
 
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+    def transform(experience: Experience) -> tuple[Experience, Metrics]:
         rewards, scored = total_reward(experience, weights)
         count = jnp.maximum(jnp.sum(scored, axis=1), 1)
         centered = jnp.where(scored, rewards - (jnp.sum(jnp.where(scored, rewards, 0.0), 1) / count)[:, None], 0.0)
@@ -223,7 +223,7 @@ def reward_variance(share: Number = 0.9, *, weights: Sequence[float | Array] | N
         masked = _with_mask(experience, experience.rollout.mask & kept[:, None, None])
         return masked, {"kept_groups": Mean(jnp.sum(kept), jnp.asarray(kept.size))}
 
-    return hook
+    return transform
 
 
 def old_from_sampler(experience: Experience) -> tuple[Experience, Metrics]:
@@ -264,7 +264,7 @@ def _covariance(name: str, experience: Experience) -> tuple[Array, Array]:
     if old is None:
         raise ValueError(f"{name} needs old_log_probs: make_train_step(score_old=True), grpo.py --score-old")
     if advantages is None:
-        raise ValueError(f"{name} needs advantages: make_learn(..., advantage=) adds them before the hooks")
+        raise ValueError(f"{name} needs advantages: make_learn(..., advantage=) adds them before the transforms")
     spread = jnp.broadcast_to(per_token(advantages), mask.shape)
     of_log_probs, of_advantages = (
         jnp.where(mask, x, 0.0) - masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1) for x in (old, spread)

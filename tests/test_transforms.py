@@ -238,7 +238,7 @@ def test_refuses_a_share_out_of_range(share):
 
 
 def test_refuses_to_drop_what_has_no_weights():
-    with pytest.raises(ValueError, match="after a hook that makes weights"):
+    with pytest.raises(ValueError, match="after a transform that makes weights"):
         drop_weightless(experience_of())
 
 

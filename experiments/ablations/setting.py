@@ -192,7 +192,7 @@ def advantage(estimator: Estimator = group_advantages) -> Advantage:
 
 
 def measure(experience: Experience) -> tuple[Experience, Metrics]:
-    """A hook that changes nothing: the spread of the advantages, and the lengths of right and wrong completions."""
+    """A transform that only measures: the spread of the advantages, and the lengths of right and wrong completions."""
     right = modular_sums.accuracy()(experience.rollout) > 0
     lengths, advantages = experience.rollout.lengths, experience.advantages
     return experience, {

@@ -111,12 +111,12 @@ def max_rl_advantages(rewards: Array, mask: Array | None = None) -> Array:
 def best_minus_second_advantages(
     rewards: Array, mask: Array | None = None, *, scaled: bool = False, ddof: int = 1, eps: float | Array = 1e-6
 ) -> Array:
-    """Only the best of a group earns, by how far it beats the second (Tang et al. 2025, arXiv:2503.19595).
+    """Only the best of a group has an advantage, by how far it beats the second (Tang et al. 2025, arXiv:2503.19595).
 
         A[b, g] = r[b, g] - max(r[b, h] for h != g) where that is above 0, else 0
 
     The leave-one-out estimate of the gradient of `E[max of G]`, so of pass@G for rewards of 0 and 1. Where two are
-    equally good nobody earns. verl's `grpo_passk` divides by the group's sample deviation plus 1e-6 unless told
+    equally good all get 0. verl's `grpo_passk` divides by the group's sample deviation plus 1e-6 unless told
     otherwise: `scaled=True`.
 
     Args:
@@ -144,8 +144,8 @@ def pass_at_k(k: int) -> Estimator:
 
     Right completions share what the group lacked: of the `k - 1` others drawn with one, the share of draws in which
     none is right. It is the paper's form whose baseline leaves the completion out and draws `k - 1` others, times
-    `G`, since the losses average over the group. Wrong completions get 0. With `k = G` only a sole right one earns, as
-    by `best_minus_second_advantages`, times `G`; with `k = 1` it is the reward without a baseline.
+    `G`, since the losses average over the group. Wrong completions get 0. With `k = G` only a sole right one gets
+    more, as by `best_minus_second_advantages`, times `G`; with `k = 1` it is the reward without a baseline.
 
     Args:
       k: from 1 to `G`.
@@ -153,7 +153,7 @@ def pass_at_k(k: int) -> Estimator:
     Returns:
       `(rewards [B, G] of 0 and 1, mask) -> [B, G]`; in units of pass@k. A completion counts as right above 0.5.
       Where the mask leaves fewer than `k`, the group gets 0. It gives no group of equal rewards 0 by itself: with
-      `k = 1`, all right, each earns 1.
+      `k = 1`, all right, each gets 1.
 
     Raises:
       ValueError: for a `k` below 1; when called, for a group of fewer than `k`.

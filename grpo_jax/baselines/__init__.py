@@ -11,7 +11,7 @@ What they are made of:
     preferences.py         scored groups -> pairs; the Bradley-Terry loss of DPO and reward model
     selection.py           which completions of a group are taken
 
-DPO and RAFT are a loss and a hook of `train_step.make_learn`; PPO and the reward model, whose
+DPO and RAFT are a loss and a transform of `train_step.make_learn`; PPO and the reward model, whose
 networks are others, have a `make_learn` of their own.
 """
 

@@ -2,11 +2,9 @@
 
 RAFT as one step, which samples, keeps the best of each group and imitates them:
 
-    step = make_train_step(
-        policy, optimizer, reward=reward, loss=losses.sft(), transforms=(raft(0.5),), group_size=8, ...
-    )
+    step = make_train_step(policy, optimizer, sampler, reward=reward, loss=losses.sft(), transforms=(raft(0.5),))
 
-The same hook serves `make_learn(policy, optimizer, loss=losses.sft(), transforms=(raft(0.5),))`.
+The same transform serves `make_learn(policy, optimizer, loss=losses.sft(), transforms=(raft(0.5),))`.
 """
 
 import jax.numpy as jnp
@@ -45,10 +43,10 @@ def best_of_n(experience: Experience, *, keep: int = 1, weights: Weights | None 
 
 
 def raft(threshold: Number | None = None, *, keep: int = 1, weights: Weights | None = None) -> ExperienceTransform:
-    """A hook that leaves the best of each group, for `losses.sft()` to imitate.
+    """A transform that leaves the best of each group, for `losses.sft()` to imitate.
 
     RAFT (Dong et al. 2023, arXiv:2304.06767, algorithm 1) with `keep=1` and no threshold.
-    With one, groups that never succeeded teach nothing; with `keep` the group's size as
+    With one, groups that never succeeded contribute nothing; with `keep` the group's size as
     well, every success is imitated: rejection-sampling fine-tuning (Yuan et al. 2023,
     arXiv:2308.01825).
 
@@ -58,11 +56,11 @@ def raft(threshold: Number | None = None, *, keep: int = 1, weights: Weights | N
       weights: as in `advantages.from_rewards`.
 
     Returns:
-      A hook. It makes groups of `keep`, in which the others have an empty mask, and
-      reports `kept`, the share of those places that teach.
+      A transform. It makes groups of `keep`, in which the others have an empty mask, and
+      reports `kept`, the share of those places that are trained on.
     """
 
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+    def transform(experience: Experience) -> tuple[Experience, Metrics]:
         experience = best_of_n(experience, keep=keep, weights=weights)
         mask = experience.rollout.mask
         if threshold is not None:
@@ -72,4 +70,4 @@ def raft(threshold: Number | None = None, *, keep: int = 1, weights: Weights | N
         kept = Mean(jnp.sum(taught), jnp.asarray(taught.size))
         return experience._replace(rollout=experience.rollout._replace(mask=mask)), {"kept": kept}
 
-    return hook
+    return transform

@@ -143,8 +143,8 @@ def gmpo(*, epsilon: Number = 0.4, epsilon_high: Number | None = None, **parts: 
 
         gain = exp(mean_t clipped(log_ratio[t])) * A
 
-    where a log-ratio is clipped above `epsilon_high` for a good token and below
-    `-epsilon` for a bad one: the bounds are on the log-ratio, not on the ratio. The mean
+    where a log-ratio is clipped above `epsilon_high` where `A > 0` and below
+    `-epsilon` where `A < 0`: the bounds are on the log-ratio, not on the ratio. The mean
     is over the tokens that count, whatever their weights.
 
     Args:

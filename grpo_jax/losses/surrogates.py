@@ -20,21 +20,21 @@ def ppo_clip(epsilon: Number, epsilon_high: Number | None = None, delta: Number 
 
         gain = min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)
 
-    It is the lower bound of the two for either sign of `A`: above `1 + epsilon_high`
-    a good token and below `1 - epsilon` a bad one get no gradient; the weight of every
-    other is its ratio. With `delta` the first ratio is `min(ratio, delta)`, so that a
-    bad token above `delta` gets no gradient either (the dual clip of Ye et al. 2020,
+    It is the lower bound of the two for either sign of `A`: a token with `A > 0` above
+    `1 + epsilon_high` and one with `A < 0` below `1 - epsilon` get no gradient; the weight of
+    every other is its ratio. With `delta` the first ratio is `min(ratio, delta)`, so that a
+    token with `A < 0` above `delta` gets no gradient either (the dual clip of Ye et al. 2020,
     arXiv:1912.09729, equation 5; two-sided clipping in INTELLECT-2, Prime Intellect
     2025, arXiv:2505.07291).
 
-    Computed in log space, as `A * exp(min(log_ratio, log(1 + epsilon_high)))` for a
-    good token and with the maximum for a bad one: a clipped ratio is then never
+    Computed in log space, as `A * exp(min(log_ratio, log(1 + epsilon_high)))` where `A > 0`
+    and with the maximum where `A < 0`: a clipped ratio is then never
     exponentiated, so that it cannot turn a gradient of 0 into `0 * inf`.
 
     Args:
       epsilon: lower distance from 1; from 1 upwards there is no lower bound.
       epsilon_high: upper distance; `epsilon` if None, larger in DAPO's clip-higher.
-      delta: upper bound on the ratio of a bad token, above `1 + epsilon_high`; None for
+      delta: upper bound on the ratio where `A < 0`, above `1 + epsilon_high`; None for
         no bound.
 
     Returns:
@@ -67,9 +67,9 @@ def ppo_clip(epsilon: Number, epsilon_high: Number | None = None, delta: Number 
 
 
 def pessimistic_clip(log_ratio: Array, advantages: Array, lowest: Number, highest: Number) -> Array:
-    """Bounds a log-ratio on the side where moving on would earn more: above for a good token, below for a bad one.
+    """PPO's one-sided clip of a log-ratio: from above where `A >= 0`, from below where `A < 0`.
 
-    An advantage of 0 is bounded above, too: inf * 0 is NaN.
+    An advantage of 0 is bounded from above, too, since inf * 0 is NaN.
     """
     return jnp.where(advantages < 0, jnp.maximum(log_ratio, lowest), jnp.minimum(log_ratio, highest))
 

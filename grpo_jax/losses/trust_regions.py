@@ -45,14 +45,14 @@ def divergence_mask(
 
         gain = M * sg(min(ratio, max_ratio)) * A * log_prob
 
-    where `M` is 0 for a good token that became likelier by a divergence above `high`, for a bad one that became less
-    likely by one above `low`, and else 1. A token of advantage 0 counts as a bad one, as in
+    where `M` is 0 where `A > 0` and the token became likelier by a divergence above `high`, and where `A < 0` and it
+    became less likely by one above `low`, and else 1. An advantage of 0 counts as a negative one, as in
     verl. The ratio is not differentiated, as in verl; SkyRL's and prime-rl's gradient `ratio * A * grad log_prob` is
     the same up to the cap.
 
     Args:
-      low: the divergence that a bad token may have.
-      high: the divergence that a good token may have; `low` if None.
+      low: the divergence that is allowed where `A < 0`.
+      high: the divergence that is allowed where `A > 0`; `low` if None.
       divergence: `total_variation`, in units of probability, or `binary_kl`, in nats.
       max_ratio: cap of the ratio; 20 in verl's functions, which warn of small ones.
 

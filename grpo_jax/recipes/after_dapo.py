@@ -42,7 +42,7 @@ def dapo() -> Recipe:
 
 
 def high_entropy_tokens() -> Recipe:
-    """80/20 (Wang et al. 2025): DAPO of which only the fifth of tokens of highest entropy teaches.
+    """80/20 (Wang et al. 2025): DAPO, trained only on the fifth of tokens of highest entropy.
 
     The numbers are those of the authors' script for Qwen3-14B,
     `run_only_top20_high_entropy_tokens_dapo_qwen3_14b.sh`. Its dual clip at 10, verl's

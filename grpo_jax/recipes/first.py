@@ -75,7 +75,7 @@ def r1() -> Recipe:
     """The first stage of reinforcement learning of DeepSeek-R1 (DeepSeek-AI 2025, Nature 645, methods).
 
     R1-Zero's numbers, from a cold start, with a clip range of 10: no bound below, and a
-    good token is clipped at 11 times its probability.
+    token with a positive advantage is clipped at 11 times its probability.
     """
     return dataclasses.replace(
         r1_zero(),

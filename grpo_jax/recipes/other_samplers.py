@@ -71,7 +71,7 @@ def tis() -> Recipe:
 
 
 def icepop() -> Recipe:
-    """IcePop (Ling Team 2025, Ring-1T): tokens on which trainer and sampler disagree most do not teach.
+    """IcePop (Ling Team 2025, Ring-1T): tokens on which trainer and sampler disagree most are left out.
 
     The band is that of the report on Ring-1T; TRL's example, 0.5 to 2, is not.
     """

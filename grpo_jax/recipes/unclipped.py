@@ -82,7 +82,7 @@ def scale_rl() -> Recipe:
 
 
 def sapo() -> Recipe:
-    """SAPO (Gao et al. 2025, section 5): a soft gate in place of the clip, falling off faster for bad tokens."""
+    """SAPO (Gao et al. 2025, section 5): a soft gate in place of the clip, steeper for negative advantages."""
     return Recipe(
         name="SAPO",
         source="arXiv:2511.20347, section 5",

@@ -28,7 +28,7 @@ def repetition(n: int = 4) -> ExperienceTransform:
     if n < 1:
         raise ValueError(f"an n-gram has at least 1 token, got n = {n}")
 
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+    def transform(experience: Experience) -> tuple[Experience, Metrics]:
         tokens, lengths = experience.rollout.tokens, experience.rollout.lengths
         if tokens.shape[-1] < n:
             return experience, {"repetition": Mean(jnp.zeros(()), jnp.zeros((), jnp.int32))}
@@ -36,7 +36,7 @@ def repetition(n: int = 4) -> ExperienceTransform:
         shares = 1 - _distinct(tokens, count, n) / jnp.maximum(count, 1)
         return experience, {"repetition": Mean(jnp.sum(jnp.where(count > 0, shares, 0.0)), jnp.sum(count > 0))}
 
-    return hook
+    return transform
 
 
 def _distinct(tokens: Array, count: Array, n: int) -> Array:
@@ -57,7 +57,7 @@ def unscored(names: Sequence[str]) -> ExperienceTransform:
       names: one a reward function.
     """
 
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+    def transform(experience: Experience) -> tuple[Experience, Metrics]:
         given = experience.reward_mask
         if given is None or given.shape[-1] != len(names):
             shape = None if given is None else given.shape
@@ -67,7 +67,7 @@ def unscored(names: Sequence[str]) -> ExperienceTransform:
             f"unscored/{name}": Mean(jnp.sum(there & ~given[..., k]), jnp.sum(there)) for k, name in enumerate(names)
         }
 
-    return hook
+    return transform
 
 
 def sampler_gap(parts: int = 4) -> ExperienceTransform:
@@ -88,7 +88,7 @@ def sampler_gap(parts: int = 4) -> ExperienceTransform:
       parts: spans, at least 1.
 
     Returns:
-      A hook, which needs `make_train_step(..., score_old=True)`.
+      A transform, which needs `make_train_step(..., score_old=True)`.
 
     Raises:
       ValueError: for `parts` below 1; when called, without `old_log_probs`.
@@ -96,7 +96,7 @@ def sampler_gap(parts: int = 4) -> ExperienceTransform:
     if parts < 1:
         raise ValueError(f"a completion has at least 1 part, got {parts}")
 
-    def hook(experience: Experience) -> tuple[Experience, Metrics]:
+    def transform(experience: Experience) -> tuple[Experience, Metrics]:
         rollout = experience.rollout
         if experience.old_log_probs is None:
             raise ValueError("sampler_gap needs old_log_probs: make_train_step(..., score_old=True) adds them")
@@ -109,4 +109,4 @@ def sampler_gap(parts: int = 4) -> ExperienceTransform:
             metrics[f"sampler_gap{name}"] = token_mean(jnp.abs(gap), places)
         return experience, metrics
 
-    return hook
+    return transform

@@ -57,9 +57,9 @@ def mostly_zero_variance(history: History, *, window: int = 5, threshold: float 
     level = f", at a mean reward of {_mean(rewards):.3g}" if rewards else ""
     return (
         f"in {share:.0%} of the groups of the last {window} steps every completion had the same reward "
-        f"(`zero_variance_groups`){level}. Such a group has advantages of 0 and teaches nothing. Where the reward is "
-        "low the task is too hard: take easier prompts, larger groups or a graded reward, or begin with supervised "
-        "learning. Where it is high the task is solved: take harder prompts. Filter prompts by pass rate "
+        f"(`zero_variance_groups`){level}. Such a group has advantages of 0 and contributes no gradient. Where the "
+        "reward is low the task is too hard: take easier prompts, larger groups or a graded reward, or begin with "
+        "supervised learning. Where it is high the task is solved: take harder prompts. Filter prompts by pass rate "
         "(items.between), or sample until groups differ (dynamic_sampling)"
     )
 
@@ -113,7 +113,7 @@ def reward_collapsed(
     return (
         f"the mean reward fell to {statistics.fmean(now):.3g}, from {statistics.fmean(best):.3g} at its best (over "
         f"{window} steps from step {lines[start].get('step', start)} on). Go back to a checkpoint from before, lower "
-        "the learning rate or the number of passes over a rollout, clip gradients (max_grad_norm), or hold the policy "
+        "the learning rate or the iterations over a rollout, clip gradients (max_grad_norm), or hold the policy "
         "near the reference by a KL term (penalty=losses.k3(beta)). See whether truncated, entropy or kl moved first"
     )
 
@@ -139,7 +139,7 @@ def kl_exploded(
     return (
         f"the KL divergence from the reference is {now:.3g} nats a token{was} (`kl`). The policy runs away from the "
         "model it began as, and its text often goes with it. Lower the learning rate, raise beta, clip gradients "
-        "(max_grad_norm), make fewer passes over a rollout, or go back to a checkpoint from before"
+        "(max_grad_norm), make fewer iterations over a rollout, or go back to a checkpoint from before"
     )
 
 
@@ -296,8 +296,8 @@ def environment_failing(history: History, *, window: int = 10, share: float = 0.
         return None
     return (
         f"the environment failed in {failed:.0%} of the conversations of the last {window} steps "
-        "(`environment_failed`), which are masked and teach nothing; the warnings of these steps say why. Mend it, or "
-        "give it more time (--answer-timeout) or tokens (--max-answer-tokens)"
+        "(`environment_failed`), which are masked and contribute nothing; the warnings of these steps say why. Mend "
+        "it, or give it more time (--answer-timeout) or tokens (--max-answer-tokens)"
     )
 
 
