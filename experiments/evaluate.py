@@ -5,7 +5,8 @@
         --answer-after "####" --chat --reward my_rewards:correct --group-size 16 --k 1 4 16 --extract my_rewards:answer
 
 `--model` is a folder or a repository of the Hugging Face Hub, such as `best` and `step_N`
-that a run exports into its folder; or a run's `checkpoints`, of which the newest is taken,
+that a run exports into its folder, also of adapters, whose base is read beside them (quantised as in the run, by
+`--quantize`); or a run's `checkpoints`, of which the newest is taken,
 or one of them, `checkpoints/N`. Of a checkpoint the parameters are read, and the rest of the
 model is what the run began from.
 
@@ -31,7 +32,8 @@ import jax
 import rich
 
 from grpo_jax import data, sampling
-from grpo_jax.models import hf
+from grpo_jax.freezing import bind
+from grpo_jax.models import hf, quantized
 from grpo_jax.run import checkpoint, command, inputs, metrics, ranges
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import resolve
@@ -72,6 +74,7 @@ class Config(ConversationSettings):
     seed: int = 0
     batch_size: int = 64  # prompts at a time
     compute_dtype: WithFloat16 = "auto"  # float32 on CPUs, else bfloat16
+    quantize: quantized.Kind | None = None  # the base of adapters, as they were trained over it
 
     filtered: pathlib.Path | None = None  # where to write the rows whose pass rate lies between the next two
     low: float = 0.0
@@ -85,7 +88,9 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     check(config)
     rows, problems, functions = read(config)
     extract = None if config.extract is None else resolve(config.extract)
-    model, checkpoints, step = locate(config.model)
+    model, adapters, checkpoints, step = locate(config.model)
+    if config.quantize is not None and adapters is None:
+        raise ValueError(f"--quantize {config.quantize} is of the base of adapters, and {config.model} has none")
     tokenizer = hf.load_tokenizer(model, revision=config.revision)
     chats = config.has_chats(problems)
     eos_ids = hf.eos_ids(model, tokenizer, chat=chats, template=config.template, revision=config.revision)
@@ -100,9 +105,11 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     if config.filtered is not None:
         as_lines(rows)
         config.filtered.parent.mkdir(parents=True, exist_ok=True)
-    policy, params = hf.load_pretrained(
-        model, compute_dtype=compute_dtype(config.compute_dtype, float16=True), revision=config.revision
-    )
+    dtype = compute_dtype(config.compute_dtype, float16=True)
+    about = {} if adapters is None else {"dtype": dtype, "quantize": config.quantize}  # a base is held as in training
+    policy, params = hf.load_pretrained(model, compute_dtype=dtype, revision=config.revision, **about)
+    if adapters is not None:
+        params = bind(*hf.load_adapters(policy, params, adapters))
     if checkpoints is not None:
         like = jax.eval_shape(lambda tree: tree, params)
         del params  # before as much is read again
@@ -177,25 +184,27 @@ def check(config: Config) -> None:
     if config.output.exists() and not config.output.is_dir():
         raise ValueError(f"--output {config.output} is a file: name a folder")
     folder = pathlib.Path(config.model)
-    models = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    models = sorted(path.parent.name for name in ("config", "adapter_config") for path in folder.glob(f"*/{name}.json"))
     models += ["checkpoints"] if any(folder.glob("checkpoints/*/meta")) else []
     if models and not (folder / "config.json").exists():
         raise ValueError(f"{folder} is the folder of a run; evaluate one of the models in it: {', '.join(models)}")
 
 
-def locate(model: str) -> tuple[str, pathlib.Path | None, int | None]:
-    """The model to load, and the folder and the step of the checkpoint that has its parameters, if there is one."""
+def locate(model: str) -> tuple[str, pathlib.Path | None, pathlib.Path | None, int | None]:
+    """The model to load; the folder of its adapters, and the folder and step of a checkpoint, where there are any."""
     folder, step = pathlib.Path(model), None
+    if (settings := folder / "adapter_config.json").is_file():
+        return json.loads(settings.read_text())["base_model_name_or_path"], folder, None, None
     if folder.name.isdigit() and (folder / "meta").is_dir():
         folder, step = folder.parent, int(folder.name)
     elif not any(folder.glob("[0-9]*/meta")):
-        return model, None, None
+        return model, None, None, None
     step, meta = checkpoint.read_meta(folder, step=step)
     if "model" not in meta.get("config", {}):
         raise ValueError(f"the checkpoints in {folder} do not say which model they began from; evaluate an export")
     if meta["config"].get("lora_rank") is not None:
         raise ValueError(f"the checkpoints in {folder} are of adapters, without their base; evaluate an export")
-    return meta["config"]["model"], folder, step
+    return meta["config"]["model"], None, folder, step
 
 
 def read(config: Config) -> tuple[list[data.Row], list[data.Row], list[Callable[..., Any]]]:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 import transformers
 
 from grpo_jax import data, sampling, testing
-from grpo_jax.models import hf
+from grpo_jax.freezing import bind
+from grpo_jax.models import hf, lora
 from grpo_jax.run import checkpoint, inputs
 from grpo_jax.study.items import pass_rates, summarise
 from grpo_jax.updates import init_state
@@ -364,6 +366,33 @@ def test_prompts_that_are_too_long_can_be_dropped_with_their_rows(files, tmp_pat
     assert "dropped 2 of 4 prompts" in capsys.readouterr().out
     items = data.read_jsonl(tmp_path / "out" / "greedy.jsonl")
     assert [item["prompt"] for item in items] == ["why ", "why "]
+
+
+def test_adapters_are_evaluated_over_the_base_that_they_were_trained_on(files, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def seen(*arguments, **given):
+        def evaluated(params, **settings):
+            raise Seen(params)
+
+        return evaluated
+
+    policy, params = hf.load_pretrained(files / "model")
+    adapters, base = lora.adapt(policy, params, rank=2, key=jax.random.key(0))
+    adapters = jax.tree.map(lambda x: x + 0.5, adapters)
+    hf.save_adapters(policy, adapters, base, tmp_path / "run" / "step_3", base_model=str(files / "model"))
+    monkeypatch.setattr(evaluate.evaluation, "make_evaluate", seen)
+    of_adapters = {"model": str(tmp_path / "run" / "step_3")}
+    with pytest.raises(Seen) as raised:
+        evaluate.run(settings(files, tmp_path / "out", **of_adapters))
+    chex.assert_trees_all_equal(raised.value.args[0], bind(adapters, base))
+    with pytest.raises(ValueError, match="was trained on another base"):
+        evaluate.run(settings(files, tmp_path / "out", quantize="int8", **of_adapters))
+    with pytest.raises(ValueError, match="--quantize int8 is of the base of adapters"):
+        evaluate.run(settings(files, tmp_path / "out", quantize="int8"))
+    with pytest.raises(ValueError, match="the models in it: step_3"):
+        evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "run")))
 
 
 def test_checkpoints_of_adapters_are_refused_since_they_have_no_base(files, tmp_path):
