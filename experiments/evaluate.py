@@ -33,7 +33,7 @@ import rich
 
 from grpo_jax import data, sampling
 from grpo_jax.freezing import bind
-from grpo_jax.models import hf, quantized
+from grpo_jax.models import hf, quantized, sharding
 from grpo_jax.run import checkpoint, command, inputs, metrics, ranges
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import resolve
@@ -66,6 +66,7 @@ class Config(ConversationSettings):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     slots: int | None = None  # decode so many completions at a time, refilled as they end; all together if not given
     stop: tuple[str, ...] = ()  # texts that end a completion, beside the end-of-sequence tokens
     extract: str | None = "grpo_jax.rewards:answer_of"  # completion -> answer, for the majority
@@ -75,6 +76,7 @@ class Config(ConversationSettings):
     batch_size: int = 64  # prompts at a time
     compute_dtype: WithFloat16 = "auto"  # float32 on CPUs, else bfloat16
     quantize: quantized.Kind | None = None  # the base of adapters, as they were trained over it
+    mesh: str | None = None  # devices to share the work, such as fsdp=8; of a whole model
 
     filtered: pathlib.Path | None = None  # where to write the rows whose pass rate lies between the next two
     low: float = 0.0
@@ -89,6 +91,14 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     rows, problems, functions = read(config)
     extract = None if config.extract is None else resolve(config.extract)
     model, adapters, checkpoints, step = locate(config.model)
+    mesh = None if config.mesh is None else sharding.parse(config.mesh)
+    if mesh is not None:
+        if adapters is not None or checkpoints is not None:
+            raise ValueError(
+                f"--mesh {config.mesh} is of a whole model, a folder or a repository, and not of {config.model}"
+            )
+        for group_size in (*([1] if config.greedy else []), *([config.group_size] if config.group_size else [])):
+            sharding.check_rows(mesh, config.batch_size, group_size)
     if config.quantize is not None and adapters is None:
         raise ValueError(f"--quantize {config.quantize} is of the base of adapters, and {config.model} has none")
     tokenizer = hf.load_tokenizer(model, revision=config.revision)
@@ -106,7 +116,9 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         as_lines(rows)
         config.filtered.parent.mkdir(parents=True, exist_ok=True)
     dtype = compute_dtype(config.compute_dtype, float16=True)
-    about = {} if adapters is None else {"dtype": dtype, "quantize": config.quantize}  # a base is held as in training
+    about: dict[str, Any] = {"mesh": mesh}
+    if adapters is not None:  # their base is held as in training
+        about |= {"dtype": dtype, "quantize": config.quantize}
     policy, params = hf.load_pretrained(model, compute_dtype=dtype, revision=config.revision, **about)
     if adapters is not None:
         params = bind(*hf.load_adapters(policy, params, adapters))
@@ -122,7 +134,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     if config.group_size:
         drawn = sampling.sampler(
             group_size=config.group_size, temperature=config.temperature,
-            top_k=config.top_k, top_p=config.top_p, **common,
+            top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, **common,
         )  # fmt: skip
         samplers["samples"] = dataclasses.replace(drawn, slots=config.slots)
     evaluates = {

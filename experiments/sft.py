@@ -35,7 +35,7 @@ from grpo_jax.updates import Updates, init_state, jit_learn
 Pair = tuple[list[int], list[int]]  # a prompt and its completion
 
 
-MAY_CHANGE = ("save_every", "data", "micro_batches")  # of a run that is resumed
+MAY_CHANGE = ("save_every", "data", "micro_batches", "tensorboard", "wandb")  # of a run that is resumed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Config(WeightSettings):
     compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
     eval_rows: int = 0  # held out of the data; their loss is measured every `save_every` steps
     save_every: int = 100
+    tensorboard: bool = False
+    wandb: str | None = None  # the project to log to
 
 
 def train(config: Config) -> Params:
@@ -100,7 +102,8 @@ def train(config: Config) -> Params:
     del params
     settings = {"keys": ("loss", "eval/loss", "grad_norm", "length"), "allow": MAY_CHANGE}
     with run.loop(
-        config, state, steps=steps, save_every=config.save_every, digests=began_with, **settings
+        config, state, steps=steps, save_every=config.save_every, digests=began_with,
+        tensorboard=config.tensorboard, wandb=config.wandb, **settings,
     ) as loop:  # fmt: skip
         del state
         for n in loop:

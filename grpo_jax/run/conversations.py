@@ -81,6 +81,15 @@ class ConversationSettings(PromptSettings):
         functions = self.functions
         return super().template | ({"tools": tools.schemas(functions)} if functions else {})
 
+    def _refuse_limits(self) -> None:
+        fields = {field.name: field.default for field in dataclasses.fields(ConversationSettings)}
+        for name in ("max_turns", "max_answer_tokens", "answer_timeout", "keep_history"):
+            if (value := getattr(self, name)) != fields[name]:
+                flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                raise ValueError(
+                    f"{flag} is of conversations: name whom the policy talks with, --environment or --tools"
+                )
+
     def talk(self, tokenizer: "PreTrainedTokenizerBase", rows: Rows) -> Talk:
         """How the policy talks.
 
@@ -89,10 +98,11 @@ class ConversationSettings(PromptSettings):
           rows: with prompts, of the form that all have.
 
         Raises:
-          ValueError: for an environment beside tools, tools without chat messages, and as `data.between_turns`,
-            `tools.call_format` and `sampling.conversations`.
+          ValueError: for an environment beside tools, limits of conversations without either, tools without chat
+            messages, and as `data.between_turns`, `tools.call_format` and `sampling.conversations`.
         """
         if not self.functions and self.environment is None:
+            self._refuse_limits()
             return Talk(lambda sampler, rows: sampler, None)
         chat = self.has_chats(rows)
         if self.functions and not chat:

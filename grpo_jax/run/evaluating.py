@@ -36,8 +36,12 @@ class EvaluationSettings:
         """The rows to train on and those to evaluate on.
 
         Raises:
-          ValueError: for both a file of them and a number, and as `data.hold_out`.
+          ValueError: for both a file of them and a number, a group's size without either, and as `data.hold_out`.
         """
+        if self.evaluated_group is None and self.eval_group_size is not None:
+            raise ValueError(
+                f"--eval-group-size {self.eval_group_size} is of an evaluation: --eval-rows or --eval-data"
+            )
         if self.eval_data is None:
             return data.hold_out(rows, self.eval_rows, seed=seed) if self.eval_rows else (rows, [])
         if self.eval_rows:

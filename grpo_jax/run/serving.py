@@ -58,8 +58,8 @@ class ServerSettings:
           ValueError: for settings of a server without one; for what a server cannot do; in a run of several processes.
         """
         if self.server is None:
-            if self.max_lag or self.server_model is not None:
-                raise ValueError("--max-lag and --server-model are of a --server, and there is none")
+            if self.max_lag or self.server_model is not None or self.server_kind != "vllm":
+                raise ValueError("--max-lag, --server-kind and --server-model are of a --server, and there is none")
             return sampler
         if sampler.record_experts:
             raise ValueError("servers do not tell the experts that they chose: leave out --record-experts")

@@ -395,6 +395,27 @@ def test_adapters_are_evaluated_over_the_base_that_they_were_trained_on(files, t
         evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "run")))
 
 
+def test_a_model_may_be_divided_over_a_mesh(files, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def load_pretrained(*arguments, mesh, **given):
+        raise Seen(mesh)
+
+    monkeypatch.setattr(evaluate.hf, "load_pretrained", load_pretrained)
+    with pytest.raises(Seen) as raised:
+        evaluate.run(settings(files, tmp_path, mesh="fsdp=1"))
+    assert raised.value.args[0].size == 1
+    with pytest.raises(Seen) as raised:
+        evaluate.run(settings(files, tmp_path))
+    assert raised.value.args == (None,)
+    with pytest.raises(ValueError, match="fsdp=3, tensor=1 makes 3 devices and there are"):
+        evaluate.run(settings(files, tmp_path, mesh="fsdp=3"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(files / "model")}))
+    with pytest.raises(ValueError, match="--mesh fsdp=1 is of a whole model"):
+        evaluate.run(settings(files, tmp_path / "out", mesh="fsdp=1", model=str(tmp_path)))
+
+
 def test_checkpoints_of_adapters_are_refused_since_they_have_no_base(files, tmp_path):
     state = init_state({"w": jnp.zeros(2)}, optax.sgd(1e-3), jax.random.key(0))
     with checkpoint.manager(tmp_path / "checkpoints") as checkpoints:

@@ -56,6 +56,20 @@ def tokenizer_with_tools():
     return tokenizer
 
 
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"max_turns": 3}, "--max-turns 3 is"),
+        ({"keep_history": True}, "--keep-history is"),
+        ({"answer_timeout": 5.0}, "--a"),
+    ],
+    ids=["turns", "history", "timeout"],
+)
+def test_limits_of_conversations_without_one_are_refused(settings, flag):
+    with pytest.raises(ValueError, match=f"{flag}.* of conversations"):
+        ConversationSettings(**settings).talk(tiny_tokenizer(), ROWS)
+
+
 @pytest.mark.parametrize("named", [{"tools": ("talked:shout",)}, {"environment": "talked:with_tools"}])
 def test_the_template_tells_the_policy_of_its_tools_and_their_answers_come_back(named):
     tokenizer = tokenizer_with_tools()

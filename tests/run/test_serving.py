@@ -31,6 +31,7 @@ def test_a_server_draws_under_the_settings_of_the_sampler(kind):
     ("settings", "changes", "message"),
     [
         ({"max_lag": 1}, {}, "are of a --server"),
+        ({"server_kind": "sglang"}, {}, "are of a --server"),
         ({"server": "http://localhost:1", "server_kind": "sglang"}, {"top_p": 0.9}, "not under top_k"),
         ({"server": "http://localhost:1"}, {"record_experts": True}, "do not tell the experts"),
         ({"server": "http://localhost:1"}, {"slots": 2}, "has slots of its own: leave out --slots 2"),
