@@ -91,9 +91,9 @@ def cut(row: Row, layers: int) -> Line:
         (Path(folder) / "config.json").write_text(json.dumps(fields))
         config = memory.Config(
             model=folder,
-            prompts=row.prompts,
+            prompts_per_step=row.prompts,
             group_size=GROUP,
-            prompt_tokens=PROMPT_TOKENS,
+            max_prompt_tokens=PROMPT_TOKENS,
             max_tokens=MAX_TOKENS,
             micro_batches=row.micro_batches,
             attention="splash",

@@ -1,6 +1,6 @@
 """How much memory a step takes, before it is run.
 
-    python -m grpo_jax.run.memory --model Qwen/Qwen2.5-0.5B --group-size 16 --prompts 32 --device-gib 80
+    python -m grpo_jax.run.memory --model Qwen/Qwen2.5-0.5B --group-size 16 --prompts-per-step 32 --device-gib 80
     python -m grpo_jax.run.memory --model Qwen/Qwen2.5-7B --lora-rank 16 --quantize nf4 --device-gib 24
     python -m grpo_jax.run.memory --model Qwen/Qwen2.5-0.5B --teacher Qwen/Qwen2.5-7B --quantize-teacher int8
     python -m grpo_jax.run.memory --model Qwen/Qwen2.5-7B --topology v5p:2x2x1 --mesh fsdp=4 --attention splash
@@ -366,9 +366,9 @@ class Config:
     """What is planned."""
 
     model: str  # a folder or a repository; its configuration is read
-    prompts: int = 8  # B, of a step
+    prompts_per_step: int = 8  # B
     group_size: int = 8  # G
-    prompt_tokens: int = 512  # P
+    max_prompt_tokens: int = 512  # P
     max_tokens: int = 512  # T
     slots: int | None = None  # completions decoded at a time (continuous batching); all together if not given
     micro_batches: int = 1
@@ -394,8 +394,8 @@ def main(config: Config) -> Plan:
     where = jax.default_backend() if config.topology is None else f"each chip of {config.topology}"
     made = functools.cache(of_config)
     found, compiled = made(config)
-    print(f"{config.prompts} prompts x {config.group_size}, {config.prompt_tokens} + {config.max_tokens} tokens, "
-          f"{config.compute_dtype}, on {where}\n{table(found)}")  # fmt: skip
+    print(f"{config.prompts_per_step} prompts x {config.group_size}, {config.max_prompt_tokens} + {config.max_tokens} "
+          f"tokens, {config.compute_dtype}, on {where}\n{table(found)}")  # fmt: skip
     if config.topology is not None:
         chip = chips.CHIPS[config.topology.partition(":")[0]]
         for name, need in zip(("collect", "learn"), needs(found, compiled, config), strict=True):
@@ -407,16 +407,17 @@ def main(config: Config) -> Plan:
             print("planned on a CPU: for another device, run this there")
 
         def peak(prompts: int, micro_batches: int) -> int:
-            return made(dataclasses.replace(config, prompts=prompts, micro_batches=micro_batches)).plan.peak
+            return made(dataclasses.replace(config, prompts_per_step=prompts, micro_batches=micro_batches)).plan.peak
 
         budget = int(config.device_gib * 2**30)
+        prompts = config.prompts_per_step
         largest = largest_batch(lambda prompts: peak(prompts, 1), budget)
         print(f"prompts that fit into {gib(budget)} in one piece: {largest}")
         try:
-            parts = fewest_micro_batches(lambda parts: peak(config.prompts, parts), config.prompts, budget)
-            print(f"micro-batches in which {config.prompts} prompts fit: {parts}")
+            parts = fewest_micro_batches(lambda parts: peak(prompts, parts), prompts, budget)
+            print(f"micro-batches in which {prompts} prompts fit: {parts}")
         except ValueError as reason:
-            print(f"{config.prompts} prompts do not fit: {reason}")
+            print(f"{prompts} prompts do not fit: {reason}")
     return found
 
 
@@ -455,8 +456,8 @@ def of_config(config: Config) -> Planned:
                 slots=config.slots,
             ),
             loss=loss,
-            prompts=config.prompts,
-            prompt_tokens=config.prompt_tokens,
+            prompts=config.prompts_per_step,
+            prompt_tokens=config.max_prompt_tokens,
             reference=config.beta > 0,
             params=params,
             frozen=frozen,
@@ -506,9 +507,9 @@ def needs(plan: Plan, programs: Programs, config: Config) -> tuple[chips.Need, c
 
 def _remedy(config: Config) -> str:
     return (
-        f"{config.prompts} prompts in {config.micro_batches} micro-batches over {config.mesh or 'one device'} do not "
-        "fit: take more micro-batches, more of fsdp (weights and state) or of tensor (the copy for sampling), shorter "
-        "completions, or adapters (--lora-rank 16)"
+        f"{config.prompts_per_step} prompts in {config.micro_batches} micro-batches over {config.mesh or 'one device'} "
+        "do not fit: take more micro-batches, more of fsdp (weights and state) or of tensor (the copy for sampling), "
+        "shorter completions, or adapters (--lora-rank 16)"
     )
 
 

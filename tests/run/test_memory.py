@@ -132,8 +132,9 @@ def test_the_fewest_micro_batches_and_the_most_prompts_that_fit():
 def test_the_command_prints_the_plan_of_a_model_whose_weights_it_does_not_read(tmp_path, capsys):
     testing.tiny_hf_config("qwen3").save_pretrained(tmp_path)
     config = memory.Config(
-        model=str(tmp_path), prompts=2, group_size=2, prompt_tokens=8, max_tokens=8, beta=0.1, device_gib=1e-4
-    )
+        model=str(tmp_path), prompts_per_step=2, group_size=2, max_prompt_tokens=8, max_tokens=8, beta=0.1,
+        device_gib=1e-4,
+    )  # fmt: skip
     found = memory.main(config)
     printed = capsys.readouterr().out
     assert "2 prompts x 2, 8 + 8 tokens, bfloat16, on cpu" in printed
