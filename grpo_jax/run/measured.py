@@ -81,7 +81,7 @@ def sampler_gap(parts: int = 4) -> ExperienceTransform:
         sampler_kl/<i>, sampler_gap/<i>     of the tokens of the i-th of `parts` equal spans of the width
 
     0 to rounding where both are one program in float32. Other precisions, kernels and engines have a gap that a long
-    completion adds up; so has top-k or top-p, which the scorer does not replay. The width is the rollout's, which
+    completion adds up; so have top-k and top-p where the step does not replay them. The width is the rollout's, which
     `packing.trim` makes that of the longest completion. Spans without a token read 0.
 
     Args:
