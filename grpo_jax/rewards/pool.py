@@ -227,7 +227,7 @@ def in_worker_processes(
     pool = WorkerPool(workers=workers, timeout=timeout, memory=memory) if pool is None else pool
     label = name or score.__name__
     fixed = dict(settings or {})
-    parameters = inspect.signature(score).parameters.values()
+    parameters = list(inspect.signature(score).parameters.values())
     everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = {parameter.name for parameter in parameters}
 
@@ -244,6 +244,10 @@ def in_worker_processes(
         return to_rewards(pool.map(score, items), label, wrong=wrong, log_metric=log_metric)
 
     reward.__name__ = reward.__qualname__ = label
+    given = {"completion", "prompt", *fixed}
+    vars(reward)["requires"] = tuple(  # columns; see `run.inputs.check_arguments`
+        p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in given
+    )
     return reward
 
 

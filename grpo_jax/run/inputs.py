@@ -123,6 +123,7 @@ def check_arguments(
         required = [
             p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]
+        required += getattr(function, "requires", ())  # of what it calls, such as `in_worker_processes`
         if absent := [name for name in required if name not in known]:
             raise ValueError(
                 f"the reward function {name_of(function)} requires {', '.join(absent)}, and the data has the columns "

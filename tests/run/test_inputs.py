@@ -61,6 +61,17 @@ def test_a_maker_without_its_brackets_is_refused():
     )
 
 
+def test_what_a_function_in_worker_processes_requires_is_looked_at_too():
+    def score(completion, answer, scale, tolerance=0.0, **columns): ...
+
+    reward = rewards.in_worker_processes(score, settings={"scale": 2.0})
+    inputs.check_arguments([reward], [{"prompt": "1 + 1?", "answer": 2}], prompt_column="prompt")
+    with pytest.raises(
+        ValueError, match="the reward function score requires answer, and the data has the columns gold"
+    ):
+        inputs.check_arguments([reward], [{"prompt": "1 + 1?", "gold": 2}], prompt_column="prompt")
+
+
 def test_a_reward_whose_required_arguments_nothing_gives_is_refused():
     def right(completions, answer, log_metric, scale=1.0, **columns): ...
 
