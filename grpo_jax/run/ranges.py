@@ -1,4 +1,4 @@
-"""Numbers among the settings of a script, refused where they are out of range, before anything is loaded.
+"""Settings of a script that are refused by themselves, before anything is loaded: numbers out of range, URLs as paths.
 
 ranges.check(config)
 ranges.check(config, group_size=0)  # which may be 0 here
@@ -6,6 +6,8 @@ ranges.check(config, group_size=0)  # which may be 0 here
 
 import dataclasses
 import math
+import pathlib
+import re
 from typing import Any
 
 COUNTS = {  # at least 1
@@ -38,7 +40,7 @@ UNBOUNDED = {"max_grad_norm", "epsilon_high"}  # where infinity means none
 
 
 def check(config: Any, **least: int) -> None:
-    """Refuses settings that are not numbers, infinite, or too small.
+    """Refuses numbers that are NaN, infinite or too small, and paths that are URLs: a folder `gs:` would be made.
 
     Args:
       config: a dataclass. What a setting may be goes by its name, which is the same in all scripts; one that has
@@ -51,6 +53,8 @@ def check(config: Any, **least: int) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, pathlib.Path) and re.match(r"\w{2,}:/", str(value)):
+            raise ValueError(f"{flag} is a path, got {value}: mount the bucket as a folder, and name that")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue

@@ -15,6 +15,7 @@ EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    run_dir: pathlib.Path = pathlib.Path("runs")
     save_every: int = 50
     export_every: int | None = None
     steps: int = 0
@@ -42,6 +43,7 @@ class Config:
         ({"reward_weights": (1.0, math.nan)}, "--reward-weights is a number, got nan"),
         ({"anything": math.nan}, "--anything is a number, got nan"),
         ({"group_size": 0}, "--group-size is at least 1, got 0"),
+        ({"run_dir": pathlib.Path("gs://bucket/run")}, "--run-dir is a path, got gs:/bucket/run: mount the bucket"),
     ],
 )
 def test_a_number_out_of_range_is_told(changes, message):
