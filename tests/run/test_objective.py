@@ -117,8 +117,8 @@ def test_numbers_of_an_estimator_are_given_with_its_name_and_so_are_those_of_wha
     np.testing.assert_allclose(advantages_of("group_advantages(ddof=1)"), (REWARDS - 0.5) / sample, rtol=1e-5)
     np.testing.assert_allclose(advantages_of("pass_at_k(2)"), 2 * REWARDS, rtol=1e-5)  # the only right one of two
     np.testing.assert_allclose(
-        advantages_of("from_normalised_rewards(ddof=1)"), advantages_of("group_advantages(ddof=1)")
-    )
+        advantages_of("from_normalised_rewards(ddof=1)"), advantages_of("group_advantages(ddof=1)"), rtol=1e-3
+    )  # of one group, but for the second eps
     np.testing.assert_allclose(advantages_of("objectives_of_mine:to_the_best"), REWARDS - 1.0)
     np.testing.assert_allclose(advantages_of("group_advantages"), group_advantages(jnp.asarray(REWARDS)))
 

@@ -31,6 +31,7 @@ def learned(run_dir, policy, *, config=Config(), completions=((4, 5, 1), (6, 1))
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_stage_learns_at_its_rate_and_is_found_again(tmp_path):
     policy, seen = models.small_llama(8, width=16, eos_id=1), []
     params = learned(tmp_path, policy, seen=seen)
