@@ -251,29 +251,37 @@ def test_it_can_be_mapped_over():
     given = inputs("completions")
     both = jax.tree.map(lambda x: jnp.stack([x, jnp.flip(x, 0)]), given)
     gradient = jax.grad(lambda *x: jnp.sum(jnp.sin(attention.blockwise(*x))))
-    mapped = jax.jit(jax.vmap(gradient))(*both)
+    mapped = jit(jax.vmap(gradient))(*both)
     for i in range(2):
-        one = gradient(*jax.tree.map(lambda x, i=i: x[i], both))
+        one = jit(gradient)(*jax.tree.map(lambda x, i=i: x[i], both))
         np.testing.assert_allclose(mapped[i], one, rtol=0, atol=1e-6)
 
 
+@functools.cache
+def small_network():
+    """A policy and its params."""
+    policy = testing.tiny_policy("qwen2")
+    return policy, jax.jit(policy.init)(jax.random.key(0))
+
+
+@functools.cache
 def gradient_of_log_probs(**settings):
-    """A function of params: the gradient of a small network's log-probs; and the params."""
+    """A function of params, jitted: the gradient of a small network's log-probs; and the params."""
     prompts = testing.random_prompts(0, B, 6)
     tokens = jax.random.randint(jax.random.key(1), (B, G, 5), 0, 61)
     full = jnp.full((B, G), 5)
     rollout = Rollout(prompts, tokens, full, jnp.ones((B, G, 5), bool), jnp.zeros((B, G, 5)), jnp.zeros((B, G), bool))
-    plain = testing.tiny_policy("qwen2")
+    plain, params = small_network()
     policy = models.decoder(dataclasses.replace(plain.config, **settings))
-    gradient = jax.grad(lambda params: jnp.sum(score(policy, params, rollout, entropy=False).log_probs))
-    return gradient, plain.init(jax.random.key(0))
+    return jit(jax.grad(lambda params: jnp.sum(score(policy, params, rollout, entropy=False).log_probs))), params
 
 
 @pytest.mark.parametrize("form", [attention.blockwise, attention.from_causal_kernel(causal_rows)])
 def test_the_attention_is_an_argument_of_the_network(form):
-    (program, params), (reference, _) = (gradient_of_log_probs(attention=f) for f in (form, attention.reference))
+    program, params = gradient_of_log_probs(attention=form)
+    reference, _ = gradient_of_log_probs(attention=attention.reference)
     # Several layers' rounding adds up, by how much depends on the processor: 2.9e-6 was met.
-    check_gradients(jit(program)(params), jit(reference)(params), tolerance=1e-5)
+    check_gradients(program(params), reference(params), tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -288,16 +296,16 @@ def test_a_networks_gradient_is_lowered_for_the_device_of_the_kernel(monkeypatch
         monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
         monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
     program, params = gradient_of_log_probs(attention=form, dtype=jnp.bfloat16)
-    text = jax.jit(program).trace(params).lower(lowering_platforms=(platform,)).as_text()
+    text = program.trace(params).lower(lowering_platforms=(platform,)).as_text()
     assert all(kernel in text for kernel in kernels)
 
 
 def test_what_is_kept_for_the_backward_pass_is_an_argument_of_the_network():
     """The gradient is the same, and the policy of `jax.checkpoint` reaches the layers."""
-    settings = [True, False, jax.checkpoint_policies.save_only_these_names("attention")]
-    programs = [gradient_of_log_probs(attention=attention.blockwise, remat=remat) for remat in settings]
-    all_again, nothing_again, some_again = [jit(program)(params) for program, params in programs]
+    settings = [{}, {"remat": False}, {"remat": jax.checkpoint_policies.save_only_these_names("attention")}]
+    programs = [gradient_of_log_probs(attention=attention.blockwise, **changes) for changes in settings]
+    all_again, nothing_again, some_again = [program(params) for program, params in programs]
     check_gradients(all_again, nothing_again)
     check_gradients(some_again, nothing_again)
-    exponentials = [str(jax.make_jaxpr(program)(params)).count("= exp ") for program, params in programs]
+    exponentials = [str(program.trace(params).jaxpr).count("= exp ") for program, params in programs]
     assert exponentials[0] > exponentials[2] >= exponentials[1], exponentials

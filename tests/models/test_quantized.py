@@ -1,5 +1,6 @@
 """Quantised kernels: their numbers by the tables in plain NumPy, and training over them."""
 
+import functools
 import json
 
 import chex
@@ -10,18 +11,19 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses
-from grpo_jax.freezing import bind, named_leaves, partition
+from grpo_jax import losses, models
+from grpo_jax.freezing import named_leaves, partition
 from grpo_jax.models import hf, lora, quantized
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.run import checkpoint, memory
 from grpo_jax.scoring import score
-from grpo_jax.testing import random_prompts, tiny_checkpoint, tiny_policy
+from grpo_jax.testing import random_prompts, tiny_checkpoint, tiny_hf_config, tiny_policy
 from grpo_jax.train_step import make_learn
 from grpo_jax.types import Experience, Rollout
 from grpo_jax.updates import init_state
 
 KINDS = ("nf4", "int4", "int8", "fp8")
+OPTIMIZER = optax.sgd(0.1)
 # The quantiles of a normal distribution of QLoRA (arXiv:2305.14314, appendix E).
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -100,30 +102,29 @@ def as_floats(params):
     )
 
 
+@functools.cache
+def learner(remat):
+    """A policy, its params, and the compiled learning of a state over codes or floats."""
+    policy = models.decoder(models.from_hf_config(tiny_hf_config(), remat=remat))
+    return policy, jax.jit(policy.init)(jax.random.key(0)), jax.jit(make_learn(policy, OPTIMIZER, loss=losses.sft()))
+
+
 @pytest.mark.parametrize(("kind", "remat"), [*((kind, True) for kind in KINDS), ("nf4", False)])
 def test_adapters_over_codes_learn_as_over_the_floats_that_the_codes_stand_for(kind, remat):
-    policy = tiny_policy()
-    policy = policy if remat else without_remat()
-    params = quantized.quantize(jax.jit(policy.init)(jax.random.key(0)), kind)
-    adapters, base = lora.adapt(policy, params, rank=4, key=jax.random.key(1))
+    policy, params, learn = learner(remat)
+    plain, _, learn_floats = learner(True)
+    adapters, base = lora.adapt(policy, quantized.quantize(params, kind), rank=4, key=jax.random.key(1))
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
-    optimizer = optax.sgd(0.1)
-    learn = jax.jit(make_learn(policy, optimizer, loss=losses.sft()))
-    states = [init_state(adapters, optimizer, jax.random.key(2), frozen=x) for x in (base, as_floats(base))]
-    (ours, measured), (dense, expected) = (learn(state, Experience(rollout_of())) for state in states)
+    state, floats = (init_state(adapters, OPTIMIZER, jax.random.key(2), frozen=x) for x in (base, as_floats(base)))
+    experience = Experience(rollout_of())
+    (ours, measured), (dense, expected) = learn(state, experience), learn_floats(floats, experience)
     np.testing.assert_allclose(measured["loss"].sum, expected["loss"].sum, rtol=1e-5)
     chex.assert_trees_all_close(ours.params, dense.params, rtol=1e-4, atol=1e-6)
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(adapters), strict=True))
-    merged = lora.merge(ours.params, ours.frozen)
-    whole = score(policy, bind(ours.params, ours.frozen), rollout_of()).log_probs
-    np.testing.assert_allclose(score(policy, merged, rollout_of()).log_probs, whole, atol=1e-4)
-
-
-def without_remat():
-    from grpo_jax import models
-    from grpo_jax.testing import tiny_hf_config
-
-    return models.decoder(models.from_hf_config(tiny_hf_config(), remat=False))
+    _, after = learn(ours, experience)
+    merged = score(plain, lora.merge(ours.params, ours.frozen), experience.rollout).log_probs
+    np.testing.assert_allclose(after["loss"].sum, -jnp.mean(merged, where=experience.rollout.mask), rtol=1e-5)
+    assert abs(after["loss"].sum - measured["loss"].sum) > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)

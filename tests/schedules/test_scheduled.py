@@ -1,5 +1,7 @@
 """Settings that change during a run."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +42,15 @@ def state_of(step=0, extra=()):
 SAMPLER = sampling.sampler(**SIZES)
 
 
-def after_a_step(state, sampler=SAMPLER, **settings):
-    step = make_train_step(POLICY, optax.sgd(0.1), sampler, reward=two_rewards, **settings)
-    return jax.jit(step)(state, random_prompts(0, 4, 3, V))
+def compiled(make):
+    """The step of the settings that `make` gives for a number, one program for all steps and all numbers."""
+
+    def after_a_step(state, number):
+        step = make_train_step(POLICY, optax.sgd(0.1), reward=two_rewards, **{"sampler": SAMPLER} | make(number))
+        state, metrics = step(state, random_prompts(0, 4, 3, V))
+        return state.params["table"], summary(metrics)
+
+    return jax.jit(after_a_step)
 
 
 def test_the_cosine_holds_at_the_start_falls_and_stays_at_the_end():
@@ -87,59 +95,65 @@ SCHEDULES = {
 }
 
 
+@functools.cache
+def with_beta():
+    return compiled(lambda beta: {"loss": losses.grpo(penalty=losses.k3(beta))})
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("step", [0, 5, 9])
-def test_a_scheduled_beta_is_the_loss_with_the_beta_of_that_step(name, step):
+def test_a_scheduled_beta_is_the_loss_with_the_beta_of_that_step(name):
     schedule = SCHEDULES[name]
-    scheduled = Scheduled(lambda step, extra: losses.grpo(penalty=losses.k3(schedule(step))))
-    state, metrics = after_a_step(state_of(step), loss=scheduled)
-    plain, expected = after_a_step(state_of(step), loss=losses.grpo(penalty=losses.k3(float(schedule(step)))))
-    np.testing.assert_allclose(state.params["table"], plain.params["table"], atol=1e-7)
-    np.testing.assert_allclose(summary(metrics)["loss"], summary(expected)["loss"], rtol=1e-5)
+    loss = Scheduled(lambda step, extra: losses.grpo(penalty=losses.k3(schedule(step))))
+    scheduled = compiled(lambda _: {"loss": loss})
+    for step in (0, 5, 9):
+        table, metrics = scheduled(state_of(step), 0.0)
+        plain, expected = with_beta()(state_of(step), float(schedule(step)))
+        np.testing.assert_allclose(table, plain, atol=1e-7)
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
 
 
 def test_a_scheduled_clip_acts_on_every_update_of_a_step():
     clip = Scheduled(lambda step, extra: losses.grpo(epsilon=jnp.where(step < 5, 1e-3, 10.0)))
-    settings = {"updates": Updates(iterations=3, minibatches=2)}
-    tight, _ = after_a_step(state_of(4), loss=clip, **settings)
-    loose, _ = after_a_step(state_of(5), loss=clip, **settings)
-    np.testing.assert_allclose(
-        tight.params["table"], after_a_step(state_of(4), loss=losses.grpo(epsilon=1e-3), **settings)[0].params["table"]
-    )
-    np.testing.assert_allclose(
-        loose.params["table"], after_a_step(state_of(5), loss=losses.grpo(epsilon=10.0), **settings)[0].params["table"]
-    )
-    other = after_a_step(state_of(4), loss=losses.grpo(epsilon=10.0), **settings)[0].params["table"]
-    assert np.abs(tight.params["table"] - other).max() > 1e-3
+    updates = Updates(iterations=3, minibatches=2)
+    scheduled = compiled(lambda _: {"loss": clip, "updates": updates})
+    plain = compiled(lambda epsilon: {"loss": losses.grpo(epsilon=epsilon), "updates": updates})
+    tight, _ = scheduled(state_of(4), 0.0)
+    loose, _ = scheduled(state_of(5), 0.0)
+    np.testing.assert_allclose(tight, plain(state_of(4), 1e-3)[0], rtol=1e-6)
+    np.testing.assert_allclose(loose, plain(state_of(5), 10.0)[0], rtol=1e-6)
+    assert np.abs(tight - plain(state_of(4), 10.0)[0]).max() > 1e-3
 
 
 def test_scheduled_reward_weights_are_those_of_the_step():
     def advantage(step, extra):
         return from_rewards(weights=(1.0, jnp.where(step < 5, 1.0, 0.0)))
 
+    scheduled = compiled(lambda _: {"loss": losses.grpo(), "advantage": Scheduled(advantage)})
+    plain = compiled(lambda weight: {"loss": losses.grpo(), "advantage": from_rewards(weights=(1.0, weight))})
     for step, weight in ((4, 1.0), (5, 0.0)):
-        state, _ = after_a_step(state_of(step), loss=losses.grpo(), advantage=Scheduled(advantage))
-        plain, _ = after_a_step(state_of(step), loss=losses.grpo(), advantage=from_rewards(weights=(1.0, weight)))
-        np.testing.assert_allclose(state.params["table"], plain.params["table"], atol=1e-7)
+        table, _ = scheduled(state_of(step), 0.0)
+        np.testing.assert_allclose(table, plain(state_of(step), weight)[0], atol=1e-7)
+        assert np.abs(table - plain(state_of(step), 1.0 - weight)[0]).max() > 1e-3
 
 
 def test_a_scheduled_temperature_is_that_of_sampling_and_of_the_scores():
     scheduled = Scheduled(lambda step, extra: sampling.sampler(**SIZES, temperature=jnp.where(step < 5, 1.0, 0.5)))
+    collect = jax.jit(make_collect(POLICY, scheduled, score_old=True))
+    moved = compiled(lambda _: {"loss": losses.grpo(), "sampler": scheduled})
+    plain = compiled(lambda t: {"loss": losses.grpo(), "sampler": sampling.sampler(**SIZES, temperature=t)})
     for step, expected in ((4, 1.0), (5, 0.5)):
         state, prompts = state_of(step), random_prompts(0, 4, 3, V)
         sampler = sampling.sampler(temperature=expected, **SIZES)
-        experience = make_collect(POLICY, scheduled, score_old=True)(state, prompts)
+        experience = collect(state, prompts)
         rollout = sampler(POLICY, state.params, prompts, step_keys(state)[0])
         np.testing.assert_array_equal(experience.rollout.tokens, rollout.tokens)
         np.testing.assert_allclose(experience.old_log_probs, rollout.log_probs, atol=1e-5)
-        moved, metrics = after_a_step(state, scheduled, loss=losses.grpo())
-        plain, _ = after_a_step(state, sampler, loss=losses.grpo())
-        np.testing.assert_allclose(moved.params["table"], plain.params["table"], atol=1e-7)
-        np.testing.assert_allclose(summary(metrics)["ratio_max"], 1.0)
+        table, metrics = moved(state, 0.0)
+        np.testing.assert_allclose(table, plain(state, expected)[0], atol=1e-7)
+        np.testing.assert_allclose(metrics["ratio_max"], 1.0)
 
 
 def test_a_schedule_may_look_at_extra():
     loss = Scheduled(lambda step, extra: losses.grpo(penalty=losses.k3(extra["beta"])))
-    state, _ = after_a_step(state_of(extra={"beta": jnp.asarray(0.7)}), loss=loss)
-    plain, _ = after_a_step(state_of(), loss=losses.grpo(penalty=losses.k3(0.7)))
-    np.testing.assert_allclose(state.params["table"], plain.params["table"], atol=1e-7)
+    table, _ = compiled(lambda _: {"loss": loss})(state_of(extra={"beta": jnp.asarray(0.7)}), 0.0)
+    np.testing.assert_allclose(table, with_beta()(state_of(), 0.7)[0], atol=1e-7)
