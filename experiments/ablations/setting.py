@@ -424,4 +424,4 @@ def configured(config: Config) -> Config:
     if not config.smoke:
         return config
     small = {"seeds": 2, "steps": 10, "warmup_steps": 10, "rates": config.rates[:2], "rate_seeds": 2, "rank_seeds": 2}
-    return dataclasses.replace(config, **small, evaluations=10, results=config.run_dir / "results")
+    return dataclasses.replace(config, **small, evaluations=2, results=config.run_dir / "results")
