@@ -1,12 +1,16 @@
 """What answers the policy: plain functions that see a conversation and say what comes next.
 
     def respond(row, messages):
-        guess = int(messages[-1]["content"])
-        if guess == row["number"]:
+        said = messages[-1]["content"].strip()
+        if not said.isdecimal():
+            return Turn("a number, please", reward=0.0)
+        if int(said) == row["number"]:
             return Turn(None, reward=1.0)                 # the conversation is over
-        return Turn("higher" if guess < row["number"] else "lower")
+        return Turn("higher" if int(said) < row["number"] else "lower", reward=0.0)
 
-They may be `async`. `sampling.conversations` calls one for all conversations that wait, together.
+They may be `async`. `sampling.conversations` calls one for all conversations that wait, together. A reward of None is
+none: conversations in which no turn has one are masked, whereas 0 is compared with the others. So are those in which
+the function raises.
 """
 
 import asyncio
@@ -19,9 +23,12 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from grpo_jax.event_loop import all_of, is_cancelled, leave_loop_if_held_up, run_async
+
 Message = Mapping[str, str]  # role and content
 Row = dict[str, Any]
 THREADS = 64  # plain functions that are called at a time
+RAISED = (Exception, SystemExit, asyncio.CancelledError)  # what a function may raise without ending the run
 
 
 class Turn(NamedTuple):
@@ -63,6 +70,8 @@ def answers(
     outcomes: dict[int, Any] = {}
     run = _run_async if inspect.iscoroutinefunction(respond) else _run_in_threads
     run(respond, conversations, timeout, outcomes)
+    if len(outcomes) < len(conversations):
+        leave_loop_if_held_up()
     late = Failure(f"it has not answered within {timeout:g} s")
     return [_checked(outcomes.get(i, late)) for i in range(len(conversations))]
 
@@ -113,25 +122,26 @@ def _run_async(
                 outcomes[i] = await _attempt_async(respond, conversations[i])
 
     async def together() -> None:
-        await asyncio.gather(*map(one, range(len(conversations))))
+        await all_of(map(one, range(len(conversations))))
 
-    # A notebook has an event loop already, and one that never yields must not hold this thread.
-    thread = threading.Thread(target=asyncio.run, args=(together(),), name="environment", daemon=True)
-    thread.start()
-    thread.join(timeout + 1.0)
+    # One that never yields must not hold this thread.
+    with contextlib.suppress(TimeoutError):
+        run_async(together(), timeout=timeout + 1.0)
 
 
 def _attempt(respond: Respond, conversation: tuple[Row, list[Message]]) -> Any:
     try:
         return respond(*conversation)
-    except (Exception, SystemExit):
+    except RAISED:
         return Failure(f"it raised\n{traceback.format_exc()}")
 
 
 async def _attempt_async(respond: Respond, conversation: tuple[Row, list[Message]]) -> Any:
     try:
         return await respond(*conversation)
-    except (Exception, SystemExit):
+    except RAISED as error:
+        if isinstance(error, asyncio.CancelledError) and is_cancelled():  # out of time, not of its own
+            raise
         return Failure(f"it raised\n{traceback.format_exc()}")
 
 
@@ -152,6 +162,8 @@ def _checked(outcome: Any) -> Turn | Failure:
         for message in content:
             if not isinstance(message.get("content"), str) or message.get("role") in (None, "assistant", "system"):
                 return Failure(f"a message of it is not a text of another role than the policy's: {message!r}")
+        # Half of a pair of surrogates, as a policy may write it in JSON, is no text to a tokenizer.
+        content = [{**message, "content": message["content"].encode(errors="replace").decode()} for message in content]
     if reward is not None:
         if isinstance(reward, str) or not math.isfinite(number := _number(reward)):
             return Failure(f"its reward is {reward!r}, and not a finite number or None")

@@ -36,9 +36,12 @@ def respond(row, messages):
         return None
     return (f"{row['answer']} {row['seen']}", 0.5)
 
+LOOPS = set()
+
 async def patient(row, messages):
     await asyncio.sleep(0.01)
-    return ("waited", None)
+    LOOPS.add(asyncio.get_running_loop())
+    return (f"waited on {len(LOOPS)}", None)
 """
 
 
@@ -89,9 +92,9 @@ def test_a_row_may_be_large(module):
     assert len(row["board"]) == 200_000
 
 
-def test_one_that_is_async_is_awaited_there(module):
+def test_one_that_is_async_is_awaited_there_on_one_event_loop(module):
     made = in_worker_processes(module.patient, workers=1)
-    assert answers(made, [({}, [])] * 2, timeout=10.0) == [Turn([{"role": "user", "content": "waited"}])] * 2
+    assert answers(made, [({}, [])] * 2, timeout=10.0) == [Turn([{"role": "user", "content": "waited on 1"}])] * 2
 
 
 def test_settings_out_of_range_and_functions_that_workers_cannot_find_are_refused():

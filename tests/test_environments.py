@@ -65,6 +65,7 @@ def test_an_event_loop_that_is_held_up_does_not_hold_up_the_run():
     begun = time.monotonic()
     assert all(isinstance(answer, Failure) for answer in answers(respond, conversations(3), timeout=0.2))
     assert time.monotonic() - begun < 3
+    assert answers(number_of_async, conversations(1), timeout=5.0) == [Turn([{"role": "user", "content": "0"}], 0.0)]
 
 
 def test_a_timeout_of_the_functions_own_is_a_failure_with_its_traceback():
@@ -73,6 +74,47 @@ def test_a_timeout_of_the_functions_own_is_a_failure_with_its_traceback():
 
     (given,) = answers(respond, conversations(1), timeout=1.0)
     assert "TimeoutError: the server" in given.message
+
+
+async def cancelled(row, messages):
+    task = asyncio.create_task(asyncio.sleep(9))
+    await asyncio.sleep(0)
+    if row["number"] == 3:
+        task.cancel()
+        await task
+    return number_of(row, messages)
+
+
+def cancelled_at_once(row, messages):
+    if row["number"] == 3:
+        raise asyncio.CancelledError
+    return number_of(row, messages)
+
+
+@pytest.mark.parametrize("respond", [cancelled, cancelled_at_once])
+def test_a_cancelled_task_is_the_failure_of_its_own_conversation(respond):
+    begun = time.monotonic()
+    given = answers(respond, conversations(20), timeout=5.0)
+    assert time.monotonic() - begun < 4
+    assert [n for n, answer in enumerate(given) if isinstance(answer, Failure)] == [3]
+    assert "CancelledError" in given[3].message
+
+
+def test_a_client_may_be_kept_from_one_call_to_the_next_as_it_belongs_to_one_event_loop():
+    loops = set()
+
+    async def respond(row, messages):
+        loops.add(asyncio.get_running_loop())
+        return Turn(None)
+
+    for _ in range(2):
+        assert answers(respond, conversations(3), timeout=5.0) == [Turn(None)] * 3
+    assert len(loops) == 1
+
+
+def test_half_of_a_pair_of_surrogates_is_replaced_as_no_tokenizer_takes_it():
+    (given,) = answers(lambda row, messages: Turn("a\ud83d b"), conversations(1), timeout=5.0)
+    assert given.content == [{"role": "user", "content": "a? b"}]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ values = call([length, judge], {"prompts": [...], "completions": [...], "answer"
 """
 
 import asyncio
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -14,10 +13,12 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from grpo_jax.event_loop import all_of, is_cancelled, run_async
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> list[float | None], plain or async
 LogMetric = Callable[[str, float], None]
@@ -138,7 +139,7 @@ def noted(function: RewardFunction, count: int, *, awaited: bool = False) -> Ite
     try:
         yield
     except (SystemExit, asyncio.CancelledError, GeneratorExit) as error:
-        if awaited and (isinstance(error, GeneratorExit) or _cancelled()):
+        if awaited and (isinstance(error, GeneratorExit) or is_cancelled()):
             raise
         did = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
         raised = RuntimeError(f"a reward function {did}")
@@ -147,11 +148,6 @@ def noted(function: RewardFunction, count: int, *, awaited: bool = False) -> Ite
     except Exception as error:
         error.add_note(note)
         raise
-
-
-def _cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 @contextlib.contextmanager
@@ -182,12 +178,6 @@ def _reported(functions: Sequence[RewardFunction], count: int, seconds: float | 
         timer.cancel()
 
 
-def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine, on an event loop in a thread of its own: a notebook has a running loop already."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
-
-
 async def _gathered(functions: Sequence[RewardFunction], results: Sequence[Any], count: int) -> list[Any]:
     """The results; those that are awaitable are waited for together."""
 
@@ -197,7 +187,7 @@ async def _gathered(functions: Sequence[RewardFunction], results: Sequence[Any],
         with noted(function, count, awaited=True):
             return await result
 
-    return await asyncio.gather(*map(wait, functions, results))
+    return await all_of(map(wait, functions, results))
 
 
 def numbers(function: RewardFunction, values: Any, count: int, log_metric: LogMetric = ignore) -> list[float]:

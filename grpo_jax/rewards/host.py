@@ -65,8 +65,8 @@ def host(
     all. A function that raises in one process raises in all.
 
     Each function has copies of its own, which it may change. None, and NaN with a warning, say that there is no
-    reward for a completion; it is masked, not scored. Functions that are `async` wait together, on an event loop of
-    their own.
+    reward for a completion; it is masked, not scored. Functions that are `async` wait together, on one event loop for
+    the whole run, so that they may keep a client.
 
     Args:
       functions: `R` of them.

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from grpo_jax.rewards.calling import run_async
+from grpo_jax.event_loop import all_of, run_async
 from grpo_jax.rewards.completions import after_thoughts, per_completion, text_of
 
 Ask = Callable[[str, str, dict[str, Any]], str]  # (prompt, completion, its columns) -> the question to the judge
@@ -121,7 +121,7 @@ def chat(
 
         slots = asyncio.Semaphore(concurrency)
         async with httpx2.AsyncClient(follow_redirects=False, timeout=None) as client:
-            return await asyncio.gather(*(answer(client, slots, question) for question in questions))
+            return await all_of(answer(client, slots, question) for question in questions)
 
     return lambda questions: run_async(answers(questions))
 

@@ -5,6 +5,7 @@ in a few hundredths of a second. The function to call is loaded from its file un
 imported, unless the file does so itself.
 """
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -34,11 +35,15 @@ def load(file: str, function: str) -> Callable[..., Any]:
 def called(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """What the function returns, plain or awaited."""
     value = function(**arguments)
-    if inspect.iscoroutine(value):
-        import asyncio
+    return runner().run(value) if inspect.iscoroutine(value) else value
 
-        return asyncio.run(value)
-    return value
+
+@functools.cache
+def runner() -> Any:
+    """One event loop for all items: a client that a function keeps belongs to the loop of the first."""
+    import asyncio
+
+    return asyncio.Runner()
 
 
 def answer(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:

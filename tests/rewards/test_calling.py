@@ -124,6 +124,22 @@ def test_nan_masks_its_completion_with_a_warning_and_a_metric(nan):
         assert scored(rewards.combine([ratio, lambda completions: [1.0] * 4]))[..., 0].tolist() == [[1.5, 1], [2, 1]]
 
 
+def test_an_async_reward_keeps_its_client_and_may_call_others_that_wait():
+    loops = []
+
+    async def inner(completions, **columns):
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    async def outer(completions, **columns):
+        loops.append(asyncio.get_running_loop())
+        return rewards.combine([inner])(prompts=completions, completions=completions)
+
+    assert (scored(outer) == 1).all()
+    assert (scored(outer) == 1).all()
+    assert loops[0] is loops[1]
+
+
 def test_none_is_no_nan_and_no_warning():
     assert np.isnan(scored(lambda completions: [None] * 4)).all()
 
