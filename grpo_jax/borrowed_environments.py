@@ -5,13 +5,15 @@ rows = with_first_observations(Wordle, rows)               # what its reset says
 respond = attempts(task.verifier, again="That is not right. Try again.")      # such as of tasks.reasoning_gym
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.environments import Message, Respond, Row, Turn
-from grpo_jax.rewards.calling import RewardFunction, call, name_of, run_async
+from grpo_jax.event_loop import run_async
+from grpo_jax.rewards.calling import RewardFunction, call, name_of
 from grpo_jax.tools import Calls, any_calls, called
 
 STATE = "_environment"  # the column of a conversation's row that holds its environment
@@ -24,6 +26,7 @@ def trl_environment(
     reward: RewardFunction | None = None,
     calls: Calls = any_calls,
     longest: int = 4000,
+    seconds: float = 45.0,
     prompt_column: str = "prompt",
 ) -> Respond:
     """Makes an environment of a class as TRL's `environment_factory` takes it.
@@ -45,6 +48,7 @@ def trl_environment(
         turn, with its object and the messages since the prompt; None for no reward.
       calls: the reader of calls in the policy's text.
       longest: characters of a tool's result.
+      seconds: for the calls of a turn, as in `tools.environment`.
       prompt_column: of the rows, for `reward`.
 
     Raises:
@@ -52,6 +56,7 @@ def trl_environment(
     """
     example = factory()
     names = _tools(example)
+    raised: dict[str, int] = {}
 
     def respond(row: Row, messages: list[Message]) -> Turn:
         if STATE not in row:
@@ -63,7 +68,8 @@ def trl_environment(
         present = calls(messages[-1]["content"])
         turn = Turn(None)
         if present:
-            turn = called({name: getattr(made, name) for name in names}, present, longest=longest)
+            by_name = {name: getattr(made, name) for name in names}
+            turn = called(by_name, present, longest=longest, seconds=seconds, raised=raised)
         if (total := total_of(made, row, messages)) is None:
             return turn
         gained, row[REWARDED] = total - row[REWARDED], total
@@ -95,7 +101,7 @@ def with_first_observations(
     made = factory()
     told = []
     for row in rows:
-        said, prompt = _awaited(made.reset(**row)), row[prompt_column]
+        said, prompt = _awaited(made.reset(**copy.deepcopy(dict(row)))), row[prompt_column]
         if said and isinstance(prompt, str):
             prompt = prompt + said
         elif said:
@@ -133,7 +139,7 @@ def attempts(
     discounted. `max_turns` limits the attempts.
 
     Args:
-      verifier: with TRL's signature, such as a task's; it is asked for one completion at a time.
+      verifier: with TRL's signature, such as a task's; it is asked for one completion at a time, which is text.
       again: what is said after an attempt that is not right.
       right: the verifier's reward from which on the conversation is over.
       discount: for each attempt before.

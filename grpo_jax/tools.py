@@ -15,19 +15,26 @@ import inspect
 import json
 import operator
 import re
+import time
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo_jax import data
-from grpo_jax.environments import Message, Respond, Row, Turn
-from grpo_jax.rewards.calling import run_async
-from grpo_jax.rewards.python import make_python_output
+from grpo_jax.data.templates import render
+from grpo_jax.environments import RAISED, Message, Respond, Row, Turn
+from grpo_jax.event_loop import run_async
+from grpo_jax.rewards.completions import after_thoughts
+from grpo_jax.rewards.python import ENDED, make_python_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tool = Callable[..., Any]
+IN_A_ROW = 20  # exceptions of a tool, after which it is taken for broken
+LATE = "error: this call was not made, since those before it took"
 
 
 class Call(NamedTuple):
@@ -70,21 +77,42 @@ def call_format(tokenizer: "PreTrainedTokenizerBase") -> Calls:
     Raises:
       ValueError: for a template of another format, or none.
     """
-    template = tokenizer.chat_template
-    if isinstance(template, str) and "<tool_call>" in template:
-        return hermes_calls
-    if isinstance(template, str) and '"parameters"' in template:
-        return llama_calls
-    raise ValueError(
-        'the chat template has neither <tool_call> (Qwen, Hermes) nor {"name": ..., "parameters": ...} (Llama 3): '
-        "give a reader of your own, `text -> list[Call]`"
-    )
+    template, written = tokenizer.chat_template, _written_call(tokenizer)
+    marks: dict[str, Calls] = {"<tool_call>": hermes_calls, '"parameters"': llama_calls}
+    reader = next((marks[mark] for mark in marks if isinstance(template, str) and mark in template), None)
+    if reader is None:
+        raise ValueError(
+            'the chat template has neither <tool_call> (Qwen, Hermes) nor {"name": ..., "parameters": ...} (Llama 3): '
+            "give a reader of your own, `text -> list[Call]`"
+        )
+    if written is not None and reader(written) != [Call("look_up", {"word": "tea"})]:
+        raise ValueError(
+            f"the chat template writes a call as {written!r}, and not in the JSON of Hermes or Llama 3: give a reader "
+            "of your own, `text -> list[Call]`"
+        )
+    return reader
+
+
+def _written_call(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """A call as the chat template writes it into the history; None where it writes none."""
+    function = {"name": "look_up", "arguments": {"word": "tea"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    asked = {"role": "user", "content": "What is tea?"}
+    try:
+        text = render(tokenizer, [asked, call], add_generation_prompt=False, continue_final_message=False).text
+    except ValueError:
+        return None
+    found = re.search(r"<tool_call>.*</tool_call>|\{.*\}", text.rpartition(asked["content"])[2], re.DOTALL)
+    return None if found is None else found[0]
 
 
 def hermes_calls(text: str) -> list[Call]:
-    """Calls as Qwen 2.5, Qwen 3 and Hermes write them: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
+    """Calls as Qwen 2.5, Qwen 3 and Hermes write them: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+
+    What stands in `<think>`...`</think>` is no call.
+    """
     calls = []
-    for part in text.split("<tool_call>")[1:]:
+    for part in (after_thoughts(text) or "").split("<tool_call>")[1:]:
         call, closed, _ = part.partition("</tool_call>")
         calls.append(_read(call, "arguments") if closed else Call(error="<tool_call> is not closed"))
     return calls
@@ -120,11 +148,13 @@ def environment(
     *,
     score: Callable[[Row, list[Message]], float | None] | None = None,
     longest: int = 4000,
+    seconds: float = 45.0,
 ) -> Respond:
     """Makes the environment that answers the policy's calls; a turn without one ends the conversation.
 
     A call of no tool, with arguments that it does not take, or on which it raises is answered with a message that says
-    so, and the conversation goes on. Several calls in a turn are answered in their order.
+    so, and the conversation goes on; a tool that has raised 20 times in a row is reported as a warning. Several calls
+    in a turn are answered in their order.
 
     Args:
       functions: tools, plain or async. One with an attribute `continued` is called as `continued(earlier, arguments)`
@@ -132,24 +162,35 @@ def environment(
       calls: `call_format(tokenizer)`, or your own reader.
       score: `(row, messages) -> reward` of the whole conversation, given for its last turn; None for no reward.
       longest: characters of a result; the rest of a longer one is left out.
+      seconds: for the calls of a turn; those that would begin later are not made, and answered so. Below the timeout
+        of the conversations: a policy that calls too much is not to have its conversation masked.
 
     Raises:
       ValueError: as `schemas`.
     """
     schemas(functions)
     by_name = {_name(function): function for function in functions}
+    raised: dict[str, int] = {}
 
     def respond(row: Row, messages: list[Message]) -> Turn:
-        written = [calls(message.get("content") or "") for message in messages if message["role"] == "assistant"]
-        earlier, present = [call for turn in written[:-1] for call in turn], written[-1]
+        earlier: list[Call] = []
+        present: list[Call] = []
+        for message in messages:
+            if message["role"] == "assistant":
+                earlier, present = [*earlier, *present], calls(message.get("content") or "")
+            elif message["content"].startswith(LATE):  # the last calls of a turn are those that are not made
+                present = present[:-1]
         if not present:
             return Turn(None, None if score is None else score(row, messages))
-        return called(by_name, present, earlier, longest=longest)
+        return called(by_name, present, earlier, longest=longest, seconds=seconds, raised=raised)
 
     return respond
 
 
-def called(by_name: Mapping[str, Tool], calls: Sequence[Call], earlier: Sequence[Call] = (), *, longest: int) -> Turn:
+def called(
+    by_name: Mapping[str, Tool], calls: Sequence[Call], earlier: Sequence[Call] = (), *, longest: int, seconds: float,
+    raised: dict[str, int],
+) -> Turn:  # fmt: skip
     """The answers to the calls of one turn, as messages of tools.
 
     Args:
@@ -157,9 +198,14 @@ def called(by_name: Mapping[str, Tool], calls: Sequence[Call], earlier: Sequence
       calls: in their order.
       earlier: of the conversation, for tools that are `continued`; see `environment`.
       longest: characters of a result.
+      seconds: see `environment`.
+      raised: by tool, how many calls in a row it has raised on; kept up here.
     """
+    began = time.monotonic()
 
     def answer(call: Call, earlier: Sequence[Call]) -> str:
+        if time.monotonic() - began > seconds:
+            return f"{LATE} {seconds:g} s"
         if call.error is not None:
             return f"error: {call.error}"
         if (function := by_name.get(call.name)) is None:
@@ -175,8 +221,17 @@ def called(by_name: Mapping[str, Tool], calls: Sequence[Call], earlier: Sequence
                 result = function(**call.arguments)
             result = run_async(result) if inspect.iscoroutine(result) else result
             text = result if isinstance(result, str) else json.dumps(result, default=str)
-        except Exception as error:
+            raised[call.name] = 0
+        except RAISED as error:
             text = f"error: {type(error).__name__}: {error}"
+            raised[call.name] = raised.get(call.name, 0) + 1
+            if raised[call.name] == IN_A_ROW:
+                warnings.warn(
+                    f"the tool {call.name} has raised {IN_A_ROW} times in a row, which the policy is told and nobody "
+                    f"else; the last time\n{traceback.format_exc()}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         return text if len(text) <= longest else f"{text[:longest]} ... ({len(text) - longest} characters left out)"
 
     contents = [answer(call, [*earlier, *calls[:n]]) for n, call in enumerate(calls)]
@@ -286,7 +341,8 @@ def _words(text: str) -> list[str]:
 def python(**settings: Any) -> Any:
     """Makes a tool that runs Python in the sandbox of `rewards.python_tests`; names stay from one call to the next.
 
-    The earlier calls of a conversation are run again before the present one, with what they print left out.
+    The earlier calls of a conversation are run again before the present one, with what they print left out, and
+    without those that took too long or printed too much.
 
     Args:
       settings: of `rewards.python.make_python_output`.
@@ -295,6 +351,7 @@ def python(**settings: Any) -> Any:
       ValueError: where there is no sandbox; for a setting out of range.
     """
     run = make_python_output(**settings)
+    unfinished: set[tuple[str, ...]] = set()  # programs that were ended, each after those before it
 
     def python(code: str) -> str:
         """Runs Python and returns what it prints. Names that earlier calls defined are known.
@@ -305,8 +362,14 @@ def python(**settings: Any) -> Any:
         return run(code)
 
     def continued(earlier: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> str:
-        before = [str(call["code"]) for call in earlier if "code" in call]
-        return run(_AGAIN.format(before=before, code=str(arguments["code"])) if before else str(arguments["code"]))
+        before: list[str] = []
+        for code in [str(call["code"]) for call in earlier if "code" in call]:
+            before += [code] if (*before, code) not in unfinished else []
+        code = str(arguments["code"])
+        said = run(_AGAIN.format(before=before, code=code) if before else code)
+        if said.rpartition("\n")[2].startswith(ENDED):
+            unfinished.add((*before, code))
+        return said
 
     tool: Any = python
     tool.continued = continued

@@ -91,9 +91,18 @@ def test_a_reward_function_of_trl_is_asked_with_the_object_of_its_conversation()
 
 
 def test_what_reset_says_belongs_to_the_prompt():
-    rows = [{"prompt": "Count.", "start": 3}, {"prompt": [{"role": "user", "content": "Count."}], "start": 4}]
-    text, chat = with_first_observations(Counter, rows)
-    assert text == {"prompt": "Count. You begin at 3.", "start": 3}
+    class Changes(Counter):
+        def reset(self, *, moves=(), **row):
+            if moves:
+                moves.clear()
+            return super().reset(**row)
+
+    rows = [
+        {"prompt": "Count.", "start": 3, "moves": [1]},
+        {"prompt": [{"role": "user", "content": "Count."}], "start": 4},
+    ]
+    text, chat = with_first_observations(Changes, rows)
+    assert text == {"prompt": "Count. You begin at 3.", "start": 3, "moves": [1]}
     assert chat["prompt"] == [{"role": "user", "content": "Count. You begin at 4."}]
     assert rows[0]["prompt"] == "Count."
 

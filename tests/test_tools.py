@@ -1,12 +1,15 @@
 """Tools are called in the words of templates, and whatever a policy writes gets an answer."""
 
+import asyncio
 import json
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from grpo_jax import data, sampling, tools
+from grpo_jax import data, environments, sampling, tools
 from grpo_jax.environments import Turn
 from grpo_jax.testing import tiny_policy, tiny_tokenizer
 
@@ -75,6 +78,99 @@ WRONG = {
 def test_wrong_calls_are_answered_with_what_is_wrong(text):
     (said,) = answers(text)
     assert said.startswith(WRONG[text])
+
+
+def test_what_the_policy_writes_into_a_call_is_no_harm_to_the_tokenizer():
+    messages = [{"role": "assistant", "content": hermes('{"name": "\\ud800", "arguments": []}')}]
+    (turn,) = environments.answers(tools.environment([add], tools.hermes_calls), [({}, messages)], timeout=5.0)
+    assert turn.content[0]["content"].startswith('error: "arguments" of ? are')
+
+
+def test_calls_in_thoughts_are_none():
+    thoughts = f"<think>Maybe <tool_call> or {hermes(call('add', a=1))}?</think>"
+    assert answers(f"{thoughts}The answer is 2.") == Turn(None)
+    assert answers(thoughts + hermes(call("add", a=2))) == ["3"]
+
+
+def leave(code: int) -> str:
+    """As programs do on wrong arguments.
+
+    Args:
+        code: of the exit.
+    """
+    sys.exit(code)
+
+
+async def leave_later(code: int) -> str:
+    """The same, later.
+
+    Args:
+        code: of the exit.
+    """
+    await asyncio.sleep(0)
+    sys.exit(code)
+
+
+@pytest.mark.parametrize("function", [leave, leave_later])
+def test_a_tool_that_exits_is_an_error_to_the_policy(function):
+    text = hermes(call(function.__name__, code=2), call("slow_add", a=2, b=3))
+    assert answers(text, [function, slow_add]) == ["error: SystemExit: 2", "5"]
+
+
+def test_a_tool_that_always_raises_is_reported():
+    def broken(word: str) -> str:
+        """Looks a word up.
+
+        Args:
+            word: to look up.
+        """
+        if word != "tea":
+            raise ConnectionError("no key")
+        return "a drink"
+
+    calls = [call("broken", word=word) for word in [*["x"] * 19, "tea", *["x"] * 19]]
+    respond = tools.environment([broken], tools.hermes_calls)
+    respond({}, [{"role": "assistant", "content": hermes(*calls)}])
+    with pytest.warns(RuntimeWarning, match=r"(?s)the tool broken has raised 20 times.*ConnectionError: no key"):
+        respond({}, [{"role": "assistant", "content": hermes(*calls[:1])}])
+
+
+def test_calls_that_would_begin_too_late_are_not_made():
+    def wait(n: int) -> int:
+        """Waits.
+
+        Args:
+            n: what it returns.
+        """
+        time.sleep(0.06)
+        return n
+
+    said = answers(hermes(*(call("wait", n=n) for n in range(3))), [wait], seconds=0.05)
+    assert said == ["0", *["error: this call was not made, since those before it took 0.05 s"] * 2]
+
+
+def test_a_call_that_was_not_made_is_none_of_the_earlier_ones():
+    given = []
+
+    def remember(n: int) -> int:
+        """Remembers.
+
+        Args:
+            n: what it is called with.
+        """
+
+    def continued(earlier, arguments):
+        given.append([call["n"] for call in earlier])
+        time.sleep(0.5 if arguments["n"] in (1, 3) else 0)
+        return 0
+
+    remember.continued = continued
+    before = []
+    for n in (0, 3):
+        text = hermes(*(call("remember", n=n + i) for i in range(3)))
+        said = answers(text, [remember], before=before, seconds=0.4)
+        before += [{"role": "assistant", "content": text}, *({"role": "tool", "content": one} for one in said)]
+    assert given == [[], [0], [0, 1]]
 
 
 def test_a_turn_without_a_call_ends_the_conversation_with_its_score():
@@ -203,6 +299,16 @@ def test_python_that_prints_too_much_or_nothing_is_told(sandbox):
     assert nothing == "(no output)"
 
 
+def test_python_knows_nothing_of_calls_that_were_ended(sandbox):
+    short = tools.python(timeout=1.0)
+    texts = [hermes(call("python", code=code)) for code in ("x = 1", "x = 2; import time; time.sleep(60)", "print(x)")]
+    before = []
+    for text in texts:
+        said = answers(text, [short], before=before)
+        before += [{"role": "assistant", "content": text}, {"role": "tool", "content": said[0]}]
+    assert [message["content"] for message in before[1::2]] == ["(no output)", "error: it took longer than 1 s", "1"]
+
+
 # Qwen's, but for its words.
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t | tojson }}{% endfor %}\n"
@@ -221,6 +327,29 @@ def test_the_format_of_calls_is_the_templates():
     assert tools.call_format(tokenizer) is tools.hermes_calls
     tokenizer.chat_template = 'Respond as {"name": function name, "parameters": dictionary}'
     assert tools.call_format(tokenizer) is tools.llama_calls
+
+
+CALLS = {
+    "<tool_call>\n{{ {'name': f.name, 'arguments': f.arguments} | tojson }}\n</tool_call>": tools.hermes_calls,
+    '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}': tools.llama_calls,
+    # Qwen3-Coder's
+    "<tool_call>\n<function={{ f.name }}>\n{% for k, v in f.arguments.items() %}<parameter={{ k }}>\n{{ v }}\n"
+    "</parameter>\n{% endfor %}</function>\n</tool_call>": None,
+}
+
+
+@pytest.mark.parametrize("written", CALLS, ids=["hermes", "llama", "tags"])
+def test_a_template_that_writes_calls_otherwise_than_they_are_read_is_refused(written):
+    tokenizer = tiny_tokenizer()
+    each = "{% for c in m.tool_calls or [] %}{% set f = c.function %}" + written + "{% endfor %}"
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}{% endif %}", "{{ m.content }}" + each + "{% endif %}")
+    if CALLS[written] is tools.llama_calls:
+        tokenizer.chat_template = tokenizer.chat_template.replace("<tool_call></tool_call>", "JSON")
+    if CALLS[written] is not None:
+        assert tools.call_format(tokenizer) is CALLS[written]
+        return
+    with pytest.raises(ValueError, match=r"writes a call as '<tool_call>\\n<function=look_up>"):
+        tools.call_format(tokenizer)
 
 
 def test_a_conversation_with_tools_in_the_tokens_of_its_template():

@@ -31,6 +31,7 @@ from grpo_jax.rewards.worker_process import environment, kill_group
 HARNESS = Path(__file__).with_name("harness.py")
 THOUGHTS = marks_of(["think"])
 CODE_LIMIT = 1 << 16  # characters; longer code is wrong
+ENDED = ("error: it took longer than", "error: it printed more than")  # how what is said of a program ended early ends
 
 
 def python_tests(
@@ -178,9 +179,9 @@ def make_python_output(
             errors.seek(0)
             complaint = errors.read()[-2000:].decode(errors="replace").strip().split("\n")[-1]
         if said.end == "late":
-            complaint = f"error: it took longer than {timeout:g} s"
+            complaint = f"{ENDED[0]} {timeout:g} s"
         elif said.end == "flood":
-            complaint = f"error: it printed more than {output} bytes"
+            complaint = f"{ENDED[1]} {output} bytes"
         return "\n".join(filter(None, [said.text[:output].rstrip(), complaint]))
 
     return run

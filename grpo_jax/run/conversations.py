@@ -113,7 +113,8 @@ class ConversationSettings(PromptSettings):
             between = between_turns(tokenizer, role=role, keep_history=self.keep_history, **self.template)
             read = read_between(tokenizer, roles=(role, "user"), **self.template)
         if self.environment is None:
-            respond = tools.environment(self.functions, tools.call_format(tokenizer))
+            seconds = 0.75 * self.answer_timeout
+            respond = tools.environment(self.functions, tools.call_format(tokenizer), seconds=seconds)
         else:
             respond = self.respond
 
