@@ -1,5 +1,6 @@
 """What a chat template writes between the policy's turns, as token ids that continue those that were sampled."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,7 +41,7 @@ def between_turns(
 
     Args:
       tokenizer: with a chat template.
-      role: of the messages, to be checked here: `user`, or `tool`.
+      role: of the messages, to be checked here: `user`, or `tool`. Others are when the first one comes.
       keep_history: True goes on with the tokens as they were sampled where the template would write earlier turns
         anew. The policy then sees what a server that applies the template would not show it.
       template: arguments of the chat template.
@@ -52,7 +53,9 @@ def between_turns(
     opened = render(tokenizer, [ASKED], **template)
     end = turn_end(tokenizer, **template)
     end_text = next((text for text, i in special_tokens(tokenizer).items() if i == end), None)
-    if not keep_history:
+
+    @functools.cache
+    def check(role: str) -> None:
         for said in (SAID, REASONED):
             whole = render(tokenizer, _exchange(said, [{"role": role, "content": SAID}]), **template).text
             if whole.startswith(opened.text) and whole[len(opened.text) :].lstrip().startswith(said):
@@ -68,6 +71,9 @@ def between_turns(
     marks = _marks(tokenizer)
 
     def encode(messages: Sequence[Mapping[str, str]], last: int) -> list[int]:
+        if not keep_history:
+            for role in {message["role"] for message in messages}:
+                check(role)
         messages = [{**message, "content": marks.sub(_as_entity, message["content"])} for message in messages]
         rendered = render(tokenizer, _exchange(SAID, messages), **template)
         before, _, after = rendered.text.partition(SAID)

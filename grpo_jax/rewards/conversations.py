@@ -46,8 +46,14 @@ def written_in_turn(rollout: Rollout, b: int, g: int) -> list[tuple[list[int], b
     """The tokens of one conversation, cut where another begins to write; True for those of the policy."""
     length = int(np.asarray(rollout.lengths)[b, g])
     tokens = np.asarray(rollout.tokens)[b, g, :length]
-    # A failed conversation is masked whole; the environment's tokens have no log-probs.
+    # A failed conversation is masked whole; the environment's tokens have no log-probs, nor has what is certain. But up
+    # to the end of a turn all is the policy's, once it has begun to write.
     wrote = np.asarray(rollout.mask)[b, g, :length] | (np.asarray(rollout.log_probs)[b, g, :length] < 0)
+    wrote[:1] = True
+    if rollout.turns is not None:
+        ends = np.asarray(rollout.turns.ends)[b, g]
+        for start, end in itertools.pairwise([0, *ends[ends > 0].tolist()]):
+            wrote[start:end] = np.logical_or.accumulate(wrote[start:end])
     borders = [0, *(np.flatnonzero(np.diff(wrote)) + 1).tolist(), length]
     return [
         (tokens[start:end].tolist(), bool(wrote[start])) for start, end in itertools.pairwise(borders) if end > start

@@ -3,6 +3,7 @@
 The checks of `monitoring` read them.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +21,7 @@ def repetition(n: int = 4) -> ExperienceTransform:
 
         repetition = 1 - distinct n-grams / n-grams, of the tokens of a completion
 
-    The mean over completions of at least `n` tokens.
+    The mean over completions of at least `n` tokens. Of conversations, n-grams are those within the policy's turns.
 
     Args:
       n: tokens of an n-gram, from 1 on.
@@ -29,21 +30,21 @@ def repetition(n: int = 4) -> ExperienceTransform:
         raise ValueError(f"an n-gram has at least 1 token, got n = {n}")
 
     def transform(experience: Experience) -> tuple[Experience, Metrics]:
-        tokens, lengths = experience.rollout.tokens, experience.rollout.lengths
+        tokens, wrote = experience.rollout.tokens, experience.rollout.mask
         if tokens.shape[-1] < n:
             return experience, {"repetition": Mean(jnp.zeros(()), jnp.zeros((), jnp.int32))}
-        count = jnp.maximum(lengths - n + 1, 0)  # n-grams of a completion
-        shares = 1 - _distinct(tokens, count, n) / jnp.maximum(count, 1)
+        places = tokens.shape[-1] - n + 1
+        there = functools.reduce(jnp.logical_and, [wrote[..., i : i + places] for i in range(n)])
+        count = jnp.sum(there, axis=-1)  # n-grams of a completion
+        shares = 1 - _distinct(tokens, there, n) / jnp.maximum(count, 1)
         return experience, {"repetition": Mean(jnp.sum(jnp.where(count > 0, shares, 0.0)), jnp.sum(count > 0))}
 
     return transform
 
 
-def _distinct(tokens: Array, count: Array, n: int) -> Array:
-    """`[B, G]`, how many of the first `count` n-grams of `tokens [B, G, T]` differ."""
-    places = tokens.shape[-1] - n + 1
-    there = jnp.arange(places) < count[..., None]
-    grams = [jnp.where(there, tokens[..., i : i + places], -1) for i in range(n)]
+def _distinct(tokens: Array, there: Array, n: int) -> Array:
+    """`[B, G]`, how many n-grams of `tokens [B, G, T]` differ, of those that begin where `there [B, G, T - n + 1]`."""
+    grams = [jnp.where(there, tokens[..., i : i + there.shape[-1]], -1) for i in range(n)]
     # Sorted, equal ones are neighbours, and those that are not there come first.
     ordered = jax.lax.sort(grams, num_keys=n)
     new = jnp.any(jnp.stack([gram[..., 1:] != gram[..., :-1] for gram in ordered]), axis=0)

@@ -381,6 +381,9 @@ def _follow(
         conversation.rewards[turn] = (conversation.rewards[turn] or 0.0) + more
     if answer.content is None:
         return None
+    if len(conversation.ends) == made.max_turns:
+        conversation.truncated = True
+        return None
     assert not isinstance(answer.content, str)
     between = between_texts(made.tokenizer) if made.between is None else made.between
     of_tools = all(message["role"] == "tool" for message in answer.content)
@@ -390,11 +393,12 @@ def _follow(
             content, tokens = _shortened(between, content, conversation.tokens[-1], made.max_answer_tokens)
     except ValueError as error:
         return Failure(f"its answer cannot be encoded: {error}")
+    if not tokens:
+        return Failure(f"its answer {answer.content!r} has no tokens")
     if len(tokens) > made.max_answer_tokens and not of_tools:
         return Failure(f"its answer has {len(tokens)} tokens, more than max_answer_tokens = {made.max_answer_tokens}")
     # A policy that calls so many tools at once that their answers do not fit has cut its conversation itself.
-    no_room = len(tokens) > made.max_answer_tokens or len(conversation.tokens) + len(tokens) >= made.sampler.max_tokens
-    if len(conversation.ends) == made.max_turns or no_room:
+    if len(tokens) > made.max_answer_tokens or len(conversation.tokens) + len(tokens) >= made.sampler.max_tokens:
         conversation.truncated = True
         return None
     conversation.messages += content

@@ -125,6 +125,20 @@ def test_a_template_that_strips_reasoning_alone_is_refused():
         data.between_turns(tokenizer)
 
 
+def test_a_role_that_has_reasoning_stripped_is_told_when_it_comes():
+    """As Qwen 3's template, which keeps the reasoning before tools' messages and strips it before a user's."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content }}",
+        "(message.content.split('</think>')[-1] if messages[-1].role == 'user' else message.content) }}",
+    )
+    between, end = data.between_turns(tokenizer, role="tool"), tokenizer.eos_token_id
+    assert between([{"role": "tool", "content": "3"}], end)
+    with pytest.raises(ValueError, match="strips the reasoning of earlier turns"):
+        between([{"role": "user", "content": "3"}], end)
+    assert data.between_turns(tokenizer, role="tool", keep_history=True)([{"role": "user", "content": "3"}], end)
+
+
 def test_a_template_that_takes_no_tool_messages_is_refused(make_tokenizer):
     with pytest.raises(ValueError, match="the chat template refuses"):
         data.between_turns(make_tokenizer("mistral"), role="tool")

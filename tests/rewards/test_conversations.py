@@ -75,6 +75,15 @@ def test_functions_see_messages_and_what_was_given_for_each_turn():
     np.testing.assert_array_equal(values[..., 1], traced[..., 0])
 
 
+def test_tokens_that_are_certain_tear_no_turn():
+    """Their log-prob is 0, as that of what an environment wrote, and a failed conversation has no mask."""
+    wrote = ROLLOUT.log_probs < 0
+    begins = wrote & ~np.pad(wrote, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+    rollout = ROLLOUT._replace(log_probs=np.where(begins, ROLLOUT.log_probs, 0.0))
+    (said,) = rewards.conversation_messages(rollout, TOKENIZER, (END,), READ)
+    assert [[(m["role"], m["content"]) for m in completion] for completion in said] == SAID
+
+
 def test_the_tokens_of_a_conversation_are_those_that_the_policy_wrote():
     seen = []
 

@@ -48,6 +48,17 @@ def test_repetition_is_the_share_of_n_grams_that_were_there_before(n, transform)
     assert found.sum == pytest.approx(sum(shares), rel=1e-5)
 
 
+def test_repetition_is_the_policys_own():
+    """Of a conversation in which the environment repeats itself between turns that do not."""
+    rollout = rollout_of([[[1, 2, 3, *[9] * 5, 4, 5, 6]]])
+    wrote = np.isin(rollout.tokens, [1, 2, 3, 4, 5, 6])
+    found = summary(measured.repetition(2)(Experience(rollout._replace(mask=jnp.asarray(wrote))))[1])
+    assert found["repetition"] == 0
+    again = rollout._replace(tokens=jnp.where(rollout.tokens > 3, rollout.tokens - 3, rollout.tokens))
+    found = summary(measured.repetition(2)(Experience(again._replace(mask=jnp.asarray(wrote))))[1])
+    assert found["repetition"] == pytest.approx(1 / 2)
+
+
 def test_repetition_looks_at_no_padding_and_at_no_completion_that_is_too_short():
     loop, varied = [7, 8] * 4, list(range(20, 28))
     once = summary(measured.repetition(2)(Experience(rollout_of([[loop, varied]])))[1])

@@ -308,6 +308,19 @@ def test_results_of_tools_are_cut_to_fit_and_where_they_cannot_the_conversation_
     assert (tokens, talk.truncated, talk.messages) == (None, True, [])
 
 
+def test_an_answer_after_the_last_turn_is_not_looked_at_and_one_without_tokens_is_none():
+    def follow(text, max_turns, between):
+        settings = {"max_turns": max_turns, "between": between, "max_answer_tokens": 90}
+        made = conversations(sampler_of(), answer, TOKENIZER, TEXTS, **settings)
+        talk = turns._Conversation({}, [], [5, END], [True] * 2, [-1.0] * 2, ends=[2], rewards=[])
+        return talk, turns._follow(made, talk, Turn([{"role": "user", "content": text}], 0.5))
+
+    talk, tokens = follow("yes " * 2000, 1, data.between_turns(TOKENIZER))
+    assert (tokens, talk.truncated, talk.rewards) == (None, True, [0.5])
+    _, failure = follow("x", 2, lambda messages, last: [])
+    assert "has no tokens" in failure.message
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failing_environment_masks_its_conversation_and_is_counted(fault):
     respond, message = FAULTS[fault]
