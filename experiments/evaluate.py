@@ -19,6 +19,7 @@ Into the folder `--output`, over what is there: `greedy.jsonl` and `samples.json
 with its completions, each reward and the pass rate; `summary.json`, with the settings.
 With `--tools` or `--environment`, as in `grpo.py`, each completion is a conversation; its item has the `turns`, of
 the policy and of the environment.
+`--server` has vLLM or SGLang sample, which is given the model's weights as the folder `engine` of the output.
 `--filtered` writes the rows that the model solves sometimes, to train on.
 """
 
@@ -38,11 +39,13 @@ from grpo_jax.run import checkpoint, command, inputs, metrics, ranges
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import WithFloat16, compute_dtype
+from grpo_jax.run.serving import ServerSettings
+from grpo_jax.sampling.servers import EngineSampler
 from grpo_jax.study import evaluation, items
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ConversationSettings):
+class Config(ConversationSettings, ServerSettings):
     """Settings of an evaluation."""
 
     model: str
@@ -130,13 +133,19 @@ def run(config: Config) -> dict[str, dict[str, float]]:
 
     stop = sampling.stop_strings(tokenizer, config.stop) if config.stop else None
     common: dict[str, Any] = {"max_tokens": config.max_tokens, "eos_ids": eos_ids, "stop": stop}
-    samplers = {"greedy": sampling.greedy(**common)} if config.greedy else {}
+    samplers: dict[str, Any] = {"greedy": sampling.greedy(**common)} if config.greedy else {}
     if config.group_size:
         drawn = sampling.sampler(
             group_size=config.group_size, temperature=config.temperature,
             top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, **common,
         )  # fmt: skip
         samplers["samples"] = dataclasses.replace(drawn, slots=config.slots)
+    served = config.serve(
+        [*samplers.values()][-1], stop=config.stop, model=model, tokenizer=tokenizer,
+        folder=config.output / "engine", adapters=adapters is not None,
+    )  # fmt: skip
+    if isinstance(served, EngineSampler):
+        samplers = {name: dataclasses.replace(served, drawing=drawing) for name, drawing in samplers.items()}
     evaluates = {
         name: evaluation.make_evaluate(
             policy, sampler, tokenizer, problems, functions,

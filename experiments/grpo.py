@@ -81,6 +81,7 @@ class Config(
     score_old: bool = False  # the policy that sampled, for what asks for it; measures its gap to the sampler, too
     completion_bucket: int = 256  # to learn, completions are cut to the longest, up to a multiple of this
     pack: bool = False  # or several are laid into a row, of few shapes: `packing.shapes`
+    max_lag: int = 0  # batches for which a --server may keep its weights after the first of them
     overlap: int = 0  # batches sampled ahead while earlier ones are rewarded, of the policy so many updates before
     compute_dtype: WithFloat16 = "auto"  # float32 on CPUs, else bfloat16; trained weights are float32 in any case
     sample_weights: Literal["int8", "fp8"] | None = None  # sample from a copy of 8 bits; see --score-old, --loss dppo
@@ -127,7 +128,7 @@ def train(config: Config) -> Params:
     own = config.make_sampler(tokenizer, hf.eos_ids(config.model, tokenizer, chat=chats, template=config.template))
     sampler = config.serve(
         own, stop=config.stop, model=config.model, folder=config.run_dir / "engine",
-        adapters=config.lora_rank is not None, tokenizer=tokenizer,
+        adapters=config.lora_rank is not None, tokenizer=tokenizer, max_lag=config.max_lag,
     )  # fmt: skip
     seen = {"eos_ids": sampler.eos_ids, "prompt_column": config.prompt_column}
     reward = config.make_reward(prompts.rows, tokenizer, read=talk.read, **seen)

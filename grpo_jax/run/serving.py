@@ -32,7 +32,6 @@ class ServerSettings:
     server_kind: Literal["vllm", "sglang"] = "vllm"
     server_model: str | None = None  # what vLLM calls the model; --model unless given
     server_timeout: float = 600.0  # seconds for a request
-    max_lag: int = 0  # batches for which the server may keep its weights after the first of them
 
     def serve(
         self,
@@ -43,6 +42,7 @@ class ServerSettings:
         tokenizer: "PreTrainedTokenizerBase",
         folder: pathlib.Path,
         adapters: bool = False,
+        max_lag: int = 0,
     ) -> PolicySampler | servers.EngineSampler:
         """The same sampler, of the server; itself where there is none.
 
@@ -53,12 +53,13 @@ class ServerSettings:
           tokenizer: of the model; written beside its weights.
           folder: as in `servers.engine_sampler`.
           adapters: whether those alone are trained, and written.
+          max_lag: as in `servers.engine_sampler`.
 
         Raises:
           ValueError: for settings of a server without one; for what a server cannot do; in a run of several processes.
         """
         if self.server is None:
-            if self.max_lag or self.server_model is not None or self.server_kind != "vllm":
+            if max_lag or self.server_model is not None or self.server_kind != "vllm":
                 raise ValueError("--max-lag, --server-kind and --server-model are of a --server, and there is none")
             return sampler
         if sampler.record_experts:
@@ -82,5 +83,5 @@ class ServerSettings:
         return servers.engine_sampler(
             server, write=write, folder=folder, group_size=sampler.group_size, max_tokens=sampler.max_tokens,
             eos_ids=sampler.eos_ids, temperature=float(sampler.temperature), top_k=sampler.top_k,
-            top_p=top_p, min_p=min_p, stop=stop, max_lag=self.max_lag, timeout=self.server_timeout,
+            top_p=top_p, min_p=min_p, stop=stop, max_lag=max_lag, timeout=self.server_timeout,
         )  # fmt: skip

@@ -19,14 +19,15 @@ import pathlib
 import secrets
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
+from grpo_jax.event_loop import all_of, run_async
 from grpo_jax.policies import Policy
-from grpo_jax.rewards.calling import run_async
 from grpo_jax.sampling.blank import BlankSampler
 from grpo_jax.sampling.engines import from_engine
 from grpo_jax.sampling.samplers import PolicySampler, sampler
@@ -169,7 +170,7 @@ class EngineSampler:
     backoff: float
     concurrency: int
     run: str  # of this process, in the names of versions: a server refuses the name of one that it has
-    given: dict[str, Any]  # what the server has: `version`, its `params`, and `lag`, the batches drawn since the first
+    given: dict[str, Any]  # what the server has: `version`, its `leaves`, and `lag`, the batches drawn since the first
     lock: threading.Lock  # held while a batch is drawn, of one version
     on_host: ClassVar[bool] = True
 
@@ -242,7 +243,7 @@ class EngineSampler:
 
     def refresh(self, policy: Policy, params: Params) -> None:
         """Gives the server the params if its own are others and too old; to be called once a batch."""
-        has = jax.tree.leaves(self.given["params"])
+        has = [leaf() for leaf in self.given["leaves"]]
         if has and all(a is b for a, b in zip(has, jax.tree.leaves(params), strict=True)):
             return
         if self.given["version"] == 0 or self.given["lag"] >= self.max_lag:
@@ -281,7 +282,8 @@ class EngineSampler:
         for other in self.folder.glob("version_*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-        self.given.update(version=version, lag=0, params=params)
+        # Not the arrays themselves, which would be a whole model in memory where those that learn are others.
+        self.given.update(version=version, lag=0, leaves=[*map(weakref.ref, jax.tree.leaves(params))])
 
     async def _post(self, requests: Sequence[Request]) -> list[Any]:
         """Sends requests together; the answers in their order."""
@@ -322,7 +324,7 @@ class EngineSampler:
             raise RuntimeError(f"{self.server.url}{route}: {reason}")
 
         async with httpx2.AsyncClient(follow_redirects=False, timeout=None) as client:
-            return await asyncio.gather(*(one(client, *request) for request in requests))
+            return await all_of(one(client, *request) for request in requests)
 
 
 def engine_sampler(
@@ -405,7 +407,7 @@ def engine_sampler(
         backoff=backoff,
         concurrency=concurrency,
         run=secrets.token_hex(4),
-        given={"version": 0, "lag": 0, "params": None},
+        given={"version": 0, "lag": 0, "leaves": []},
         lock=threading.Lock(),
     )
     if made.truncation is not None and not server.truncates:

@@ -110,8 +110,9 @@ def make_evaluate(
         items: list[Item] = []
         for start in range(0, len(rows), batch_size):
             indices = range(start, min(start + batch_size, len(rows)))
-            # The last batch repeats rows, so that it runs the same program.
-            filled = np.resize(indices, min(batch_size, len(rows))).tolist()
+            # The last batch repeats rows, so that it runs the same program; a server has none.
+            size = len(indices) if isinstance(sampler, EngineSampler) else min(batch_size, len(rows))
+            filled = np.resize(indices, size).tolist()
             batch = data.make_prompts([prompts[i] for i in filled], filled, multiple=bucket)
             key = jax.random.fold_in(jax.random.key(seed), start)
             rollout = _first(draw(policy, params, batch, key), len(indices))

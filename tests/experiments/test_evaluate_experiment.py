@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import transformers
+from inference_server import serving
 
 from grpo_jax import data, sampling, testing
 from grpo_jax.freezing import bind
@@ -199,6 +200,18 @@ def test_conversations_are_evaluated_and_show_who_wrote_what(files, tmp_path, ca
                 assert completion == re.sub(r"<\|(im_end|endoftext)\|>", "", "\n".join(mine))
     assert answered > 0
     assert "environment>" in capsys.readouterr().out
+
+
+def test_a_server_writes_what_the_model_does(files, finished, tmp_path):
+    config, summaries = finished
+    policy, _ = hf.load_pretrained(files / "model", compute_dtype=jnp.float32)
+    with serving(policy, group_size=1, max_tokens=6, width=96) as server:
+        found = evaluate.run(dataclasses.replace(
+            config, output=tmp_path, filtered=None, group_size=0, server=server.url, server_model="tiny"
+        ))  # fmt: skip
+        routes = [path for path, _ in server.asked]
+        assert routes == ["/collective_rpc", "/reset_prefix_cache", *["/v1/completions"] * 7]
+    assert found == {"greedy": pytest.approx(summaries["greedy"])}
 
 
 def test_the_greedy_completions_are_those_of_the_checkpoint_after_its_chat_template(finished):

@@ -17,7 +17,7 @@ def test_without_a_server_the_sampler_is_itself():
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_a_server_draws_under_the_settings_of_the_sampler(kind):
-    made = ServerSettings(server="http://localhost:1", server_kind=kind, max_lag=2).serve(SAMPLER, **GIVEN)
+    made = ServerSettings(server="http://localhost:1", server_kind=kind).serve(SAMPLER, max_lag=2, **GIVEN)
     assert (made.group_size, made.max_tokens, made.eos_ids, made.temperature) == (3, 5, (1, 2), 0.8)
     assert (made.stop, made.max_lag, made.server.url, made.on_host) == (("end",), 2, "http://localhost:1", True)
     drawing = {"group_size": 1, "max_tokens": 5, "temperature": 0.8, "seed": 0, "stop": [], "eos_ids": [1]}
@@ -30,7 +30,7 @@ def test_a_server_draws_under_the_settings_of_the_sampler(kind):
 @pytest.mark.parametrize(
     ("settings", "changes", "message"),
     [
-        ({"max_lag": 1}, {}, "are of a --server"),
+        ({"server_model": "tiny"}, {}, "are of a --server"),
         ({"server_kind": "sglang"}, {}, "are of a --server"),
         ({"server": "http://localhost:1", "server_kind": "sglang"}, {"top_p": 0.9}, "not under top_k"),
         ({"server": "http://localhost:1"}, {"record_experts": True}, "do not tell the experts"),
@@ -42,3 +42,5 @@ def test_what_cannot_be_is_refused(settings, changes, message):
     drawing = dataclasses.replace(SAMPLER, **changes)
     with pytest.raises(ValueError, match=message):
         ServerSettings(**settings).serve(drawing, **GIVEN)
+    with pytest.raises(ValueError, match="are of a --server"):
+        ServerSettings().serve(SAMPLER, max_lag=1, **GIVEN)

@@ -1,6 +1,7 @@
 """Servers as samplers, against one that speaks vLLM's and SGLang's routes and draws with the sampler of the package."""
 
 import pathlib
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +144,13 @@ def test_a_server_holds_conversations(kind, engine, tmp_path):
 def test_an_adapter_that_a_lost_answer_told_of_is_not_loaded_again(engine, tmp_path):
     made = sampler_of(servers.vllm(engine.url, model="tiny", adapters=True), tmp_path, lambda *given: None)
     engine.faults = [(503, {}), (400, {"error": "The lora adapter has already been loaded"})]
-    made.refresh(POLICY, PARAMS)
+    params = copied()
+    made.refresh(POLICY, params)
+    made.refresh(POLICY, {**params})
     assert made.given["version"] == 1
+    held = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+    del params
+    assert not any(leaf() is not None for leaf in held)  # no second model stays in memory
     engine.faults = [(400, {"error": "The lora adapter has already been loaded"})]
     with pytest.raises(RuntimeError, match="already been loaded"):  # by somebody else
         made.refresh(POLICY, copied())
@@ -220,6 +226,6 @@ def test_an_evaluation_is_of_the_params_that_it_is_given_and_gives_them_once(gro
     pushed = [content for path, content in engine.asked if path == "/collective_rpc"]
     assert len(pushed) == 2
     asked = [content["temperature"] for path, content in engine.asked if path == "/v1/completions"]
-    assert asked == [TEMPERATURE] * 2 + [TEMPERATURE if group_size else 0.0] * 8  # twice 2 batches of 2 prompts
+    assert asked == [TEMPERATURE] * 2 + [TEMPERATURE if group_size else 0.0] * 6  # twice 3 prompts
     made(POLICY, newer, PROMPTS, jax.random.key(1))
     assert made.given["lag"] == 0
