@@ -124,6 +124,7 @@ def train(config: Config) -> Params:
     both = data.PromptSet([*prompts.rows, *held_out.rows], [*prompts.prompts, *held_out.prompts])
     inputs.check_arguments([*functions, *config.verifiers], both.rows, prompt_column=config.prompt_column)
     inputs.check_tokens(config.model, tokenizer, both.prompts, max_tokens=config.max_tokens, rows=both.rows)
+    inputs.tell_repeated(prompts.prompts, held_out.prompts)
     chats = config.has_chats(both.rows)
     own = config.make_sampler(tokenizer, hf.eos_ids(config.model, tokenizer, chat=chats, template=config.template))
     sampler = config.serve(

@@ -8,12 +8,13 @@ is frozen (`grpo_jax.freezing`):
     adapters, base = lora.adapt(policy, params, rank=16, alpha=32, key=key)
     state = init_state(adapters, optimizer, key, frozen=base, reference=True)     # the reference: adapters alone
     ...
-    hf.save_pretrained(policy, lora.merge(state.params, state.frozen), folder)    # or hf.save_adapters
+    hf.save_pretrained(policy, lora.merge_later(state.params, state.frozen), folder)    # or hf.save_adapters
 
 The policy stays the same one: where its decoder finds adapters beside a kernel, it uses them. As `lora_b` begins at 0,
 a run begins with the base's own outputs, bit for bit.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,11 +101,11 @@ def adapt(
 
 
 def merge(params: Params, frozen: Params | None = None, *, dtype: Any = None) -> Params:
-    """The parameters of a model without adapters that computes the same: what an export is made of.
+    """The parameters of a model without adapters that computes the same.
 
         kernel + scale * lora_a @ lora_b
 
-    summed in float32, a layer at a time.
+    summed in float32, a layer at a time. Quantised kernels become floats, those without adapters, too.
 
     Args:
       params: adapters, or a tree that holds them, such as `{"policy": ..., "critic": ...}`.
@@ -114,10 +115,67 @@ def merge(params: Params, frozen: Params | None = None, *, dtype: Any = None) ->
     Raises:
       ValueError: if there are no adapters.
     """
+    later = merge_later(params, frozen, dtype=dtype)
+    return jax.tree.map(lambda x: _merged(x.kernel, x.adapters, x.dtype) if isinstance(x, Merged) else x, later)
+
+
+def merge_later(params: Params, frozen: Params | None = None, *, dtype: Any = None) -> Params:
+    """`merge`, of which `hf.save_pretrained` makes a layer at a time: no device holds the merged model.
+
+    Args:
+      params: as in `merge`, and so the others.
+      frozen: the base.
+      dtype: of merged kernels.
+
+    Returns:
+      The parameters, with a `Merged` for each kernel that is a sum or has been codes.
+
+    Raises:
+      ValueError: as `merge`.
+    """
     whole = bind(params, frozen)
     if not any(A in module for _, module in _modules(whole)):
         raise ValueError("there are no adapters to be merged: pass merge(state.params, state.frozen)")
-    return _merged(whole, None if dtype is None else jnp.dtype(dtype))
+    return _later(whole, None if dtype is None else jnp.dtype(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """A kernel `[L, in, out]`, or `[L, E, in, out]` of experts, of which parts are made when they are asked for."""
+
+    kernel: Any  # of floats or codes
+    adapters: tuple[Array, Array, Array] | None  # lora_a, lora_b and lora_scale, where there are some
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.kernel.shape)
+
+    def __getitem__(self, place: tuple[int, ...]) -> Array:
+        """That of a layer, or of a layer's expert."""
+        return _merged_at(self.kernel, self.adapters, place, self.dtype)
+
+
+def rounded_off(params: Params, frozen: Params | None = None, *, dtype: Any = None) -> float:
+    """What rounding makes of the adapters' update where they are merged.
+
+        |round(W + D) - (W + D)| / |D|,   D = scale * lora_a @ lora_b
+
+    in the Frobenius norm over all kernels. A checkpoint in bfloat16 has 8 bits of a weight: what an update changes in
+    the bits below is lost, and 1 says that nothing of it is left.
+
+    Args:
+      params: as in `merge`, and so the others.
+      frozen: the base.
+      dtype: of merged kernels.
+
+    Raises:
+      ValueError: as `merge`.
+    """
+    merged = [x for x in jax.tree.leaves(merge_later(params, frozen, dtype=dtype)) if isinstance(x, Merged)]
+    parts = [_squares(x.kernel, x.adapters, x.dtype) for x in merged if x.adapters is not None]
+    lost, update = (float(sum(squares)) for squares in zip(*parts, strict=True))
+    return (lost / update) ** 0.5 if update else 0.0
 
 
 def stack(several: Sequence[tuple[Params, Params]]) -> tuple[Params, Params, Params]:
@@ -128,19 +186,22 @@ def stack(several: Sequence[tuple[Params, Params]]) -> tuple[Params, Params, Par
         jax.vmap(run, (0, 0, None))(adapters, scales, base)
 
     Args:
-      several: `N` pairs of `adapt`, of the same targets and the same base.
+      several: `N` pairs of `adapt`, of the same targets and the same base: the same arrays.
 
     Returns:
       The adapters with a leading axis `N`, filled with zeros up to the largest rank, which stay zeros in training;
       their scales, likewise; and the base without scales.
 
     Raises:
-      ValueError: if the targets differ.
+      ValueError: if the targets or the bases differ.
     """
     targets = [sorted(path[-1] for path, _ in _modules(adapters)) for adapters, _ in several]
     if not targets or any(names != targets[0] for names in targets):
         raise ValueError(f"adapters that are mapped over have the same targets, got {targets}")
     parts = [partition(frozen, f"{SCALE}$") for _, frozen in several]
+    arrays = [[id(leaf) for leaf in jax.tree.leaves(base)] for base, _ in parts]
+    if any(of_base != arrays[0] for of_base in arrays):
+        raise ValueError("adapters that are mapped over have one base: give `adapt` the same params for each of them")
 
     def stacked(*leaves: Array) -> Array:
         shape = tuple(max(sizes) for sizes in zip(*(leaf.shape for leaf in leaves), strict=True))
@@ -216,24 +277,55 @@ def put(tree: Params, path: Sequence[str], leaves: Params) -> None:
     tree |= leaves
 
 
-def _merged(tree: Any, dtype: Any) -> Any:
+def _later(tree: Any, dtype: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
-    if A not in tree:
-        return {name: _merged(child, dtype) for name, child in tree.items()}
-    if missing := {"kernel", B, SCALE} - tree.keys():
+    if A not in tree and not quantized.is_quantized(tree.get("kernel")):
+        return {name: _later(child, dtype) for name, child in tree.items()}
+    if A in tree and (missing := {"kernel", B, SCALE} - tree.keys()):
         raise ValueError(f"adapters without their base: {', '.join(sorted(missing))} is missing; pass frozen=")
     rest = {name: leaf for name, leaf in tree.items() if name not in (A, B, SCALE)}
-    return rest | {"kernel": _sum(tree["kernel"], tree[A], tree[B], tree[SCALE], dtype)}
+    adapters = (tree[A], tree[B], tree[SCALE]) if A in tree else None
+    return rest | {
+        "kernel": Merged(tree["kernel"], adapters, jnp.dtype(tree["kernel"].dtype if dtype is None else dtype))
+    }
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _sum(kernel: Any, a: Array, b: Array, scale: Array, dtype: Any) -> Array:
-    dtype = dtype or (jnp.float32 if quantized.is_quantized(kernel) else kernel.dtype)
+def _update(a: Array, b: Array, scale: Array) -> Array:
+    return scale * jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
 
-    def layer(parts: tuple[Any, Array, Array, Array]) -> Array:
-        kernel, a, b, scale = parts
-        product = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-        return (quantized.dequantize(kernel).astype(jnp.float32) + scale * product).astype(dtype)
 
-    return jax.lax.map(layer, (kernel, a, b, scale))
+def _sum(kernel: Any, adapters: tuple[Array, Array, Array] | None) -> Array:
+    """A layer's, in float32."""
+    floats = quantized.dequantize(kernel).astype(jnp.float32)
+    return floats if adapters is None else floats + _update(*adapters)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _merged(kernel: Any, adapters: tuple[Array, Array, Array] | None, dtype: Any) -> Array:
+    return jax.lax.map(lambda layer: _sum(*layer).astype(dtype), (kernel, adapters))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _merged_at(
+    kernel: Any, adapters: tuple[Array, Array, Array] | None, place: tuple[int | Array, ...], dtype: Any
+) -> Array:
+    of_place = jax.tree.map(lambda leaf: leaf[place], kernel)
+    if adapters is not None:
+        a, b, scale = adapters
+        adapters = a[place], b[place], scale[place[0]]
+    return _sum(of_place, adapters).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _squares(kernel: Any, adapters: tuple[Array, Array, Array], dtype: Any) -> tuple[Array, Array]:
+    """The sums of squares of what rounding changes, and of the update."""
+    bits = jnp.finfo(dtype)
+
+    def of_layer(layer: tuple[Any, tuple[Array, Array, Array]]) -> tuple[Array, Array]:
+        whole = _sum(*layer)
+        rounded = jax.lax.reduce_precision(whole, bits.nexp, bits.nmant)  # XLA leaves out a cast there and back
+        return jnp.sum(jnp.square(rounded - whole)), jnp.sum(jnp.square(_update(*layer[1])))
+
+    lost, update = jax.lax.map(of_layer, (kernel, adapters))
+    return jnp.sum(lost), jnp.sum(update)

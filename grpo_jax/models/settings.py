@@ -11,6 +11,7 @@ config.save(policy, state, folder, base_model=config.model, tokenizer=tokenizer,
 
 import dataclasses
 import os
+import warnings
 from typing import Any, Literal
 
 import jax
@@ -28,7 +29,8 @@ class WeightSettings:
     """Whole weights, or adapters over a base that is frozen.
 
     Raises:
-      ValueError: for settings of adapters without a rank, and for an unknown target.
+      ValueError: for settings of adapters without a rank, for an unknown target, and for a dtype of exported adapters,
+        which are float32.
     """
 
     lora_rank: int | None = None  # train adapters of this rank (LoRA) in place of the weights; 8 to 64 are usual
@@ -107,11 +109,21 @@ class WeightSettings:
         tokenizer: transformers.PreTrainedTokenizerBase | None = None,
         **settings: Any,
     ) -> None:
-        """Writes the trained model, or its adapters; `settings` are those of `hf.save_pretrained`."""
+        """Writes the trained model, or its adapters; `settings` are those of `hf.save_pretrained`.
+
+        Merged adapters of which rounding leaves less than a half are a warning.
+        """
         if self.export == "adapters":
             base = os.fspath(base_model)
             hf.save_adapters(policy, state.params, state.frozen, folder, base_model=base, tokenizer=tokenizer)
             return
-        params = state.params if self.lora_rank is None else lora.merge(state.params, state.frozen)
-        dtype = None if self.export_dtype is None else jnp.dtype(self.export_dtype)
-        hf.save_pretrained(policy, params, folder, tokenizer=tokenizer, dtype=dtype, **settings)
+        params = state.params
+        if self.lora_rank is not None:
+            params = lora.merge_later(state.params, state.frozen, dtype=self.export_dtype)
+            if (lost := lora.rounded_off(state.params, state.frozen, dtype=self.export_dtype)) > 0.5:
+                warnings.warn(
+                    f"of what the adapters change in the weights, rounding takes {min(lost, 1):.0%} in {folder}: "
+                    "take --export-dtype float32, or --export adapters",
+                    stacklevel=2,
+                )
+        hf.save_pretrained(policy, params, folder, tokenizer=tokenizer, dtype=self.export_dtype, **settings)

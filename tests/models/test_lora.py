@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import operator
 import re
 
@@ -12,10 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import losses, models, packing, sampling, testing
+from grpo_jax import losses, models, packing, processes, sampling, testing
 from grpo_jax.freezing import bind
 from grpo_jax.models import attention, hf, lora, quantized
 from grpo_jax.models.config import from_hf_config
+from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.run import memory
 from grpo_jax.scoring import score
@@ -99,6 +101,63 @@ def test_a_merged_kernel_is_the_sum_in_numpy():
     merged = lora.merge(adapters, frozen)
     np.testing.assert_allclose(merged["layers"]["mlp"]["down_proj"]["kernel"], expected, rtol=1e-5, atol=1e-6)
     assert merged["layers"]["mlp"]["up_proj"]["kernel"] is params["layers"]["mlp"]["up_proj"]["kernel"]
+
+
+def test_an_export_is_merged_a_layer_at_a_time_and_codes_without_adapters_become_floats(tmp_path, monkeypatch):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    policy, params = hf.load_pretrained(testing.tiny_checkpoint(tmp_path / "base", "qwen3_moe", **experts))
+    codes = quantized.quantize(params, "nf4")
+    adapters, frozen = random_adapters(policy, codes, rank={"q_proj": 4, "experts_up": 2}, alpha=8.0)
+    monkeypatch.setattr(lora, "_merged", lambda *_: pytest.fail("all layers were merged together"))
+    hf.save_pretrained(policy, lora.merge_later(adapters, frozen), tmp_path / "merged")
+    read = hf.load_pretrained(tmp_path / "merged")[1]["layers"]
+    of_codes, trained = codes["layers"], adapters["layers"]
+    for part, name, r in (("self_attn", "q_proj", 4), ("mlp", "experts_up", 2), ("mlp", "experts_down", None)):
+        held = of_codes[part][name]["kernel"]
+        expected = np.stack([quantized.dequantize(jax.tree.map(operator.itemgetter(i), held)) for i in range(2)])
+        if r is not None:
+            a, b = (np.asarray(trained[part][name][x], np.float64) for x in (lora.A, lora.B))
+            expected = expected + 8 / r * a @ b
+        np.testing.assert_allclose(read[part][name]["kernel"], expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, lora.merge(adapters, frozen)["layers"], read)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2])
+def test_what_rounding_takes_of_an_update_is_told(size):
+    """Of weights that bfloat16 holds exactly, all of an update below half of their last bit."""
+    policy, params = base(dtype=jnp.bfloat16)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    adapters, frozen = random_adapters(policy, params, rank={"up_proj": 4}, alpha=4.0)
+    adapters["layers"]["mlp"]["up_proj"][lora.B] *= size
+    a, b = (np.asarray(adapters["layers"]["mlp"]["up_proj"][x], np.float64) for x in (lora.A, lora.B))
+    whole = np.asarray(params["layers"]["mlp"]["up_proj"]["kernel"], np.float64) + a @ b
+    lost = np.linalg.norm(whole.astype(jnp.bfloat16).astype(np.float64) - whole) / np.linalg.norm(a @ b)
+    print(f"{size}: {lost:.3f}")
+    assert lora.rounded_off(adapters, frozen) == pytest.approx(lost, rel=0.02)
+    assert lora.rounded_off(adapters, frozen, dtype=jnp.float32) < 0.1
+
+
+def test_merged_adapters_are_written_in_the_dtype_asked_for_and_what_rounding_takes_is_told(tmp_path):
+    policy, params = base()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    adapters, frozen = random_adapters(policy, half, rank={"up_proj": 4})
+    adapters["layers"]["mlp"]["up_proj"][lora.B] *= 1e-5
+    state = init_state(adapters, SGD, jax.random.key(0), frozen=frozen)
+    with pytest.warns(
+        UserWarning, match=r"rounding takes \d+% in .*half: take --export-dtype float32, or --export ada"
+    ):
+        WeightSettings(lora_rank=4).save(policy, state, tmp_path / "half", base_model="base")
+    WeightSettings(lora_rank=4, export_dtype="float32").save(policy, state, tmp_path / "whole", base_model="base")
+    whole = hf.load_pretrained(tmp_path / "whole")[1]
+    found = hf.load_pretrained(tmp_path / "half", dtype=jnp.bfloat16)[1]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert np.mean(found == half["layers"]["mlp"]["up_proj"]["kernel"]) > 0.9
+    chex.assert_trees_all_equal(
+        whole, jax.tree.map(lambda x: x.astype(jnp.float32), lora.merge(adapters, frozen, dtype=jnp.float32))
+    )
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["dtype"] == "float32"
+    with pytest.raises(ValueError, match="--export-dtype float16 is of whole models"):
+        WeightSettings(lora_rank=4, export="adapters", export_dtype="float16")
 
 
 @pytest.mark.parametrize("slots", [None, 3], ids=["together", "in slots"])
@@ -198,6 +257,9 @@ def test_adapters_are_refused_on_what_they_do_not_fit():
         lora.adapt(tiny_policy(hidden_size=16), params, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"adapters are for models\.decoder"):
         lora.adapt(from_logits_fn(lambda params, tokens, mask: tokens), {}, key=jax.random.key(0))
+    others = (params, jax.tree.map(lambda x: x + 1, params))
+    with pytest.raises(ValueError, match="that are mapped over have one base"):
+        lora.stack([lora.adapt(policy, x, rank=1, key=jax.random.key(0)) for x in others])
     with pytest.raises(ValueError, match="no adapters to be merged"):
         lora.merge(params)
     with pytest.raises(ValueError, match="adapters without their base: kernel, lora_scale is missing"):
@@ -288,6 +350,28 @@ def test_many_adapters_over_one_base_train_as_each_alone():
             np.testing.assert_allclose(found[lora.B][i][:, :r], module[lora.B], rtol=1e-4, atol=1e-5)
             assert not np.any(found[lora.A][i][..., r:])
             assert not np.any(found[lora.B][i][:, r:])
+
+
+def test_what_is_trained_beside_adapters_is_not_left_out_of_their_folder_unsaid(tmp_path):
+    policy, params = base()
+    adapters, frozen = lora.adapt(policy, params, rank={"q_proj": 2}, key=jax.random.key(0))
+    rest = {name: leaf for name, leaf in frozen.items() if name != "norm"}
+    with pytest.raises(ValueError, match="no place for what else is trained, such as norm/"):
+        hf.save_adapters(policy, adapters | {"norm": frozen["norm"]}, rest, tmp_path / "other", base_model="base")
+
+
+def test_a_base_is_digested_once_for_all_adapters_that_are_written_and_another_one_anew(tmp_path, monkeypatch):
+    policy, params = base()
+    adapters, frozen = random_adapters(policy, params, rank={"q_proj": 2})
+    digested, blocks = [], processes.blocks
+    monkeypatch.setattr(processes, "blocks", lambda leaf: digested.append(leaf) or blocks(leaf))
+    for n in range(3):
+        hf.save_adapters(policy, adapters, frozen, tmp_path / str(n), base_model="base")
+    assert len(digested) == len(jax.tree.leaves(params))
+    other = params | {"lm_head": params["lm_head"] + 1}
+    with pytest.raises(ValueError, match="was trained on another base, or on this one in another dtype or other codes"):
+        hf.load_adapters(policy, other, tmp_path / "0")
+    hf.load_adapters(policy, params, tmp_path / "2")
 
 
 def test_kernels_that_share_a_tensor_are_quantised_one_by_one_and_have_adapters_of_their_own(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints that are laid out in another way, beside what transformers makes of them, in torch."""
 
+import copy
 import json
 
 import jax
@@ -13,7 +14,8 @@ import safetensors.numpy  # noqa: E402
 import transformers  # noqa: E402
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # noqa: E402
 
-from grpo_jax.models import hf, sharding  # noqa: E402
+from grpo_jax.freezing import bind  # noqa: E402
+from grpo_jax.models import hf, lora, sharding  # noqa: E402
 from grpo_jax.models.hf import views  # noqa: E402
 from grpo_jax.testing import tiny_checkpoint  # noqa: E402
 
@@ -106,8 +108,8 @@ def renamed_by(name, pairs):
     return next((new + name.removeprefix(old) for old, new in pairs if name.startswith(old)), name)
 
 
-def test_the_language_model_of_a_gemma_3_with_images_is_read_and_exported(tmp_path):
-    """Whether tensors are named as by transformers 4, as the published ones are, or 5."""
+@pytest.fixture(scope="module")
+def gemma_3():
     text = {
         "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4, "initializer_range": 0.2,
@@ -118,8 +120,17 @@ def test_the_language_model_of_a_gemma_3_with_images_is_read_and_exported(tmp_pa
     }  # fmt: skip
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     torch.manual_seed(0)
-    model = transformers.Gemma3ForConditionalGeneration(config).eval()
-    model.save_pretrained(tmp_path / "model")
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+def logits_in_torch(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(TOKENS)).logits[0, 1:].numpy()
+
+
+def test_the_language_model_of_a_gemma_3_with_images_is_read_and_exported(gemma_3, tmp_path):
+    """Whether tensors are named as by transformers 4, as the published ones are, or 5."""
+    gemma_3.save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     parts = [("language_model.model.", "model.language_model.")]
@@ -134,12 +145,29 @@ def test_the_language_model_of_a_gemma_3_with_images_is_read_and_exported(tmp_pa
             found.append(hf.load_pretrained(tmp_path / "model"))
     (policy, params), (_, again) = found
     jax.tree.map(np.testing.assert_array_equal, params, again)
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor(TOKENS)).logits[0, 1:].numpy()
-    np.testing.assert_allclose(logits(policy, params), expected, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(logits(policy, params), logits_in_torch(gemma_3), rtol=0, atol=5e-5)
     hf.save_pretrained(policy, params, tmp_path / "exported")
     exported, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "exported", output_loading_info=True, dtype=torch.float32
     )
     assert type(exported).__name__ == "Gemma3ForCausalLM"
     assert not any(info.values()), info
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # PEFT's, of torch
+def test_adapters_of_a_gemma_3_with_images_are_its_language_models_for_peft_too(gemma_3, tmp_path):
+    peft = pytest.importorskip("peft")
+    gemma_3.save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match="only its language model is read"):
+        policy, params = hf.load_pretrained(tmp_path / "model")
+    adapters, base = lora.adapt(policy, params, rank={"q_proj": 2, "down_proj": 3}, alpha=7.0, key=jax.random.key(0))
+    adapters = jax.tree.map(lambda x: x + 0.05, adapters)
+    hf.save_adapters(policy, adapters, base, tmp_path / "ours", base_model=str(tmp_path / "model"))
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(gemma_3), tmp_path / "ours").eval()
+    ours = logits(policy, bind(adapters, base))
+    assert np.max(np.abs(ours - logits(policy, params))) > 0.01
+    np.testing.assert_allclose(ours, logits_in_torch(model), rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path / "theirs")
+    jax.tree.map(np.testing.assert_array_equal, hf.load_adapters(policy, params, tmp_path / "theirs"), (adapters, base))
+    hf.save_pretrained(policy, params, tmp_path / "exported")
+    assert "_beside_images" not in (tmp_path / "exported" / "config.json").read_text()

@@ -10,7 +10,8 @@ is the sum of theirs, with blocks of zeros, which computes the same:
 
     lora_A = [a_q; a_k; a_v]      lora_B = diag(b_q, b_k, b_v)
 
-and read as one of the same `lora_a` for each kernel, which training then moves apart.
+and read as one of the same `lora_a` for each kernel, which training then moves apart. A model that also sees images has
+the layers under `model.language_model`, as their names in the folder of its adapters have.
 
 The metadata of what is written here hold the ranks of such blocks, and a digest of the base, so that adapters are not
 put on another one unawares.
@@ -22,10 +23,12 @@ import json
 import math
 import os
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -34,7 +37,7 @@ from grpo_jax import processes
 from grpo_jax.freezing import bind, named_leaves
 from grpo_jax.models import experts, lora
 from grpo_jax.models.hf.finite import check_finite
-from grpo_jax.models.hf.folders import local_folder, open_shard, read_json, short, write_json
+from grpo_jax.models.hf.folders import BESIDE_IMAGES, local_folder, open_shard, read_json, short, write_json
 from grpo_jax.models.hf.layout import leaves_of
 from grpo_jax.models.hf.replacing import replacing
 from grpo_jax.models.hf.shards import held, write_shard
@@ -44,6 +47,11 @@ from grpo_jax.types import Params
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DIGEST = "base_sha256"
 _PREFIX = "base_model.model."
+_LAYERS = "model.layers"
+_LAYERS_BESIDE_IMAGES = (
+    "model.language_model.layers",
+    "language_model.model.layers",
+)  # from transformers 4.52 on; before
 _RANKS = "ranks_of_parts"
 _OF_EXPERTS = "mlp.experts."
 
@@ -90,8 +98,8 @@ def save_adapters(
 
     Raises:
       FileExistsError: if `path` holds what no export wrote.
-      ValueError: if these are no adapters of this base, or its family's tensors hold several layers' kernels;
-        for adapters that are not finite.
+      ValueError: if these are no adapters of this base, or others than adapters are among them; for adapters that are
+        not finite.
     """
     check_finite(adapters)
     tensors: dict[str, np.ndarray] = {}
@@ -99,24 +107,34 @@ def save_adapters(
     ranks: dict[str, dict[str, int]] = {}
     targets = [target for target in _targets(policy, bind(adapters, base)) if target.adapted]
     nested = {_OF_EXPERTS + "gate_up_proj", _OF_EXPERTS + "down_proj"} <= {target.name for target in targets}
+    beside_images = BESIDE_IMAGES in json.loads(policy.config.hf_config or "{}")
+    layers = _LAYERS_BESIDE_IMAGES[0] if beside_images else _LAYERS
     for target in targets:
         a, b, scale = _together(target, [other for other in targets if other.of_experts == target.of_experts])
         for i in range(len(a)):
-            name = _module(target.name, i, nested)
+            name = _module(target.name, layers, i, nested)
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = _to_peft(a[i], b[i])
         settings[target.name] = [(a.shape[-1], float(f"{x * a.shape[-1]:.7g}")) for x in scale.tolist()]
         if len(target.parts) > 1 or target.of_experts:
             ranks[target.name] = {part.path[-1]: part.module[lora.A].shape[-1] for part in target.adapted}
     if not tensors:
         raise ValueError("there are no adapters: pass save_adapters(policy, state.params, state.frozen, ...)")
+    if trained := [name for name, _ in named_leaves(adapters) if not name.endswith((lora.A, lora.B))]:
+        raise ValueError(
+            f"a folder of adapters has no place for what else is trained, such as {trained[0]}: write the merged "
+            "model, hf.save_pretrained(policy, lora.merge_later(state.params, state.frozen), ...)"
+        )
     # PEFT warns of patterns for parameters, so that those of experts have the ranks and alphas that need none.
     rank, alpha = max(settings.items(), key=lambda item: item[0].startswith(_OF_EXPERTS))[1][0]
     others = {
-        f"model.layers.{i}.{target}": values
+        f"{layers}.{i}.{target}": values
         for target, of_layers in settings.items()
         for i, values in enumerate(of_layers)
         if values != (rank, alpha)
     }
+    modules: str | list[str] = sorted(name.rpartition(".")[2] for name in settings if not name.startswith(_OF_EXPERTS))
+    if beside_images:  # what sees them has layers of the same names
+        modules = rf"(.*\.)?language_model\..*\.({'|'.join(modules)})"
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -125,7 +143,7 @@ def save_adapters(
         "lora_alpha": alpha,
         "rank_pattern": {name: r for name, (r, _) in others.items() if r != rank},
         "alpha_pattern": {name: a for name, (_, a) in others.items() if a != alpha},
-        "target_modules": sorted(name.rpartition(".")[2] for name in settings if not name.startswith(_OF_EXPERTS)),
+        "target_modules": modules,
         "target_parameters": sorted(name for name in settings if name.startswith(_OF_EXPERTS)) or None,
         "use_rslora": False,  # the scale is alpha / r, whatever it was made of
         "bias": "none",
@@ -190,17 +208,19 @@ def load_adapters(
         tensors = {name: shard.get_tensor(name) for name in sorted(shard.keys())}
     trained_on, ranks = metadata.get(_DIGEST), json.loads(metadata.get(_RANKS, "{}"))
     nested = any(f".{_OF_EXPERTS}base_layer." in name for name in tensors)
+    known = (layers for layers in _LAYERS_BESIDE_IMAGES if any(x.startswith(f"{_PREFIX}{layers}.") for x in tensors))
+    layers = next(known, _LAYERS)
     targets = [
         target
         for target in _targets(policy, params)
-        if f"{_module(target.name, 0, nested)}.lora_A.weight" in tensors
+        if f"{_module(target.name, layers, 0, nested)}.lora_A.weight" in tensors
         and (nested or _is_targeted(target.name, config))
     ]
-    if offenders := list(_offenders(tensors, targets, nested)):
+    if offenders := list(_offenders(tensors, targets, layers, nested)):
         raise ValueError("\n  ".join([f"{folder} does not hold adapters of this base:", *map(short, offenders[:20])]))
     if not any_base and trained_on not in (None, _digest(params)):
         raise ValueError(
-            f"{folder} was trained on another base, of the digest {str(trained_on)[:12]}: its "
+            f"{folder} was trained on another base, or on this one in another dtype or other codes: its "
             f"base_model_name_or_path is {config.get('base_model_name_or_path')!r}. any_base=True puts it on this one"
         )
     adapters: Params = {}
@@ -209,10 +229,10 @@ def load_adapters(
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
         scale: list[float] = []
         for i in range(target.stack[0]):
-            name = _module(target.name, i, nested)
+            name = _module(target.name, layers, i, nested)
             rows, columns = (tensors[f"{name}.lora_{x}.weight"] for x in "AB")
             pairs.append(_from_peft(rows, columns, target.stack[1:]))
-            scale.append(_scale(config, f"model.layers.{i}.{target.name}", pairs[-1][0].shape[-1]))
+            scale.append(_scale(config, f"{layers}.{i}.{target.name}", pairs[-1][0].shape[-1]))
         rank = max(a.shape[-1] for a, _ in pairs)
         a = np.zeros((*target.stack, target.inputs, rank), np.float32)
         b = np.zeros((*target.stack, rank, target.outputs), np.float32)
@@ -306,11 +326,11 @@ def _together(target: _Target, others: Sequence[_Target]) -> tuple[np.ndarray, n
     return joined_a, joined_b, scale
 
 
-def _module(target: str, layer: int, nested: bool) -> str:
+def _module(target: str, layers: str, layer: int, nested: bool) -> str:
     """PEFT's name of a target: of two tensors of experts, the wrapper of the first lies within that of the second."""
     if target.startswith(_OF_EXPERTS):
         target = "mlp.experts.base_layer" if nested and target.endswith("gate_up_proj") else "mlp.experts"
-    return f"{_PREFIX}model.layers.{layer}.{target}"
+    return f"{_PREFIX}{layers}.{layer}.{target}"
 
 
 def _is_targeted(target: str, config: dict[str, Any]) -> bool:
@@ -340,14 +360,14 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def _offenders(tensors: dict[str, np.ndarray], targets: list[_Target], nested: bool) -> Iterator[str]:
+def _offenders(tensors: dict[str, np.ndarray], targets: list[_Target], layers: str, nested: bool) -> Iterator[str]:
     """A line for each tensor that is not an adapter's, of another shape, or missing."""
     wanted: dict[
         str, tuple[int, int]
     ] = {}  # name -> the size that is not the rank, and of how many experts the rank is
     for target in targets:
         for i in range(target.stack[0]):
-            name, times = _module(target.name, i, nested), math.prod(target.stack[1:])
+            name, times = _module(target.name, layers, i, nested), math.prod(target.stack[1:])
             wanted |= {
                 f"{name}.lora_A.weight": (target.inputs, times),
                 f"{name}.lora_B.weight": (target.outputs, times),
@@ -373,12 +393,20 @@ def _offenders(tensors: dict[str, np.ndarray], targets: list[_Target], nested: b
             yield f"{name}: holds NaN or infinite numbers"
 
 
+_KNOWN: list[tuple[list[weakref.ref[jax.Array]], str]] = []  # of the last base: a server is given its adapters in turn
+
+
 def _digest(base: Params) -> str:
-    """Of the names, dtypes, shapes and bytes of a base without the scales of its adapters."""
+    """Of the names, dtypes, shapes and bytes of a base without the scales of its adapters; once for the same arrays."""
+    named = [(name, leaf) for name, leaf in named_leaves(base) if not name.endswith(lora.SCALE)]
+    for arrays, known in _KNOWN:
+        if len(arrays) == len(named) and all(x() is leaf for x, (_, leaf) in zip(arrays, named, strict=True)):
+            return known
     digest = hashlib.sha256()
-    for name, leaf in named_leaves(base):
-        if not name.endswith(lora.SCALE):
-            digest.update(json.dumps([name, str(leaf.dtype), leaf.shape]).encode())
-            for block in processes.blocks(leaf):
-                digest.update(np.ascontiguousarray(block).view(np.uint8).data)
+    for name, leaf in named:
+        digest.update(json.dumps([name, str(leaf.dtype), leaf.shape]).encode())
+        for block in processes.blocks(leaf):
+            digest.update(np.ascontiguousarray(block).view(np.uint8).data)
+    if all(isinstance(leaf, jax.Array) for _, leaf in named):  # which do not change
+        _KNOWN[:] = [([weakref.ref(leaf) for _, leaf in named], digest.hexdigest())]
     return digest.hexdigest()

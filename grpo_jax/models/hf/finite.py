@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.freezing import named_leaves
+from grpo_jax.models import lora
 from grpo_jax.types import Array, Params
 
 
@@ -26,12 +27,17 @@ def check_finite(params: Params, dtypes: Sequence[np.dtype] | None = None) -> No
     named = named_leaves(params)
     if dtypes is None:
         dtypes = [jnp.dtype(leaf.dtype) for _, leaf in named]
-    wrong = [name for (name, leaf), dtype in zip(named, dtypes, strict=True) if not _is_finite(leaf, dtype)]
+    wrong = [name for (name, leaf), dtype in zip(named, dtypes, strict=True) if not _are_finite(leaf, dtype)]
     if wrong:
         raise ValueError(
             f"weights that are NaN or infinite, in {len(wrong)} parameters: {', '.join(wrong[:3])}: nothing is "
             "written; export an earlier checkpoint"
         )
+
+
+def _are_finite(leaf: Array | lora.Merged, dtype: np.dtype) -> bool:
+    parts = [leaf[layer,] for layer in range(leaf.shape[0])] if isinstance(leaf, lora.Merged) else [leaf]
+    return all(bool(_is_finite(part, dtype)) for part in parts)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -11,8 +11,10 @@ import huggingface_hub
 import safetensors
 import transformers
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BESIDE_IMAGES = "_beside_images"  # noted in the config of a language model that is a part of one that sees images
 TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configs, chat templates, vocabularies
 
 
@@ -27,12 +29,12 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
 
     Of Gemma 3 with images that of its language model; of gpt-oss in mxfp4 that of the floats.
     """
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no config.json, only {short(sorted(os.listdir(folder)))}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many kinds, by the field
-        raise ValueError(f"transformers does not read {folder / 'config.json'}: {short(str(error), 1000)}") from error
+        raise ValueError(f"transformers does not read {folder / CONFIG}: {short(str(error), 1000)}") from error
     if config.model_type == "gpt_oss" and _method(config) == "mxfp4":
         del config.quantization_config  # its codes are read as the floats that they stand for
     if config.model_type != "gemma3":
@@ -41,7 +43,11 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
         f"{folder} also sees images; only its language model is read, and exports are language models, too",
         stacklevel=2,
     )
-    return config.get_text_config()
+    text = config.get_text_config()
+    setattr(text, BESIDE_IMAGES, True)
+    if found := getattr(config, "quantization_config", None):
+        text.quantization_config = found
+    return text
 
 
 def _method(config: transformers.PretrainedConfig) -> str | None:

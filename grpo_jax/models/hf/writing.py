@@ -19,7 +19,7 @@ from grpo_jax.freezing import named_leaves
 from grpo_jax.models import lora
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.hf.finite import check_finite
-from grpo_jax.models.hf.folders import INDEX, WEIGHTS, write_json
+from grpo_jax.models.hf.folders import BESIDE_IMAGES, INDEX, WEIGHTS, write_json
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
 from grpo_jax.models.hf.replacing import replacing
 from grpo_jax.models.hf.shards import Tensor, write_shard, written_by_first
@@ -49,7 +49,7 @@ def save_pretrained(
 
     Args:
       policy: a decoder whose config came from `models.from_hf_config`.
-      params: its parameters.
+      params: its parameters, or `lora.merge_later(state.params, state.frozen)`.
       path: a new or empty folder, or one that this function wrote.
       tokenizer: saved beside the weights.
       eos_ids: tokens that end a completion, beside those of the config and the tokenizer.
@@ -69,8 +69,8 @@ def save_pretrained(
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {fields['vocab_size']}")
     if special := [name for name, _ in named_leaves(params) if name.endswith((lora.A, lora.SCALE, "qvalue"))]:
         raise ValueError(
-            f"the params hold what an export has no place for, such as {special[0]}: pass lora.merge(state.params, "
-            "state.frozen), or write the adapters alone by save_adapters"
+            f"the params hold what an export has no place for, such as {special[0]}: pass "
+            "lora.merge_later(state.params, state.frozen), or write the adapters alone by save_adapters"
         )
     shapes = shapes_of(policy)
     chex.assert_trees_all_equal_shapes(params, shapes)
@@ -110,7 +110,7 @@ def _write(
 class _Part(NamedTuple):
     """What of a tensor is a parameter's."""
 
-    array: Array  # all layers
+    array: Array | lora.Merged  # all layers
     place: tuple[int, ...]  # of the layer and the expert
     leaf: Leaf
     dtype: np.dtype
@@ -122,8 +122,15 @@ def _get(leaf: Array, index: tuple[int | Array, ...], transposed: bool, dtype: n
     return (tensor.T if transposed else tensor).astype(dtype)
 
 
+def _make_part(part: _Part) -> np.ndarray:
+    array, place = part.array, part.place
+    if isinstance(array, lora.Merged):
+        array, place = array[place], ()
+    return processes.whole(_get(array, place, part.leaf.transposed, part.dtype))
+
+
 def _shards(
-    leaves: list[Leaf], arrays: list[Array], dtypes: list[np.dtype], max_shard_bytes: int
+    leaves: list[Leaf], arrays: list[Array | lora.Merged], dtypes: list[np.dtype], max_shard_bytes: int
 ) -> list[dict[str, Tensor]]:
     """The tensors of each file."""
     parts: dict[str, list[_Part]] = {}
@@ -158,7 +165,7 @@ def _write_shards(folder: Path, shards: Sequence[Mapping[str, Tensor]]) -> None:
 def _make(parts: list[_Part]) -> np.ndarray:
     """A tensor, of one parameter or of several, one below the other or column by column."""
     ordered = sorted(parts, key=lambda part: (part.leaf.first_row, part.leaf.columns or ()))
-    made = [processes.whole(_get(part.array, part.place, part.leaf.transposed, part.dtype)) for part in ordered]
+    made = [_make_part(part) for part in ordered]
     if ordered[0].leaf.columns is not None:
         return np.stack(made, axis=-1).reshape(ordered[0].leaf.tensor_shape)
     return made[0] if len(made) == 1 else np.concatenate(made)
@@ -184,4 +191,4 @@ def _exported_config(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
         replaced["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if local and local["rope_theta"] != rope["rope_theta"]:
         replaced["rope_local_base_freq"] = local["rope_theta"]
-    return {name: value for name, value in fields.items() if name != "auto_map"} | replaced
+    return {name: value for name, value in fields.items() if name not in ("auto_map", BESIDE_IMAGES)} | replaced
