@@ -79,6 +79,7 @@ def train(config: Config) -> Params:
     inputs.check_tokens(config.model, tokenizer, [prompt + completion for prompt, completion in pairs], rows=rows)
     order = np.random.default_rng(config.seed).permutation(len(pairs))
     held_out, pairs = [pairs[i] for i in order[: config.eval_rows]], [pairs[i] for i in order[config.eval_rows :]]
+    inputs.tell_repeated([prompt for prompt, _ in pairs], [prompt for prompt, _ in held_out])
     if len(pairs) < config.batch_size:
         raise ValueError(f"{len(pairs)} rows to train on do not fill a batch of {config.batch_size}")
     steps = int(config.epochs * len(pairs) / config.batch_size)

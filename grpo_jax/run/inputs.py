@@ -63,6 +63,16 @@ def check_tokens(
         )
 
 
+def tell_repeated(prompts: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> None:
+    """Prints a warning if prompts to evaluate on are trained on, as where rows are in the data twice."""
+    trained = {tuple(ids) for ids in prompts}
+    if repeated := sum(tuple(ids) in trained for ids in held_out):
+        print(
+            f"warning: {repeated} of the {len(held_out)} prompts to evaluate on are also trained on: what is measured "
+            "on them is memory, too"
+        )
+
+
 def check_rewards(
     functions: Sequence[Callable[..., Any]],
     *,

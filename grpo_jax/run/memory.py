@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import transformers
 from jax.sharding import Mesh
 from jax.stages import Compiled, Traced
 
@@ -31,6 +30,7 @@ from grpo_jax import losses, models, sampling
 from grpo_jax.compiler_options import saving_memory
 from grpo_jax.freezing import bind
 from grpo_jax.models import quantized, sharding
+from grpo_jax.models.hf.folders import CONFIG, local_folder, read_config
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Loss
@@ -427,7 +427,7 @@ def of_config(config: Config) -> Planned:
     Raises:
       ValueError: if they do not fit into a chip, where its compiler says so; with what to change.
     """
-    hf_config = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+    hf_config = read_config(local_folder(config.model, None, [CONFIG]))
     weights = WeightSettings(
         lora_rank=config.lora_rank, lora_targets=config.lora_targets, quantize=config.quantize
     )  # fmt: skip
@@ -443,7 +443,7 @@ def of_config(config: Config) -> Planned:
         if config.beta:
             raise ValueError(f"a teacher is in the place of the reference: leave out --beta {config.beta}")
         loss = losses.distill()
-        theirs = transformers.AutoConfig.from_pretrained(config.teacher, trust_remote_code=False)
+        theirs = read_config(local_folder(config.teacher, None, [CONFIG]))
         network = models.decoder(models.from_hf_config(theirs, **settings | {"param_dtype": dtype}))
         teacher = Teacher(network, resolve(config.divergence, "grpo_jax.losses"))
         teacher_params = jax.eval_shape(functools.partial(_made, network, config.quantize_teacher))

@@ -94,3 +94,10 @@ def test_a_row_without_what_a_reward_requires_is_refused_with_its_place(columns,
     with pytest.raises(ValueError, match=message):
         inputs.check_arguments([right], rows, prompt_column="prompt")
     inputs.check_arguments([lambda completions, answer=None: []], rows, prompt_column="prompt")
+
+
+def test_prompts_that_are_evaluated_and_trained_on_are_told(capsys):
+    inputs.tell_repeated([[1, 2], [3], [3]], [[4], [2, 1]])
+    assert not capsys.readouterr().out
+    inputs.tell_repeated([[1, 2], [3], [3]], [[3], [4], [1, 2]])
+    assert "warning: 2 of the 3 prompts to evaluate on are also trained on" in capsys.readouterr().out

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from grpo_jax.updates import Updates, init_state
 POLICY = testing.tiny_policy("qwen2", dtype=jnp.bfloat16)
 OPTIMIZER = optax.adamw(1e-3)
 SAMPLER = sampling.sampler(group_size=2, max_tokens=16, eos_ids=(0,))
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 SIZES = {"prompts": 4, "prompt_tokens": 9}
 
 
@@ -201,3 +204,13 @@ def test_the_peak_is_what_a_process_needs(remat, micro_batches):
         if lowest == pytest.approx(planned, rel=0.15):
             return
     pytest.fail(f"measured {lowest / 2**20:.0f} MiB, planned {planned / 2**20:.0f}")
+
+
+@pytest.mark.parametrize(("name", "layers"), [("google/gemma-3-4b-it", 34), ("openai/gpt-oss-20b", 24)])
+def test_what_can_be_loaded_can_be_planned_though_its_config_is_of_more_or_of_codes(
+    name, layers, tmp_path, monkeypatch
+):
+    (tmp_path / "config.json").write_text((CONFIGS / f"{name}.json").read_text())
+    monkeypatch.setattr(memory, "planned", lambda policy, *_, **settings: policy)
+    with warnings.catch_warnings(action="ignore"):  # of images that nothing here sees
+        assert memory.of_config(memory.Config(model=str(tmp_path))).config.num_layers == layers
