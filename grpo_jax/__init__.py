@@ -46,6 +46,7 @@ _HOME = {
     "Max": "statistics",
     "Mean": "statistics",
     "Policy": "policies",
+    "PolicySampler": "sampling",
     "Prompts": "types",
     "Rollout": "types",
     "Scheduled": "schedules",
@@ -57,7 +58,6 @@ _HOME = {
     "make_learn": "train_step",
     "make_run": "study.runs",
     "make_train_step": "train_step",
-    "sample": "sampling",
     "score": "scoring",
     "update": "updates",
 }

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+import grpo_jax
+
 PACKAGE = pathlib.Path(__file__).parents[1] / "grpo_jax"
 AROUND = ("grpo_jax.run", "grpo_jax.study")
 
@@ -77,6 +79,14 @@ def test_losses_know_only_types_statistics_and_protocols(module):
 @pytest.mark.parametrize("module", sorted(FOUNDATIONS))
 def test_the_foundations_import_only_one_another(module):
     assert imports(module, in_functions=True) <= FOUNDATIONS
+
+
+def test_each_name_of_the_package_is_there_for_readers_and_for_type_checkers():
+    for name in grpo_jax.__all__:
+        assert getattr(grpo_jax, name) is not None
+    (types,) = filter(for_type_checkers, ast.parse(MODULES["grpo_jax"].read_text()).body)
+    declared = {alias.asname: node.module for node in types.body for alias in node.names}
+    assert declared == {name: f"grpo_jax.{module}" for name, module in grpo_jax._HOME.items()}
 
 
 @pytest.mark.parametrize(

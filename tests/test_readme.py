@@ -24,6 +24,10 @@ def test_the_ten_lines_run_and_the_reward_rises(capsys):
     assert float(capsys.readouterr().out) > 0.8
 
 
+def test_it_is_at_most_130_lines():
+    assert len(README.splitlines()) <= 130
+
+
 def test_the_table_of_objectives_has_them_all():
     makers = {
         name

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.advantages import centered_advantages, group_advantages, leave_one_out_advantages
+from grpo_jax.advantages import centered_advantages, from_rewards, group_advantages, leave_one_out_advantages
+from grpo_jax.sampling import turn_rewards
 from grpo_jax.statistics import summary
 from grpo_jax.turn_advantages import by_role, by_turn, from_turns, pooled, to_tokens
 from grpo_jax.types import Experience, Prompts, Rollout, Turns
@@ -117,6 +118,18 @@ def test_with_one_turn_each_it_is_the_estimator_of_the_outcome(estimator):
     advantages, _ = from_turns(compare=by_turn(estimator))(experience)
     expected = estimator(one.rewards[..., 0], one.mask[..., 0])
     np.testing.assert_allclose(advantages[..., 0], expected, atol=1e-6)
+
+
+def test_the_outcome_alone_counts_for_all_turns_of_a_conversation():
+    experience = experience_of(4)
+    turns = experience.rollout.turns
+    rewards, mask = turn_rewards(experience.rollout)
+    advantages, _ = from_rewards(group_advantages)(experience._replace(rewards=rewards, reward_mask=mask))
+    expected = np.zeros((B, G))
+    for b in range(B):
+        there = ~np.asarray(turns.failed[b])
+        expected[b, there] = normalised(np.asarray(turns.rewards[b], np.float64).sum(-1)[there])
+    np.testing.assert_allclose(advantages, expected, atol=2e-5)
 
 
 def test_what_follows_the_last_turn_has_no_value():

@@ -35,6 +35,8 @@ def sync_reference(state: TrainState, *, every: int, mixture: float | jax.Array 
     if isinstance(mixture, int | float) and not 0 < mixture <= 1:
         raise ValueError(f"mixture is above 0 and at most 1, got {mixture}")
 
+    # Not optax's functions of it: periodic_update takes the mixture of every step, due or not, copies at step 0, and
+    # incremental_update rounds the share of a bfloat16 reference before it is added.
     def renewed() -> jax.Array:
         # params + 0 * (ref - params) equals params, and is a new array: a donated state may not hold one twice.
         return jax.tree.map(

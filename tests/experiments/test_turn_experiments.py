@@ -83,6 +83,21 @@ def test_the_committed_results_are_those_that_the_pages_tell():
     assert greedy["without"].max() == max(row.get("sampled", 0) for row in found if row["condition"] == "without") == 0
 
 
+def test_the_readme_tells_the_committed_results():
+    readme = (ROOT.parent / "README.md").read_text()
+    for name, condition, metric in (
+        ("guess_the_number", "told higher or lower", "found"),
+        ("calculator", "with the calculator", "greedy"),
+    ):
+        rows = [row for row in results.read(ROOT / "results" / f"{name}.csv") if row["condition"] == condition]
+        first, last = ([row for row in rows if row["step"] == step] for step in (0, max(row["step"] for row in rows)))
+        before, after = (float(np.mean([row[metric] for row in some])) for some in (first, last))
+        sampled = float(np.mean([row["sampled"] for row in last]))
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| [`{name}.py`]")]
+        assert line.endswith(f" | {before:.3f} | {after:.3f} | | {sampled:.3f} |")
+        assert f"{len(last)} seeds" in line
+
+
 def test_without_the_calculator_the_error_does_not_fit_into_a_conversation():
     tokenizer = calculator.make_tokenizer()
     call = {"role": "assistant", "content": f"{calculator.CALL}123 * 456{calculator.CLOSE}"}

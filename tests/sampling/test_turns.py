@@ -210,6 +210,21 @@ def test_an_environment_may_reward_earlier_turns_when_it_knows_more():
     assert (rollout.turns.rewards == -1.75).any()
 
 
+def test_a_prompt_is_read_once_for_all_conversations_of_its_group(monkeypatch):
+    read, prefill = [], turns._prefill
+
+    def prefill_seen(policy, params, prompts):
+        params, cache = prefill(policy, params, prompts)
+        read.append((prompts.tokens.shape[0], *(leaf.size for leaf in jax.tree.leaves(cache))))
+        return params, cache
+
+    monkeypatch.setattr(turns, "_prefill", prefill_seen)
+    rollout = converse()
+    assert rollout.tokens.shape[:2] == (3, 4)
+    one = jax.eval_shape(DECODER.prefill, params_of("decoder"), PROMPTS.tokens, PROMPTS.lengths)
+    assert read == [(3, *(leaf.size for leaf in jax.tree.leaves(one)))]
+
+
 def test_few_programs_are_compiled():
     conversed()
     for program, most in ((turns._prefill, 1), (turns._decode, 1), (turns._read, 1), (turns._renew, 1)):
@@ -371,9 +386,13 @@ def test_a_step_learns_from_conversations():
     assert metrics["turns"] == pytest.approx(np.mean((experience.rollout.turns.ends > 0).sum(-1)))
     # What the environment wrote has no weight: other log-probs there change nothing.
     rollout = experience.rollout
-    other = rollout._replace(log_probs=jnp.where(rollout.mask, rollout.log_probs, 7.0))
+    other = rollout._replace(
+        log_probs=jnp.where(rollout.mask, rollout.log_probs, 7.0),
+        turns=rollout.turns._replace(failed=rollout.turns.failed.at[0, 1].set(True)),
+    )
     _, same = jax.jit(step.learn)(state, experience._replace(rollout=other))
     assert summary(same)["grad_norm"] == metrics["grad_norm"]
+    assert summary(same)["environment_failed"] == pytest.approx(1 / 12)
 
 
 def test_a_program_cannot_hold_a_conversation_of_the_host():
