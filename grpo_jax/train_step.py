@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.advantages import from_rewards
-from grpo_jax.freezing import bind
+from grpo_jax.freezing import bind, named_leaves
 from grpo_jax.losses.aggregates import token_mean
 from grpo_jax.policies import Policy
 from grpo_jax.programs import Program
@@ -271,7 +271,10 @@ def make_learn(
     def teacher_of(state: TrainState) -> Params:
         if state.ref_params is None:
             raise ValueError("a teacher's params are the state's ref_params: state._replace(ref_params=...)")
-        return bind(state.ref_params, state.frozen) if teacher is None or teacher.policy == policy else state.ref_params
+        # What is frozen belongs to a reference such as `init_state` keeps; a teacher of the same network may be whole.
+        names, trained = ([path for path, _ in named_leaves(x)] for x in (state.ref_params, state.params))
+        own = names == trained and (teacher is None or teacher.policy == policy)
+        return bind(state.ref_params, state.frozen) if own else state.ref_params
 
     def evaluate(params: Params, state: TrainState, experience: Experience) -> tuple[Terms, Metrics]:
         scores = score(
@@ -293,10 +296,14 @@ def make_learn(
             metrics = metrics | {"outside_truncation": token_mean(scores.outside, experience.rollout.mask)}
         return terms, metrics
 
-    learn_from = make_updates(
-        evaluate, optimizer, updates, has_data=lambda experience: jnp.any(experience.rollout.mask)
-    )
+    learn_from = make_updates(evaluate, optimizer, updates, has_data=has_tokens)
     return learn
+
+
+def has_tokens(experience: Experience) -> Array:
+    """`[]` bool, whether a token counts: one that the policy wrote or, for `losses.echo`, one that it did not write."""
+    written, others = jnp.any(experience.rollout.mask), experience.environment_mask
+    return written if others is None else written | jnp.any(others)
 
 
 def temperature_of(sampler: Sampler | Scheduled) -> Number | Scheduled:

@@ -216,10 +216,13 @@ def reward_variance(share: Number = 0.9, *, weights: Sequence[float | Array] | N
         count = jnp.maximum(jnp.sum(scored, axis=1), 1)
         centered = jnp.where(scored, rewards - (jnp.sum(jnp.where(scored, rewards, 0.0), 1) / count)[:, None], 0.0)
         variance = jnp.where(has_variance(rewards, scored), jnp.sum(centered**2, axis=1) / count, 0.0)
+        broken = jnp.isnan(variance)  # kept, so that the update is refused and not passed over
+        variance = jnp.where(broken, 0.0, variance)
         order = jnp.argsort(-variance, stable=True)
         largest = variance[order]
         before = jnp.cumsum(largest) - largest
         kept = jnp.zeros(variance.shape, bool).at[order].set((before < share * jnp.sum(variance)) & (largest > 0))
+        kept = kept | broken
         masked = _with_mask(experience, experience.rollout.mask & kept[:, None, None])
         return masked, {"kept_groups": Mean(jnp.sum(kept), jnp.asarray(kept.size))}
 

@@ -336,6 +336,15 @@ def test_reward_variance_keeps_the_groups_that_carry_their_share(share):
     assert summary(metrics)["kept_groups"] == pytest.approx(np.mean(expected))
 
 
+def test_reward_variance_keeps_a_group_whose_rewards_are_no_numbers_so_that_its_update_is_refused():
+    experience = experience_of()
+    whole, broken = (
+        reward_variance(0.5)(experience._replace(rewards=rewards))[0].rollout.mask.any((1, 2))
+        for rewards in (experience.rewards.at[0].set(0.0), experience.rewards.at[0, 1].set(jnp.nan))
+    )
+    np.testing.assert_array_equal(broken, whole.at[0].set(True))
+
+
 def test_reward_variance_is_of_the_weighted_sum():
     experience = experience_of()
     rewards = jnp.concatenate([experience.rewards, jnp.zeros((B, G, 1)).at[1, 0].set(100.0)], -1)
@@ -390,3 +399,18 @@ def test_the_tokens_of_the_environment_are_those_that_the_mask_of_a_conversation
     np.testing.assert_array_equal(read.environment_mask, expected)
     assert metrics == {}
     np.testing.assert_array_equal(read.rollout.mask, mask)
+
+
+def test_echo_learns_what_others_wrote_where_the_policy_has_nothing_to_learn():
+    """All rewards are equal, so that the policy's own tokens are masked."""
+    experience = experience_of()
+    rollout = experience.rollout._replace(mask=experience.rollout.mask & (jnp.arange(T) != 1))
+    experience = experience._replace(rollout=rollout, old_log_probs=None, advantages=jnp.zeros((B, G)))
+    optimizer = optax.sgd(1.0)
+    state = init_state(POLICY.init(jax.random.key(0)), optimizer, jax.random.key(0))
+
+    loss, transforms = losses.plus(losses.dapo(), losses.echo(1.0)), (environment_tokens, mask_zero_variance_groups)
+    learn = jax.jit(make_learn(POLICY, optimizer, loss=loss, transforms=transforms))
+    after, metrics = learn(state, experience)
+    assert np.any(after.params["table"] != state.params["table"])
+    assert summary(learn(after, experience)[1])["echo"] < summary(metrics)["echo"]

@@ -1,8 +1,9 @@
 """Distillation: a teacher's distribution in place of a reward, on completions from anywhere.
 
 The teacher is the reference policy: `TrainState.ref_params` holds its params, and `make_train_step(..., teacher=)` says
-which network reads them; without `teacher` it is the policy's own. Completions that the policy sampled make it
-on-policy distillation, demonstrations in the place of rollouts off-policy.
+which network reads them; without `teacher` it is the policy's own. Where something is frozen, params like the trained
+ones, such as adapters, are read with it, and those of a whole network alone. Completions that the policy sampled make
+it on-policy distillation, demonstrations in the place of rollouts off-policy.
 
 Two kinds of signal:
 

@@ -167,7 +167,8 @@ def echo(coefficient: Number = 0.1, *, aggregate: Aggregate = token_mean) -> Los
 
     A policy that reads what tools answer learns to foresee it, also where no advantage teaches it. The tokens are
     those of `environment_mask`, which the policy's own loss leaves out, and have a denominator of their own;
-    `transforms.environment_tokens` finds them in conversations.
+    `transforms.environment_tokens` finds them in conversations. Their log-probs are scored as all others are: at the
+    sampler's temperature and, where it truncates, among the tokens that it keeps.
 
     Args:
       coefficient: 0.1 in prime-rl.

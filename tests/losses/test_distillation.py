@@ -313,6 +313,20 @@ def test_a_teacher_without_params_is_refused():
         learn(init_state(PARAMS, optax.sgd(1.0), jax.random.key(0)), Experience(rolled_out()))
 
 
+def test_a_whole_teacher_of_the_same_network_is_read_without_what_the_policy_has_frozen():
+    """Such as that of a policy that trains adapters or a part of its params."""
+    policy = from_logits_fn(lambda params, tokens, mask: params["table"][tokens] + params["bias"])
+    keys = jax.random.split(jax.random.key(8), 3)
+    bias, *teacher = (jax.random.normal(key, shape) for key, shape in zip(keys, [(V,), (V, V), (V,)], strict=True))
+    whole = dict(zip(("table", "bias"), teacher, strict=True))
+    learn = jax.jit(make_learn(policy, optax.sgd(1.0), loss=distill(), teacher=Teacher(policy, reverse_kl)))
+    seen = []
+    for params, frozen in ((PARAMS | {"bias": bias}, None), (PARAMS, {"bias": bias})):
+        state = init_state(params, optax.sgd(1.0), jax.random.key(0), frozen=frozen)._replace(ref_params=whole)
+        seen.append(summary(learn(state, Experience(rolled_out()))[1])["divergence"])
+    np.testing.assert_allclose(seen[1], seen[0], rtol=1e-6)
+
+
 def test_the_teacher_reads_its_own_prompts_where_the_experience_has_some():
     """Both for the sampled token and for the whole divergence; the policy's own log-probs stay what they are."""
     rollout = rolled_out()
