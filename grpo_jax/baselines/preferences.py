@@ -7,7 +7,7 @@ from grpo_jax.advantages import Weights
 from grpo_jax.baselines.selection import candidates, select
 from grpo_jax.losses.contract import masked_sum
 from grpo_jax.statistics import Mean
-from grpo_jax.types import Array, Experience, Metrics, Number, Rollout
+from grpo_jax.types import Array, Experience, Metrics, Number, Prompts, Rollout
 
 
 def pairs(experience: Experience, *, weights: Weights | None = None) -> Experience:
@@ -45,15 +45,25 @@ def from_demonstrations(chosen: Rollout, rejected: Rollout) -> Experience:
     """Pairs that were given, such as a data set's: two of `data.make_demonstrations`, of the same prompts.
 
     Raises:
-      ValueError: if they are not of one completion a prompt and of the same widths.
+      ValueError: if they are not of one completion a prompt and of the same widths, or of other prompts.
     """
     if chosen.tokens.shape != rejected.tokens.shape or chosen.tokens.shape[1] != 1:
         raise ValueError(
             "chosen and rejected have one completion a prompt and the same shape, got "
             f"{chosen.tokens.shape} and {rejected.tokens.shape}; make_demonstrations(..., max_tokens=) sets the width"
         )
+    if not _same(chosen.prompts, rejected.prompts):
+        raise ValueError("chosen and rejected are completions of the same prompts, in one order; these are of others")
     joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), chosen[1:], rejected[1:])
     return Experience(Rollout(chosen.prompts, *joined))
+
+
+def _same(a: Prompts, b: Prompts) -> bool:
+    """Whether the tokens are the same; traced ones cannot be looked at and pass."""
+    held = (a.tokens, a.lengths, b.tokens, b.lengths)
+    if any(isinstance(x, jax.core.Tracer) for x in held):
+        return True
+    return bool(jnp.array_equal(a.tokens, b.tokens) and jnp.array_equal(a.lengths, b.lengths))
 
 
 def whole_pairs(experience: Experience) -> Array:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from grpo_jax.advantages import Weights, total_reward
@@ -39,9 +40,10 @@ def select(experience: Experience, places: Array, counted: Array) -> Experience:
         return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
 
     def taken(fields: dict[str, Any], *left_out: str) -> dict[str, Any]:
-        return {name: take(x) for name, x in fields.items() if x is not None and name not in left_out}
+        return {name: jax.tree.map(take, x) for name, x in fields.items() if x is not None and name not in left_out}
 
     rollout = experience.rollout
     rollout = rollout._replace(**taken(rollout._asdict(), "prompts"))
     rollout = rollout._replace(mask=rollout.mask & counted[..., None])
-    return Experience(rollout, **taken(experience._asdict(), "rollout", "packing", "token_share"))
+    fields = taken(experience._asdict(), "rollout", "packing", "token_share", "teacher_prompts")
+    return Experience(rollout, **fields, teacher_prompts=experience.teacher_prompts)

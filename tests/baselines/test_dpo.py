@@ -277,3 +277,6 @@ def test_offline_dpo_learns_the_pairs_that_were_given():
     narrow = data.make_demonstrations(prompts, [[3], [5], [7], [3]])
     with pytest.raises(ValueError, match=r"got \(4, 1, 3\) and \(4, 1, 1\)"):
         preferences.from_demonstrations(chosen, narrow)
+    of_others = data.make_demonstrations(prompts[::-1], [[3, EOS], [5, EOS], [7, 7, EOS], [3, EOS]], max_tokens=3)
+    with pytest.raises(ValueError, match="of the same prompts, in one order; these are of others"):
+        preferences.from_demonstrations(chosen, of_others)

@@ -13,7 +13,7 @@ from grpo_jax.policies import from_logits_fn
 from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts
 from grpo_jax.train_step import make_learn, make_train_step
-from grpo_jax.types import Experience, Rollout
+from grpo_jax.types import Experience, Likeliest, Rollout, Turns
 from grpo_jax.updates import Updates, init_state
 
 V, EOS, B, G, T = 9, 1, 6, 4, 4
@@ -165,3 +165,21 @@ def test_refuses_to_keep_none_or_more_than_there_are(keep):
 def test_an_experience_without_rewards_is_refused():
     with pytest.raises(ValueError, match="the experience has no rewards"):
         best_of_n(Experience(scored_experience().rollout))
+
+
+def test_turns_and_what_a_teacher_says_go_with_their_completions():
+    experience, numbers = scored_experience(), jnp.arange(B * G * T * 2).reshape(B, G, T, 2)
+    turns = Turns(numbers[..., 0], 1.0 * numbers[..., 1], numbers[..., 0] > 30, numbers[..., 0, 0] > 60)
+    prompts = experience.rollout.prompts
+    given = experience._replace(
+        rollout=experience.rollout._replace(turns=turns),
+        teacher_top=Likeliest(numbers, -1.0 * numbers),
+        teacher_prompts=prompts,
+    )
+    best = best_of_n(given, keep=2, weights=(1.0, 1.0))
+    order, _ = ranked(experience, (1.0, 1.0))
+    assert best.teacher_prompts is prompts
+    for b in range(B):
+        for place, g in enumerate(order[b][:2]):
+            held = (best.rollout.turns, best.teacher_top), (turns, given.teacher_top)
+            jax.tree.map(lambda a, e, b=b, g=g, p=place: np.testing.assert_array_equal(a[b, p], e[b, g]), *held)
