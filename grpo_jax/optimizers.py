@@ -22,8 +22,8 @@ def muon(
         update = -learning_rate * 0.2 * sqrt(max(in, out)) * orthogonalised(momentum)
 
     optax's own choice is by the number of axes, which is the wrong way round here: kernels are stacks `[L, in, out]`,
-    and the matrices `[vocabulary, D]` are embedding and head, which Muon's authors leave to Adam. Each layer's matrix
-    is orthogonalised by itself. Adam's momentum is Nesterov's, too.
+    or `[L, E, in, out]` of experts, and the matrices `[vocabulary, D]` are embedding and head, which Muon's authors
+    leave to Adam. Each matrix is orthogonalised by itself. Adam's momentum is Nesterov's, too.
 
     Args:
       params: what is trained, or its shapes; adapters are stacks of matrices, too.
@@ -38,8 +38,9 @@ def muon(
     """
 
     def numbers(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
-        is_matrix = any(getattr(key, "key", None) == "layers" for key in path) and leaf.ndim == 3
-        return MuonDimensionNumbers(reduction_axis=1, output_axis=2) if is_matrix else None
+        names = [getattr(key, "key", None) for key in path]
+        is_matrix = "layers" in names and leaf.ndim >= 3 and names[-1] != "bias"  # those of experts are [L, E, out]
+        return MuonDimensionNumbers(reduction_axis=-2, output_axis=-1) if is_matrix else None
 
     dimensions = jax.tree_util.tree_map_with_path(numbers, params)
     if not jax.tree.leaves(dimensions, is_leaf=lambda x: isinstance(x, MuonDimensionNumbers)):

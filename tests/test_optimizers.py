@@ -67,3 +67,25 @@ def test_adapters_are_matrices_too():
 def test_params_without_stacked_layers_are_refused():
     with pytest.raises(ValueError, match=r"no stacks of a decoder's layers; optax\.contrib\.muon"):
         optimizers.muon({"table": jnp.ones((3, 3))}, optax.constant_schedule(0.1))
+
+
+def test_the_matrix_of_each_expert_is_orthogonalised_by_itself_and_their_biases_are_adams():
+    rng = np.random.default_rng(0)
+    shapes = {"experts_up": {"kernel": (2, 3, 4, 6), "bias": (2, 3, 6)}, "router": (2, 4, 3)}
+    grads = {"layers": jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x), jnp.float32), shapes, is_leaf=is_shape)}
+    optimizer = optimizers.muon(grads, 0.1)
+    changes, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    experts, of_experts = changes["layers"]["experts_up"], grads["layers"]["experts_up"]
+    for layer, expert in np.ndindex(2, 3):
+        matrix = np.asarray(of_experts["kernel"][layer, expert], np.float64)
+        expected = -0.1 * 0.2 * np.sqrt(6) * orthogonalised(matrix)
+        np.testing.assert_allclose(experts["kernel"][layer, expert], expected, rtol=1e-2, atol=1e-3)
+    router = np.asarray(grads["layers"]["router"][1], np.float64)
+    np.testing.assert_allclose(changes["layers"]["router"][1], -0.04 * orthogonalised(router), rtol=1e-2, atol=1e-3)
+    adam = optax.nadam(0.1)
+    expected, _ = adam.update(of_experts["bias"], adam.init(of_experts["bias"]), of_experts["bias"])
+    np.testing.assert_allclose(experts["bias"], expected, rtol=1e-5)
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
