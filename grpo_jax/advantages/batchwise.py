@@ -65,17 +65,19 @@ def reinforce_plus_plus(
 
         R[t] = r at the last token that counts, else 0, - beta * estimate(log p[t], log ref[t])
         G[t] = sum over s >= t of gamma^(s - t) R[s], over tokens that count
-        A[t] = (G[t] - mean(G)) / (std(G) + eps)            over the tokens that count of the batch
+        A[t] = (G[t] - mean(G)) / sqrt(var(G) + eps)        over the tokens that count of the batch
 
     (Hu et al. 2025.) It knows no groups. `p` is the policy that sampled, as in `kl_cost`. Tokens that the policy did
-    not write take no step of the discount, as in verl, which normalises with the sample's variance (`ddof=1`).
+    not write take no step of the discount, as in verl, which normalises with the sample's variance (`ddof=1`). `eps` is
+    under the root, as in verl: with equal rewards and a policy that is still the reference, the returns differ by
+    rounding alone, which a deviation below `sqrt(eps)` leaves small.
 
     Args:
       beta: weight of the divergence, at least 0; above 0 it needs a reference.
       gamma: discount per token.
       estimate: of the divergence; `kl_k1` in the paper.
-      ddof: of the deviation.
-      eps: added to the deviation.
+      ddof: of the variance.
+      eps: added to the variance.
       weights: as in `from_rewards`.
       names: as in `from_rewards`.
 
@@ -104,7 +106,7 @@ def reinforce_plus_plus(
         centered = from_mean(returns.reshape(row), counted.reshape(row), axis=None)
         deviation = root_mean_square(centered, counted.reshape(row), axis=None, ddof=ddof)
         varies = has_variance(returns.reshape(row), counted.reshape(row))
-        normalised = jnp.where(varies, centered / (deviation + eps), 0.0).reshape(counted.shape)
+        normalised = jnp.where(varies, centered / jnp.hypot(deviation, jnp.sqrt(eps)), 0.0).reshape(counted.shape)
         return jnp.where(counted, normalised, 0.0), metrics
 
     return advantage

@@ -20,6 +20,8 @@ from grpo_jax.schedules import running_baseline
 from grpo_jax.schedules.running_baseline import RunningBaseline
 from grpo_jax.types import Array, Experience, Number
 
+_FAR = 64  # half-lives after which nothing is left of a reward
+
 
 class Path(NamedTuple):
     """How far the policy has come since the run began, and had come when each baseline was observed last."""
@@ -106,6 +108,7 @@ def spo(
         rows, scored = _index(held)(experience), total_reward(experience, weights)[1]
         now = jnp.zeros(seen.shape, bool).at[rows].max(jnp.any(scored, axis=1))
         running = running_baseline.observe(held.running, experience, _index(held), decay=decay, weights=weights)
+        moved = jnp.nan_to_num(jnp.minimum(moved, _FAR * half_life))  # infinite, it could not be told from later ones
         return held._replace(running=running, path=Path(length + moved, jnp.where(now, length, seen)))
 
     path = Path(jnp.zeros(()), jnp.zeros(whole.begin.running.total.shape))

@@ -161,7 +161,7 @@ def spo(
     index: Index,
     *,
     ddof: int = 0,
-    eps: Number = 1e-8,
+    eps: Number = 1e-4,
     weights: Sequence[float | Array] | None = None,
     names: Sequence[str] | None = None,
 ) -> Advantage:
@@ -169,7 +169,8 @@ def spo(
 
         d[b, g] = r[b, g] - baseline[index[b]]        A = (d - mean(d)) / (std(d) + eps)
 
-    Arguments as in `rae`; `ddof` and `eps` as in `advantages.batch_normalised_advantages`.
+    Arguments as in `rae`; `ddof` and `eps` as in `advantages.batch_normalised_advantages`. An `eps` near the rounding
+    of a baseline, 1e-7 of it, would make advantages of that rounding where all rewards are what was expected.
     """
 
     def advantage(experience: Experience) -> tuple[Array, Metrics]:
@@ -187,6 +188,7 @@ def _sums(
 ) -> tuple[Array, Array]:
     """Of the rewards that each baseline has seen in this experience, and their numbers, `[N]`."""
     rewards, scored = total_reward(experience, weights)
+    scored = scored & jnp.isfinite(rewards)  # the update is refused; a baseline would hold the NaN for good
     rows, nothing = index(experience), jnp.zeros_like(running.total)
     total = nothing.at[rows].add(jnp.sum(jnp.where(scored, rewards, 0.0), axis=1))
     return total, nothing.at[rows].add(jnp.sum(scored, axis=1).astype(nothing.dtype))

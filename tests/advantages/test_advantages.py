@@ -722,7 +722,7 @@ def test_reinforce_plus_plus_normalises_the_reward_less_the_divergence_still_to_
             later = (rewards[b, g] if t == places[-1] else 0.0) - beta * kl[b, g, t] + gamma * later
             returns[b, g, t] = later
     seen = returns[counted]
-    expected = np.where(counted, (returns - seen.mean()) / (seen.std() + 1e-8), 0.0)
+    expected = np.where(counted, (returns - seen.mean()) / np.sqrt(seen.var() + 1e-8), 0.0)
     actual, metrics = reinforce_plus_plus(beta, gamma=gamma)(experience)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     assert ("cost" in metrics) == (beta > 0)
@@ -730,6 +730,16 @@ def test_reinforce_plus_plus_normalises_the_reward_less_the_divergence_still_to_
         reinforce_plus_plus(0.1)(experience._replace(ref_log_probs=None))
     with pytest.raises(ValueError, match="beta is at least 0, got -1"):
         reinforce_plus_plus(-1)
+
+
+def test_reinforce_plus_plus_does_not_learn_from_the_rounding_of_a_divergence_of_0():
+    experience, _ = experience_with_tokens()
+    rounding = 3e-7 * np.random.default_rng(1).normal(size=experience.ref_log_probs.shape)
+    same = experience._replace(
+        rewards=jnp.zeros_like(experience.rewards), ref_log_probs=experience.old_log_probs + jnp.asarray(rounding)
+    )
+    advantages, _ = jax.jit(reinforce_plus_plus(0.1))(same)
+    assert 0 < np.max(np.abs(advantages)) < 0.01
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
