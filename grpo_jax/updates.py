@@ -158,19 +158,20 @@ def update(
       max_grad_norm: as in `Updates`.
 
     Returns:
-      The new state, and the metrics `grad_norm` (before clipping) and `skipped`.
+      The new state, and the metrics `grad_norm` (before clipping, of an update that was applied) and `skipped`.
 
     Raises:
       ValueError: for a `max_grad_norm` that is not above 0.
     """
     _check_max_grad_norm(max_grad_norm)
-    grad_norm = optax.tree.norm(grads)
+    # In 16 bits the squares of small numbers vanish and those of large ones overflow.
+    grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
 
     def apply(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
         clipped = grads
         if max_grad_norm is not None:
             scale = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))
-            clipped = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+            clipped = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
         changes, opt_state = optimizer.update(clipped, opt_state, params)
         return optax.apply_updates(params, changes), opt_state
 
@@ -179,12 +180,13 @@ def update(
 
     # Computed first for the answer alone, since there is no way back from params and optimiser's state that are written
     # over: no room where XLA fuses it with the reduction, a byte a number on CPUs.
-    applied = _all_finite(apply(state.params, state.opt_state)[0])
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss) & (applied | ~jnp.asarray(counted))
+    afterwards = _all_finite(apply(state.params, state.opt_state)[0])
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss) & (afterwards | ~jnp.asarray(counted))
     # Not a choice of each number: that makes XLA keep copies of the optimiser's state while it writes over it.
-    params, opt_state = jax.lax.cond(finite & counted, apply, keep, state.params, state.opt_state)
+    applied = finite & counted
+    params, opt_state = jax.lax.cond(applied, apply, keep, state.params, state.opt_state)
     metrics = {
-        "grad_norm": Mean(jnp.where(finite, grad_norm, 0.0), finite.astype(jnp.int32)),
+        "grad_norm": Mean(jnp.where(applied, grad_norm, 0.0), applied.astype(jnp.int32)),
         "skipped": Mean((~finite).astype(jnp.int32), jnp.ones((), jnp.int32)),
     }
     return state._replace(params=params, opt_state=opt_state, skipped=state.skipped + ~finite), metrics
@@ -252,7 +254,8 @@ def make_updates(
             state, update_metrics = update(
                 state, grads, optimizer, loss=total, counted=counted, max_grad_norm=updates.max_grad_norm
             )
-        return state, {"loss": Mean(total, jnp.ones((), jnp.int32))} | metrics | update_metrics
+        of_loss = Mean(jnp.where(counted, total, 0.0), counted.astype(jnp.int32))
+        return state, {"loss": of_loss} | metrics | update_metrics
 
     def gradient(state: TrainState, batch: Batch) -> tuple[Params, tuple[Terms, Metrics]]:
         if updates.micro_batches == 1:

@@ -10,7 +10,8 @@ from jax.dtypes import issubdtype, prng_key
 
 from grpo_jax import statistics, updates
 from grpo_jax.run import memory
-from grpo_jax.updates import init_state, jit_learn, update
+from grpo_jax.statistics import Mean
+from grpo_jax.updates import Updates, init_state, jit_learn, make_updates, update
 
 OPTIMIZERS = {
     "adamw": optax.adamw(1e-2, weight_decay=0.1),
@@ -155,6 +156,16 @@ def test_params_keep_their_type(dtype):
     assert state.skipped.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("size", [1e-4, 300.0])
+def test_the_norm_of_gradients_in_16_bits_is_taken_in_float32(size):
+    """In float16 the square of 1e-4 is 0 and that of 300 infinite."""
+    grads = {"w": jnp.full(4, size, jnp.float16)}
+    state = init_state({"w": jnp.zeros(4, jnp.float16)}, optax.sgd(1.0), jax.random.key(0))
+    state, metrics = update(state, grads, optax.sgd(1.0), max_grad_norm=size)
+    np.testing.assert_allclose(statistics.summary(metrics)["grad_norm"], 2 * size, rtol=1e-3)
+    np.testing.assert_allclose(state.params["w"], -size / 2, rtol=2e-3)
+
+
 def test_the_learning_rate_can_be_vmapped():
     params, grads = params_of(), params_of(1)
 
@@ -196,6 +207,17 @@ def test_a_donated_state_is_written_over_with_no_copy_of_it():
     step = jax.jit(lambda state, grads: update(state, grads, optimizer, max_grad_norm=1.0), donate_argnums=0)
     # On CPUs a byte for each number, whether it will be finite, is held; a copy of any part would be four.
     assert memory.beside(step, state, params) < memory.size(params) / 3.9
+
+
+def test_a_minibatch_without_a_token_that_counts_is_in_no_mean_of_metrics():
+    def evaluate(params, state, batch):
+        return (Mean(jnp.sum(params["w"] * batch), jnp.sum(batch > 0)),), {}
+
+    optimizer = optax.sgd(0.0)
+    state = init_state({"w": jnp.array(3.0)}, optimizer, jax.random.key(0))
+    learn = jax.jit(make_updates(evaluate, optimizer, Updates(minibatches=2)))
+    numbers = statistics.summary(learn(state, jnp.array([2.0, 0.0]))[1])
+    assert (numbers["loss"], numbers["grad_norm"]) == (6.0, 2.0)
 
 
 def test_learning_is_compiled_to_save_memory_unless_other_options_are_given(monkeypatch):
