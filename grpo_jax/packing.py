@@ -30,8 +30,13 @@ def trim(experience: Experience, *, multiple: int = 64) -> Experience:
     Args:
       experience: as `collect` returns it, before `learn`; not under jit.
       multiple: of what the new `T` is one, unless the old one is smaller.
+
+    Raises:
+      ValueError: for an experience that is packed, whose packing is for the `T` that it has.
     """
     _check(multiple)
+    if experience.packing is not None:
+        raise ValueError("a packed experience is not trimmed: pack computes no padding. Do the one or the other")
     rollout = experience.rollout
     longest = max(1, int(np.max(processes.whole(rollout.lengths))))
     width = min(rollout.tokens.shape[-1], -(-longest // multiple) * multiple)

@@ -283,3 +283,10 @@ def test_what_a_teacher_thought_likeliest_is_trimmed_with_the_tokens():
     cut = packing.trim(whole._replace(rollout=rollout, teacher_top=Likeliest(tokens, -1.0 * tokens)), multiple=1)
     np.testing.assert_array_equal(cut.teacher_top.tokens, tokens[:, :, :3])
     np.testing.assert_array_equal(cut.teacher_top.log_probs, -1.0 * tokens[:, :, :3])
+
+
+def test_what_is_packed_is_not_trimmed():
+    whole = experience()
+    packed = whole._replace(packing=packing.pack(whole.rollout, multiple=4))
+    with pytest.raises(ValueError, match="a packed experience is not trimmed"):
+        packing.trim(packed)

@@ -42,7 +42,7 @@ def make_rollout_means(
             for n, batch in enumerate(batches):
                 rollout = draw(params, prompts(batch), jax.random.key(n))
                 given, mask = map(np.asarray, reward(rollout))
-                total += np.sum(given * mask, axis=(0, 1), dtype=np.float64)
+                total += np.sum(np.where(mask, given, 0.0), axis=(0, 1), dtype=np.float64)
                 count += np.sum(mask, axis=(0, 1))
                 tokens, completions = tokens + int(np.sum(rollout.lengths)), completions + rollout.lengths.size
             means = (total / np.maximum(count, 1)).tolist()

@@ -460,6 +460,8 @@ def test_a_mesh_is_asked_for_where_there_are_several_processes(files, tmp_path, 
     mesh = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
     monkeypatch.setattr(sharding, "parse", lambda text: mesh)
     assert grpo.check(settings(files, tmp_path, mesh="fsdp=2"))[1] is mesh
+    with pytest.raises(ValueError, match="--pack goes through the host of one process: leave out --coordinator"):
+        grpo.check(settings(files, tmp_path, mesh="fsdp=2", pack=True))
 
 
 def test_a_wrong_number_of_rewards_is_told(files, tmp_path):

@@ -17,9 +17,10 @@ def sampler(policy, params, prompts, key):
 
 
 def reward(rollout):
-    """The token, of all; and its square, of those that are even."""
+    """The token, of all; and its square, of those that divide by 4, which is no number elsewhere."""
     token = np.asarray(rollout.tokens[..., 0], np.float32)
-    return np.stack([token, token**2], -1), np.stack([np.ones_like(token, bool), token % 4 == 0], -1)
+    given = token % 4 == 0
+    return np.stack([token, np.where(given, token**2, np.nan)], -1), np.stack([np.ones_like(given), given], -1)
 
 
 def test_a_mean_is_over_the_completions_that_have_the_reward():
