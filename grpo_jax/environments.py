@@ -20,8 +20,8 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from grpo_jax.event_loop import all_of, is_cancelled, leave_loop_if_held_up, run_async
 
@@ -39,7 +39,19 @@ class Turn(NamedTuple):
     earlier: Sequence[tuple[int, float]] = ()  # more for turns before it, by their numbers from 0: what is known now
 
 
-Respond = Callable[[Row, list[Message]], Any]  # (row, messages) -> Turn | None, plain or async
+class Respond(Protocol):
+    """An environment: answers a turn of the policy, plain or `async`; those that wait are called together."""
+
+    def __call__(self, row: Row, messages: list[Message], /) -> Any:
+        """Answers.
+
+        Args:
+          row: of the data set, the conversation's own copy, which may be changed to remember.
+          messages: so far, the policy's turn last.
+
+        Returns:
+          A `Turn`, or None to end the conversation; awaitable where it is `async`.
+        """
 
 
 class Failure(NamedTuple):

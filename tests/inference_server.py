@@ -78,6 +78,10 @@ class Engine(http.server.BaseHTTPRequestHandler):
             n = min(limit, drawn.lengths[0, g])
             ids, log_probs = drawn.tokens[0, g, :n].tolist(), drawn.log_probs[0, g, :n].tolist()
             end = "length" if drawn.truncated[0, g] or n < drawn.lengths[0, g] else "stop"
+            stopped = next((m for m in range(1, n + 1) if server.has(settings["stop"], ids[:m])), None)
+            if stopped is not None:
+                kept = settings["include_stop_str_in_output" if vllm else "no_stop_trim"]
+                ids, log_probs, end = ids[: stopped - (not kept)], log_probs[: stopped - (not kept)], "stop"
             if vllm:
                 choice = {
                     "index": one,
@@ -108,6 +112,7 @@ def serving(policy, *, group_size, max_tokens, width=40):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
         server.policy, server.group_size, server.max_tokens, server.width = policy, group_size, max_tokens, width
         server.lock, server.asked, server.faults, server.weights, server.base = threading.Lock(), [], [], {}, None
+        server.has = lambda strings, ids: any(string in server.text(ids) for string in strings)
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server

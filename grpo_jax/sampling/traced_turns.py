@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,22 @@ from grpo_jax.sampling.turn_decoding import Rows, decode_turns, read_texts
 from grpo_jax.truncation import Truncation
 from grpo_jax.types import Array, Number, Params, PRNGKey, Prompts, Rollout, Turns
 
-# Of one conversation: (tokens [W], length [], state) -> (tokens [S], length [], state, done [], reward []).
-TracedEnvironment = Callable[[Array, Array, Any], tuple[Array, Array, Any, Array, Array]]
+
+class TracedEnvironment(Protocol):
+    """An environment that is traced, of one conversation."""
+
+    def __call__(self, tokens: Array, length: Array, state: Any, /) -> tuple[Array, Array, Any, Array, Array]:
+        """Answers.
+
+        Args:
+          tokens: `[W]` int32, the policy's turn, padded.
+          length: `[]` int32, how many of them it wrote.
+          state: any pytree.
+
+        Returns:
+          tokens `[S]` that follow, how many of them count, the next state, whether the conversation is over, and the
+          turn's reward.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

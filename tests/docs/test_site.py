@@ -1,6 +1,7 @@
 """The built site: no link without its target. `mkdocs build --strict -f docs/mkdocs.yml` comes first."""
 
 import html.parser
+import json
 import pathlib
 import urllib.parse
 
@@ -49,6 +50,16 @@ def test_every_link_within_the_site_has_its_target(pages):
 
 def test_no_page_loads_anything_from_another_server(pages):
     assert not [link for page in pages.values() for link in page.loaded if "//" in link]
+
+
+def test_the_search_knows_each_page(pages):
+    found = json.loads((SITE / "search/search_index.json").read_text())["docs"]
+    assert {path.relative_to(SITE).as_posix() for path in pages} == {
+        "index.html" if not (page := entry["location"].partition("#")[0]) else page for entry in found
+    }
+    assert "objectives/surrogates.html" in {
+        entry["location"].partition("#")[0] for entry in found if "geometric mean" in entry["text"]
+    }
 
 
 def test_formulas_are_typeset(pages):

@@ -1,5 +1,6 @@
 """Servers as samplers, against one that speaks vLLM's and SGLang's routes and draws with the sampler of the package."""
 
+import dataclasses
 import pathlib
 import weakref
 
@@ -139,6 +140,26 @@ def test_a_server_holds_conversations(kind, engine, tmp_path):
                 assert mask[end - 1]
                 assert mask[end + 3]
     assert sum(path == ("/v1/completions" if kind == "vllm" else "/generate") for path, _ in engine.asked) >= 6
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_strings_end_completions_with_the_token_that_completes_them(kind, engine, tmp_path):
+    tokenizer = tiny_tokenizer(259)  # bytes
+    engine.text = tokenizer.decode
+    made = sampler_of(server_of(kind, engine), tmp_path)
+    free = jax.device_get(made(POLICY, PARAMS, PROMPTS, jax.random.key(0)))
+    drawn = [token for token in free.tokens[free.mask].tolist() if token not in EOS]
+    string = tokenizer.decode([max(drawn, key=drawn.count)])
+    stopping = dataclasses.replace(made, stop=(string,))
+    rollout = jax.device_get(stopping(POLICY, PARAMS, PROMPTS, jax.random.key(0)))
+    stopped = 0
+    for place in np.ndindex(2, G):
+        whole = free.tokens[place][: free.lengths[place]].tolist()
+        end = next((n for n in range(1, len(whole) + 1) if string in tokenizer.decode(whole[:n])), None)
+        assert rollout.tokens[place][: rollout.lengths[place]].tolist() == whole[:end]
+        assert rollout.truncated[place] == (end is None and free.truncated[place])
+        stopped += end is not None
+    assert stopped > 0
 
 
 def test_an_adapter_that_a_lost_answer_told_of_is_not_loaded_again(engine, tmp_path):
