@@ -45,6 +45,7 @@ PARAMETERS = {
     "Qwen/Qwen3-4B": 4_022_468_096,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
     "google/gemma-2-2b-it": 2_614_341_888,

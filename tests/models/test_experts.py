@@ -132,6 +132,19 @@ def test_a_token_is_computed_the_same_whatever_else_is_in_the_batch():
     np.testing.assert_allclose(apply(module, params, x), np.stack(alone), rtol=1e-5, atol=1e-6)
 
 
+def test_the_router_chooses_in_float32_where_the_rest_is_in_bfloat16():
+    """Two experts whose logits are the same number in bfloat16: the larger one is the second."""
+    config = models.from_hf_config(testing.tiny_hf_config("qwen3_moe", hidden_size=D, **SOME), dtype=jnp.bfloat16)
+    module = Mixture(dataclasses.replace(config, experts=Experts(2, 1, 8, normalised=True)))
+    x = jnp.ones((R, D), jnp.bfloat16)
+    params = module.init(jax.random.key(0), x[None, None], None, None)["params"]
+    params["router"] = jnp.stack([jnp.full(D, 1.0), jnp.full(D, 1.0 + 1e-4)], axis=1)
+    assert jnp.array_equal(*params["router"].astype(jnp.bfloat16).T)
+    first, second = (apply(module, params, x, jnp.full((R, 1), expert)) for expert in (0, 1))
+    assert np.any(first != second)
+    np.testing.assert_array_equal(apply(module, params, x), second)
+
+
 LORA = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
 
 

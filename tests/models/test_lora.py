@@ -266,6 +266,18 @@ def test_adapters_are_refused_on_what_they_do_not_fit():
         lora.merge(adapters)
 
 
+def test_adapters_of_another_family_are_refused(tmp_path):
+    policy, params = base("llama")
+    hf.save_adapters(policy, *random_adapters(policy, params), tmp_path, base_model="a-llama")
+    with pytest.raises(ValueError, match=r"trained on another base.*'a-llama'"):
+        hf.load_adapters(*base("qwen3"), tmp_path)  # whose linear layers have the same names and shapes
+    other = tiny_policy("phi3")
+    with pytest.raises(
+        ValueError, match=r"does not hold adapters of this base:\n  .*gate_proj\.lora_A\.weight: unexpected"
+    ):
+        hf.load_adapters(other, jax.eval_shape(other.init, jax.random.key(0)), tmp_path)
+
+
 # -------------------------------------------------------------------------------- training
 
 

@@ -289,6 +289,17 @@ def test_rotation_frequencies_agree(parameters, head_dim, longest):
         np.testing.assert_allclose(mine, theirs.numpy()[..., : head_dim // 2], rtol=0, atol=2e-7 * longest)
 
 
+def test_transformers_passes_over_deepseeks_attn_factor_as_is_done_here():
+    given = ROPES["YaRN of DeepSeek"][0] | {"attn_factor": 0.5}
+    config = transformers.LlamaConfig(rope_parameters=given, head_dim=64, max_position_embeddings=163840)
+    assert config.rope_parameters["attn_factor"] == 0.5
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](config)
+    with pytest.warns(UserWarning, match="attn_factor is passed over"):
+        ours = rope.from_parameters(config.rope_parameters, 64, 163840)
+    np.testing.assert_allclose(ours.frequencies, frequencies.numpy(), rtol=3e-7)
+    assert ours.scale == pytest.approx(scale, rel=1e-12)
+
+
 def test_of_a_tied_head_that_differs_transformers_makes_an_untied_one(tmp_path):
     """Why such a checkpoint is refused: transformers uses the head that the config says is not there."""
     model = random_model("llama_tied", 5000, tmp_path)

@@ -131,6 +131,18 @@ def test_the_fewest_micro_batches_and_the_most_prompts_that_fit():
         assert memory.largest_batch(lambda prompts: 10 * prompts, 10 * fits + 9, limit=64) == min(fits, 64)
 
 
+def test_the_command_plans_the_adapters_and_the_codes_that_it_is_told(tmp_path, monkeypatch):
+    testing.tiny_hf_config("qwen3").save_pretrained(tmp_path)
+    monkeypatch.setattr(memory, "planned", lambda *_, **settings: settings)
+    config = memory.Config(model=str(tmp_path), lora_rank=3, lora_targets=("q_proj",), quantize="nf4")
+    found = memory.of_config(config)
+    assert jax.tree.map(jnp.shape, found["params"]) == {
+        "layers": {"self_attn": {"q_proj": {"lora_a": (2, 32, 3), "lora_b": (2, 3, 32)}}}
+    }
+    kernel = found["frozen"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert (kernel.qvalue.dtype, kernel.qvalue.shape) == (jnp.uint4, (2, 32, 48))
+
+
 @pytest.mark.slow
 def test_the_command_prints_the_plan_of_a_model_whose_weights_it_does_not_read(tmp_path, capsys):
     testing.tiny_hf_config("qwen3").save_pretrained(tmp_path)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from grpo_jax import models, packing, sampling, testing
+from grpo_jax.run.drawing import SamplingSettings
 from grpo_jax.scoring import score
 
 SIZES = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
-SAMPLER = sampling.sampler(group_size=3, max_tokens=9, eos_ids=(1, 2, 3), record_experts=True)
+SAMPLER = SamplingSettings(group_size=3, max_tokens=9, record_experts=True).make_sampler(None, (1, 2, 3))
 PROMPTS = testing.random_prompts(0, 3, 5)
 
 
