@@ -26,6 +26,7 @@ from grpo_jax.models.hf.folders import TEXT_FILES, local_folder, read_config, re
 from grpo_jax.models.hf.layout import Leaf, leaves_of, shapes_of
 from grpo_jax.models.hf.shards import Stored, read_shard
 from grpo_jax.policies import Policy
+from grpo_jax.programs import give_back_freed
 from grpo_jax.types import Array, Params
 
 _BLOCK = 2**22  # numbers read at a time; the host holds two copies of them
@@ -333,8 +334,9 @@ def _fill_quantized(
         names = leaf.names[layer * number : (layer + 1) * number]
         one = leaf._replace(names=names, shape=leaf.shape[1:], dtype=np.dtype(np.float32), stacked=leaf.stacked - 1)
         kernel, of_layer = _fill(one, shards, weight_map, mesh)
-        stack = quantized.put(stack, jnp.asarray(layer), kernel, kind)
+        stack = jax.block_until_ready(quantized.put(stack, jnp.asarray(layer), kernel, kind))  # else many layers wait
         wrong += of_layer
+        give_back_freed()
     return stack if where is None else jax.device_put(stack, where), wrong
 
 
