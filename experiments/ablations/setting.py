@@ -94,6 +94,12 @@ Settings = dict[str, Any]  # of a train step
 NOTHING: Hyper = {}
 
 
+def adam(hyper: Hyper, rate: Number) -> optax.GradientTransformation:
+    """The optimiser of the standard run."""
+    del hyper
+    return optax.adam(rate, b2=0.99)
+
+
 def make(
     config: Config,
     settings: Callable[[Hyper], Settings] = lambda hyper: {},
@@ -102,6 +108,7 @@ def make(
     prompts: int = 8,
     problems: Callable[..., Prompts] | None = None,
     build: Callable[..., runs.StepFunction] = make_train_step,
+    optimizer: Callable[[Hyper, Number], optax.GradientTransformation] = adam,
     reference: bool = False,
     initial: Callable[[PRNGKey, Hyper, optax.GradientTransformation], TrainState] | None = None,
     begin: Callable[[TrainState], TrainState] = lambda state: state,
@@ -116,6 +123,7 @@ def make(
       prompts: of a step.
       problems: makes them, `(key, count, terms=) -> Prompts`; the task's unless given.
       build: `(policy, optimizer, sampler, **settings) -> step`.
+      optimizer: `(hyper, learning rate) -> optimizer`.
       reference: True keeps the start as the reference policy.
       initial: `(key, hyper, optimizer) -> state`, if another than one that trains all of `hyper["params"]`.
       begin: what changes the state before the first step.
@@ -123,13 +131,13 @@ def make(
     """
     terms, make_problems = terms_of(config, terms), problems or problems_of(config)
 
-    def optimizer(hyper: Hyper) -> optax.GradientTransformation:
-        return optax.adam(hyper.get("learning_rate", LEARNING_RATE[config.task]), b2=0.99)
+    def at_its_rate(hyper: Hyper) -> optax.GradientTransformation:
+        return optimizer(hyper, hyper.get("learning_rate", LEARNING_RATE[config.task]))
 
     def init(key: PRNGKey, hyper: Hyper) -> TrainState:
         if initial is not None:
-            return begin(initial(key, hyper, optimizer(hyper)))
-        return begin(init_state(hyper["params"], optimizer(hyper), key, reference=reference))
+            return begin(initial(key, hyper, at_its_rate(hyper)))
+        return begin(init_state(hyper["params"], at_its_rate(hyper), key, reference=reference))
 
     def step(hyper: Hyper) -> runs.StepFunction:
         standard = {
@@ -140,7 +148,7 @@ def make(
             "transforms": (measure,),
             "updates": UPDATES,
         }
-        train_step = build(policy, optimizer(hyper), **standard | settings(hyper))
+        train_step = build(policy, at_its_rate(hyper), **standard | settings(hyper))
 
         def step_and_after(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics]:
             state, measured = train_step(state, prompts)

@@ -28,8 +28,8 @@ def load(monkeypatch):
     sys.modules.pop("setting", None)
 
 
-def test_there_are_twelve():
-    assert len(NAMES) == 12
+def test_there_are_thirteen():
+    assert len(NAMES) == 13
 
 
 @pytest.mark.smoke
