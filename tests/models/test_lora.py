@@ -69,7 +69,7 @@ def test_a_run_begins_with_the_outputs_of_the_base_bit_for_bit(dtype):
     chex.assert_trees_all_equal(before, after)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "qwen2", "qwen3"])  # biases, norms
 def test_log_probs_and_gradients_are_those_of_the_merged_model(family):
     """By the chain rule `dL/da = scale * dL/dW @ b.T` and `dL/db = scale * a.T @ dL/dW`, W the merged kernel."""
     policy, params = base(family)
