@@ -14,6 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from grpo_jax import losses, packing  # noqa: E402
 from grpo_jax.models import hf  # noqa: E402
+from grpo_jax.run.objective import ObjectiveSettings  # noqa: E402
 from grpo_jax.scoring import score  # noqa: E402
 from grpo_jax.testing import tiny_checkpoint  # noqa: E402
 from grpo_jax.types import Experience, Prompts, Rollout  # noqa: E402
@@ -81,6 +82,17 @@ def test_packed_completions_have_the_same_loads(both):
     whole, in_rows = (score(policy, params, rollout, packing=x).routers for x in (None, packed))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), in_rows, whole)
     assert np.sum(whole.choices) == 2 * 2 * LENGTHS.sum()
+
+
+def test_beside_an_objective_it_is_one_more_term_with_its_metrics(both):
+    policy, params, _, rollout = both
+    scores, experience = score(policy, params, rollout), Experience(rollout)
+    values = [losses.value(loss(scores, experience)[0]) for loss in (losses.sft(), losses.load_balance(0.3))]
+    loss = ObjectiveSettings(loss="sft", load_balance=0.3).make_loss(max_tokens=T)  # grpo.py's, by `losses.plus`
+    terms, metrics = loss(scores, experience)
+    assert abs(values[1]) > 0.5
+    np.testing.assert_allclose(losses.value(terms), sum(values), rtol=1e-6)
+    assert metrics.keys() == {"load_balance", "expert_load_max", "experts_idle"}  # sft has none
 
 
 def test_a_policy_without_experts_is_refused():
