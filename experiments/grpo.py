@@ -19,8 +19,7 @@ bits. The model is exported every `--export-every` steps, after the last one, an
 `--tools my_tools:weather calculator` lets the policy call functions, and `--environment my_game:respond` lets it talk
 with an environment, for `--max-turns` turns; rewards then see whole conversations. `--server http://localhost:8000` has
 vLLM or SGLang sample. `--mesh data=2,fsdp=4` divides all of it over eight devices, of several processes with
-`--coordinator`. `--overlap 1` samples the next batch while the rewards of this one are computed, from the policy before
-the update, which the ratio takes into account. docs/pages/how-to has a page on each.
+`--coordinator`. `--overlap 1` samples a batch ahead, while rewards are computed. docs/pages/how-to has a page on each.
 """
 
 import dataclasses
@@ -239,10 +238,8 @@ def check(config: Config) -> tuple[Updates, Mesh | None, Sequence[str]]:
         what = "conversations go" if talks else "--pack goes"
         raise ValueError(f"{what} through the host of one process: leave out --coordinator")
     if config.step_reward is not None and (talks or several):
-        raise ValueError(
-            f"--step-reward {config.step_reward} grades completions of one turn on one process: "
-            "leave out --tools, --environment and --coordinator"
-        )
+        alone = "leave out --tools, --environment and --coordinator"
+        raise ValueError(f"--step-reward {config.step_reward} grades completions of one turn on one process: {alone}")
     allow = MAY_CHANGE if config.decay == "constant" else MAY_CHANGE[1:]  # a decay goes by the number of steps
     resuming.check(config, allow=allow)
     return updates, mesh, allow
