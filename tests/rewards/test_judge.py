@@ -224,10 +224,10 @@ MALFORMED = {
 @pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_answer_masks_its_completion_alone(body):
     def answer(request, number):
-        return (200, body) if "bad" in request["messages"][0]["content"] else says("7")
+        return (200, body) if "poor" in request["messages"][0]["content"] else says("7")
 
     with Service(answer) as service:
-        assert grade(service, ["good", "bad", "good"], retries=1) == [0.7, None, 0.7]
+        assert grade(service, ["good", "poor", "good"], retries=1) == [0.7, None, 0.7]
     assert len(service.requests) == 4
 
 
