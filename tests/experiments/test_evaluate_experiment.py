@@ -276,7 +276,9 @@ def test_the_command_line_evaluates_and_shows_the_samples(files, tmp_path):
     command = [
         sys.executable, str(ROOT / "experiments" / "evaluate.py"), "--model", "model", "--data", "rows.jsonl",
         "--prompt-column", "question", "--answer-after", "####", "--reward", "verifiers:even", "--rows", "3",
-        "--group-size", "2", "--k", "1", "2", "--max-tokens", "4", "--output", str(tmp_path / "out"), "--no-greedy",
+        "--k", "1", "2", "--output", str(tmp_path / "out"), "--no-greedy",
+        # The program of the runs above, which is compiled already.
+        "--chat", "--group-size", "4", "--max-tokens", "6", "--bucket", "32", "--batch-size", "4",
         "--compute-dtype", "float32",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
