@@ -632,7 +632,7 @@ def test_refuses_a_setting_out_of_range_and_names_it(message):
 
 NEEDED = {
     "advantages": (grpo(), {"advantages": None}, "a policy loss needs advantages; make_learn"),
-    "old": (reinforce(), {"old_log_probs": None}, r"need the old_log_probs .* score_old=True"),
+    "old": (reinforce(), {"old_log_probs": None}, r"need the old_log_probs .*score_old=True"),
     "gmpo": (gmpo(), {"advantages": None}, "a policy loss needs advantages; make_learn"),
     **{
         f"reference_{f.__name__}": (grpo(penalty=f(0.1)), {"ref_log_probs": None}, r"reference=True")
