@@ -12,6 +12,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ Tree = TypeVar("Tree")
 _WEEK = 7 * 24 * 3600 * 1000  # milliseconds; a process that has died is found otherwise, by `_watch`
 _HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead
 _GRACE = 15.0  # seconds in which a process may end by itself after another has
+_STATUS = re.compile(r"[A-Z_]+: ")  # how the words of XLA begin, which some calls of a program raise as ValueError
 _BLOCK = 2**26  # bytes of an array that are gathered at a time
 _counts: collections.Counter[str] = collections.Counter()  # how often each name was used, which makes keys of them
 
@@ -344,7 +346,7 @@ def _end(told: str, names: list[str]) -> None:
 
 def _tell(me: str, error: BaseException, over: threading.Event) -> None:
     """Lets the other processes know that this one ends. Where a program failed, another may have died: that is said."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and _STATUS.match(str(error))):
         over.wait(_HEARTBEAT + 10)  # `_watch` ends this process if one is found dead
     if isinstance(error, SystemExit):
         reason = f"exit status {error.code}"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -90,6 +91,24 @@ def test_a_stop_of_all_processes_is_no_end_that_the_others_are_ended_for(monkeyp
     with pytest.raises(SystemExit), processes._left("process 0", threading.Event(), watcher):
         raise SystemExit(status)
     assert said == done
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (jax.errors.JaxRuntimeError("INTERNAL: connection closed by peer"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (ValueError("a reward is no number"), False),
+        (KeyError("UNKNOWN: "), False),
+    ],
+)
+def test_where_a_program_failed_the_death_of_another_is_looked_for_before_it_is_told(monkeypatch, error, waits):
+    said, over = [], types.SimpleNamespace(wait=lambda seconds: said.append("waited"))
+    service = types.SimpleNamespace(key_value_set=lambda key, value: said.append(value))
+    monkeypatch.setattr(processes, "_service", lambda: service)
+    processes._tell("process 0", error, over)
+    assert said[:-1] == ["waited"] * waits
+    assert said[-1].startswith("process 0 ended: ")
 
 
 PROGRAM = """
