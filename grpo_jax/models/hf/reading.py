@@ -29,7 +29,7 @@ from grpo_jax.policies import Policy
 from grpo_jax.programs import give_back_freed
 from grpo_jax.types import Array, Params
 
-_BLOCK = 2**22  # numbers read at a time; the host holds two copies of them
+_BLOCK = 2**21  # numbers read at a time; the host holds two copies of them
 _EMBEDDING = "model.embed_tokens.weight"
 _FLOATS = ("F32", "BF16", "F16")
 _NAMED = 20  # offending tensors in a message
@@ -55,7 +55,7 @@ def load_pretrained(
     """Reads a model of one of the families in `models`.
 
     Every tensor of the checkpoint is used once and every parameter is filled
-    once. Tensors are read in blocks of at most 16 MB, so that the host holds little
+    once. Tensors are read in blocks of at most 8 MB, so that the host holds little
     more than the params in `dtype`, and where they live on a device not even those.
 
     Args:
