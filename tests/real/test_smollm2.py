@@ -28,8 +28,9 @@ class Reference(NamedTuple):
 
     tokens: np.ndarray  # [N, P]
     lengths: np.ndarray  # [N]
-    logits: np.ndarray  # [N, K, V / 64]
-    log_normalizers: np.ndarray  # [N, K]
+    logits: np.ndarray  # [N, K, V / 64], of float64
+    log_normalizers: np.ndarray  # [N, K], of float64
+    of_float32: np.ndarray  # [N, K, V / 64]
     greedy: np.ndarray  # [N, T]
 
 
@@ -94,14 +95,15 @@ def last_logits(policy, params, tokens, lengths, count):
     return policy.unembed(params, jnp.take_along_axis(hidden[:, 0], places[..., None], axis=1))
 
 
-def test_logits_are_those_of_transformers(model):
+def test_logits_are_those_of_float64_to_rounding(model):
     policy, params = model
     actual = last_logits(policy, params, REFERENCE.tokens, REFERENCE.lengths, REFERENCE.logits.shape[1])
-    largest = np.max(np.abs(REFERENCE.logits))
-    difference = np.max(np.abs(actual[..., ::64] - REFERENCE.logits))
-    print(f"largest difference {difference:.1e} of logits up to {largest:.1f}")
-    assert difference < 1e-3
-    np.testing.assert_allclose(jax.nn.logsumexp(actual, axis=-1), REFERENCE.log_normalizers, rtol=0, atol=1e-3)
+    logits = actual[..., ::64]
+    ours, theirs = (np.max(np.abs(x - REFERENCE.logits)) for x in (logits, REFERENCE.of_float32))
+    between, largest = np.max(np.abs(logits - REFERENCE.of_float32)), np.max(np.abs(REFERENCE.logits))
+    print(f"from float64 {ours:.1e}, of transformers {theirs:.1e}, between {between:.1e}, logits up to {largest:.1f}")
+    assert ours < 3e-4
+    np.testing.assert_allclose(jax.nn.logsumexp(actual, axis=-1), REFERENCE.log_normalizers, rtol=0, atol=3e-4)
 
 
 def test_greedy_completions_are_those_of_transformers(model):
