@@ -146,6 +146,13 @@ def settings(files, run_dir, **changes):
     } | changes)  # fmt: skip
 
 
+def train_in(folder, config):
+    """The run of `config` from a folder, for fixtures of the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return grpo.train(config)
+
+
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
     """Six steps with an evaluation split, two rewards, a KL term, a chat template, several updates per step."""
@@ -155,9 +162,7 @@ def finished(files, tmp_path_factory):
         reward=("my_rewards:contains_answer", "my_rewards:brevity"), reward_weights=(1.0, 0.5), beta=0.01,
         iterations=2, minibatches=2,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(files)
-        grpo.train(config)
+    train_in(files, config)
     return config
 
 
@@ -223,9 +228,7 @@ def stopping(files, tmp_path_factory):
         files, run_dir, stop=LETTERS, reward=("my_rewards:asks_where", "my_rewards:compares"), eval_rows=4,
         eval_group_size=2,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(files)
-        grpo.train(config)
+    train_in(files, config)
     return run_dir
 
 
@@ -283,9 +286,7 @@ def of_messages(files, tmp_path_factory):
         files, tmp_path_factory.mktemp("messages"), data=files / "chats.jsonl", prompt_column="prompt",
         answer_after=None, reward=("my_rewards:brevity",), warmup_steps=0, decay="linear", steps=4,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(files)
-        grpo.train(config)
+    train_in(files, config)
     return config
 
 
@@ -738,9 +739,7 @@ def overlapping(files, run_dir, **changes):
 def ahead(files, tmp_path_factory):
     """The metrics and the parameters of such a run."""
     config = overlapping(files, tmp_path_factory.mktemp("ahead"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(files)
-        params = grpo.train(config)
+    params = train_in(files, config)
     return metrics.read(config.run_dir), params
 
 
