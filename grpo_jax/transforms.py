@@ -183,8 +183,8 @@ def second_moment(threshold: Number = 0.04) -> ExperienceTransform:
         count = jnp.arange(1, mask.size + 1)
         means = jnp.cumsum(jnp.where(count <= jnp.sum(mask), ascending, 0.0)) / count
         kept = jnp.sum((means < threshold) & (count <= jnp.sum(mask)))  # the means rise
-        last = ascending[jnp.maximum(kept, 1) - 1]
-        weights = jnp.where(mask & (square > last), 0.0, 1.0 if experience.weights is None else experience.weights)
+        stays = _largest(jnp.where(mask, -square, -jnp.inf), jnp.maximum(kept, 1))  # of equal ones the earlier
+        weights = jnp.where(mask & ~stays, 0.0, 1.0 if experience.weights is None else experience.weights)
         return experience._replace(weights=weights), {"second_moment": token_mean(square, mask)}
 
     return transform
@@ -221,7 +221,8 @@ def reward_variance(share: Number = 0.9, *, weights: Sequence[float | Array] | N
         order = jnp.argsort(-variance, stable=True)
         largest = variance[order]
         before = jnp.cumsum(largest) - largest
-        kept = jnp.zeros(variance.shape, bool).at[order].set((before < share * jnp.sum(variance)) & (largest > 0))
+        within = (before < share * jnp.sum(variance)) | (share >= 1)  # a sum in float32 does not feel the smallest
+        kept = jnp.zeros(variance.shape, bool).at[order].set(within & (largest > 0))
         kept = kept | broken
         masked = _with_mask(experience, experience.rollout.mask & kept[:, None, None])
         return masked, {"kept_groups": Mean(jnp.sum(kept), jnp.asarray(kept.size))}

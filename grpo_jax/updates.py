@@ -165,7 +165,7 @@ def update(
     """
     _check_max_grad_norm(max_grad_norm)
     # In 16 bits the squares of small numbers vanish and those of large ones overflow.
-    grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
+    grad_norm = optax.tree.norm(jax.tree.map(_widened, grads))
 
     def apply(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
         clipped = grads
@@ -246,7 +246,8 @@ def make_updates(
             grads, (terms, metrics) = gradient(state, batch)
             if updates.loss_scale is not None:
                 scale = at(updates.loss_scale, state)
-                grads = jax.tree.map(lambda g: g / jnp.asarray(scale, g.dtype), grads)
+                # In float32: a scale beyond 65504 is infinite in the dtype of float16 params.
+                grads = jax.tree.map(lambda g: (_widened(g) / scale).astype(g.dtype), grads)
                 metrics = metrics | {"loss_scale": Mean(jnp.asarray(scale, jnp.float32), jnp.ones((), jnp.int32))}
         total = losses.value(terms)
         counted = jnp.any(jnp.stack([term.count > 0 for term in terms])) & has_data(batch)
@@ -351,6 +352,11 @@ def _split(tree: Tree, parts: int) -> Tree:
 def _join(tree: Tree) -> Tree:
     """The inverse of `_split`."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def _widened(x: Array) -> Array:
+    """In float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _all_finite(tree: Params) -> Array:

@@ -291,7 +291,7 @@ def test_high_covariance_marks_the_largest(share):
 
 def by_areal_rule(square, threshold):
     """Tokens that stay, written from AReaL's: the largest leave one by one until the mean of the rest is below."""
-    kept = list(np.argsort(square))
+    kept = list(np.argsort(square, kind="stable"))
     while len(kept) > 1 and np.mean(square[kept]) >= threshold:
         kept.pop()
     return np.isin(np.arange(len(square)), kept)
@@ -305,6 +305,20 @@ def test_second_moment_leaves_out_the_fewest_tokens(threshold):
     actual, metrics = second_moment(threshold)(experience)
     np.testing.assert_array_equal(np.asarray(actual.weights)[mask] == 1, by_areal_rule(square, threshold))
     assert summary(metrics)["second_moment"] == pytest.approx(square.mean(), rel=1e-6)
+
+
+def test_second_moment_leaves_out_some_of_tokens_that_have_drifted_alike():
+    """As in bfloat16, whose log-probs differ by whole steps."""
+    experience = experience_of()
+    mask = np.asarray(experience.rollout.mask)
+    square = np.where(np.arange(mask.sum()) % 2, 0.25, 0.0)
+    sampled, old = np.full((2, *mask.shape), -1.0, np.float32)
+    old[mask] += np.sqrt(square)
+    rollout = experience.rollout._replace(log_probs=jnp.asarray(sampled))
+    actual, _ = second_moment(0.06)(experience._replace(rollout=rollout, old_log_probs=jnp.asarray(old)))
+    kept = np.asarray(actual.weights)[mask] == 1
+    assert square[kept].mean() < 0.06
+    np.testing.assert_array_equal(kept, by_areal_rule(square, 0.06))
 
 
 def by_top_share(variances, share):
@@ -334,6 +348,14 @@ def test_reward_variance_keeps_the_groups_that_carry_their_share(share):
     np.testing.assert_array_equal(kept, expected)
     np.testing.assert_array_equal(actual.rollout.mask, experience.rollout.mask & kept[:, None, None])
     assert summary(metrics)["kept_groups"] == pytest.approx(np.mean(expected))
+
+
+def test_all_of_the_variance_is_that_of_small_rewards_too():
+    experience = experience_of()
+    rewards = np.zeros((B, G, 1), np.float32)
+    rewards[:, 0, 0] = [1.0, 1e-4, 0.0, 3e-5]  # in float32 the variances of the last do not change the sum
+    kept = reward_variance(1.0)(experience._replace(rewards=jnp.asarray(rewards)))[0].rollout.mask.any((1, 2))
+    np.testing.assert_array_equal(kept, [True, True, False, True])
 
 
 def test_reward_variance_keeps_a_group_whose_rewards_are_no_numbers_so_that_its_update_is_refused():

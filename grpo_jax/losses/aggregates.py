@@ -74,7 +74,8 @@ def constant_length(max_tokens: int) -> Aggregate:
     check_positive(max_tokens=max_tokens)
 
     def aggregate(per_token: Array, mask: Array) -> Mean:
-        return Mean(masked_sum(per_token, mask), max_tokens * jnp.sum(jnp.any(mask, axis=-1)))
+        completions = jnp.sum(jnp.any(mask, axis=-1)).astype(jnp.float32)  # 2^31 tokens are no int32
+        return Mean(masked_sum(per_token, mask), max_tokens * completions)
 
     return aggregate
 
@@ -91,6 +92,6 @@ def per_prompt_count(count: Number) -> Aggregate:
     check_positive(count=count)
 
     def aggregate(per_token: Array, mask: Array) -> Mean:
-        return Mean(masked_sum(per_token, mask), jnp.asarray(count * mask.shape[0]))
+        return Mean(masked_sum(per_token, mask), jnp.asarray(count * mask.shape[0], jnp.float32))
 
     return aggregate

@@ -210,6 +210,13 @@ def test_an_aggregate_of_nothing_is_0_and_its_count_that_of_the_mask_alone(kind)
     assert aggregate(per_token, mask).count == {"completion_of_all": 6, "per_prompt": 27.0}.get(kind, 0)
 
 
+def test_a_divisor_may_be_beyond_what_int32_holds():
+    """4096 completions of a million tokens."""
+    ones = jnp.ones((1, 4096, 1))
+    counts = [f(ones, ones > 0).count for f in (constant_length(2**20), per_prompt_count(4096 * 2**20))]
+    np.testing.assert_array_equal(counts, 2.0**32)
+
+
 def test_where_completions_are_of_one_length_the_means_agree():
     x, mask = np.random.default_rng(0).normal(size=(3, 2, 5)), np.ones((3, 2, 5), bool)
     aggregates = (completion_mean, completion_mean_of_all, token_mean, prompt_mean, constant_length(5))

@@ -60,6 +60,17 @@ def test_a_scale_keeps_a_gradient_that_float16_loses_and_one_that_overflows_is_r
     assert (state.skipped, loss_scale.follow(state.extra, state.skipped).scale) == (1, 2.0**39)
 
 
+@pytest.mark.parametrize("scale", [2.0**15, 2.0**17])
+def test_a_scale_beyond_float16_leaves_the_gradient_of_params_in_float16_what_it_is(scale):
+    def of_mean(params, state, batch):
+        return (Mean(1e-4 * jnp.sum(params["w"].astype(jnp.float32) * batch), jnp.float32(len(batch))),), {}
+
+    state = init_state({"w": jnp.zeros((), jnp.float16)}, optax.sgd(1.0), jax.random.key(0))
+    state, _ = make_updates(of_mean, optax.sgd(1.0), Updates(loss_scale=scale))(state, jnp.ones(4))
+    assert state.skipped == 0
+    np.testing.assert_allclose(state.params["w"], -1e-4, rtol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
