@@ -98,7 +98,7 @@ def make_trainer(
     """
     prompts = [cells.text(row) for step in range(STEPS) for row in cells.prompt_tokens(cell, step)]
 
-    def even(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    def even(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
         return [cells.reward(np.array(ids)) for ids in completion_ids]
 
     config = trl.GRPOConfig(
