@@ -170,7 +170,7 @@ def warm_up(config: Config, policy: Policy, tokenizer: Any, seed: int) -> Params
 
 def train(
     config: Config, policy: Policy, tokenizer: Any, learn: Learn, state: TrainState, seed: int, given: bool
-) -> list[results.Row]:
+) -> list[results.Record]:
     """GRPO from the warmed-up policy, with or without the calculator; a row for each evaluation."""
     respond = tools.environment([tools.calculator] if given else [], tools.hermes_calls)
     rows, test = (problems(seed + 1000, 2000), problems(seed + 2000, config.test))
@@ -184,7 +184,7 @@ def train(
     likeliest = talk(sampling.greedy(**limits), rows=tested.rows)
     read = data.read_between(tokenizer, roles=("tool",))
     reward, test_reward = (rewards.host([correct], rows, tokenizer, read=read) for rows in (prompts.rows, tested.rows))
-    measured: list[results.Row] = []
+    measured: list[results.Record] = []
     recent: list[float] = []  # rewards of the steps since the last evaluation
 
     def evaluate(n: int) -> None:
@@ -208,7 +208,7 @@ def train(
     return measured
 
 
-def experiment(config: Config) -> list[results.Row]:
+def experiment(config: Config) -> list[results.Record]:
     """All seeds of both conditions; the CSV, the table and the figure."""
     tokenizer = make_tokenizer()
     policy, rows = make_policy(tokenizer), []

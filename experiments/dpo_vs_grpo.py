@@ -38,7 +38,7 @@ from grpo_jax.baselines import dpo, preferences, rejection_sampling
 from grpo_jax.protocols import ExperienceTransform
 from grpo_jax.study import figures, results, tables
 from grpo_jax.study.grid import Condition
-from grpo_jax.study.results import Row
+from grpo_jax.study.results import Record
 from grpo_jax.study.runs import Run
 from grpo_jax.train_step import Step, make_train_step
 from grpo_jax.types import Experience, Metrics
@@ -139,7 +139,7 @@ def condition_name(method: str, rate: float) -> str:
     return f"{method}, rate {rate:g}"
 
 
-def best_rates(rows: Sequence[Row]) -> dict[str, float]:
+def best_rates(rows: Sequence[Record]) -> dict[str, float]:
     """Method -> the learning rate with the highest greedy accuracy over the run, the smaller one of equals."""
     best: dict[str, tuple[float, float]] = {}
     for condition, values in results.per_seed(rows, "greedy", results.average).items():

@@ -157,7 +157,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     scored, summaries = {}, {}
     for name, evaluate in evaluates.items():
         sampled = name == "samples"
-        scored[name] = items.judge(
+        scored[name] = items.mark_right(
             evaluate(params, seed=config.seed), threshold=config.threshold, extract=extract if sampled else None
         )
         items.write_items(config.output / f"{name}.jsonl", scored[name])

@@ -100,9 +100,9 @@ def make_run(config: Config, *, told: bool) -> runs.Run:
     )  # fmt: skip
 
 
-def experiment(config: Config) -> list[results.Row]:
+def experiment(config: Config) -> list[results.Record]:
     """Both conditions, each one program; the CSV, the table and the figure."""
-    rows: list[results.Row] = []
+    rows: list[results.Record] = []
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     for condition, told in (("told higher or lower", True), ("told nothing", False)):
         began = time.monotonic()
@@ -115,7 +115,7 @@ def experiment(config: Config) -> list[results.Row]:
     return rows
 
 
-def rows_of(condition: str, config: Config, history: runs.History) -> list[results.Row]:
+def rows_of(condition: str, config: Config, history: runs.History) -> list[results.Record]:
     """A row for each seed and evaluation; `sampled` is the reward of the steps before it."""
     rows = []
     for seed in range(config.seeds):

@@ -33,7 +33,7 @@ from grpo_jax.policies import Policy
 from grpo_jax.study import figures, footprints, grid, results, runs, tables
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.intervals import bootstrap
-from grpo_jax.study.results import Row
+from grpo_jax.study.results import Record
 from grpo_jax.train_step import Step
 from grpo_jax.types import Params, PRNGKey, TrainState
 from grpo_jax.updates import init_state
@@ -150,7 +150,7 @@ def from_nothing(critic: Policy, key: PRNGKey, params: Params) -> Params:
 # ------------------------------------------------------------------------------ seconds
 
 
-def seconds_per_step(config: Config, timing: Sequence[Row]) -> dict[str, float]:
+def seconds_per_step(config: Config, timing: Sequence[Record]) -> dict[str, float]:
     """By condition. The first chunk, which compiles, is left out."""
     task = {"terms": setting.terms_of(config, setting.STANDARD), "make_problems": setting.problems_of(config)}
     evaluate = jax.jit(jax.vmap(functools.partial(setting.evaluate, **task)))
@@ -164,7 +164,7 @@ def seconds_per_step(config: Config, timing: Sequence[Row]) -> dict[str, float]:
     return {name: (min(of_chunks) - evaluation) / steps for name, of_chunks in chunks.items()}
 
 
-def seconds_table(rows: Sequence[Row], seconds: Mapping[str, float]) -> str:
+def seconds_table(rows: Sequence[Record], seconds: Mapping[str, float]) -> str:
     """Seconds a step, and the greedy accuracy when the fastest method has ended."""
     steps = sorted({row["step"] for row in rows})
     budget = min(seconds.values()) * steps[-1]

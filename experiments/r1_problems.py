@@ -92,8 +92,8 @@ def make_problem(config: ProblemSettings) -> Problem:
 # ----------------------------------------------------------------------- the small task
 
 TERMS = 5
-MAJORITY = modular_sums.Teacher(slip=0.4, guess=0.05, check=0.2)  # who wrote what the base is made from
-TEACHER = modular_sums.Teacher(slip=0.3, check=0.5)  # who wrote the demonstrations of the cold start
+MAJORITY = modular_sums.TeacherRates(slip=0.4, guess=0.05, check=0.2)  # who wrote what the base is made from
+TEACHER = modular_sums.TeacherRates(slip=0.3, check=0.5)  # who wrote the demonstrations of the cold start
 WORDS = modular_sums.WORDS_OF_TWO_SCRIPTS
 
 
@@ -109,7 +109,7 @@ def small(config: ProblemSettings) -> Problem:
     def prompts(rows: np.ndarray) -> Prompts:
         return jax.tree.map(lambda x: jnp.asarray(x[rows]), problems)
 
-    def demonstrate(rows: np.ndarray, teacher: modular_sums.Teacher, mixed: float, key: PRNGKey) -> list[Pair]:
+    def demonstrate(rows: np.ndarray, teacher: modular_sums.TeacherRates, mixed: float, key: PRNGKey) -> list[Pair]:
         """What a teacher writes, of whose working a share of the digits is in the other script."""
         words_key, script_key = jax.random.split(key)
         written = modular_sums.demonstrations(words_key, prompts(rows), teacher)

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from grpo_jax.environments import Message, Respond, Row, Turn
+from grpo_jax.data import Row
+from grpo_jax.environments import Message, Respond, Turn
 from grpo_jax.event_loop import run_async
 from grpo_jax.rewards.calling import RewardFunction, call, name_of
 from grpo_jax.tools import Calls, any_calls, called

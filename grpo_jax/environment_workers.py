@@ -8,7 +8,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.environments import Failure, Message, Respond, Row, Turn
+from grpo_jax.data import Row
+from grpo_jax.environments import Failure, Message, Respond, Turn
 from grpo_jax.rewards.outcomes import Outcome
 from grpo_jax.rewards.pool import WorkerPool, target_of
 

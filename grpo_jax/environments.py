@@ -21,12 +21,14 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from grpo_jax.event_loop import all_of, is_cancelled, leave_loop_if_held_up, run_async
 
+if TYPE_CHECKING:  # the reader of data sets imports JAX, which a worker process does without
+    from grpo_jax.data import Row
+
 Message = Mapping[str, str]  # role and content
-Row = dict[str, Any]
 THREADS = 64  # plain functions that are called at a time
 RAISED = (Exception, SystemExit, asyncio.CancelledError)  # what a function may raise without ending the run
 
@@ -42,7 +44,7 @@ class Turn(NamedTuple):
 class Respond(Protocol):
     """An environment: answers a turn of the policy, plain or `async`; those that wait are called together."""
 
-    def __call__(self, row: Row, messages: list[Message], /) -> Any:
+    def __call__(self, row: "Row", messages: list[Message], /) -> Any:
         """Answers.
 
         Args:
@@ -61,7 +63,7 @@ class Failure(NamedTuple):
 
 
 def answers(
-    respond: Respond, conversations: Sequence[tuple[Row, list[Message]]], *, timeout: float
+    respond: Respond, conversations: Sequence[tuple["Row", list[Message]]], *, timeout: float
 ) -> list[Turn | Failure]:
     """Calls an environment for several conversations together.
 
@@ -89,7 +91,7 @@ def answers(
 
 
 def _run_in_threads(
-    respond: Respond, conversations: Sequence[tuple[Row, list[Message]]], timeout: float, outcomes: dict[int, Any]
+    respond: Respond, conversations: Sequence[tuple["Row", list[Message]]], timeout: float, outcomes: dict[int, Any]
 ) -> None:
     changed, waiting, deadlines = threading.Condition(), iter(range(len(conversations))), dict[int, float]()
     given_up: set[int] = set()
@@ -126,7 +128,7 @@ def _run_in_threads(
 
 
 def _run_async(
-    respond: Respond, conversations: Sequence[tuple[Row, list[Message]]], timeout: float, outcomes: dict[int, Any]
+    respond: Respond, conversations: Sequence[tuple["Row", list[Message]]], timeout: float, outcomes: dict[int, Any]
 ) -> None:
     async def one(i: int) -> None:
         with contextlib.suppress(TimeoutError):  # its own TimeoutError is a failure below
@@ -141,14 +143,14 @@ def _run_async(
         run_async(together(), timeout=timeout + 1.0)
 
 
-def _attempt(respond: Respond, conversation: tuple[Row, list[Message]]) -> Any:
+def _attempt(respond: Respond, conversation: tuple["Row", list[Message]]) -> Any:
     try:
         return respond(*conversation)
     except RAISED:
         return Failure(f"it raised\n{traceback.format_exc()}")
 
 
-async def _attempt_async(respond: Respond, conversation: tuple[Row, list[Message]]) -> Any:
+async def _attempt_async(respond: Respond, conversation: tuple["Row", list[Message]]) -> Any:
     try:
         return await respond(*conversation)
     except RAISED as error:

@@ -20,7 +20,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from grpo_jax.environments import Message, Respond, Row, Turn
+from grpo_jax.data import Row
+from grpo_jax.environments import Message, Respond, Turn
 
 STATE = "_game"  # the column of a conversation's row that holds its game
 Make = Callable[[], Any]

@@ -23,8 +23,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo_jax import data
+from grpo_jax.data import Row
 from grpo_jax.data.templates import render
-from grpo_jax.environments import RAISED, Message, Respond, Row, Turn
+from grpo_jax.environments import RAISED, Message, Respond, Turn
 from grpo_jax.event_loop import run_async
 from grpo_jax.rewards.completions import after_thoughts
 from grpo_jax.rewards.python import ENDED, make_python_output

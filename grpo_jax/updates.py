@@ -18,7 +18,7 @@ from grpo_jax.statistics import Mean
 from grpo_jax.types import Array, Metrics, Number, Params, PRNGKey, TrainState
 
 Batch = Any  # a pytree of arrays with leading axis B
-Evaluate = Callable[[Params, TrainState, Batch], tuple[Terms, Metrics]]  # params with what is frozen
+EvaluateLoss = Callable[[Params, TrainState, Batch], tuple[Terms, Metrics]]  # params with what is frozen
 Learn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Tree = TypeVar("Tree")
 
@@ -196,7 +196,7 @@ def update(
 
 
 def make_updates(
-    evaluate: Evaluate,
+    evaluate: EvaluateLoss,
     optimizer: optax.GradientTransformation,
     updates: Updates,
     *,

@@ -56,7 +56,7 @@ def experiment(config: Config) -> None:
 def learned(key: PRNGKey, config: Config) -> Params:
     """The teacher: as a start, but from demonstrations without a mistake."""
     terms, modulus = setting.terms_of(config, setting.STANDARD), setting.modulus_of(config)
-    return setting.warm_up(key, terms, config.warmup_steps, modular_sums.Teacher(), modulus)
+    return setting.warm_up(key, terms, config.warmup_steps, modular_sums.TeacherRates(), modulus)
 
 
 def whole(divergence: VocabularyDivergence) -> setting.Settings:

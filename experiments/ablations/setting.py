@@ -46,7 +46,7 @@ from grpo_jax.sampling import PolicySampler
 from grpo_jax.statistics import Mean
 from grpo_jax.study import figures, grid, intervals, ranking, results, runs, tables
 from grpo_jax.study.grid import Condition
-from grpo_jax.study.results import Row, Summary
+from grpo_jax.study.results import Record, Summary
 from grpo_jax.study.runs import Run, make_run
 from grpo_jax.tasks import modular_sums
 from grpo_jax.train_step import make_learn, make_train_step
@@ -58,9 +58,9 @@ UNSHOWN = {"terms": 2, "modulus": 3}  # of the task of exploration
 LEARNING_RATE = {"elicitation": 3e-4, "exploration": 1e-3}  # by the task
 WEIGHTS = (1.0, 0.1)  # of accuracy and format
 UPDATES = Updates(max_grad_norm=1.0)
-TEACHER = modular_sums.Teacher(slip=0.6, guess=0.1, check=0.2)
+TEACHER = modular_sums.TeacherRates(slip=0.6, guess=0.1, check=0.2)
 START_SEEDS = 8  # models that are warmed up at once
-GUESSER = modular_sums.Teacher(guess=1.0)  # of the task of exploration
+GUESSER = modular_sums.TeacherRates(guess=1.0)  # of the task of exploration
 HERE = pathlib.Path(__file__).parent
 
 policy = models.small_llama(modular_sums.VOCABULARY, width=64, eos_id=modular_sums.EOS)
@@ -229,7 +229,9 @@ def evaluate(
 # -------------------------------------------------------------------------- the start
 
 
-def warm_up(key: PRNGKey, terms: int, steps: int, teacher: modular_sums.Teacher = TEACHER, modulus: int = 10) -> Params:
+def warm_up(
+    key: PRNGKey, terms: int, steps: int, teacher: modular_sums.TeacherRates = TEACHER, modulus: int = 10
+) -> Params:
     """A model from nothing, after `steps` of supervised learning from the teacher, 128 demonstrations each."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(20, steps // 2), steps, 1.5e-4)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
@@ -404,12 +406,12 @@ def _for_each(shared: Hyper, count: int) -> dict[str, Any]:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), dict(shared))
 
 
-def _greedy(rows: Sequence[Row]) -> list[Row]:
+def _greedy(rows: Sequence[Record]) -> list[Record]:
     columns = {"condition", "seed", "step", "greedy"}
     return [{column: x for column, x in row.items() if column in columns} for row in rows]
 
 
-def summarise(rows: Sequence[Row], metrics: Sequence[str], *, against: str) -> Summary:
+def summarise(rows: Sequence[Record], metrics: Sequence[str], *, against: str) -> Summary:
     """The metrics at the end, and the greedy accuracy averaged over the run with its difference to a condition."""
     summary = results.summarise(rows, metrics)
     sooner = results.summarise(rows, ["greedy"], reduce=results.average, against=against)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Split = Callable[[str], list[str]]  # a completion's text into steps, which are its pieces: joined they are the text
-StepFunction = Callable[..., list[list[float | None]]]
+StepReward = Callable[..., list[list[float | None]]]
 
 
 def paragraphs(text: str) -> list[str]:
@@ -41,7 +41,7 @@ def lines(text: str) -> list[str]:
 
 
 def steps(
-    function: StepFunction,
+    function: StepReward,
     dataset: Sequence[Mapping[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
     *,
@@ -120,7 +120,7 @@ def _ends(pieces: Sequence[str], ids: Sequence[int], tokenizer: "PreTrainedToken
     return [*places, len(ids) - 1] if pieces else []
 
 
-def step_judge(url: str, model: str, *, log_metric: LogMetric = ignore, **service: Any) -> StepFunction:
+def step_judge(url: str, model: str, *, log_metric: LogMetric = ignore, **service: Any) -> StepReward:
     """A language model that grades every step of a completion, 0 to 1, by one question a completion.
 
     Args:

@@ -1,4 +1,4 @@
-"""Rubrics: a weighted list of criteria per row, each judged by itself."""
+"""Rubrics: a weighted list of criteria per row, each graded by itself."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

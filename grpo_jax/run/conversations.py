@@ -27,14 +27,14 @@ from grpo_jax.tools import Tool
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Rows = Sequence[Mapping[str, Any]]
+DataSet = Sequence[Mapping[str, Any]]
 Drawing = sampling.PolicySampler | EngineSampler
 
 
 class Talk(NamedTuple):
     """How the policy talks with an environment."""
 
-    converse: Callable[[Drawing, Rows], Drawing | sampling.ConversationSampler]
+    converse: Callable[[Drawing, DataSet], Drawing | sampling.ConversationSampler]
     read: Read | None  # of `rewards.host`
 
 
@@ -90,7 +90,7 @@ class ConversationSettings(PromptSettings):
                     f"{flag} is of conversations: name whom the policy talks with, --environment or --tools"
                 )
 
-    def talk(self, tokenizer: "PreTrainedTokenizerBase", rows: Rows) -> Talk:
+    def talk(self, tokenizer: "PreTrainedTokenizerBase", rows: DataSet) -> Talk:
         """How the policy talks.
 
         Args:
@@ -118,7 +118,7 @@ class ConversationSettings(PromptSettings):
         else:
             respond = self.respond
 
-        def converse(sampler: Drawing, rows: Rows) -> Drawing | sampling.ConversationSampler:
+        def converse(sampler: Drawing, rows: DataSet) -> Drawing | sampling.ConversationSampler:
             return sampling.conversations(
                 sampler, respond, tokenizer, rows, max_turns=self.max_turns, between=between,
                 prompt_column=self.prompt_column, max_answer_tokens=self.max_answer_tokens,

@@ -21,8 +21,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-History = Sequence[Mapping[str, Any]]
-Check = Callable[[History], str | None]
+MetricLines = Sequence[Mapping[str, Any]]
+Check = Callable[[MetricLines], str | None]
 
 ACCURACY = ("reward/accuracy", "reward/correct", "reward/exact_answer", "reward/python_tests")
 
@@ -34,7 +34,7 @@ class RunWentWrong(RuntimeError):
 # ------------------------------------------------------------------------------- checks
 
 
-def mostly_truncated(history: History, *, window: int = 5, threshold: float = 0.5) -> str | None:
+def mostly_truncated(history: MetricLines, *, window: int = 5, threshold: float = 0.5) -> str | None:
     """Over the last `window` steps more than `threshold` of the completions were cut at the limit."""
     share = _mean(_last(history, "truncated", window))
     if share is None or share <= threshold:
@@ -48,7 +48,7 @@ def mostly_truncated(history: History, *, window: int = 5, threshold: float = 0.
     )
 
 
-def mostly_zero_variance(history: History, *, window: int = 5, threshold: float = 0.5) -> str | None:
+def mostly_zero_variance(history: MetricLines, *, window: int = 5, threshold: float = 0.5) -> str | None:
     """Over the last `window` steps more than `threshold` of the groups had equal rewards throughout."""
     share = _mean(_last(history, "zero_variance_groups", window))
     if share is None or share <= threshold:
@@ -65,7 +65,7 @@ def mostly_zero_variance(history: History, *, window: int = 5, threshold: float 
 
 
 def reward_jumped(
-    history: History, *, window: int = 3, before: int = 10, spreads: float = 1.0, deviations: float = 3.0
+    history: MetricLines, *, window: int = 3, before: int = 10, spreads: float = 1.0, deviations: float = 3.0
 ) -> str | None:
     """The mean reward of the last `window` steps is far above that of the `before` steps before them.
 
@@ -89,7 +89,7 @@ def reward_jumped(
 
 
 def reward_collapsed(
-    history: History, *, window: int = 10, spreads: float = 0.5, deviations: float = 3.0
+    history: MetricLines, *, window: int = 10, spreads: float = 0.5, deviations: float = 3.0
 ) -> str | None:
     """The mean reward of the last `window` steps is far below the best mean of as many steps in a row.
 
@@ -119,7 +119,7 @@ def reward_collapsed(
 
 
 def kl_exploded(
-    history: History, *, limit: float = 1.0, growth: float = 10.0, least: float = 0.1, before: int = 20
+    history: MetricLines, *, limit: float = 1.0, growth: float = 10.0, least: float = 0.1, before: int = 20
 ) -> str | None:
     """The KL divergence from the reference is above `limit` nats a token, or has grown `growth`-fold, or is no number.
 
@@ -143,7 +143,7 @@ def kl_exploded(
     )
 
 
-def ratio_exploded(history: History, *, limit: float = 10.0) -> str | None:
+def ratio_exploded(history: MetricLines, *, limit: float = 10.0) -> str | None:
     """The largest importance ratio is above `limit`, by the middle value of the last three steps, or no number."""
     if _not_finite(history, "ratio_max"):
         return _no_number("the largest importance ratio (`ratio_max`)")
@@ -157,7 +157,7 @@ def ratio_exploded(history: History, *, limit: float = 10.0) -> str | None:
     )
 
 
-def sampler_disagrees(history: History, *, limit: float = 0.1) -> str | None:
+def sampler_disagrees(history: MetricLines, *, limit: float = 0.1) -> str | None:
     """The mean gap of sampler and scorer is above `limit` nats, by the middle value of the last three steps."""
     if _not_finite(history, "sampler_gap"):
         return _no_number("the mean gap between sampler and scorer (`sampler_gap`)")
@@ -171,7 +171,7 @@ def sampler_disagrees(history: History, *, limit: float = 0.1) -> str | None:
     )
 
 
-def entropy_collapsed(history: History, *, window: int = 5, share: float = 0.2, least: float = 0.01) -> str | None:
+def entropy_collapsed(history: MetricLines, *, window: int = 5, share: float = 0.2, least: float = 0.01) -> str | None:
     """The entropy of the last `window` steps is below `share` of that of the first `window`, or below `least` nats."""
     entropies = _finite(history, "entropy")
     if len(entropies) < window:
@@ -188,7 +188,7 @@ def entropy_collapsed(history: History, *, window: int = 5, share: float = 0.2, 
 
 
 def reward_hacked(
-    history: History,
+    history: MetricLines,
     *,
     accuracy: Sequence[str] = ACCURACY,
     others: Sequence[str] | None = None,
@@ -223,7 +223,7 @@ def reward_hacked(
 
 
 def held_out_disagrees(
-    history: History, *, window: int = 5, spreads: float = 0.1, deviations: float = 3.0
+    history: MetricLines, *, window: int = 5, spreads: float = 0.1, deviations: float = 3.0
 ) -> str | None:
     """The reward that is trained on rises while a verifier that is not, `held_out/<name>`, falls.
 
@@ -248,7 +248,7 @@ def held_out_disagrees(
     return None
 
 
-def repeating(history: History, *, window: int = 5, threshold: float = 0.5) -> str | None:
+def repeating(history: MetricLines, *, window: int = 5, threshold: float = 0.5) -> str | None:
     """Over the last `window` steps more than `threshold` of the n-grams had been there before in their completion."""
     share = _mean(_last(history, "repetition", window))
     if share is None or share <= threshold:
@@ -261,7 +261,7 @@ def repeating(history: History, *, window: int = 5, threshold: float = 0.5) -> s
     )
 
 
-def reward_failing(history: History, *, window: int = 10, share: float = 0.1, steps: float = 0.5) -> str | None:
+def reward_failing(history: MetricLines, *, window: int = 10, share: float = 0.1, steps: float = 0.5) -> str | None:
     """A reward could often not be given.
 
     That is more than `share` of the completions of the last `window` steps by
@@ -283,13 +283,13 @@ def reward_failing(history: History, *, window: int = 10, share: float = 0.1, st
     if not seen:
         return None
     return (
-        f"a reward function failed on {' and on '.join(seen)}. What could not be judged teaches nothing, and what "
+        f"a reward function failed on {' and on '.join(seen)}. What could not be scored is not trained on, and what "
         "timed out counts as wrong, right or not. See the first message of the verifier; raise its time limit or "
         "its number of workers, check the service behind it, and take rows out whose answer it cannot read"
     )
 
 
-def environment_failing(history: History, *, window: int = 10, share: float = 0.1) -> str | None:
+def environment_failing(history: MetricLines, *, window: int = 10, share: float = 0.1) -> str | None:
     """The environment failed in more than `share` of the conversations of the last `window` steps."""
     failed = _mean(_last(history, "environment_failed", window))
     if failed is None or failed <= share:
@@ -301,7 +301,7 @@ def environment_failing(history: History, *, window: int = 10, share: float = 0.
     )
 
 
-def updates_skipped(history: History) -> str | None:
+def updates_skipped(history: MetricLines) -> str | None:
     """At the last step an update was not finite and was not applied."""
     skipped = _mean(_last(history[-1:], "skipped", 1))
     if not skipped:
@@ -313,7 +313,7 @@ def updates_skipped(history: History) -> str | None:
     )
 
 
-def nothing_learned(history: History) -> str | None:
+def nothing_learned(history: MetricLines) -> str | None:
     """At the last step the learning rate was 0, or the update changed no parameter (`update_norm`)."""
     line = history[-1] if history else {}
     if line.get("learning_rate") == 0:
@@ -349,7 +349,7 @@ DEFAULT: tuple[Check, ...] = (
 
 
 def warnings(
-    history: History, checks: Sequence[Check] = DEFAULT, *, stop_on: Sequence[Check] = (), quiet: int = 20
+    history: MetricLines, checks: Sequence[Check] = DEFAULT, *, stop_on: Sequence[Check] = (), quiet: int = 20
 ) -> list[str]:
     """What went wrong at the last step and was not wrong before.
 
@@ -388,19 +388,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _finite(history: History, name: str, count: int | None = None) -> list[float]:
+def _finite(history: MetricLines, name: str, count: int | None = None) -> list[float]:
     """The numbers of a metric, in order; only the last `count` of them, if given."""
     found = (line[name] for line in reversed(history) if _is_number(line.get(name)))
     return list(itertools.islice(found, count))[::-1]
 
 
-def _last(history: History, name: str, count: int) -> list[float]:
+def _last(history: MetricLines, name: str, count: int) -> list[float]:
     """The last `count` numbers of a metric, none if there are fewer."""
     found = _finite(history, name, count)
     return found if len(found) == count else []
 
 
-def _middle(history: History, name: str) -> float:
+def _middle(history: MetricLines, name: str) -> float:
     """The middle one of a metric's last three numbers, 0 if there are fewer."""
     return statistics.median(_last(history, name, 3) or [0.0])
 
@@ -409,7 +409,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _not_finite(history: History, name: str) -> bool:
+def _not_finite(history: MetricLines, name: str) -> bool:
     """Whether the metric was measured at the last step and is no number."""
     return bool(history) and name in history[-1] and not _is_number(history[-1][name])
 
@@ -426,7 +426,9 @@ def _exceeds(change: float, *least: float, scale: float) -> bool:
     return change > max(*least, 1e-4 * abs(scale))
 
 
-def _change(history: History, name: str, window: int, spreads: float, deviations: float) -> tuple[float, float] | None:
+def _change(
+    history: MetricLines, name: str, window: int, spreads: float, deviations: float
+) -> tuple[float, float] | None:
     """The means of a metric over the last two windows of steps, if they differ by more than noise."""
     values = _last(history, name, 2 * window)
     if not values:

@@ -33,7 +33,7 @@ from grpo_jax.models import sharding
 from grpo_jax.train_step import Step
 from grpo_jax.types import Array, Experience, Metrics, Prompts, TrainState
 
-Batch = Callable[[int], Prompts]  # the prompts of step n
+PromptsOfStep = Callable[[int], Prompts]  # the prompts of step n
 UNKNOWN = -1  # the version of a batch that is not there
 
 
@@ -53,13 +53,13 @@ class NumberedStep(NamedTuple):
     whole: Callable[[TrainState], TrainState]  # waits for what is being collected, and puts it into the state
 
 
-def in_turn(step: Step, batch: Batch) -> NumberedStep:
+def in_turn(step: Step, batch: PromptsOfStep) -> NumberedStep:
     """Samples each batch when it is needed, with the policy that learns from it."""
     return NumberedStep(lambda state, n: step.collect(state, batch(n)), step.learn, lambda state: state)
 
 
 def ahead(
-    step: Step, batch: Batch, state: TrainState, *, width: int, depth: int = 1
+    step: Step, batch: PromptsOfStep, state: TrainState, *, width: int, depth: int = 1
 ) -> tuple[NumberedStep, TrainState]:
     """Samples each batch `depth` steps before it is needed.
 

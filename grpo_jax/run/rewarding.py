@@ -89,16 +89,16 @@ class RewardSettings:
         }  # fmt: skip
         logged, names = metrics.Logged(), self.reward_names
 
-        def tolerant(functions: Sequence[Any]) -> list[Any]:
+        def skip_failed(functions: Sequence[Any]) -> list[Any]:
             return [rewards.skip_failed_batches(f, batches=self.stop_after_failed) for f in functions]
 
         def log_held_out(name: str, value: float) -> None:
             logged(f"held_out/{name}", value)
 
-        reward = rewards.host(tolerant(self.reward_functions), rows, tokenizer, log_metric=logged, **settings)
+        reward = rewards.host(skip_failed(self.reward_functions), rows, tokenizer, log_metric=logged, **settings)
         verify = None
         if self.verifiers:
-            verify = rewards.host(tolerant(self.verifiers), rows, tokenizer, log_metric=log_held_out, **settings)
+            verify = rewards.host(skip_failed(self.verifiers), rows, tokenizer, log_metric=log_held_out, **settings)
         of_verifiers = [rewards.name_of(verifier) for verifier in self.verifiers]
 
         def rewarded(rollout: Rollout, trainer_state: rewards.TrainerState) -> tuple[np.ndarray, np.ndarray, Metrics]:

@@ -61,7 +61,7 @@ def loop(
     tensorboard: bool = False,
     wandb: str | None = None,
     profile: bool = False,
-    keep_programs: bool = True,
+    compilation_cache: bool = True,
     whole: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Iterator["Loop"]:
     """Opens the run in a folder, at its newest checkpoint if it has one.
@@ -82,7 +82,7 @@ def loop(
       tensorboard: write to TensorBoard, in the run's folder.
       wandb: the project of Weights & Biases to write to.
       profile: write a trace of the second step and the next two into the folder, for xprof.
-      keep_programs: keep what is compiled from now on in `~/.cache/grpo_jax/programs`, or where JAX is told to, for
+      compilation_cache: keep what is compiled from now on in `~/.cache/grpo_jax/programs`, or where JAX is told to, for
         the next start; see `compilation.enable_compilation_cache`. It stays on after the loop. What compiling has
         freed goes back to the system in any case, as by `compilation.trim_malloc`.
       whole: makes of the state one that can be saved, such as `whole` of `overlap.ahead`.
@@ -112,7 +112,7 @@ def loop(
         if first:
             leftovers.remove(folder)
         state, found = resuming.newest(checkpoints, state, folder, meta, ("run_dir", *allow), steps)
-        if keep_programs:
+        if compilation_cache:
             compilation.enable_compilation_cache()
         stack.callback(compilation.trim_malloc())
         followers = [writers.tensorboard(folder, purge_step=int(state.step))] if tensorboard and first else []

@@ -2,7 +2,7 @@
 
     evaluate = make_evaluate(policy, sampling.greedy(max_tokens=512, eos_ids=eos_ids), tokenizer, rows, [correct])
     items = evaluate(state.params)                        # one item per prompt
-    items = judge(items, accuracy="correct", threshold=0.5, extract=answer)    # another rule than the default
+    items = mark_right(items, accuracy="correct", threshold=0.5, extract=answer)    # another rule than the default
     summary = summarise(items, k=(1, 4, 16))              # accuracy, pass@k, majority@k with intervals
     kept = between(rows, pass_rates(items))               # rows that are solved sometimes: groups with variance
 
@@ -26,7 +26,7 @@ from grpo_jax.run.conversations import Talk
 from grpo_jax.run.metrics import Logged
 from grpo_jax.sampling import PolicySampler, greedy
 from grpo_jax.sampling.servers import EngineSampler
-from grpo_jax.study.items import Item, judge, summarise
+from grpo_jax.study.items import Item, mark_right, summarise
 from grpo_jax.types import Params, Rollout
 
 
@@ -73,7 +73,7 @@ def make_evaluate(
       rows: `N` rows with a prompt, text or chat messages, and the columns that the functions ask for; or a
         `PromptSet`, whose prompts are tokens already.
       functions: as `rewards.host` takes them; their exceptions pass through. The first one says which completions
-        are right; `judge` chooses another.
+        are right; `mark_right` chooses another.
       prompt_column: the name of the prompt's column.
       batch_size: prompts sampled at a time.
       bucket: prompts are padded to a multiple of this, so that few programs compile.
@@ -134,7 +134,7 @@ def make_evaluate(
                 )
                 if rollout.turns is not None:
                     items[-1]["turns"] = [turns(rollout, b, g, tokenizer) for g in range(G)]
-        return judge(items)
+        return mark_right(items)
 
     return evaluate
 
@@ -172,13 +172,13 @@ def make_mean_rewards(
     if not (rows.rows if isinstance(rows, data.PromptSet) else rows):
         return lambda params, trainer_state: {}
     logged, names = Logged(), [rewards.name_of(function) for function in functions]
-    tolerant = [rewards.skip_failed_batches(function, batches=stop_after_failed) for function in functions]
+    skipping = [rewards.skip_failed_batches(function, batches=stop_after_failed) for function in functions]
     drawing = sampler.drawing if isinstance(sampler, EngineSampler) else sampler
     drawn = greedy(max_tokens=drawing.max_tokens, eos_ids=drawing.eos_ids, stop=drawing.stop)
     if group_size is not None:
         drawn = dataclasses.replace(drawing, group_size=group_size, slots=None)
     evaluated = dataclasses.replace(sampler, drawing=drawn, max_lag=0) if isinstance(sampler, EngineSampler) else drawn
-    score = make_evaluate(policy, evaluated, tokenizer, rows, tolerant, log_metric=logged, **settings)
+    score = make_evaluate(policy, evaluated, tokenizer, rows, skipping, log_metric=logged, **settings)
 
     def evaluate(params: Params, trainer_state: rewards.TrainerState) -> dict[str, float]:
         summary = summarise(score(params, trainer_state=trainer_state))

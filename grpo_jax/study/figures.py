@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from grpo_jax.run.plots import save
 from grpo_jax.study.intervals import bootstrap
-from grpo_jax.study.results import Row, per_seed
+from grpo_jax.study.results import Record, per_seed
 
 # Okabe and Ito 2008, "Color Universal Design"; the pale ones last.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -24,7 +24,7 @@ GREY = "#8C8C8C"
 
 
 def curves(
-    rows: Sequence[Row],
+    rows: Sequence[Record],
     names: Sequence[str],
     path: str | os.PathLike[str],
     *,
@@ -62,7 +62,7 @@ def curves(
 
 
 def _one_panel_per_metric(
-    rows: Sequence[Row], names: Sequence[str], conditions: Sequence[str], against: str | None, x: str
+    rows: Sequence[Record], names: Sequence[str], conditions: Sequence[str], against: str | None, x: str
 ) -> Figure:
     legend = 0.07 * max(map(len, conditions))  # its width in inches
     figure = Figure(figsize=(3.6 * len(names) + legend, 3.4), layout="constrained")
@@ -80,7 +80,7 @@ def _one_panel_per_metric(
 
 
 def _one_panel_per_condition(
-    rows: Sequence[Row], names: Sequence[str], conditions: Sequence[str], against: str | None, x: str
+    rows: Sequence[Record], names: Sequence[str], conditions: Sequence[str], against: str | None, x: str
 ) -> Figure:
     others = [condition for condition in conditions if condition != against]
     columns = min(5, len(others))
@@ -149,7 +149,7 @@ def _panel(figure: Figure, position: tuple[int, int, int], title: str, shared: A
     return axes
 
 
-def _curve(axes: Axes, rows: Sequence[Row], name: str, x: str, colour: str, label: str) -> None:
+def _curve(axes: Axes, rows: Sequence[Record], name: str, x: str, colour: str, label: str) -> None:
     """The curve of one condition; a gap where a seed's value is not finite."""
     points: dict[float, list[float]] = {}
     for row in rows:

@@ -21,10 +21,10 @@ from grpo_jax.run import memory
 from grpo_jax.train_step import Step
 from grpo_jax.types import PRNGKey, Prompts, TrainState
 
-Init = Callable[[PRNGKey], TrainState]
+InitState = Callable[[PRNGKey], TrainState]
 
 
-def on_paper(init: Init) -> dict[str, int]:
+def on_paper(init: InitState) -> dict[str, int]:
     """Bytes of what is kept from step to step, and of the gradients, by their shapes."""
     state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
     return {
@@ -35,7 +35,7 @@ def on_paper(init: Init) -> dict[str, int]:
     }
 
 
-def footprint(init: Init, step: Step, prompts: Prompts) -> dict[str, int]:
+def footprint(init: InitState, step: Step, prompts: Prompts) -> dict[str, int]:
     """Bytes on paper and by the compiler, for the default backend; no state is made.
 
     Args:
@@ -62,7 +62,7 @@ def footprint(init: Init, step: Step, prompts: Prompts) -> dict[str, int]:
     }
 
 
-def measure(init: Init, step: Step, prompts: Prompts, repeats: int = 3) -> dict[str, float]:
+def measure(init: InitState, step: Step, prompts: Prompts, repeats: int = 3) -> dict[str, float]:
     """Runs steps.
 
     Args:

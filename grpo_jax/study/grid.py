@@ -27,7 +27,7 @@ import numpy as np
 
 from grpo_jax.run import checkpoint, display, metrics, preemption
 from grpo_jax.study import results
-from grpo_jax.study.results import Row
+from grpo_jax.study.results import Record
 from grpo_jax.study.runs import Run
 from grpo_jax.types import Array, TrainState
 
@@ -171,7 +171,7 @@ def _run_block(
         yield run.chunks, result
         return
 
-    def rows_at(step: int, measured: Mapping[str, Array]) -> list[Row]:
+    def rows_at(step: int, measured: Mapping[str, Array]) -> list[Record]:
         columns = jax.device_get(dict(measured))
         return [
             {**label, "step": step} | metrics.plain({name: x[i] for name, x in columns.items()})
@@ -211,6 +211,6 @@ def _as_one(states: TrainState, step: Any) -> TrainState:
     return states._replace(step=step)
 
 
-def _means(rows: Sequence[Row], names: Sequence[str]) -> dict[str, float]:
+def _means(rows: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
     measured = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
     return {name: float(np.mean(values)) for name, values in measured.items() if values}

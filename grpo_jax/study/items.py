@@ -4,7 +4,7 @@ An item is one prompt, as plain values: `row` (its index), `prompt`, `completion
 `rewards` by name (None where there is none), `right` (None where it could not be scored), `pass_rate` (the share of
 scored completions that are right; None if none was), and `answers` where they were extracted. Of conversations,
 `completions` is what the policy wrote, and `turns` all of it: who wrote what.
-`write_items` keeps them, `data.read_jsonl` reads them, and `judge` and `summarise` work on either.
+`write_items` keeps them, `data.read_jsonl` reads them, and `mark_right` and `summarise` work on either.
 """
 
 import itertools
@@ -28,7 +28,7 @@ Extract = Callable[[str], str | None]
 AnyRow = TypeVar("AnyRow")
 
 
-def judge(
+def mark_right(
     items: Sequence[Item], *, accuracy: str | None = None, threshold: float = 1.0, extract: Extract | None = None
 ) -> list[Item]:
     """The items with `right` and `pass_rate` by one of their rewards, and with `answers` where asked for.
@@ -42,7 +42,7 @@ def judge(
     Raises:
       ValueError: if `accuracy` is none of the rewards.
     """
-    judged = []
+    marked = []
     for item in items:
         names = list(item["rewards"])
         if accuracy is not None and accuracy not in names:
@@ -52,8 +52,8 @@ def judge(
         right = [None if score is None else bool(score >= np.float32(threshold)) for score in scores]
         scored = [value for value in right if value is not None]
         item = item | {"right": right, "pass_rate": sum(scored) / len(scored) if scored else None}
-        judged.append(item if extract is None else item | {"answers": [extract(c) for c in item["completions"]]})
-    return judged
+        marked.append(item if extract is None else item | {"answers": [extract(c) for c in item["completions"]]})
+    return marked
 
 
 def summarise(items: Sequence[Item], *, k: Sequence[int] = (), level: float = 0.95, seed: int = 0) -> dict[str, float]:
@@ -69,7 +69,7 @@ def summarise(items: Sequence[Item], *, k: Sequence[int] = (), level: float = 0.
       `accuracy`, the mean pass rate, which is the greedy accuracy if the completions
       were greedy; for each `k` `pass@k` and, if there are answers, `majority@k`; each of
       these with `_low` and `_high`, the ends of its interval over prompts. A completion
-      that could not be judged is left out, and so is a prompt of which fewer than `k`
+      that could not be scored is left out, and so is a prompt of which fewer than `k`
       could be (of which none could, for the accuracy); NaN where nothing is left. Then
       the shares of prompts `always_solved` and `never_solved`, and over all completions
       the shares `truncated` and `unscored`, the mean `length` in tokens, and the mean
@@ -81,8 +81,8 @@ def summarise(items: Sequence[Item], *, k: Sequence[int] = (), level: float = 0.
     most = max((len(item["completions"]) for item in items), default=0)
     if wrong := [number for number in k if not 1 <= number <= most]:
         raise ValueError(f"k is from 1 to the {most} completions per prompt, got {wrong[0]}")
-    judged = [[right is not None for right in item["right"]] for item in items]
-    right = [list(itertools.compress(item["right"], scored)) for item, scored in zip(items, judged, strict=True)]
+    scored = [[right is not None for right in item["right"]] for item in items]
+    right = [list(itertools.compress(item["right"], told)) for item, told in zip(items, scored, strict=True)]
     rates = pass_rates(items)
     measured = {"accuracy": rates[~np.isnan(rates)]}
     for number in k:
@@ -90,7 +90,7 @@ def summarise(items: Sequence[Item], *, k: Sequence[int] = (), level: float = 0.
         n, c = [len(right[i]) for i in enough], [sum(right[i]) for i in enough]
         measured[f"pass@{number}"] = pass_at_k(c, n, number)
         if items and "answers" in items[0]:
-            answers = [list(itertools.compress(items[i]["answers"], judged[i])) for i in enough]
+            answers = [list(itertools.compress(items[i]["answers"], scored[i])) for i in enough]
             measured[f"majority@{number}"] = majority_at_k(answers, [right[i] for i in enough], number, seed=seed)
     summary: dict[str, float] = {}
     for name, values in measured.items():
@@ -119,7 +119,7 @@ def _mean(values: Any) -> float:
 
 
 def pass_rates(items: Sequence[Item]) -> np.ndarray:
-    """`[N]`, the share of each prompt's judged completions that are right; NaN where none was judged."""
+    """`[N]`, the share of each prompt's scored completions that are right; NaN where none was scored."""
     return np.array([math.nan if item["pass_rate"] is None else item["pass_rate"] for item in items], np.float64)
 
 

@@ -22,7 +22,7 @@ import scipy.stats
 
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.intervals import Interval, bootstrap
-from grpo_jax.study.results import Row, last, per_seed, summarise
+from grpo_jax.study.results import Record, last, per_seed, summarise
 
 RATE = "learning_rate"
 Reduce = Callable[[Sequence[float]], float]  # from a curve to a number
@@ -63,7 +63,7 @@ def _at(condition: Condition, rate: float) -> Condition:
     return condition._replace(name=f"{condition.name} @ {float(rate)!r}", hyper={**condition.hyper, RATE: rate})
 
 
-def by_rate(rows: Sequence[Row], metric: str, reduce: Reduce = last) -> dict[str, dict[float, np.ndarray]]:
+def by_rate(rows: Sequence[Record], metric: str, reduce: Reduce = last) -> dict[str, dict[float, np.ndarray]]:
     """One number per seed: condition -> rate -> `[seeds]`, of the rows of a grid of `at_each_rate`."""
     found: dict[str, dict[float, np.ndarray]] = {}
     for name, values in per_seed(rows, metric, reduce).items():
@@ -72,7 +72,7 @@ def by_rate(rows: Sequence[Row], metric: str, reduce: Reduce = last) -> dict[str
     return found
 
 
-def best_rates(rows: Sequence[Row], metric: str, reduce: Reduce = last) -> dict[str, float]:
+def best_rates(rows: Sequence[Record], metric: str, reduce: Reduce = last) -> dict[str, float]:
     """The rate of the highest mean over seeds, of each condition; the lowest one of several. NaN is no mean.
 
     Raises:
@@ -88,12 +88,12 @@ def best_rates(rows: Sequence[Row], metric: str, reduce: Reduce = last) -> dict[
     return best
 
 
-def at_the_edge(rows: Sequence[Row], best: Mapping[str, float], metric: str) -> list[str]:
+def at_the_edge(rows: Sequence[Record], best: Mapping[str, float], metric: str) -> list[str]:
     """The conditions whose best rate is the lowest or the highest of the grid: a better one may lie beyond."""
     return [c for c, of_rate in by_rate(rows, metric).items() if best[c] in (min(of_rate), max(of_rate))]
 
 
-def sensitivity(rows: Sequence[Row], metric: str, reduce: Reduce = last) -> dict[str, Interval]:
+def sensitivity(rows: Sequence[Record], metric: str, reduce: Reduce = last) -> dict[str, Interval]:
     """The mean of a metric over the axis of log learning rates: high for what needs no search for its rate.
 
     area = integral of metric d(log rate) / (log highest - log lowest), by trapezoids, seed by seed
@@ -111,7 +111,7 @@ def sensitivity(rows: Sequence[Row], metric: str, reduce: Reduce = last) -> dict
 
 
 def rank(
-    rows: Sequence[Row],
+    rows: Sequence[Record],
     metric: str,
     *,
     against: str,

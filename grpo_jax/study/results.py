@@ -19,11 +19,11 @@ from grpo_jax.run import metrics
 from grpo_jax.run.metrics import RunDir
 from grpo_jax.study.intervals import Interval, bootstrap
 
-Row = dict[str, Any]  # condition, seed, step, and numbers by name
+Record = dict[str, Any]  # condition, seed, step, and numbers by name
 Summary = dict[str, dict[str, Interval]]  # condition -> column -> interval
 
 
-def write(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
+def write(path: str | os.PathLike[str], rows: Sequence[Record]) -> None:
     """Writes rows for `read`, numbers with six digits; the file appears whole or not at all."""
     path = pathlib.Path(path)
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -42,7 +42,7 @@ def _text(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def read(path: str | os.PathLike[str]) -> list[Row]:
+def read(path: str | os.PathLike[str]) -> list[Record]:
     """The rows of a `results.csv` or `timing.csv`: condition as str; seed, step and chunk as int; the rest as float.
 
     A value that was not measured is left out of its row; one that was not finite is NaN.
@@ -55,7 +55,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
         ]
 
 
-def of_runs(folders: Mapping[str, Sequence[RunDir]]) -> list[Row]:
+def of_runs(folders: Mapping[str, Sequence[RunDir]]) -> list[Record]:
     """The metrics of runs of a script, such as `grpo.py`, as rows of a grid.
 
     Args:
@@ -68,7 +68,7 @@ def of_runs(folders: Mapping[str, Sequence[RunDir]]) -> list[Row]:
     Raises:
       ValueError: for a folder without metrics.
     """
-    rows: list[Row] = []
+    rows: list[Record] = []
     for condition, of_condition in folders.items():
         for seed, folder in enumerate(of_condition):
             if not (lines := metrics.read(folder)):
@@ -92,7 +92,7 @@ def average(curve: Sequence[float]) -> float:
 
 
 def per_seed(
-    rows: Sequence[Row], metric: str, reduce: Callable[[Sequence[float]], float] = last
+    rows: Sequence[Record], metric: str, reduce: Callable[[Sequence[float]], float] = last
 ) -> dict[str, np.ndarray]:
     """One number per seed, of the curve of a metric: condition -> `[seeds]`, in the order of the rows.
 
@@ -108,7 +108,7 @@ def per_seed(
     return {name: np.array([reduce(curve) for curve in seeds.values()]) for name, seeds in curves.items()}
 
 
-def _curves(rows: Sequence[Row], metric: str) -> dict[str, dict[int, list[float]]]:
+def _curves(rows: Sequence[Record], metric: str) -> dict[str, dict[int, list[float]]]:
     """The curve of each seed, by condition."""
     curves: dict[str, dict[int, list[float]]] = {}
     for row in rows:
@@ -121,7 +121,7 @@ def _curves(rows: Sequence[Row], metric: str) -> dict[str, dict[int, list[float]
 
 
 def summarise(
-    rows: Sequence[Row],
+    rows: Sequence[Record],
     names: Sequence[str],
     *,
     reduce: Callable[[Sequence[float]], float] = last,

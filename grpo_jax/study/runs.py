@@ -37,7 +37,7 @@ Init = Callable[[PRNGKey, Hyper], TrainState]
 StepFunction = Callable[[TrainState, Prompts], tuple[TrainState, Metrics]]  # such as a `train_step.Step`
 MakeStep = Callable[[Hyper], StepFunction]
 MakePrompts = Callable[[PRNGKey, Array, Hyper], Prompts]  # (key of the run's prompts, step, hyper)
-Evaluate = Callable[[Params, Hyper], dict[str, Array]]  # numbers
+TracedEvaluation = Callable[[Params, Hyper], dict[str, Array]]  # numbers
 
 
 class History(NamedTuple):
@@ -75,7 +75,7 @@ def make_run(
     prompts: MakePrompts,
     *,
     num_steps: int,
-    evaluate: Evaluate | None = None,
+    evaluate: TracedEvaluation | None = None,
     evaluate_every: int | None = None,
     frozen: Callable[[Hyper], Params] | None = None,
 ) -> Run:

@@ -9,7 +9,7 @@ from grpo_jax.study import figures, results, tables
 def write_results(
     folder: pathlib.Path,
     name: str,
-    rows: Sequence[results.Row],
+    rows: Sequence[results.Record],
     columns: Sequence[str],
     *,
     curves: Sequence[str] | None = None,

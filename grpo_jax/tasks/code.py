@@ -1,6 +1,6 @@
-"""Small Python functions, told in words and judged by unit tests in a sandbox.
+"""Small Python functions, told in words and checked by unit tests in a sandbox.
 
-A dozen families of steps on lists of whole numbers and on text, each with a number that
+A dozen kinds of steps on lists of whole numbers and on text, each with a number that
 varies. A problem is one step, or two one after the other; `ood` has three.
 
     Write a Python function f(values) ... 1. leave out the multiples of 3 ... 2. give the sum of the squares of ...
@@ -19,7 +19,7 @@ from grpo_jax.tasks import Splits, Task, draw_splits
 Kind = Literal["numbers", "text"]
 
 
-class Family(NamedTuple):
+class Template(NamedTuple):
     """A step: what it does to its input, in words and in Python, with a number `k`."""
 
     takes: Kind  # and gives, but for the last
@@ -51,48 +51,49 @@ def _run_lengths(text: str, k: int) -> str:
     return "".join(f"{letter}{length}" if length >= k else letter * length for letter, length in runs)
 
 
-FAMILIES = (
-    Family("numbers", "move the first {k} numbers, or all if there are fewer, to the end in the same order",
-           lambda x, k: x[k:] + x[:k], range(2, 6)),
-    Family("numbers", "cut the list from its start into pieces of {k} numbers, the last of which may be shorter, and "
-           "replace each piece by its sum", lambda x, k: [sum(x[i : i + k]) for i in range(0, len(x), k)], range(2, 6)),
-    Family("numbers", "leave out the multiples of {k}", lambda x, k: [v for v in x if v % k], range(2, 10)),
-    Family("numbers", "sort by the remainder on division by {k} (as Python's % gives it), and numbers of the same "
-           "remainder by their value", _remainders, range(2, 10)),
-    Family("numbers", "replace the list by the differences between each number and the one {k} places before it; the "
-           "first {k} numbers have none", lambda x, k: [b - a for a, b in zip(x, x[k:], strict=False)], range(2, 5)),
-    Family("numbers", "keep only every number whose position, counted from 0, is a multiple of {k}",
-           lambda x, k: x[::k], range(2, 6)),
-    Family("numbers", "add {k} times its position, counted from 0, to each number",
-           lambda x, k: [v + k * i for i, v in enumerate(x)], range(2, 10)),
-    Family("numbers", "give the sum of the squares of the multiples of {k}",
-           lambda x, k: sum(v * v for v in x if v % k == 0), range(2, 10), last=True),
-    Family("numbers", "count the pairs of numbers, at any two positions, that are exactly {k} apart",
-           _pairs, range(1, 9), last=True),
-    Family("numbers", "give the number that is in place {k} when equal numbers are counted once and the largest is in "
-           "place 1; 0 if there is none", _kth_largest, range(1, 6), last=True),
-    Family("text", "replace each letter by the one {k} places after it in the alphabet, going on with a after z, and "
-           "leave all that is not a letter from a to z as it is", _caesar, range(1, 26)),
-    Family("text", "replace each unbroken run of at least {k} equal characters by that character once, followed by how "
-           "many there were", _run_lengths, range(2, 5)),
-    Family("text", "cut the text from its start into pieces of {k} characters, the last of which may be shorter, and "
-           "reverse each piece", lambda x, k: "".join(x[i : i + k][::-1] for i in range(0, len(x), k)), range(2, 8)),
-    Family("text", "leave out every character whose position, counted from 1, is a multiple of {k}",
-           lambda x, k: "".join(c for i, c in enumerate(x, start=1) if i % k), range(2, 8)),
+TEMPLATES = (
+    Template("numbers", "move the first {k} numbers, or all if there are fewer, to the end in the same order",
+             lambda x, k: x[k:] + x[:k], range(2, 6)),
+    Template("numbers", "cut the list from its start into pieces of {k} numbers, the last of which may be shorter, and "
+             "replace each piece by its sum",
+             lambda x, k: [sum(x[i : i + k]) for i in range(0, len(x), k)], range(2, 6)),
+    Template("numbers", "leave out the multiples of {k}", lambda x, k: [v for v in x if v % k], range(2, 10)),
+    Template("numbers", "sort by the remainder on division by {k} (as Python's % gives it), and numbers of the same "
+             "remainder by their value", _remainders, range(2, 10)),
+    Template("numbers", "replace the list by the differences between each number and the one {k} places before it; the "
+             "first {k} numbers have none", lambda x, k: [b - a for a, b in zip(x, x[k:], strict=False)], range(2, 5)),
+    Template("numbers", "keep only every number whose position, counted from 0, is a multiple of {k}",
+             lambda x, k: x[::k], range(2, 6)),
+    Template("numbers", "add {k} times its position, counted from 0, to each number",
+             lambda x, k: [v + k * i for i, v in enumerate(x)], range(2, 10)),
+    Template("numbers", "give the sum of the squares of the multiples of {k}",
+             lambda x, k: sum(v * v for v in x if v % k == 0), range(2, 10), last=True),
+    Template("numbers", "count the pairs of numbers, at any two positions, that are exactly {k} apart",
+             _pairs, range(1, 9), last=True),
+    Template("numbers", "give the number that is in place {k} when equal numbers are counted once and the largest is "
+             "in place 1; 0 if there is none", _kth_largest, range(1, 6), last=True),
+    Template("text", "replace each letter by the one {k} places after it in the alphabet, going on with a after z, and "
+             "leave all that is not a letter from a to z as it is", _caesar, range(1, 26)),
+    Template("text", "replace each unbroken run of at least {k} equal characters by that character once, followed by "
+             "how many there were", _run_lengths, range(2, 5)),
+    Template("text", "cut the text from its start into pieces of {k} characters, the last of which may be shorter, and "
+             "reverse each piece", lambda x, k: "".join(x[i : i + k][::-1] for i in range(0, len(x), k)), range(2, 8)),
+    Template("text", "leave out every character whose position, counted from 1, is a multiple of {k}",
+             lambda x, k: "".join(c for i, c in enumerate(x, start=1) if i % k), range(2, 8)),
 )  # fmt: skip
 
 EXAMPLES, TESTS = 2, 10  # calls that the prompt shows, and that the function is tested with
 
 
-class Step(NamedTuple):
-    """A family with its number."""
+class Instruction(NamedTuple):
+    """A template with its number: one step of a problem."""
 
-    family: Family
+    template: Template
     k: int
 
 
 def task(seed: int = 0, *, verifier: RewardFunction | None = None, **sizes: int) -> Task:
-    """Small functions, by default judged by `rewards.python.python_tests`; `sizes` are those of `splits`."""
+    """Small functions, by default scored by `rewards.python.python_tests`; `sizes` are those of `splits`."""
     return Task("code", splits(seed, **sizes), python_tests() if verifier is None else verifier)
 
 
@@ -114,15 +115,15 @@ def problems(rng: random.Random, lengths: Sequence[int]) -> Iterator[Row]:
     """Problems without end, each of as many steps as one of `lengths`."""
     while True:
         kind: Kind = rng.choice(("numbers", "numbers", "text"))
-        families = rng.sample([family for family in FAMILIES if family.takes == kind], rng.choice(lengths))
-        if any(family.last for family in families[:-1]):
+        templates = rng.sample([template for template in TEMPLATES if template.takes == kind], rng.choice(lengths))
+        if any(template.last for template in templates[:-1]):
             continue
-        steps = [Step(family, rng.choice(family.numbers)) for family in families]
+        steps = [Instruction(template, rng.choice(template.numbers)) for template in templates]
         inputs = [_input(rng, kind, number) for number in range(TESTS + EXAMPLES)]
         results = [repr(run(steps, given)) for given in inputs]
         if len(set(results[:TESTS])) < 4:  # else a function that returns the same for all would pass most tests
             continue
-        words = [step.family.words.format(k=step.k) for step in steps]
+        words = [step.template.words.format(k=step.k) for step in steps]
         calls = [f"f({given!r}) == {result}" for given, result in zip(inputs, results, strict=True)]
         tests = [f"assert {call}" for call in calls[:TESTS]]
         yield {"prompt": prompt(kind, words, calls[TESTS:]), "steps": words, "tests": tests}
@@ -136,10 +137,10 @@ def _input(rng: random.Random, kind: Kind, number: int) -> Any:
     return "".join(rng.choice("aabbbxyz -") * rng.choice((1, 1, 2, 3, 4, 5)) for _ in range(size))
 
 
-def run(steps: Sequence[Step], given: Any) -> Any:
+def run(steps: Sequence[Instruction], given: Any) -> Any:
     """What the steps make of an input, one after the other."""
     for step in steps:
-        given = step.family.apply(given, step.k)
+        given = step.template.apply(given, step.k)
     return given
 
 

@@ -24,7 +24,7 @@ EQUALS, *TAGS, EOS = range(10, 16)
 VOCABULARY = len(WORDS)
 
 
-class Teacher(NamedTuple):
+class TeacherRates(NamedTuple):
     """How often the teacher does what; numbers, which may be traced."""
 
     slip: float | Array = 0.0  # a term that is left out of the running sum, of all terms but the first
@@ -61,7 +61,7 @@ def problems(key: PRNGKey, count: int, *, terms: int, modulus: int = 10) -> Prom
     return Prompts(tokens, jnp.full(count, terms + 1, jnp.int32), info)
 
 
-def demonstrations(key: PRNGKey, prompts: Prompts, teacher: Teacher, *, modulus: int = 10) -> Rollout:
+def demonstrations(key: PRNGKey, prompts: Prompts, teacher: TeacherRates, *, modulus: int = 10) -> Rollout:
     """One completion of the teacher a prompt, `G = 1`."""
     digits = prompts.tokens[:, :-1]
     B, terms = digits.shape

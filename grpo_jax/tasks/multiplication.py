@@ -1,7 +1,7 @@
 """Multiplication of whole numbers; the digits of the factors dial how hard it is.
 
 What 2 by 2 digits is to one model, 4 by 4 is to another: with too few the model always
-is right, with too many never, and neither teaches anything. `ood` has one digit more
+is right, with too many never, and neither has an advantage. `ood` has one digit more
 in each factor.
 """
 

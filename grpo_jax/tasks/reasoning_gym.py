@@ -152,7 +152,7 @@ def literal(entry: Any, score: Callable[[Any, Any], float]) -> str:
     text = repr(_plain(entry))
     received = ast.literal_eval(text)
     if received != entry and score(entry["answer"], received) != score(entry["answer"], entry):
-        raise ValueError(f"the problem cannot be sent to a worker process to be judged there: {text[:200]}")
+        raise ValueError(f"the problem cannot be sent to a worker process to be scored there: {text[:200]}")
     return text
 
 
@@ -177,7 +177,7 @@ def verifier(*, partial: bool = False, pool: WorkerPool | None = None) -> Reward
 
     The answer is that of `rewards.answer_of`. Many scorers give a wrong one 0.01 or
     more, and a group of wrong answers then has a spread; so only the full score counts.
-    A scorer that fails over an answer, or takes too long, has judged it wrong; one that
+    A scorer that fails over an answer, or takes too long, has scored it wrong; one that
     fails over the right answer too masks the item. See `rewards.pool.in_worker_processes`.
 
     Args:

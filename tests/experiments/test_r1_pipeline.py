@@ -175,7 +175,7 @@ def test_a_run_is_not_resumed_with_other_settings(finished):
 def test_a_run_is_not_resumed_on_other_texts_under_the_same_settings(finished, monkeypatch):
     run_dir, _ = finished
     before = outcome(run_dir)
-    monkeypatch.setattr(problems, "TEACHER", modular_sums.Teacher(slip=0.9))
+    monkeypatch.setattr(problems, "TEACHER", modular_sums.TeacherRates(slip=0.9))
     with pytest.raises(ValueError, match="not what the run began with: the completions to learn"):
         pipeline.main(make_config(run_dir))
     assert outcome(run_dir) == before

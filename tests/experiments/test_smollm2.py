@@ -49,7 +49,7 @@ def write(folder, name, rewards):
         }
         for prompt in rewards
     ]  # fmt: skip
-    items.write_items(folder / f"{name}.jsonl", items.judge(held))
+    items.write_items(folder / f"{name}.jsonl", items.mark_right(held))
 
 
 def test_what_was_learned_is_told_apart(tmp_path):

@@ -157,6 +157,11 @@ def test_the_tolerance_is_absolute_and_exact(answer, reference, expected):
     assert score(rewards.exact_answer(tolerance=0.01), f"#### {answer}", answer=reference) == expected
 
 
+def test_a_completion_that_is_no_finite_number_is_within_no_tolerance():
+    completions = ["#### nan", "#### inf", "#### -Infinity", "#### 1e1000"]
+    assert scores(rewards.exact_answer(tolerance=10**9), completions, answer=["7"] * 4) == [0.0] * 4
+
+
 def test_a_tolerance_is_the_decimal_that_was_written():
     """As a float, 0.3 is below it."""
     assert scores(rewards.exact_answer(tolerance=0.3), ["#### 1.3", "#### 1.31"], answer=["1", "1"]) == [1.0, 0.0]

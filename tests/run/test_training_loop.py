@@ -91,15 +91,15 @@ def test_a_run_writes_metrics_timing_checkpoints_and_a_plot(tmp_path, capsys):
     assert "step 6/6" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("keep_programs", [True, False])
+@pytest.mark.parametrize("compilation_cache", [True, False])
 def test_programs_are_kept_unless_told_otherwise_and_freed_memory_goes_back_while_the_run_goes(
-    tmp_path, monkeypatch, keep_programs
+    tmp_path, monkeypatch, compilation_cache
 ):
     called = []
     monkeypatch.setattr(compilation, "enable_compilation_cache", lambda: called.append("kept"))
     monkeypatch.setattr(compilation, "trim_malloc", lambda: called.append("begun") or (lambda: called.append("ended")))
-    train(Config(tmp_path, steps=1), lambda loop, n: called.append("step"), keep_programs=keep_programs)
-    assert called == ["kept"] * keep_programs + ["begun", "step", "ended"]
+    train(Config(tmp_path, steps=1), lambda loop, n: called.append("step"), compilation_cache=compilation_cache)
+    assert called == ["kept"] * compilation_cache + ["begun", "step", "ended"]
 
 
 def test_a_run_that_is_started_again_goes_on_and_ends_in_the_same_bits(tmp_path):

@@ -15,7 +15,7 @@ from grpo_jax import data, rewards, sampling, testing
 from grpo_jax.models import hf
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.study.evaluation import make_evaluate
-from grpo_jax.study.items import between, judge, pass_rates, sample_table, summarise, write_items
+from grpo_jax.study.items import between, mark_right, pass_rates, sample_table, summarise, write_items
 from grpo_jax.study.pass_at_k import majority_at_k
 
 TOKENIZER = testing.tiny_tokenizer()
@@ -60,7 +60,7 @@ def spin(sampler=GREEDY, *, rows=ROWS, functions=(correct, small), k=(), seed=0,
     """The summary and the items."""
     fields = {"batch_size": 64, "bucket": 4}
     evaluate = make_evaluate(SPINNER, sampler, TOKENIZER, rows, functions, **(fields | changes))
-    scored = judge(evaluate(PARAMS, seed=seed), **(rule or {}))
+    scored = mark_right(evaluate(PARAMS, seed=seed), **(rule or {}))
     return summarise(scored, k=k, seed=seed), scored
 
 
@@ -218,13 +218,13 @@ def test_a_checkpoint_is_evaluated_on_chat_messages(tmp_path):
     def evaluate(rows):
         return make_evaluate(policy, sampler, TOKENIZER, rows, [length], batch_size=2, bucket=32)(params)
 
-    items = judge(evaluate(rows), threshold=0.0)
+    items = mark_right(evaluate(rows), threshold=0.0)
     summary = summarise(items)
     assert summary["accuracy"] == 1
     assert [item["rewards"]["length"] for item in items] == [[len(t) for t in item["completions"]] for item in items]
     assert items[0]["prompt"] == rows[0]["prompt"]
     tokens = [data.encode_prompt(TOKENIZER, row["prompt"]) for row in rows]
-    assert judge(evaluate(data.PromptSet(rows, tokens)), threshold=0.0) == items
+    assert mark_right(evaluate(data.PromptSet(rows, tokens)), threshold=0.0) == items
     other = evaluate(data.PromptSet(rows, tokens[::-1]))
     assert [item["completions"] for item in other] != [item["completions"] for item in items]
     shown = render(sample_table(items))

@@ -37,7 +37,7 @@ def solution(steps):
     lines = []
     for step in steps:
         (body,) = [body for words, body in FROM_THE_WORDS.items() if step.startswith(words)]
-        (k,) = [k for family in code.FAMILIES for k in family.numbers if family.words.format(k=k) == step]
+        (k,) = [k for template in code.TEMPLATES for k in template.numbers if template.words.format(k=k) == step]
         lines += [f"K = {k}", *body.splitlines()]
     return "def f(x):\n" + "".join(f"    {line}\n" for line in [*lines, "return x"])
 
@@ -60,7 +60,7 @@ def test_the_words_say_what_the_tests_test():
     used = collections.Counter(
         words for row in rows for step in row["steps"] for words in FROM_THE_WORDS if step.startswith(words)
     )
-    assert len(code.FAMILIES) == len(FROM_THE_WORDS) == len(used)
+    assert len(code.TEMPLATES) == len(FROM_THE_WORDS) == len(used)
 
 
 def test_the_examples_in_the_prompt_are_true_and_are_not_the_tests():

@@ -12,7 +12,7 @@ import pytest
 from grpo_jax import losses
 from grpo_jax.scoring import score
 from grpo_jax.tasks import modular_sums
-from grpo_jax.tasks.modular_sums import Teacher
+from grpo_jax.tasks.modular_sums import TeacherRates
 from grpo_jax.testing import tiny_policy
 from grpo_jax.types import Experience, Prompts, Rollout
 
@@ -38,7 +38,7 @@ compiled_draw = jax.jit(draw, static_argnums=2)
 
 
 def drawn(*, seed=0, modulus=10, **teacher):
-    rollout = jax.device_get(compiled_draw(jax.random.key(seed), Teacher(**teacher), modulus))
+    rollout = jax.device_get(compiled_draw(jax.random.key(seed), TeacherRates(**teacher), modulus))
     rows = zip(rollout.tokens[:, 0].tolist(), rollout.lengths[:, 0].tolist(), strict=True)
     texts = ["".join(modular_sums.WORDS[token] for token in row[:length]) for row, length in rows]
     return Drawn(rollout, rollout.prompts.tokens[:, :-1].tolist(), texts)
@@ -106,7 +106,7 @@ def test_sums_out_of_range_are_refused_with_the_numbers_met(terms, modulus):
 
 def test_the_example_of_the_module_is_what_it_says():
     prompts = Prompts(jnp.array([[3, 8, 5, 2, modular_sums.EQUALS]]), jnp.array([5]))
-    rollout = jax.jit(modular_sums.demonstrations)(jax.random.key(0), prompts, Teacher())
+    rollout = jax.jit(modular_sums.demonstrations)(jax.random.key(0), prompts, TeacherRates())
     row, length = rollout.tokens[0, 0], rollout.lengths[0, 0]
     assert modular_sums.text(row, length) == "<think>3168</think><answer>8</answer><eos>"
     assert modular_sums.text(prompts.tokens[0], 5) == "3852="
@@ -186,7 +186,7 @@ def test_the_teachers_numbers_are_traced_and_may_be_mapped_over():
     assert TRACES.count(10) == 1
 
     def right(slip):
-        rollout = draw(jax.random.key(2), Teacher(slip=slip), 10)
+        rollout = draw(jax.random.key(2), TeacherRates(slip=slip), 10)
         return modular_sums.accuracy()(rollout).mean()
 
     shares = jax.jit(jax.vmap(right))(jnp.array([0.0, 0.3, 1.0]))

@@ -165,7 +165,7 @@ def test_an_entry_that_does_not_and_would_be_judged_otherwise_is_refused():
     entry = {"question": "?", "answer": "1/2", "metadata": {"value": fractions.Fraction(1, 2)}}
     sent = reasoning_gym.literal(entry, lambda answer, entry: float(answer == entry["answer"]))
     assert ast.literal_eval(sent) == entry | {"metadata": {"value": "1/2"}}
-    with pytest.raises(ValueError, match="cannot be sent to a worker process to be judged there"):
+    with pytest.raises(ValueError, match="cannot be sent to a worker process to be scored there"):
         reasoning_gym.literal(
             entry, lambda answer, entry: float(entry["metadata"]["value"] == fractions.Fraction(answer))
         )
