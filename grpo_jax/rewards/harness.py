@@ -2,7 +2,8 @@
 
 The tests reach the code through a pipe that carries plain data and nothing that could be executed, so that their
 verdict is formed where the code has never been: it can lie about what its functions return, and about nothing else.
-Standard library only; run as
+Standard library only, and one file with a section for each part: a sandbox shows its process the interpreter and this
+file, and nothing else of the package that code could look into. Run as
 
     harness.py program CODE                run the code as a program, on this process's standard input and output
     harness.py subject CODE                run the code, then answer requests on standard input
