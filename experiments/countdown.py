@@ -27,25 +27,24 @@ from typing import Literal
 import jax
 import optax
 
-from grpo_jax import advantages, data, losses, rewards, run, sampling, testing
+from grpo_jax import advantages, data, losses, run, sampling, testing
 from grpo_jax.models import hf
 from grpo_jax.run import measured, ranges
-from grpo_jax.run.precision import ComputeDtype, compute_dtype
+from grpo_jax.run.precision import compute_dtype
 from grpo_jax.schedules import learning_rates
-from grpo_jax.study.task_runs import TaskRun
+from grpo_jax.study.task_runs import TaskSettings
 from grpo_jax.tasks import countdown, dialogue, with_prompts
 from grpo_jax.train_step import make_train_step
 from grpo_jax.updates import Updates, init_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(TaskSettings):
     """Settings of a run."""
 
     model: str = "Qwen/Qwen3-1.7B"
     style: Literal["chat", "dialogue"] = "chat"  # a chat template, or plain words for a base model
     run_dir: pathlib.Path = pathlib.Path("runs/countdown")
-    seed: int = 0
     steps: int = 100
     prompts_per_step: int = 32
     group_size: int = 8
@@ -56,14 +55,11 @@ class Config:
     warmup_steps: int = 5
     beta: float = 0.001
     epsilon: float = 0.2
-    format_weight: float = 0.1
     train_rows: int = 10_000
     eval_rows: int = 256  # of each of validation, test and ood
     samples: int = 8  # completions of a problem in the last evaluation, for pass@k
     evaluate_every: int = 20
     save_every: int = 20
-    compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16
-    smoke: bool = False  # a tiny model and a few steps of everything
 
 
 def train(config: Config) -> dict[str, float]:
@@ -75,8 +71,7 @@ def train(config: Config) -> dict[str, float]:
         config.seed, train=config.train_rows, **dict.fromkeys(("validation", "test", "ood"), config.eval_rows)
     )
     task = with_prompts(task, data.chat if config.style == "chat" else dialogue)
-    functions = [task.verifier, rewards.strict_format()]
-    used = TaskRun(task, functions, config.model, config.run_dir, max_tokens=config.max_tokens)
+    used = config.begin(task, config.model, config.run_dir, max_tokens=config.max_tokens)
 
     policy, params = hf.load_pretrained(config.model, compute_dtype=compute_dtype(config.compute_dtype))
     rate = learning_rates.learning_rate(
@@ -89,7 +84,7 @@ def train(config: Config) -> dict[str, float]:
         optimizer,
         sampler,
         loss=losses.grpo(epsilon=config.epsilon, penalty=losses.k3(config.beta)),
-        advantage=advantages.from_rewards(weights=(1.0, config.format_weight), names=used.names),
+        advantage=advantages.from_rewards(weights=config.weights, names=used.names),
         transforms=(measured.repetition(), measured.unscored(used.names)),
         updates=updates,
     ).jit()
@@ -127,10 +122,5 @@ def smoke(config: Config) -> Config:
     )  # fmt: skip
 
 
-def main(config: Config) -> dict[str, float]:
-    """`train`, or a few steps of it."""
-    return train(smoke(config) if config.smoke else config)
-
-
 if __name__ == "__main__":
-    run.command(main, Config, __doc__)
+    run.command(train, Config, __doc__, smoke=smoke)

@@ -304,10 +304,5 @@ def smoke(config: Config) -> Config:
     )  # fmt: skip
 
 
-def main(config: Config) -> Params:
-    """`train`, or a few steps of it."""
-    return train(smoke(config) if config.smoke else config)
-
-
 if __name__ == "__main__":
-    run.command(main, Config, __doc__)
+    run.command(train, Config, __doc__, smoke=smoke)

@@ -29,19 +29,19 @@ from typing import Any
 
 import jax
 
-from grpo_jax import data, recipes, rewards, run, sampling, testing
+from grpo_jax import data, recipes, run, sampling, testing
 from grpo_jax.freezing import bind
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import ranges
-from grpo_jax.run.precision import ComputeDtype, compute_dtype
-from grpo_jax.study.task_runs import TaskRun
+from grpo_jax.run.precision import compute_dtype
+from grpo_jax.study.task_runs import TaskSettings
 from grpo_jax.tasks import gsm8k, with_prompts
 from grpo_jax.train_step import Step, make_train_step
 from grpo_jax.updates import init_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(WeightSettings):
+class Config(TaskSettings, WeightSettings):
     """Settings of a run; None is the recipe's."""
 
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -49,7 +49,6 @@ class Config(WeightSettings):
     train: pathlib.Path | None = None  # JSONL, CSV or Parquet with `question` and `answer`; None is the Hub
     test: pathlib.Path | None = None
     run_dir: pathlib.Path = pathlib.Path("runs/gsm8k")
-    seed: int = 0
     steps: int = 450
     prompts: int | None = None  # in a step
     group_size: int | None = None
@@ -57,13 +56,10 @@ class Config(WeightSettings):
     minibatches: int | None = None
     learning_rate: float | None = None  # of adapters, ten times the recipe's
     micro_batches: int = 16
-    format_weight: float = 0.1
     validation_rows: int = 500
     samples: int = 4  # completions of a problem in the last evaluation, beside the greedy one
     evaluate_every: int = 50
     save_every: int = 50
-    compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16
-    smoke: bool = False  # a tiny model and a few steps of everything
 
 
 def make_recipe(config: Config) -> recipes.Recipe:
@@ -89,7 +85,7 @@ def make_recipe(config: Config) -> recipes.Recipe:
     _ = recipe.optimizer  # a learning rate that is not stated is missed here rather than after loading
 
     def to_advantages(*estimator: Any, **settings: Any) -> Any:
-        return make().to_advantages(*estimator, weights=(1.0, config.format_weight), **settings)
+        return make().to_advantages(*estimator, weights=config.weights, **settings)
 
     return dataclasses.replace(recipe, to_advantages=to_advantages)
 
@@ -111,8 +107,7 @@ def train(config: Config) -> dict[str, float]:
         if (path := getattr(config, split)) is not None:
             rows[split] = data.read_rows(path, gsm8k.FIELDS)
     task = with_prompts(gsm8k.task(config.seed, validation=config.validation_rows, **rows), data.chat)
-    functions = [task.verifier, rewards.strict_format()]
-    used = TaskRun(task, functions, config.model, config.run_dir, max_tokens=recipe.max_tokens)
+    used = config.begin(task, config.model, config.run_dir, max_tokens=recipe.max_tokens)
     print(f"{recipe.name} leaves to you:\n  " + "\n  ".join(recipe.leaves))
 
     policy, params, frozen = config.load(
@@ -166,10 +161,5 @@ def smoke(config: Config) -> Config:
     )  # fmt: skip
 
 
-def main(config: Config) -> dict[str, float]:
-    """`train`, or a few steps of it."""
-    return train(smoke(config) if config.smoke else config)
-
-
 if __name__ == "__main__":
-    run.command(main, Config, __doc__)
+    run.command(train, Config, __doc__, smoke=smoke)

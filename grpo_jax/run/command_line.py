@@ -18,6 +18,7 @@ def command(
     description: str | None = None,
     *,
     default: Config | None = None,
+    smoke: Callable[[Config], Config] | None = None,
 ) -> None:
     """Reads the settings from the command line and calls `function(config)`, with compiled programs kept on disk.
 
@@ -30,16 +31,17 @@ def command(
       config: a dataclass, whose fields become options.
       description: for `--help`, usually the script's docstring.
       default: the settings that options change; `config()` unless given.
+      smoke: makes of the settings those of the least run there is, where the field `smoke` of `config` is True.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
     start = tyro.MISSING_NONPROP if default is None else default
-    settings = tyro.cli(config, description=description, args=arguments, default=start)
+    settings: Any = tyro.cli(config, description=description, args=arguments, default=start)
     if lost := _given_twice(arguments, settings):
         sys.exit(f"error: {lost} is given twice: write all of its values behind one, as in {lost} first second")
     compilation.enable_compilation_cache()
     compilation.trim_malloc()
     try:
-        function(settings)
+        function(smoke(settings) if smoke is not None and settings.smoke else settings)
     except (ValueError, OSError, ImportError) as error:
         if len(arguments) < len(sys.argv) - 1:
             raise

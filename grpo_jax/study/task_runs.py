@@ -1,12 +1,17 @@
 """A task as a run uses it: prompts to train on, rewards, evaluations of its splits, results.
 
-used = task_runs.TaskRun(task, [task.verifier, rewards.strict_format()], model, run_dir, max_tokens=1024)
+@dataclasses.dataclass(frozen=True)
+class Config(TaskSettings):
+    model: str
+
+used = config.begin(task, config.model, run_dir, max_tokens=1024)
 experience = step.collect(loop.state, used.batch(seed, n, 32))
 rewards, reward_mask = used.reward(experience.rollout)
 ...
 loop.log(metrics | used.logged.take())
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -16,6 +21,7 @@ from grpo_jax import data, rewards, sampling
 from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.run import digests, inputs, metrics
+from grpo_jax.run.precision import ComputeDtype
 from grpo_jax.study import items
 from grpo_jax.study.evaluation import make_evaluate
 from grpo_jax.tasks import Task
@@ -111,6 +117,25 @@ class TaskRun:
         save(folder, tokenizer=self._tokenizer, eos_ids=self.eos_ids)
         print(f"model: {folder}")
         return results
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """The settings that runs on tasks share: a right answer is rewarded by 1, and its format beside it."""
+
+    seed: int = 0
+    format_weight: float = 0.1
+    compute_dtype: ComputeDtype = "auto"  # float32 on CPUs, else bfloat16
+    smoke: bool = False  # a tiny model and a few steps of everything
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of the two rewards, the verifier's and that of the format."""
+        return 1.0, self.format_weight
+
+    def begin(self, task: Task, model: str, run_dir: pathlib.Path, *, max_tokens: int) -> TaskRun:
+        """The task under a model's tokenizer, rewarded by its verifier and for the format."""
+        return TaskRun(task, [task.verifier, rewards.strict_format()], model, run_dir, max_tokens=max_tokens)
 
 
 def write_results(path: pathlib.Path, results: Mapping[str, float]) -> None:

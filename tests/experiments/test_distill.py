@@ -46,8 +46,8 @@ def test_given_completions_of_chats_end_as_those_of_supervised_learning(tmp_path
 
 
 def test_the_smoke_mode_moves_the_model_towards_its_teacher_and_exports_it(tmp_path):
-    config = distill.Config(smoke=True, run_dir=tmp_path)
-    params = distill.main(config)
+    config = distill.smoke(distill.Config(run_dir=tmp_path))
+    params = distill.train(config)
     lines = metrics.read(tmp_path)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[-1]["divergence"] < lines[0]["divergence"]
@@ -56,7 +56,7 @@ def test_the_smoke_mode_moves_the_model_towards_its_teacher_and_exports_it(tmp_p
     jax.tree.map(np.testing.assert_array_equal, exported, params)
     testing.tiny_checkpoint(tmp_path / "tiny" / "teacher", seed=2)
     with pytest.raises(ValueError, match="not what the run began with: the weights of the teacher"):
-        distill.main(config)
+        distill.train(config)
 
 
 def test_the_prompts_of_a_smoke_run_are_always_those_of_the_script(tmp_path):

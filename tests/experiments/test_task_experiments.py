@@ -10,7 +10,7 @@ import optax
 import pytest
 import safetensors.numpy
 
-from grpo_jax import testing, train_step
+from grpo_jax import rewards, testing, train_step
 from grpo_jax.models import hf
 from grpo_jax.run import metrics
 from grpo_jax.study import task_runs
@@ -31,8 +31,8 @@ countdown, gsm8k = load("countdown"), load("gsm8k")
 
 
 def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys):
-    config = countdown.Config(run_dir=tmp_path / "run", smoke=True)
-    results = countdown.main(config)
+    config = countdown.smoke(countdown.Config(run_dir=tmp_path / "run"))
+    results = countdown.train(config)
     lines = metrics.read(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(5))
     assert {"reward/correct", "reward/strict_format", "kl", "repetition", "unscored/correct"} <= set(lines[3])
@@ -41,18 +41,18 @@ def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys):
     assert {"test/pass@1", "test/pass@2", "ood/pass@2"} <= set(results)
     assert len((tmp_path / "run" / "ood.jsonl").read_text().splitlines()) == 8
     hf.load_pretrained(tmp_path / "run" / "model")
-    assert countdown.main(config) == results  # nothing is left to train, and the evaluation repeats itself
+    assert countdown.train(config) == results  # nothing is left to train, and the evaluation repeats itself
     assert "resumed at step 4 of 4" in capsys.readouterr().out
 
 
 def test_a_run_on_a_task_is_not_resumed_on_other_weights(tmp_path):
-    config = countdown.Config(run_dir=tmp_path / "run", smoke=True)
-    countdown.main(config)
+    config = countdown.smoke(countdown.Config(run_dir=tmp_path / "run"))
+    countdown.train(config)
     file = tmp_path / "run" / "tiny" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     safetensors.numpy.save_file({name: 2 * tensor for name, tensor in tensors.items()}, file)
     with pytest.raises(ValueError, match="not what the run began with: the weights of the model"):
-        countdown.main(config)
+        countdown.train(config)
 
 
 NAMES = {countdown: ("correct", "judge"), gsm8k: ("0", "1")}  # of rewards in the metrics
@@ -67,9 +67,9 @@ def test_the_format_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(t
 
         return judge
 
-    monkeypatch.setattr(module.rewards, "strict_format", strict_format)
+    monkeypatch.setattr(rewards, "strict_format", strict_format)
     monkeypatch.setattr(task_runs.TaskRun, "evaluate", lambda *arguments, **settings: {})
-    module.main(module.Config(run_dir=tmp_path / "run", smoke=True, format_weight=0.5))
+    module.train(module.smoke(module.Config(run_dir=tmp_path / "run", format_weight=0.5)))
     for line in metrics.read(tmp_path / "run"):
         correct, formed = (line[f"reward/{name}"] for name in NAMES[module])
         assert line["judge/faults"] == 3.0
@@ -78,22 +78,22 @@ def test_the_format_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(t
 
 
 def test_gsm8k_trains_under_a_recipe_whose_reference_is_renewed_and_goes_on(tmp_path, capsys):
-    config = gsm8k.Config(run_dir=tmp_path / "run", smoke=True, recipe="r1")
-    results = gsm8k.main(config)
+    config = gsm8k.smoke(gsm8k.Config(run_dir=tmp_path / "run", recipe="r1"))
+    results = gsm8k.train(config)
     assert [line["step"] for line in metrics.read(tmp_path / "run")] == list(range(4))
     assert {"greedy/test/accuracy", "test/pass@2"} <= set(results)
     said = capsys.readouterr().out
     assert "finite" not in said
     assert "DeepSeek-R1 leaves to you:" in said
     assert "@article{guo2025deepseekr1," in said
-    assert gsm8k.main(config) == results
+    assert gsm8k.train(config) == results
     assert "resumed at step 3 of 3" in capsys.readouterr().out
 
 
 def test_gsm8k_trains_adapters_at_ten_times_the_rate_of_the_recipe(tmp_path):
-    config = gsm8k.Config(run_dir=tmp_path / "run", smoke=True, lora_rank=2, export="adapters")
+    config = gsm8k.smoke(gsm8k.Config(run_dir=tmp_path / "run", lora_rank=2, export="adapters"))
     assert gsm8k.make_recipe(gsm8k.Config(lora_rank=2)).learning_rate == pytest.approx(1e-5)
-    gsm8k.main(config)
+    gsm8k.train(config)
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
 
 

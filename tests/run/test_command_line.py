@@ -13,6 +13,7 @@ from grpo_jax.run.precision import compute_dtype
 class Config:
     number: int = 1
     names: tuple[str, ...] = ()
+    smoke: bool = False
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +74,11 @@ def test_settings_change_the_default_that_is_given(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script"])
     run.command(seen.append, Config, default=Config(7))
     assert seen == [Config(7)]
+
+
+@pytest.mark.parametrize(("flags", "number"), [([], 7), (["--smoke"], 1)])
+def test_a_smoke_run_has_the_settings_that_its_function_makes(monkeypatch, flags, number):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["script", "--number", "7", *flags])
+    run.command(seen.append, Config, smoke=lambda config: dataclasses.replace(config, number=1))
+    assert seen == [Config(number, smoke=bool(flags))]
