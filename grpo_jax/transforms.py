@@ -5,7 +5,7 @@ runs them in their order, after the reference policy's scores and the advantages
 A quantile or a mean over the rollout belongs here, since a loss sees parts of it.
 
 A mask leaves a token out of numerators and denominators alike, the penalty's included. A
-weight scales the gain of the policy and nothing else.
+weight scales the surrogate objective and nothing else.
 """
 
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ def drop_weightless(experience: Experience) -> tuple[Experience, Metrics]:
 
 
 def clip_cov(share: Number = 2e-4, *, low: Number = 1.0, high: Number = 5.0) -> ExperienceTransform:
-    """Takes a few tokens of high covariance out of the policy's gain (Clip-Cov, Cui et al. 2025, arXiv:2505.22617).
+    """Takes a few tokens of high covariance out of the objective (Clip-Cov, Cui et al. 2025, arXiv:2505.22617).
 
         covariance[t] = (log p_old[t] - mean(log p_old)) * (A[t] - mean(A))
         weight[t]     = 0 for `share` of all tokens, drawn from those with low < covariance < high; else 1
@@ -153,7 +153,7 @@ def high_covariance(share: Number = 2e-3) -> ExperienceTransform:
 
 
 def second_moment(threshold: Number = 0.04) -> ExperienceTransform:
-    """Takes the tokens that have drifted most out of the policy's gain (M2PO, Zheng et al. 2025, arXiv:2510.01161).
+    """Takes the tokens that have drifted most out of the objective (M2PO, Zheng et al. 2025, arXiv:2510.01161).
 
         weight[t] = 0 for the fewest tokens of largest d[t]^2 for which mean(d^2 of the others) < threshold, else 1
 

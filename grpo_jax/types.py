@@ -94,7 +94,7 @@ class Experience(NamedTuple):
     step_mask: Array | None = None  # [B, G, T] bool, True at these tokens
     old_entropy: Array | None = None  # [B, G, T] float32 nats, of the policy that sampled
     old_collision: Array | None = None  # [B, G, T] float32, sum_v p_v^2 of the policy that sampled
-    weights: Array | None = None  # [B, G, T] float32, what the gain of each token is multiplied by
+    weights: Array | None = None  # [B, G, T] float32, what the surrogate objective of each token is multiplied by
     token_share: Array | None = None  # [B] float32, tokens of the rollout that count over prompts
     high_covariance: Array | None = None  # [B, G, T] bool, tokens that the entropy falls by: `losses.covariant_kl`
     environment_mask: Array | None = None  # [B, G, T] bool, tokens that the policy did not write: `losses.echo`

@@ -1,4 +1,4 @@
-"""Dynamic sampling: groups without spread are replaced by others, at equal updates and at equal samples.
+"""Dynamic sampling: zero-variance groups are replaced by others, at equal updates and at equal samples.
 
 python experiments/ablations/dynamic_sampling.py
 

@@ -1,12 +1,12 @@
 """Objectives, composed of an anchor, a ratio, a surrogate, a weight, a penalty and an aggregate.
 
-    anchor     (scores, experience) -> log_probs [B,G,T]                        anchors.py
-    ratio      (log_ratio [B,G,T], mask [B,G,T]) -> log_ratio                   ratios.py
-    surrogate  (log_ratio, advantages, log_probs) -> (gain [B,G,T], metrics)    surrogates.py, trust_regions.py
-    weight     (scores, experience) -> (weight [B,G,T], metrics)                weights.py
-    penalty    (scores, experience) -> (cost [B,G,T], metrics)                  penalties.py
-    aggregate  (per_token [B,G,T], mask) -> Mean(sum, count)                    aggregates.py
-    loss       (scores, experience) -> (terms, metrics)                         objectives.py
+    anchor     (scores, experience) -> log_probs [B,G,T]                             anchors.py
+    ratio      (log_ratio [B,G,T], mask [B,G,T]) -> log_ratio                        ratios.py
+    surrogate  (log_ratio, advantages, log_probs) -> (objective [B,G,T], metrics)    surrogates.py, trust_regions.py
+    weight     (scores, experience) -> (weight [B,G,T], metrics)                     weights.py
+    penalty    (scores, experience) -> (cost [B,G,T], metrics)                       penalties.py
+    aggregate  (per_token [B,G,T], mask) -> Mean(sum, count)                         aggregates.py
+    loss       (scores, experience) -> (terms, metrics)                              objectives.py
 
 Metrics of the parts are per-token arrays, reported as means over the tokens that count.
 """

@@ -38,7 +38,7 @@ def corrected(weight: Weight) -> Anchor:
         log p_old - log max(weight, 1e-8)
 
     `vespo(anchor=corrected(truncated_importance(3.0)))` is VESPO with the rollout weight as TRL adds it: the weight
-    goes into the ratio that the gamma density sees, not in front of the gain.
+    goes into the ratio that the gamma density sees, not in front of the objective.
 
     Args:
       weight: such as `truncated_importance()`.

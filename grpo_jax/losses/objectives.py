@@ -141,7 +141,7 @@ def luspo(*, epsilon: Number = 2e-3, epsilon_high: Number = 2.5e-3, **parts: Unp
 def gmpo(*, epsilon: Number = 0.4, epsilon_high: Number | None = None, **parts: Unpack[Parts]) -> Loss:
     """GMPO (Zhao et al. 2025, arXiv:2507.20673, equation 4): the geometric mean of ratios that are clipped before it.
 
-        gain = exp(mean_t clipped(log_ratio[t])) * A
+        objective = exp(mean_t clipped(log_ratio[t])) * A
 
     where a log-ratio is clipped above `epsilon_high` where `A > 0` and below
     `-epsilon` where `A < 0`: the bounds are on the log-ratio, not on the ratio. The mean

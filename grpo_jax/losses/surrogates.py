@@ -1,6 +1,6 @@
 """Surrogates: what is maximised, of a log-ratio and an advantage.
 
-A surrogate is `(log_ratio [B, G, T], advantages, log_probs) -> (gain, metrics)`. They
+A surrogate is `(log_ratio [B, G, T], advantages, log_probs) -> (objective, metrics)`. They
 differ in the weight `w` that a token's gradient `w * A * grad log_prob` gets as its
 ratio leaves 1; `notebooks/02_objectives.ipynb` draws them.
 """
@@ -18,7 +18,7 @@ _LARGEST = 20.0  # of a log-ratio that is exponentiated without a bound of its o
 def ppo_clip(epsilon: Number, epsilon_high: Number | None = None, delta: Number | None = None) -> Surrogate:
     """The clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, equation 7).
 
-        gain = min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)
+        objective = min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)
 
     It is the lower bound of the two for either sign of `A`: a token with `A > 0` above
     `1 + epsilon_high` and one with `A < 0` below `1 - epsilon` get no gradient; the weight of
@@ -77,7 +77,7 @@ def pessimistic_clip(log_ratio: Array, advantages: Array, lowest: Number, highes
 def policy_gradient() -> Surrogate:
     """The score function (Williams 1992, doi:10.1007/BF00992696): no ratio, the weight of every token is 1.
 
-    gain = A * log_prob
+    objective = A * log_prob
     """
 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
@@ -90,7 +90,7 @@ def policy_gradient() -> Surrogate:
 def clipped_importance(max_ratio: Number, min_ratio: Number = 0.0) -> Surrogate:
     """The score function under a clipped importance weight (CISPO, MiniMax 2025, arXiv:2506.13585, equations 4 and 5).
 
-        gain = sg(clip(ratio, min_ratio, max_ratio)) * A * log_prob
+        objective = sg(clip(ratio, min_ratio, max_ratio)) * A * log_prob
 
     The weight is not differentiated, so that no token's gradient is dropped.
 
@@ -121,7 +121,7 @@ def clipped_importance(max_ratio: Number, min_ratio: Number = 0.0) -> Surrogate:
 def soft_gate(tau_pos: Number = 1.0, tau_neg: Number = 1.05) -> Surrogate:
     """A smooth gate in place of the clip (SAPO, Gao et al. 2025, arXiv:2511.20347, equations 5 and 6).
 
-        gain = 4 / tau * sigmoid(tau * (ratio - 1)) * A
+        objective = 4 / tau * sigmoid(tau * (ratio - 1)) * A
 
     The weight is `4 p (1 - p) ratio` with `p = sigmoid(tau (ratio - 1))`: 1 at ratio 1,
     like the ratio below it, and smoothly to 0 far above, after a peak of 1.6 near ratio 2.
@@ -150,7 +150,7 @@ def gamma_weight(
 ) -> Surrogate:
     """The score function under a weight of the shape of a gamma density (VESPO, 2026, arXiv:2602.10693).
 
-        gain = sg(ratio^k * exp(lambda * (1 - ratio))) * A * log_prob
+        objective = sg(ratio^k * exp(lambda * (1 - ratio))) * A * log_prob
 
     The weight is 1 at ratio 1. It is meant for the ratio of whole completions,
     `product_ratio`; the log-ratio is held between log(1e-8) and 20, as in TRL, but a ratio of exactly 0 has weight 0.
@@ -184,7 +184,7 @@ def gamma_weight(
 def importance() -> Surrogate:
     """The ratio without a bound, the surrogate that clipping bounds (Schulman et al. 2015, arXiv:1502.05477).
 
-        gain = ratio * A
+        objective = ratio * A
 
     A log-ratio above 20 counts as 20.
     """
@@ -200,7 +200,7 @@ def smoothed_importance(alpha: Number = 0.1) -> Surrogate:
     """The ratio of a policy that is mixed with the old one (PSPO, Dwyer et al. 2025, arXiv:2509.21282).
 
         p~   = (1 - alpha) p + alpha p_old
-        gain = p~ / p_old * A = ((1 - alpha) ratio + alpha) * A
+        objective = p~ / p_old * A = ((1 - alpha) ratio + alpha) * A
 
     The ratio comes nearer to 1 and the gradient is that of `importance` times `1 - alpha`: no token's gradient is
     dropped, and none is bounded. A log-ratio above 20 counts as 20.
@@ -224,9 +224,9 @@ def smoothed_importance(alpha: Number = 0.1) -> Surrogate:
 def squared_policy_gradient(beta: Number) -> Surrogate:
     """The score function less a square of the log-ratio (DRO, Richemond et al. 2024, arXiv:2405.19107).
 
-        gain = A * log_prob - beta / 2 * (log ratio)^2
+        objective = A * log_prob - beta / 2 * (log ratio)^2
 
-    The weight of a token's gradient is `1 - beta * log_ratio / A`: the gain is largest where the log-ratio is
+    The weight of a token's gradient is `1 - beta * log_ratio / A`: the objective is largest where the log-ratio is
     `A / beta`. The form is that of verl's `dro`. (The paper learns the baseline of `A` as a value.)
     A weight of the rollout multiplies both terms, as in verl.
 

@@ -43,7 +43,7 @@ def divergence_mask(
 ) -> Surrogate:
     """The score function inside a trust region, and nothing outside (DPPO, Qi et al. 2026, arXiv:2602.04879).
 
-        gain = M * sg(min(ratio, max_ratio)) * A * log_prob
+        objective = M * sg(min(ratio, max_ratio)) * A * log_prob
 
     where `M` is 0 where `A > 0` and the token became likelier by a divergence above `high`, and where `A < 0` and it
     became less likely by one above `low`, and else 1. An advantage of 0 counts as a negative one, as in
@@ -81,7 +81,7 @@ def divergence_mask(
 def quadratic_shift(delta: Number = 0.2) -> Surrogate:
     """The ratio less a square of the shift of the probability (DRPO, Yao et al. 2026, arXiv:2606.09821).
 
-        gain = ratio * A - |A| / (2 delta) * p_old * (ratio - 1)^2
+        objective = ratio * A - |A| / (2 delta) * p_old * (ratio - 1)^2
 
     The gradient is that of `ratio * A` times `1 - sign(A) (p - p_old) / delta`: it falls to 0 where the probability
     has moved by `delta` in the direction of the advantage, DPPO's bound, and beyond it pulls back. A log-ratio above

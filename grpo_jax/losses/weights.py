@@ -1,6 +1,6 @@
 """Weights: corrections for tokens that another program, or an older policy, has drawn.
 
-A weight is `(scores, experience) -> (weight [B, G, T], metrics)`. It multiplies the gain
+A weight is `(scores, experience) -> (weight [B, G, T], metrics)`. It multiplies the objective
 and is not differentiated; penalties are exempt, and denominators count a token whatever
 its weight, as in TRL. (`transforms.drop_weightless` takes tokens of weight 0 out of the
 denominators, too.)

@@ -94,7 +94,7 @@ def skywork_or1() -> Recipe:
             TASK,
             CLIP,
             "Stages of a growing context, each with sizes of its own.",
-            "The rejection of groups without spread: `dynamic_sampling`, which fills their places as well.",
+            "The rejection of zero-variance groups: `dynamic_sampling`, which fills their places as well.",
             "The call of `recipe.after(state, metrics)`, which moves the bonus, in a state made with `recipe.initial`.",
         ),
         objective=losses.grpo,

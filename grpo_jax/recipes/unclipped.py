@@ -62,7 +62,7 @@ def scale_rl() -> Recipe:
             TASK + " The paper's reward is 1 or -1.",
             FP32_HEAD,
             "Sampling that runs up to 8 updates ahead of learning (PipelineRL-8).",
-            "Leaving out prompts without spread, and for good those of a pass rate of 0.9.",
+            "Leaving out zero-variance groups, and for good the prompts of a pass rate of 0.9.",
             "Interruptions: a phrase that ends the thinking where its 12288 tokens are spent.",
         ),
         objective=losses.cispo,
