@@ -4,7 +4,7 @@
     python experiments/countdown.py --model Qwen/Qwen2.5-3B --style dialogue        # a base model, as in TinyZero
     python experiments/countdown.py --smoke                                         # minutes on a CPU, a tiny model
 
-Hardware: float32 weights with Adam take 16 bytes a parameter, and a reference 4 more: about
+Hardware: float32 weights with Adam take 16 bytes per parameter, and a reference 4 more: about
 34 GB for Qwen3-1.7B before activations, so one GPU of 80 GB with `--micro-batches` as it
 needs; 0.5B and 0.6B fit into 24 GB with small batches.
 

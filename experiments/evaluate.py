@@ -62,8 +62,8 @@ class Config(ConversationSettings, ServerSettings):
 
     max_prompt_tokens: int = dataclasses.field(default=2048, kw_only=True)
 
-    greedy: bool = True  # one likeliest completion a prompt
-    group_size: int = 8  # completions a prompt beside it; 0 for none
+    greedy: bool = True  # one likeliest completion per prompt
+    group_size: int = 8  # completions per prompt beside it; 0 for none
     k: tuple[int, ...] = (1, 8)  # of pass@k and majority@k
     max_tokens: int = 512  # of a completion
     temperature: float = 1.0

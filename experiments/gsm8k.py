@@ -8,7 +8,7 @@
 `--recipe` is a function of `grpo_jax.recipes`: loss, advantage, transforms, optimizer and sizes are
 the recipe's, but for those given on the command line. The Hub needs the extra `data`.
 
-Hardware: float32 weights with Adam take 16 bytes a parameter, and a reference 4 more: 10 GB
+Hardware: float32 weights with Adam take 16 bytes per parameter, and a reference 4 more: 10 GB
 for 0.5B, 30 GB for 1.5B, 60 GB for 3B before activations; `--micro-batches` bounds those.
 
 Published result to compare with: DeepSeekMath, GSM8K 82.9 before, 88.2 after (greedy, with a

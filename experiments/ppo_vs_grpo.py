@@ -2,8 +2,8 @@
 
 python experiments/ppo_vs_grpo.py
 
-Task, start and network are those of `experiments/ablations/setting.py`. Every method samples 64 completions a step and
-has the same optimiser and learning rate: GRPO 8 prompts x 8, PPO 64 prompts x 1, which is its usual way, and 8 x 8.
+Task, start and network are those of `experiments/ablations/setting.py`. Every method samples 64 completions per step
+and has the same optimiser and learning rate: GRPO 8 prompts x 8, PPO 64 prompts x 1, which is its usual way, and 8 x 8.
 The large critic starts as a copy of the policy; the small one, of half the width and half the layers, at random; both
 have a value head of zeros. PPO's gamma, lambda, value and entropy weight are 0.99, 0.95, 0.5 and 0.01. No method has
 a reward model, since rewards are verified, nor a reference policy. What memory a critic takes: `ppo_memory.py`.

@@ -155,7 +155,7 @@ def grpo(
     )
     step = jax.jit(step)  # one program
 
-    print(f"GRPO: {config.prompts_per_step} prompts x {config.group_size} completions a step")
+    print(f"GRPO: {config.prompts_per_step} prompts x {config.group_size} completions per step")
     validation = arithmetic.encode(tokenizer, splits.validation)
     state = init_state(params, optimizer, jax.random.key(config.seed + 1), reference=config.beta > 0)
     keys = ("reward", "reward/accuracy", "validation", "kl", "entropy", "length")

@@ -234,7 +234,7 @@ def grpo(
         rows = data.batch_indices(config.seed + key, n, len(problem.train), config.prompts_per_step)
         return problem.prompts(problem.train[rows])
 
-    print(f"{stage}: {config.prompts_per_step} prompts x {config.group_size} completions a step")
+    print(f"{stage}: {config.prompts_per_step} prompts x {config.group_size} completions per step")
     state = init_state(params, optimizer, stage_key(config, key), reference=config.beta > 0)
     keys = ("reward", *(f"reward/{name}" for name in names), "entropy", "length")
     with run.loop(

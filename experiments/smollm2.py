@@ -13,7 +13,7 @@ The task: sums of a two-digit and a one-digit number, in chat format after one e
     36 + 9  ->  36 + 9 = <answer>45</answer>
 
 There are 810 such pairs. Each is shown in one order and is in one split: 300 to test, 64 to validate, the other 445 to
-train on. A completion earns 1 for the right number in the tags and 0.2 for the tags.
+train on. A completion is rewarded by 1 for the right number in the tags and 0.2 for the tags.
 
 What is reported tells apart what can be learned here: the format (how many completions have the tags), the answer (how
 many of those with tags are right, and how many are right by their last number, tags or not), and sharpening. pass@8

@@ -134,7 +134,7 @@ def from_logits_fn(
         descendants: Array | None = None,
     ) -> tuple[Array, TokenCache | None]:
         if segments is not None:
-            raise ValueError("from_logits_fn cannot keep packed completions apart: one completion a row, segments=None")
+            raise ValueError("from_logits_fn cannot tell packed completions apart: one per row, segments=None")
         held = tokens, positions
         if cache is not None:
             column = cache.column % cache.positions.shape[-1]

@@ -288,7 +288,7 @@ def test_what_the_wrapper_cannot_do_is_refused():
     policy = from_logits_fn(lambda params, tokens, mask: jnp.zeros((*tokens.shape, V)))
     prompts = random_prompts(7, 2, 3, V)
     read = prompts.tokens[:, None], jnp.zeros((2, 1, 3), jnp.int32), policy.prefill((), *prompts[:2])
-    with pytest.raises(ValueError, match="one completion a row, segments=None"):
+    with pytest.raises(ValueError, match="one per row, segments=None"):
         policy.extend((), *read, segments=jnp.zeros((2, 1, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"pass from_logits_fn\(f, init=...\)"):
         policy.init(jax.random.key(0))

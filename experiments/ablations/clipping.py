@@ -14,7 +14,7 @@ from setting import Condition, Config
 from grpo_jax import losses
 
 NEVER = 1e6  # a bound that is never met
-BOUNDS = {  # of the ratio below and above, and of what a bad completion may lose (dual clip)
+BOUNDS = {  # of the ratio below and above, and of the ratio where A < 0 (dual clip)
     "0.1": (0.1, 0.1, NEVER),
     "0.2": (0.2, 0.2, NEVER),
     "0.3": (0.3, 0.3, NEVER),

@@ -1,4 +1,4 @@
-"""Distillation against GRPO and supervised learning at equal samples: 64 completions a step, from the same starts.
+"""Distillation against GRPO and supervised learning at equal samples: 64 completions per step, from the same starts.
 
 python experiments/ablations/distillation.py               # each at its best rate; --estimate tells the time before
 python experiments/ablations/distillation.py --no-rank     # all at one rate, with curves

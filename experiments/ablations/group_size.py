@@ -1,4 +1,4 @@
-"""Group size: G = 2 to 32 at equal completions a step, and at equal prompts.
+"""Group size: G = 2 to 32 at equal completions per step, and at equal prompts.
 
 python experiments/ablations/group_size.py
 

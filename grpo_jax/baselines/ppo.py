@@ -65,8 +65,8 @@ def gae_advantages(
     Args:
       gamma: as in `gae`.
       gae_lambda: as in `gae`.
-      kl_weight: what a token pays for each nat of `log p_old - log p_ref`, its estimate of the divergence from the
-        reference; None for no cost. TRL pays 0.05.
+      kl_weight: the cost of a token per nat of `log p_old - log p_ref`, its estimate of the divergence from the
+        reference; None for no cost. 0.05 in TRL.
       whiten: whether advantages are normalised to mean 0 and deviation 1 over the batch, as TRL and OpenAI do; the
         returns are not.
       weights: one per reward function; all 1 if None.

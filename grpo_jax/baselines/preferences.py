@@ -45,11 +45,11 @@ def from_demonstrations(chosen: Rollout, rejected: Rollout) -> Experience:
     """Pairs that were given, such as a data set's: two of `data.make_demonstrations`, of the same prompts.
 
     Raises:
-      ValueError: if they are not of one completion a prompt and of the same widths, or of other prompts.
+      ValueError: if they are not of one completion per prompt and of the same widths, or of other prompts.
     """
     if chosen.tokens.shape != rejected.tokens.shape or chosen.tokens.shape[1] != 1:
         raise ValueError(
-            "chosen and rejected have one completion a prompt and the same shape, got "
+            "chosen and rejected have one completion per prompt and the same shape, got "
             f"{chosen.tokens.shape} and {rejected.tokens.shape}; make_demonstrations(..., max_tokens=) sets the width"
         )
     if not _same(chosen.prompts, rejected.prompts):

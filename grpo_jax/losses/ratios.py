@@ -33,7 +33,7 @@ def sequence_token_ratio(log_ratio: Array, mask: Array) -> Array:
 
         log s[b, g, t] = sg(log s[b, g]) + log_prob[t] - sg(log_prob[t])          (equation 14)
 
-    With one advantage a completion, value and gradient are those of `sequence_ratio`
+    With one advantage per completion, value and gradient are those of `sequence_ratio`
     under `completion_mean`; it is for advantages that differ from token to token.
     """
     finite = jnp.where(jnp.isfinite(log_ratio), log_ratio, 0.0)  # -inf - -inf is NaN

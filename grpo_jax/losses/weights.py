@@ -85,15 +85,15 @@ def masked_importance(low: Number = 0.5, high: Number = 5.0, *, ratio: Ratio = t
 
 
 def off_policy_mask(threshold: Number = 0.5) -> Weight:
-    """Leaves out bad completions that the policy has moved away from (DeepSeek-V3.2, arXiv:2512.02556, section 3.1).
+    """Leaves out completions of negative advantage far off-policy (DeepSeek-V3.2, arXiv:2512.02556, section 3.1).
 
         w[b, g] = 0 where A < 0 and mean_t(log pi_sampler - log pi) > threshold, else 1
 
-    The mean is signed (k1) and over the tokens that count. With one advantage a token,
+    The mean is signed (k1) and over the tokens that count. With one advantage per token,
     the sign is that of each token's.
 
     Args:
-      threshold: nats a token.
+      threshold: nats per token.
 
     Returns:
       A weight with the metric `off_policy`, the share of tokens left out.

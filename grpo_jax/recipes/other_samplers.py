@@ -94,7 +94,7 @@ def icepop() -> Recipe:
 
 
 def deepseek_v3_2() -> Recipe:
-    """DeepSeek-V3.2 (DeepSeek-AI 2025, section 3.1): an unbiased KL, and no bad completions that are far off-policy.
+    """DeepSeek-V3.2 (DeepSeek-AI 2025, section 3.1): an unbiased KL, and a mask of off-policy completions.
 
     The report states no number: `beta` and `threshold` are from TRL's paper index. Its
     advantages are centered, without a deviation.

@@ -59,7 +59,7 @@ class Recipe:
     reference_updates: int | None = None  # from one renewal of the reference to the next
 
     # A bonus for entropy that follows a target.
-    entropy_target: Number | None = None  # nats a token
+    entropy_target: Number | None = None  # nats per token
     entropy_delta: Number | None = None
 
     # The advantages, and the transforms of the experience.

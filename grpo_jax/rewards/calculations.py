@@ -32,7 +32,7 @@ def worked_steps() -> RewardFunction:
     three letters or more that is no number and no operation ("7 apples", not "7 million", "7 pi", "7 tenths"). A
     comma before exactly three digits separates thousands, any other ends a number.
 
-    Right steps need not be of use: one `1+1=2` earns 1.0. Use it beside a reward for the
+    Right steps need not be of use: one `1+1=2` is rewarded by 1.0. Use it beside a reward for the
     answer.
     """
     return per_text("worked_steps", _share_of_right)

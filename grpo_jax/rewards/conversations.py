@@ -61,7 +61,7 @@ def written_in_turn(rollout: Rollout, b: int, g: int) -> list[tuple[list[int], b
 
 
 def given_rewards(rollout: Rollout) -> list[list[float | None]]:
-    """The rewards that the environment gave in each conversation, one a turn of the policy; None where it gave none."""
+    """The rewards that the environment gave in each conversation, one per turn of the policy; None for none."""
     assert rollout.turns is not None
     K = rollout.turns.ends.shape[-1]
     ends, rewards, mask = (np.asarray(x).reshape(-1, K) for x in rollout.turns[:3])

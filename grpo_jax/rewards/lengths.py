@@ -20,7 +20,7 @@ def reasoning_length(*, per: int = 1000, tags: Sequence[str] = TAGS) -> RewardFu
     (Unicode code points), white space included.
 
     Args:
-      per: characters that earn the full reward.
+      per: characters for the full reward.
       tags: names of the tags, in order; the reasoning's first.
 
     Raises:

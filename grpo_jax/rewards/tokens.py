@@ -155,7 +155,7 @@ def reasoning_length(tags: Sequence[int], eos_ids: Sequence[int], *, per: int = 
     Args:
       tags: as of `strict_format`.
       eos_ids: tokens that end a completion.
-      per: tokens that earn the full reward.
+      per: tokens for the full reward.
 
     Raises:
       ValueError: unless `per > 0` and there are 4 tags.

@@ -20,8 +20,8 @@ class Chip(NamedTuple):
 
     memory: float  # bytes
     flops: float  # a second, of bfloat16 products
-    bandwidth: float  # bytes a second of its memory
-    links: float  # bytes a second to other chips, over all of its links together
+    bandwidth: float  # bytes per second of its memory
+    links: float  # bytes per second to other chips, over all of its links together
 
 
 CHIPS = {

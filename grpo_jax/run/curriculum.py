@@ -88,7 +88,7 @@ def weights(curriculum: Curriculum, *, floor: float | Array = 0.02, prior: float
 
     Args:
       curriculum: what was seen.
-      floor: above 0, so that every row is looked at again; 0.25 is the most that a row can earn.
+      floor: above 0, so that every row is looked at again; 0.25 is the largest variance of a row.
       prior: see `solve_rates`.
 
     Raises:

@@ -76,7 +76,7 @@ def sampler_gap(parts: int = 4) -> ExperienceTransform:
 
         gap[t] = log p_sampler[t] - log p_old[t]         of the tokens that count
 
-        sampler_kl              mean of gap: the divergence of the sampler from the scorer, in nats a token
+        sampler_kl              mean of gap: the divergence of the sampler from the scorer, in nats per token
         sampler_gap             mean of |gap|
         sampler_gap_max         the largest |gap|
         sampler_kl/<i>, sampler_gap/<i>     of the tokens of the i-th of `parts` equal spans of the width

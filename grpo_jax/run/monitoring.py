@@ -121,7 +121,7 @@ def reward_collapsed(
 def kl_exploded(
     history: MetricLines, *, limit: float = 1.0, growth: float = 10.0, least: float = 0.1, before: int = 20
 ) -> str | None:
-    """The KL divergence from the reference is above `limit` nats a token, or has grown `growth`-fold, or is no number.
+    """The KL divergence from the reference is above `limit` nats per token, has grown `growth`-fold, or is no number.
 
     Of the last three steps the middle value counts, so that one outlier does not. Growth
     is against the mean of the `before` steps before them and counts above `least`.
@@ -137,7 +137,7 @@ def kl_exploded(
         return None
     was = f", {now / statistics.fmean(earlier):.0f} times the mean of the {before} steps before" if grown else ""
     return (
-        f"the KL divergence from the reference is {now:.3g} nats a token{was} (`kl`). The policy runs away from the "
+        f"the KL divergence from the reference is {now:.3g} nats per token{was} (`kl`). The policy runs away from the "
         "model it began as, and its text often goes with it. Lower the learning rate, raise beta, clip gradients "
         "(max_grad_norm), make fewer iterations over a rollout, or go back to a checkpoint from before"
     )
@@ -164,7 +164,7 @@ def sampler_disagrees(history: MetricLines, *, limit: float = 0.1) -> str | None
     if (gap := _middle(history, "sampler_gap")) <= limit:
         return None
     return (
-        f"sampler and scorer differ by {gap:.3g} nats a token for the same weights "
+        f"sampler and scorer differ by {gap:.3g} nats per token for the same weights "
         "(`sampler_gap`; by the place in the completion `sampler_gap/0` and on). Look whether the engine has the "
         "weights of this step, and whether temperature, top_k and top_p are those of the scorer. What a lower "
         "precision leaves is corrected by losses.truncated_importance, or by ratios to the sampler (losses.dppo)"
@@ -180,10 +180,10 @@ def entropy_collapsed(history: MetricLines, *, window: int = 5, share: float = 0
     if now >= least and now >= share * start:
         return None
     return (
-        f"the policy's entropy is {now:.3g} nats a token, {start:.3g} at the start (`entropy`). Completions of a group "
-        "become alike, and what is not tried is not learned. Raise epsilon_high (DAPO takes 0.28), add an entropy "
-        "bonus (losses.entropy_bonus, entropy_control), sample at a higher temperature, lower the learning rate, or "
-        "renew the prompts"
+        f"the policy's entropy is {now:.3g} nats per token, {start:.3g} at the start (`entropy`). Completions of a "
+        "group become alike, and what is not tried is not learned. Raise epsilon_high (DAPO takes 0.28), add an "
+        "entropy bonus (losses.entropy_bonus, entropy_control), sample at a higher temperature, lower the "
+        "learning rate, or renew the prompts"
     )
 
 

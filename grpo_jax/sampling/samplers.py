@@ -106,7 +106,7 @@ def sampler(
       stop: `stop_strings(tokenizer, ("</answer>",))`: strings that end a completion, with the token in which one of
         them is completed; such a completion is not truncated.
       record_experts: of a mixture of experts, put those that predicted each token into `rollout.experts`, so that the
-        scorer sends it to the same ones. `2 L k` bytes a token.
+        scorer sends it to the same ones. `2 L k` bytes per token.
 
     Returns:
       A sampler. Its rollout's log-probs are those of the distribution that was drawn from, the truncated one under

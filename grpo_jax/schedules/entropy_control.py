@@ -23,7 +23,7 @@ class EntropyControl(NamedTuple):
     """What the bonus of the next step depends on."""
 
     coefficient: Array  # [] float32
-    entropy: Array  # [] float32, nats a token, of the step before
+    entropy: Array  # [] float32, nats per token, of the step before
 
 
 def init(coefficient: float = 0.0) -> EntropyControl:

@@ -683,7 +683,7 @@ def test_a_copy_of_8_bits_samples_and_learns_and_the_whole_policy_is_evaluated(f
 @pytest.mark.slow
 @pytest.mark.parametrize("overlap", [0, 1])
 def test_running_baselines_and_the_loss_scale_go_on_where_they_were(files, tmp_path, overlap):
-    """In float16, from a copy of 8 bits, one completion a prompt, whose steps are rewarded, too."""
+    """In float16, from a copy of 8 bits, one completion per prompt, whose steps are rewarded, too."""
     settings_of = {
         "advantage": "spo", "baseline_column": "answer", "compute_dtype": "float16", "sample_weights": "int8",
         "score_old": True, "group_size": 1, "save_every": 1, "overlap": overlap, "reward": ("my_rewards:make()",),

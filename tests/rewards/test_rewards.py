@@ -563,7 +563,7 @@ WIDTH = 12  # tokens of a completion; the longest answer has 3
 
 
 def completions_of(texts, answers, width=WIDTH):
-    """A rollout of one completion a prompt, cut at the width as sampling does; padding holds what looks like an end."""
+    """A rollout of one completion per prompt, cut at the width as sampling does; padding looks like an end."""
     ids = [TASK(text)["input_ids"][:width] for text in texts]
     lengths = np.array([[len(row)] for row in ids], np.int32)
     tokens = np.full((len(ids), 1, width), END_ANSWER, np.int32)

@@ -48,7 +48,7 @@ def a_rollout(groups, answers=None, width=WIDTH, padding=START):
 
 
 def written(*texts):
-    """A rollout of one completion a prompt."""
+    """A rollout of one completion per prompt."""
     return a_rollout([[TASK(completion)["input_ids"]] for completion in texts])
 
 

@@ -83,7 +83,7 @@ FAULTS = {
         changed(40, reward=lambda step: max(0.6 - 0.06 * (step - 40), 0.0), reward_std=0.2), "reward_collapsed", 54,
         ["the mean reward fell to", "at its best", "from step 3", "learning rate"],
     ),
-    "kl above the limit": (changed(40, kl=1.2), "kl_exploded", 42, ["is 1.2 nats a token", "beta"]),
+    "kl above the limit": (changed(40, kl=1.2), "kl_exploded", 42, ["is 1.2 nats per token", "beta"]),
     "kl growing": (changed(40, kl=0.5), "kl_exploded", 42, ["is 0.5 nats", "times the mean of the 20 steps before"]),
     "kl not finite": (changed(40, kl=None), "kl_exploded", 40, ["`kl`", "not a finite number"]),
     "ratio": (changed(40, ratio_max=250.0), "ratio_exploded", 42, ["ratio is 250", "passes"]),
@@ -94,7 +94,7 @@ FAULTS = {
     "sampler not finite": (changed(40, sampler_gap=None), "sampler_disagrees", 40, ["`sampler_gap`", "not a finite"]),
     "entropy": (
         changed(40, entropy=0.02), "entropy_collapsed", 44,
-        ["entropy is 0.0", "nats a token, 0.49 at the start", "epsilon_high"],
+        ["entropy is 0.0", "nats per token, 0.49 at the start", "epsilon_high"],
     ),
     "hacking": (
         changed(

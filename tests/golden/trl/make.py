@@ -177,7 +177,7 @@ def list_cases():
         yield f"{name}_kl", objective | KL
         yield f"{name}_kl_truncated", objective | KL | MASKED
         yield f"{name}_kl_on_policy", objective | KL | ON_POLICY
-        if name != "gmpo":  # GMPOTrainer has no correction and takes one advantage a completion
+        if name != "gmpo":  # GMPOTrainer has no correction and takes one advantage per completion
             yield f"{name}_kl_corrected", objective | KL_CORRECTED
             yield f"{name}_kl_corrected_on_policy", objective | KL_CORRECTED | ON_POLICY
             yield f"{name}_per_token_advantages", objective | {"inputs": "per_token_advantages"}
