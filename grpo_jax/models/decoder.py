@@ -143,6 +143,10 @@ class Attention(nn.Module):
         if c.attention_sinks:
             initializer = nn.initializers.normal(c.initializer_range)
             options["sinks"] = self.param("sinks", initializer, (c.num_heads,), c.param_dtype)
+        if c.remat:
+            # Masks are the same in all layers, so that JAX takes them out of the loop over these and keeps them until
+            # the backward pass, a byte for each query, key and head. Bound to the query they stay within their layer.
+            query, mask_inputs = jax.lax.optimization_barrier((query, mask_inputs))
         out = over_mesh(c.attention, c.mesh)(query, own, prompt, mask_inputs, **options)
         out = _rows(c, out.reshape(*x.shape[:-1], c.num_heads * c.head_dim))
         out = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(out)

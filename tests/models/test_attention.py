@@ -161,6 +161,22 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens():
     assert temporaries(1024, form) < 2.5 * temporaries(512, form)
 
 
+def test_no_layer_of_a_network_that_recomputes_them_keeps_what_grows_with_the_square_of_the_tokens():
+    """Such as masks, a byte for each query, key and head, which JAX takes out of the loop over the layers."""
+    form = functools.partial(attention.blockwise, queries=32)
+    policy = models.decoder(models.from_hf_config(testing.tiny_hf_config("llama"), attention=form))
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+
+    def temporaries(T):
+        tokens, numbers, flags = (jax.ShapeDtypeStruct((1, 1, T), kind) for kind in (jnp.int32, jnp.float32, bool))
+        one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        rollout = Rollout(testing.random_prompts(0, 1, 5), tokens, one, flags, numbers, one)
+        program = jit(jax.grad(lambda params, rollout: jnp.sum(score(policy, params, rollout).log_probs)))
+        return program.lower(params, rollout).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2048) < 2.5 * temporaries(1024)
+
+
 def causal_rows(query, keys, values):
     return jax.nn.dot_product_attention(query, keys, values, is_causal=True, implementation="xla")
 
