@@ -9,7 +9,7 @@ import numpy as np
 from grpo_jax.data.batches import batch_indices, make_prompts
 from grpo_jax.data.prompts import Text, TooLong, encode_demonstration, encode_prompt, limit_prompts
 from grpo_jax.data.prompts import chat as to_messages
-from grpo_jax.data.rows import Row, field, place_of, read_rows
+from grpo_jax.data.rows import Row, field, place_of, read_rows, with_answer
 from grpo_jax.data.templates import is_message
 from grpo_jax.types import Prompts
 
@@ -55,7 +55,8 @@ def read_problems(
     Args:
       source: a file or a data set, as in `read_rows`.
       prompt_column: where the prompt is, text or chat messages. `outer.inner` names a nested field, here and below.
-      answer_column: where the answer is; by default `answer`, if `answer_after` is given.
+      answer_column: where the answer is; by default `answer`, if `answer_after` is given. Verifiers that look for gold
+        answers in several columns, such as `rewards.accuracy`, then read this one.
       answer_after: the answer is the text after the last of these marks, such as `####` in GSM8K.
       columns: what else every row must have.
       rename: `{old: new}` names of columns, for reward functions that expect others; the old ones stay, unless they are
@@ -88,7 +89,8 @@ def read_problems(
                 f"{kinds[not isinstance(prompt, str)]} in the first row; give all prompts in one form"
             )
         if answer_column is not None:
-            row["answer"] = _answer(field(row, answer_column), answer_column, answer_after, where)
+            answer = _answer(field(row, answer_column), answer_column, answer_after, where)
+            rows[number - 1] = with_answer(row, answer)
     return rows
 
 

@@ -60,7 +60,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Text, **template
 def encode_demonstration(
     tokenizer: "PreTrainedTokenizerBase", prompt: Text, completion: Text, *, end: int, **template: Any
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of its completion, which ends in `end`.
+    """Token ids of a prompt and of its completion, which ends in `end`, once also where its text does already.
 
     The completion's tokens are those of the whole text, or the whole chat, after the prompt's. Where there are none,
     since a token lies across the border or the template strips reasoning from the answer, they are those of the
@@ -85,7 +85,8 @@ def encode_demonstration(
             )
         whole = encode_prompt(tokenizer, prompt + completion)
         follows = whole[: len(ids)] == ids
-        return ids, [*(whole[len(ids) :] if follows else _encode_after_text(tokenizer, completion)), end]
+        written = whole[len(ids) :] if follows else _encode_after_text(tokenizer, completion)
+        return ids, [*written, *([] if written[-1:] == [end] else [end])]
 
     text = completion if isinstance(completion, str) else _only_message(completion)
     opened = render(tokenizer, prompt, **template)

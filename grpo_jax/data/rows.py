@@ -19,16 +19,17 @@ Row = dict[str, Any]
 
 
 class _ReadRow(dict[str, Any]):
-    """A row with its place beside its columns, where reward functions do not see it."""
+    """A row with what is known of it beside its columns, where reward functions do not see it."""
 
-    __slots__ = ("place",)
+    __slots__ = ("gold_column", "place")
 
-    def __init__(self, columns: Mapping[str, Any], place: str) -> None:
+    def __init__(self, columns: Mapping[str, Any], place: str, gold_column: str | None = None) -> None:
         super().__init__(columns)
         self.place = place
+        self.gold_column = gold_column  # the column with the answer, where somebody has said which it is
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self), self.place)
+        return type(self), (dict(self), self.place, self.gold_column)
 
 
 def place_of(row: Mapping[str, Any], number: int) -> str:
@@ -39,6 +40,16 @@ def place_of(row: Mapping[str, Any], number: int) -> str:
       number: among the rows at hand, from 1.
     """
     return getattr(row, "place", f"row {number}")
+
+
+def with_answer(row: Row, answer: Any) -> Row:
+    """The row with its reference answer as the column `answer`, which verifiers then read (`rewards.accuracy`)."""
+    return _ReadRow(row | {"answer": answer}, place_of(row, 1), "answer")
+
+
+def gold_column_of(row: Mapping[str, Any]) -> str | None:
+    """The column that `with_answer` has made the answer of; None where rewards look for it by its usual names."""
+    return getattr(row, "gold_column", None)
 
 
 def read_rows(
@@ -212,7 +223,7 @@ def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> l
     with open(path, "rb") as file:  # so that a file that is not there is told as for the other kinds
         try:
             found = [row for batch in pyarrow.parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist()]
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not Parquet: {error}") from None
     return list(_checked(found, columns, f"{path}"))
 

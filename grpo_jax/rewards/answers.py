@@ -3,11 +3,11 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from fractions import Fraction
 from typing import Any
 
-from grpo_jax.rewards.calling import RewardFunction
+from grpo_jax.rewards.calling import RewardFunction, reading
 from grpo_jax.rewards.completions import named, text_of
 from grpo_jax.rewards.formats import TAGS, marks_of, opened_by
 from grpo_jax.rewards.latex import unwrapped
@@ -43,6 +43,39 @@ def answer_of(text: str, pattern: str | re.Pattern[str] | None = None) -> str | 
         return _stripped(answer) if closed else None
     _, marked, rest = text.rpartition("####")
     return _stripped(rest.partition("\n")[0]) if marked else None
+
+
+def answers_of(
+    completions: Sequence[Any], tails: Sequence[str | None] | None, pattern: re.Pattern[str] | None = None
+) -> list[str | None]:
+    """The answer of each completion, which goes on from a tag that its prompt opens.
+
+    Args:
+      completions: text or messages.
+      tails: `prompt_tail` as `rewards.host` gives it; None where no prompt opens a tag.
+      pattern: as in `answer_of`; its answers are the completion's alone.
+    """
+    marks = marks_of(TAGS) if pattern is None else ()
+    return [
+        answer_of(opened_by(tail or "", marks) + text_of(completion), pattern)
+        for completion, tail in zip(completions, tails or [None] * len(completions), strict=True)
+    ]
+
+
+def gold_text(value: Any) -> str | None:
+    """A gold answer as text, without the white space around it; None where there is none: null, NaN, infinity.
+
+    A whole number has no `.0`, which it gets where a column of whole numbers has a null.
+
+    Raises:
+      ValueError: for what is neither text nor a number, such as a list of answers.
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if getattr(value, "ndim", 0) or (isinstance(value, Mapping | Sequence | Set) and not isinstance(value, str)):
+        raise ValueError(f"a gold answer is text or a number, got a {type(value).__name__}: {value!r:.200}")
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return str(int(value) if whole else value).strip()
 
 
 def _stripped(answer: str | None) -> str | None:
@@ -83,7 +116,7 @@ def exact_answer(
 
     Raises:
       ValueError: for a negative or non-finite tolerance, a pattern that is none, and,
-        from the reward, a data set without the column.
+        from the reward, a data set without the column, or a reference that is neither text nor a number.
     """
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"the tolerance is a number of at least 0, or None to compare text, got {tolerance}")
@@ -93,13 +126,10 @@ def exact_answer(
         raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
     exact = None if tolerance is None else Fraction(str(tolerance))
 
-    marks = marks_of(TAGS) if pattern is None else ()
-
-    def judge(completion: Any, reference: Any, tail: str | None) -> float | None:
-        wanted = str(reference).strip()
-        if reference is None or wanted.casefold() in _MISSING:
+    def judge(answer: str | None, reference: Any) -> float | None:
+        wanted = gold_text(reference)
+        if wanted is None or wanted.casefold() in _MISSING:
             return None
-        answer = answer_of(opened_by(tail or "", marks) + text_of(completion), compiled)
         if answer is None:
             return 0.0
         if normalise is not None:
@@ -122,10 +152,10 @@ def exact_answer(
     ) -> list[float | None]:
         if column not in columns:
             raise ValueError(f"exact_answer compares with the column {column!r}; there are only {sorted(columns)}")
-        tails = prompt_tail or [None] * len(completions)
-        return [judge(*item) for item in zip(completions, columns[column], tails, strict=True)]
+        answers = answers_of(completions, prompt_tail, compiled)
+        return [judge(*item) for item in zip(answers, columns[column], strict=True)]
 
-    return named("exact_answer", reward)
+    return reading(named("exact_answer", reward), golds=[column])
 
 
 def plain_answer(*, units: Sequence[str] | None = ()) -> Callable[[str], str]:

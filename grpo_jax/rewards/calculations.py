@@ -217,7 +217,8 @@ def _may_follow(word: _Token, after: _Token | None) -> bool:
         return True
     if not word.spaced:
         return is_unit(text)
-    named = len(text) == 1 and text.isupper() and after is not None and after.kind == "number" and not after.spaced
+    touched = after is not None and after.kind == "number" and not after.spaced
+    named = touched and len(text) == 1 and text.isupper() and text != "R"  # 7/2 = 3 R1 has a remainder
     return len(text) > 2 or text in _SHORT or named
 
 

@@ -3,7 +3,6 @@
 values = call([length, judge], {"prompts": [...], "completions": [...], "answer": [...]}, count=2)
 """
 
-import asyncio
 import contextlib
 import copy
 import dataclasses
@@ -14,7 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +52,32 @@ def of_groups(function: RewardFunction, group_size: int) -> RewardFunction:
     return function
 
 
+class Reads(NamedTuple):
+    """What a reward function looks for among its `**columns`, of which its parameters tell nothing."""
+
+    columns: tuple[str, ...] = ()  # all of these
+    golds: tuple[str, ...] = ()  # of these the first that is there: gold answers, which are text or numbers
+    calls: tuple[RewardFunction, ...] = ()  # functions that are given the same columns
+
+
+def reading(
+    function: RewardFunction,
+    *,
+    columns: Sequence[str] = (),
+    golds: Sequence[str] = (),
+    calls: Sequence[RewardFunction] = (),
+) -> RewardFunction:
+    """Says of a function what it reads (`Reads`), so that it is looked at before a run; see `run.inputs`."""
+    vars(function)["reads"] = Reads(tuple(columns), tuple(golds), tuple(calls))
+    return function
+
+
+def reads_of(function: Callable[..., Any]) -> Reads:
+    """What a reward function says that it reads beside its parameters."""
+    found = getattr(function, "reads", None)
+    return found if isinstance(found, Reads) else Reads()
+
+
 def ignore(name: str, value: Any) -> None:
     """A `log_metric` that drops the metric."""
 
@@ -82,8 +107,8 @@ def call(
 
     Raises:
       ValueError: for a wrong number of values or one that is no number, or infinite.
-      RuntimeError: for a function that called `sys.exit`, or raised CancelledError or GeneratorExit. Other exceptions
-        pass through, with a note that names the function.
+      RuntimeError: for a function that called `sys.exit`, or raised what is no `Exception`, such as CancelledError.
+        Other exceptions pass through, with a note that names the function, and Ctrl-C as it is.
 
     Warns:
       RuntimeWarning: for NaN, which is also counted as `<name>/nan` where the arguments have a `log_metric`; and for
@@ -116,10 +141,15 @@ def accepted(function: RewardFunction, arguments: Mapping[str, Any]) -> dict[str
     names = {parameter.name for parameter in parameters}
     # Entry by entry: in a deep copy of the list a group would still share its prompt.
     return {
-        name: [_copied(entry) for entry in value] if isinstance(value, list) else value
+        name: copies(value) if isinstance(value, list) else value
         for name, value in arguments.items()
         if everything or name in names
     }
+
+
+def copies(entries: Sequence[Any]) -> list[Any]:
+    """A list of a function's own, which it may write into."""
+    return [_copied(entry) for entry in entries]
 
 
 def _copied(entry: Any) -> Any:
@@ -132,22 +162,25 @@ def _copied(entry: Any) -> Any:
 def noted(function: RewardFunction, count: int, *, awaited: bool = False) -> Iterator[None]:
     """Adds the function's name to an exception, and makes a failure of those that would end the run.
 
-    They are `sys.exit`, a task of the function's own that was cancelled, and GeneratorExit, unless the function is
-    `awaited` and it is the function itself that is cancelled or closed.
+    They are `sys.exit`, a task of the function's own that was cancelled, GeneratorExit, and others that are no
+    `Exception`, as some libraries' timeouts are; not Ctrl-C, nor where the function is `awaited` and it is the function
+    itself that is cancelled or closed.
     """
     note = f"raised by the reward function {name_of(function)} over {count} completions"
     try:
         yield
-    except (SystemExit, asyncio.CancelledError, GeneratorExit) as error:
+    except Exception as error:
+        error.add_note(note)
+        raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         if awaited and (isinstance(error, GeneratorExit) or is_cancelled()):
             raise
         did = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
         raised = RuntimeError(f"a reward function {did}")
         raised.add_note(note)
         raise raised from error
-    except Exception as error:
-        error.add_note(note)
-        raise
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.rewards.calling import LogMetric, RewardFunction, call, group_size_of, ignore, name_of, of_groups
+from grpo_jax.rewards.calling import LogMetric, RewardFunction, call, group_size_of, ignore, name_of, of_groups, reading
 
 
 def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | None = None) -> RewardFunction:
@@ -51,4 +51,5 @@ def combine(functions: Sequence[RewardFunction], *, weights: Sequence[float] | N
         total = np.where(reward_mask, scale[:, None] * np.nan_to_num(rewards), 0.0).sum(axis=0)
         return [float(x) if scored else None for x, scored in zip(total, reward_mask.any(axis=0), strict=True)]
 
+    reading(combined, calls=functions)
     return of_groups(combined, sizes.pop()) if sizes else combined

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_jax.rewards.calling import RewardFunction, of_groups
-from grpo_jax.rewards.completions import named, text_of
+from grpo_jax.rewards.completions import after_thoughts, named, text_of
 from grpo_jax.rewards.judging import chat, enclosed, last_word, parse_all, plain
 
 
@@ -99,7 +99,7 @@ def listwise(url: str, model: str, *, group_size: int, orders: int = 1, **servic
 
     def ranking(answer: str) -> list[int] | None:
         """Places of the shown completions, from the best on."""
-        last = answer.strip().rpartition("\n")[2]
+        last = (after_thoughts(answer) or "").strip().rpartition("\n")[2]
         numbers = [int(number) - 1 for number in re.findall(r"\d{1,4}", last)]
         return numbers if sorted(numbers) == list(range(group_size)) else None
 

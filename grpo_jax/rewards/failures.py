@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_jax import processes
-from grpo_jax.rewards.calling import LogMetric, RewardFunction, accepted, call, group_size_of, ignore, name_of, noted
+from grpo_jax.rewards.calling import (
+    LogMetric,
+    RewardFunction,
+    accepted,
+    call,
+    group_size_of,
+    ignore,
+    name_of,
+    noted,
+    reading,
+)
 from grpo_jax.rewards.calling import numbers as checked
 
 
@@ -91,6 +101,7 @@ def skip_failed_batches(function: RewardFunction, *, batches: int = 3) -> Reward
     made: Any = awaited if inspect.iscoroutinefunction(function) else reward
     made.__name__ = made.__qualname__ = name
     made.takes_part = True
+    reading(made, calls=[function])
     if group_size_of(function) is not None:
         made.group_size = group_size_of(function)
     return made

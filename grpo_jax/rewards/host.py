@@ -58,6 +58,7 @@ def host(
     - `completion_ids`, the tokens, with the end token; of conversations those that the policy wrote;
     - `prompt_tail`, the end of the prompt's text as the template made it (`prompt_tails`), by which format rewards
       see that a template opens `<think>` itself;
+    - `gold_column`, the column that `--answer-column` has made the answers of, where it has (`data.read_problems`);
     - from TRL `trainer_state`, with `global_step` and `max_steps`, and the loggers `log_metric(name, value)` and
       `log_extra(column, values)`.
 
@@ -88,13 +89,15 @@ def host(
       ValueError: if the data set has no `prompt_column`; of several processes, if some functions tell the others that
         they failed and some do not (`skip_failed_batches`). From the reward, if the prompts do not name their rows; if
         a function needs groups of another size (`group_size_of`); for a wrong number of values, or one that is
-        infinite or no number, with the function's name and the value.
+        infinite or no number, with the function's name and the value; for values of a group beyond 2^24 that float32
+        cannot tell apart.
     """
     # All rows' columns, whatever rows a batch has. A `datasets.Dataset` knows them without reading the rows.
     names = getattr(dataset, "column_names", None) or list(dict.fromkeys(name for row in dataset for name in row))
     if len(dataset) and prompt_column not in names:
         raise ValueError(f"the data set has no column {prompt_column!r} for the prompts, only {names}")
 
+    gold_column = getattr(dataset[0], "gold_column", None) if len(dataset) else None  # of `data.rows`
     telling = [name_of(f) for f in functions if getattr(f, "takes_part", False)]
     if jax.process_count() > 1 and 0 < len(telling) < len(functions):
         others = [name_of(f) for f in functions if not getattr(f, "takes_part", False)]
@@ -147,13 +150,32 @@ def host(
             "log_metric": log,
             "log_extra": ignore,
         }
+        if gold_column is not None:
+            arguments["gold_column"] = gold_column
         if rollout.turns is not None:
             arguments["turn_rewards"] = given_rewards(rollout)
-        values = call(functions, arguments, B * G, report_after=report_after)
-        rewards = np.array(values, np.float32).reshape(len(functions), B, G).transpose(1, 2, 0)
+        values = np.reshape(call(functions, arguments, B * G, report_after=report_after), (len(functions), B, G))
+        for function, given in zip(functions, values, strict=True):
+            _refuse_merged(function, given)
+        rewards = values.astype(np.float32).transpose(1, 2, 0)
         return rewards if rollout.turns is None else np.where(rollout.turns.failed[..., None], np.nan, rewards)
 
     return reward
+
+
+def _refuse_merged(function: RewardFunction, values: np.ndarray) -> None:
+    """Refuses values `[B, G]` of which float32, in which advantages are computed, would lose the differences.
+
+    Up to 2^24 it tells whole numbers apart, and what it does not is rounding.
+    """
+    for group in values:
+        group = group[~np.isnan(group)]
+        lost = np.abs(group - group.astype(np.float32)).max(initial=0.0)
+        if group.size and np.abs(group).max() > 2**24 and lost > 1e-2 * np.ptp(group) > 0:
+            raise ValueError(
+                f"the reward function {name_of(function)} returned {group.min():.12g} to {group.max():.12g} for one "
+                "prompt, which float32 cannot tell apart: subtract what all of them have in common"
+            )
 
 
 def _flat(groups: Sequence[Sequence[Any]]) -> list[Any]:
@@ -178,7 +200,7 @@ def completion_texts(
     """
     ends = _ends(tokenizer, eos_ids)
     written = [[token for token in ids if token not in ends] for ids in sampled_tokens(rollout)]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=False)
+    texts = tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     G = rollout.tokens.shape[1]
     return [texts[start : start + G] for start in range(0, len(texts), G)]
 
@@ -199,7 +221,7 @@ def prompt_tails(prompts: Prompts, tokenizer: "PreTrainedTokenizerBase") -> list
     for tokens, length in zip(np.asarray(prompts.tokens).tolist(), np.asarray(prompts.lengths).tolist(), strict=True):
         last = max((i for i in range(length) if tokens[i] in marks), default=-1)
         tails.append(tokens[last + 1 : length])
-    return tokenizer.batch_decode(tails, skip_special_tokens=False)
+    return tokenizer.batch_decode(tails, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _partner(word: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.rewards.calling import RewardFunction, call
+from grpo_jax.rewards.calling import RewardFunction, call, reading
 from grpo_jax.rewards.completions import named
 from grpo_jax.rewards.formats import TAGS, marks_of, per_continuation, sections_of
 
@@ -97,7 +97,7 @@ def cosine_length(correct: RewardFunction, scale: Formula, *, threshold: float =
         scaled = scale(np.array(values) > threshold, _lengths(completion_ids)).tolist()
         return [None if math.isnan(value) else number for value, number in zip(values, scaled, strict=True)]
 
-    return named("cosine_length", reward)
+    return reading(named("cosine_length", reward), calls=[correct])
 
 
 def cosine_scale(

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grpo_jax.rewards.answers import gold_text
+from grpo_jax.rewards.calling import reading
 from grpo_jax.rewards.completions import text_of
 from grpo_jax.rewards.latex import Reading, final_answer, gold_answer
 from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
@@ -47,7 +49,8 @@ def accuracy(
     A fault of the verifier masks (see `in_worker_processes`).
 
     Args:
-      column: the data set's column of gold answers; by default `solution`, or else `answer`.
+      column: the data set's column of gold answers; by default that of `--answer-column` where the rows were read
+        with one (`data.read_problems`), or else `solution`, or else `answer`.
       tolerance: two real numbers are also equal up to this share of the gold one; 0 for no such rule.
       decimals: places to which numbers are rounded before they are compared, where one of them is a decimal fraction;
         counted from the first digit that is not 0 for numbers below 0.1, so that `4e-7` is not `1e-7`.
@@ -60,7 +63,8 @@ def accuracy(
 
     Raises:
       ImportError: without math-verify.
-      ValueError: for a setting out of range; from the reward, if the data set has no such column.
+      ValueError: for a setting out of range; from the reward, if the data set has no such column, or a gold answer is
+        neither text nor a number.
     """
     try:
         from grpo_jax.rewards import symbolic
@@ -80,23 +84,28 @@ def accuracy(
         name="accuracy",
     )
 
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        names = ("solution", "answer") if column is None else (column,)
+    golds = ("solution", "answer") if column is None else (column,)
+
+    def reward(
+        prompts: Sequence[Any], completions: Sequence[Any], gold_column: str | None = None, **columns: Any
+    ) -> list[float | None]:
+        names = golds if gold_column is None or column is not None else (gold_column,)
         present = next((name for name in names if name in columns), None)
         if present is None:
             raise ValueError(f"the accuracy reward needs a column {' or '.join(names)} with the gold answers")
         answers = [final_answer(text_of(completion)[-characters:]) for completion in completions]
-        golds = [None if gold is None else gold_answer(str(gold)) for gold in columns[present]]
+        texts = map(gold_text, columns[present])
+        wanted = [None if gold is None else gold_answer(gold) for gold in texts]
         return judge(
             prompts,
             ["" if answer is None else answer.latex for answer in answers],
-            gold=[None if gold is None else gold.latex for gold in golds],
-            verdict=[verdict(answer, gold) for answer, gold in zip(answers, golds, strict=True)],
+            gold=[None if gold is None else gold.latex for gold in wanted],
+            verdict=[verdict(answer, gold) for answer, gold in zip(answers, wanted, strict=True)],
             log_metric=columns.get("log_metric"),
         )
 
     reward.__name__ = reward.__qualname__ = "accuracy"
-    return reward
+    return reading(reward, golds=golds)
 
 
 def verdict(answer: Reading | None, gold: Reading | None) -> float | None:

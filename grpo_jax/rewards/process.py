@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_jax.rewards.calling import LogMetric, ignore
+from grpo_jax.rewards.calling import LogMetric, TrainerState, accepted, copies, ignore
 from grpo_jax.rewards.completions import named
 from grpo_jax.rewards.host import sampled_tokens
 from grpo_jax.rewards.judging import chat, enclosed, last_line, parse_all, plain
@@ -48,15 +48,16 @@ def steps(
     split: Split = paragraphs,
     prompt_column: str = "prompt",
     eos_ids: Sequence[int] | None = None,
-) -> Callable[[Rollout], tuple[np.ndarray, np.ndarray]]:
-    """Makes `rollout -> (rewards [B, G, T] float32, mask [B, G, T] bool)` of a function of steps.
+) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Makes `(rollout, trainer_state=None) -> (rewards [B, G, T] float32, mask [B, G, T] bool)` of a function of steps.
 
     A step's reward lies at the token in which its text ends; the last step's at the last token. Two steps that end in
     one token lie there together, added up.
 
     Args:
       function: `f(prompts, steps, **columns)`: prompts as the data set has them, the texts of the steps of each
-        completion, and the other columns, one entry per completion, group after group.
+        completion, and the other columns, one entry per completion, group after group, those that it names or all
+        under `**`, with the `trainer_state`. They are copies, which it may write into.
       dataset: rows that `prompts.info["row"]` points into.
       tokenizer: of the policy.
       split: `paragraphs`, `lines`, or your own.
@@ -70,7 +71,7 @@ def steps(
     """
     ends = {tokenizer.eos_token_id} if eos_ids is None else set(map(int, eos_ids))
 
-    def reward(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    def reward(rollout: Rollout, trainer_state: TrainerState | None = None) -> tuple[np.ndarray, np.ndarray]:
         if rollout.turns is not None:
             raise ValueError(
                 "steps are of completions of one turn, and these are conversations, in which an environment wrote, "
@@ -79,7 +80,8 @@ def steps(
         G = rollout.tokens.shape[1]
         rows = [dataset[row] for row in np.repeat(np.asarray(rollout.prompts.info["row"]), G).tolist()]
         ids = sampled_tokens(rollout)
-        texts = tokenizer.batch_decode([[t for t in one if t not in ends] for one in ids], skip_special_tokens=False)
+        written = [[token for token in one if token not in ends] for one in ids]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         pieces = [split(text) for text in texts]
         for text, cut in zip(texts, pieces, strict=True):
             if "".join(cut) != text:
@@ -88,7 +90,9 @@ def steps(
                 )
         names = dict.fromkeys(name for row in rows for name in row if name != prompt_column)
         columns = {name: [row.get(name) for row in rows] for name in names}
-        values = function([row[prompt_column] for row in rows], pieces, **columns)
+        prompts = copies([row[prompt_column] for row in rows])
+        arguments = columns | {"trainer_state": trainer_state}
+        values = function(prompts, copies(pieces), **accepted(function, arguments))
         shape = (len(ids), rollout.tokens.shape[-1])
         rewards, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
         if len(values) != len(ids):
@@ -114,8 +118,10 @@ def _ends(pieces: Sequence[str], ids: Sequence[int], tokenizer: "PreTrainedToken
         low, high = places[-1] if places else 0, len(ids) - 1
         while low < high:
             middle = (low + high) // 2
-            long = len(tokenizer.decode(list(ids[: middle + 1]), skip_special_tokens=False)) >= length
-            low, high = (low, middle) if long else (middle + 1, high)
+            text = tokenizer.decode(
+                list(ids[: middle + 1]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            low, high = (low, middle) if len(text) >= length else (middle + 1, high)
         places.append(low)
     return [*places, len(ids) - 1] if pieces else []
 

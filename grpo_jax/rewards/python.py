@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from grpo_jax.rewards import harness
+from grpo_jax.rewards.calling import reading
 from grpo_jax.rewards.completions import after_thoughts, text_of
 from grpo_jax.rewards.formats import marks_of, opened_by
 from grpo_jax.rewards.outcomes import Outcome, to_rewards
@@ -138,7 +139,7 @@ def python_tests(
         return to_rewards(outcomes, "python_tests", log_metric=log_metric)
 
     reward.__name__ = reward.__qualname__ = "python_tests"
-    return reward
+    return reading(reward, columns=["tests"])
 
 
 def make_python_output(

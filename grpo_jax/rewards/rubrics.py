@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from grpo_jax.rewards.calling import RewardFunction
+from grpo_jax.rewards.calling import RewardFunction, reading
 from grpo_jax.rewards.completions import named, text_of
 from grpo_jax.rewards.judging import chat, enclosed, last_word, parse_all, plain, rows_of
 
@@ -70,7 +70,7 @@ def rubric(
             start += len(of_row)
         return rewards
 
-    return named("rubric", score)
+    return reading(named("rubric", score), columns=[column])
 
 
 def criteria_of(value: Any, column: str) -> list[tuple[str, float]]:
@@ -80,9 +80,14 @@ def criteria_of(value: Any, column: str) -> list[tuple[str, float]]:
       ValueError: for anything else than `rubric` says.
     """
     listed = value if isinstance(value, Sequence) and not isinstance(value, str) else []
+    for one in listed:
+        if not isinstance(one, str) and not (isinstance(one, Mapping) and {"criterion", "weight"} <= one.keys()):
+            raise ValueError(
+                f"a criterion of the column {column!r} is a text, or has a `criterion` and a `weight` (below 0 for a "
+                f"fault; data sets that call it `points` or `description` are to be rewritten), got {one!r:.200}"
+            )
     criteria = [
-        (str(one["criterion"]), float(one.get("weight", 1.0))) if isinstance(one, Mapping) else (str(one), 1.0)
-        for one in listed
+        (str(one["criterion"]), float(one["weight"])) if isinstance(one, Mapping) else (one, 1.0) for one in listed
     ]
     if not any(weight > 0 for _, weight in criteria) or not all(math.isfinite(weight) for _, weight in criteria):
         raise ValueError(

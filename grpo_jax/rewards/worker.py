@@ -52,7 +52,7 @@ def answer(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
         value = called(function, arguments)
     except (RecursionError, MemoryError, OverflowError) as error:
         return {"fault": "exhausted", "message": type(error).__name__}
-    except (Exception, SystemExit):
+    except BaseException:
         return {"fault": "error", "message": traceback.format_exc()[-MESSAGE:]}
     try:
         if isinstance(value, str | bytes):  # Python would make numbers of them
@@ -72,7 +72,7 @@ def answer_json(function: Callable[..., Any], arguments: dict[str, Any], returne
         return result
     except (RecursionError, MemoryError, OverflowError) as error:
         return {"fault": "exhausted", "message": type(error).__name__}
-    except (Exception, SystemExit):
+    except BaseException:
         return {"fault": "error", "message": traceback.format_exc()[-MESSAGE:]}
 
 
@@ -100,7 +100,7 @@ def main() -> None:
             limit(resource.RLIMIT_AS, request["memory"])
             try:
                 function = load(*request["load"])
-            except Exception:
+            except BaseException:
                 reply = {"fault": "error", "message": traceback.format_exc()[-MESSAGE:]}
             os.dup2(null, 2)
         else:

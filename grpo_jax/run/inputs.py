@@ -8,7 +8,10 @@ from typing import Any
 import transformers
 
 from grpo_jax.data import place_of
+from grpo_jax.data.rows import gold_column_of
 from grpo_jax.rewards import group_size_of, name_of
+from grpo_jax.rewards.answers import gold_text
+from grpo_jax.rewards.calling import reads_of
 
 # Arguments that `rewards.host` passes beside the columns of the data.
 _PASSED = {"prompts", "completions", "completion_ids", "prompt_tail", "trainer_state", "log_metric", "log_extra"}
@@ -109,23 +112,23 @@ def check_rewards(
 def check_arguments(
     functions: Sequence[Callable[..., Any]], rows: Sequence[Mapping[str, Any]], *, prompt_column: str
 ) -> None:
-    """Checks that each reward function gets the arguments that it requires, for every row.
+    """Checks that each reward function, and each that it calls, gets the arguments that it requires, for every row.
 
     Args:
-      functions: of a run or an evaluation.
+      functions: of a run or an evaluation; they may say what they read, see `rewards.calling.reading`.
       rows: as the functions see them.
       prompt_column: which they get as `prompts`.
 
     Raises:
       ValueError: for an argument without a default that is no column of the data; for a row that has none or a null
-        there, or an empty text as its `answer`; for a class, and for a function that takes nothing of the completions:
-        it is likely a maker that was not called.
+        there, or an empty text as its `answer`; for a gold answer that is neither text nor a number; for a class, and
+        for a function that takes nothing of the completions: it is likely a maker that was not called.
     """
     known = _PASSED | ({name for row in rows for name in row} - {prompt_column})
     for function in functions:
         parameters = inspect.signature(function).parameters.values()
-        reads = any(p.kind is p.VAR_KEYWORD or p.name in _READ for p in parameters)
-        if inspect.isclass(function) or not reads:
+        sees = any(p.kind is p.VAR_KEYWORD or p.name in _READ for p in parameters)
+        if inspect.isclass(function) or not sees:
             raise ValueError(
                 f"{name_of(function)} is no reward function: it takes neither prompts nor completions. A maker? Then "
                 f"write {name_of(function)}()"
@@ -134,12 +137,21 @@ def check_arguments(
             p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]
         required += getattr(function, "requires", ())  # of what it calls, such as `in_worker_processes`
-        if absent := [name for name in required if name not in known]:
+        reads = reads_of(function)
+        check_arguments(reads.calls, rows, prompt_column=prompt_column)
+        absent = [name for name in (*required, *reads.columns) if name not in known]
+        if reads.golds and not known.intersection(reads.golds):
+            absent.append(" or ".join(reads.golds))
+        if absent:
             raise ValueError(
                 f"the reward function {name_of(function)} requires {', '.join(absent)}, and the data has the columns "
                 f"{', '.join(sorted(known - _PASSED))}"
             )
+        gold = next((name for name in reads.golds if name in known), None)
         for number, row in enumerate(rows, start=1):
+            if gold is not None:
+                told = gold_column_of(row) if len(reads.golds) > 1 else None
+                _check_gold(row, told or gold, place_of(row, number))
             for name in required:
                 value = row.get(name)
                 if name not in _PASSED and (value is None or (name == "answer" and value == "")):
@@ -149,3 +161,10 @@ def check_arguments(
                         f"{found}; the row has the columns {', '.join(row)} (an argument with a default, such as None, "
                         "is not required)"
                     )
+
+
+def _check_gold(row: Mapping[str, Any], name: str, where: str) -> None:
+    try:
+        gold_text(row.get(name))
+    except ValueError as error:
+        raise ValueError(f"{where}: {name}: {error}") from None

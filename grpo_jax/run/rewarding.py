@@ -9,7 +9,7 @@ given, mask, measured = reward(rollout, rewards.TrainerState(n, steps))
 
 advantage = config.with_steps(advantage)
 of_steps = config.make_step_rewards(rows, tokenizer, eos_ids=eos_ids)
-experience = experience._replace(rewards=given, reward_mask=mask, **of_steps(rollout))
+experience = experience._replace(rewards=given, reward_mask=mask, **of_steps(rollout, rewards.TrainerState(n, steps)))
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from grpo_jax.types import Metrics, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-StepRewarded = Callable[[Rollout], dict[str, np.ndarray]]  # rollout -> fields of an experience
+StepRewarded = Callable[..., dict[str, np.ndarray]]  # (rollout, trainer_state=None) -> fields of an experience
 Rewarded = Callable[[Rollout, rewards.TrainerState], tuple[np.ndarray, np.ndarray, Metrics]]
 
 
@@ -139,19 +139,21 @@ class RewardSettings:
         eos_ids: Sequence[int],
         prompt_column: str = "prompt",
     ) -> StepRewarded:
-        """Makes `rollout -> fields` of an experience, none if steps are not rewarded; see `rewards.steps`.
+        """Makes `(rollout, trainer_state=None) -> fields` of an experience, none if steps are not rewarded.
+
+        See `rewards.steps`.
 
         A function of steps that raises ends the run: nothing stands in for its grades.
         """
         if self.step_reward is None:
-            return lambda rollout: {}
+            return lambda rollout, trainer_state=None: {}
         split = resolve(self.step_split or "paragraphs", "grpo_jax.rewards.process")
         steps = rewards.steps(
             resolve(self.step_reward), rows, tokenizer, split=split, prompt_column=prompt_column, eos_ids=eos_ids
         )
 
-        def rewarded(rollout: Rollout) -> dict[str, np.ndarray]:
-            given, mask = steps(rollout)
+        def rewarded(rollout: Rollout, trainer_state: rewards.TrainerState | None = None) -> dict[str, np.ndarray]:
+            given, mask = steps(rollout, trainer_state)
             return {"step_rewards": given, "step_mask": mask}
 
         return rewarded

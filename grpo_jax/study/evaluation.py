@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo_jax import data, processes, rewards
 from grpo_jax.policies import Policy
 from grpo_jax.rewards.calling import LogMetric, RewardFunction
+from grpo_jax.rewards.formats import TAGS, marks_of, opened_by
+from grpo_jax.rewards.host import prompt_tails
 from grpo_jax.run import inputs
 from grpo_jax.run.completions import turns
 from grpo_jax.run.conversations import Talk
@@ -118,6 +120,7 @@ def make_evaluate(
             rollout = _first(draw(policy, params, batch, key), len(indices))
             scores, mask = reward(rollout, trainer_state)
             texts = rewards.completion_texts(rollout, tokenizer, sampler.eos_ids)
+            opened = [opened_by(tail, marks_of(TAGS)) for tail in prompt_tails(rollout.prompts, tokenizer)]
             if rollout.turns is not None:
                 said = rewards.conversation_messages(rollout, tokenizer, sampler.eos_ids)
                 texts = [[rewards.text_of(messages) for messages in group] for group in said]
@@ -132,6 +135,8 @@ def make_evaluate(
                         "rewards": {name: _or_none(scores[b, :, i], mask[b, :, i]) for i, name in enumerate(names)},
                     }
                 )
+                if opened[b]:
+                    items[-1]["opened"] = opened[b]
                 if rollout.turns is not None:
                     items[-1]["turns"] = [turns(rollout, b, g, tokenizer) for g in range(G)]
         return mark_right(items)
@@ -153,7 +158,8 @@ def make_mean_rewards(
 ) -> Callable[[Params, rewards.TrainerState], dict[str, float]]:
     """Makes `evaluate(params, trainer_state) -> {"eval/reward": ..., "eval/<name>": ...}`, for the middle of a run.
 
-    The mean of each reward over all completions, and their weighted sum, which is NaN if a function failed.
+    The mean of each reward over all completions that it scored, and their weighted sum, which is NaN if a function
+    failed. One that scored none, such as that of another task, is left out of the sum, as it is of a completion's.
 
     Args:
       policy: any.
@@ -184,7 +190,8 @@ def make_mean_rewards(
         summary = summarise(score(params, trainer_state=trainer_state))
         means = {name: summary[f"reward/{name}"] for name in names}
         failed = any(value > 0 for name, value in logged.take().items() if name.endswith("/failed"))
-        total = np.nan if failed else float(np.dot(weights or np.ones(len(names)), list(means.values())))
+        parts = np.array(list(means.values())) * np.asarray(weights or 1.0)
+        total = np.nan if failed or np.isnan(parts).all() else float(np.nansum(parts))
         return {"eval/reward": total} | {f"eval/{name}": mean for name, mean in means.items()}
 
     return evaluate

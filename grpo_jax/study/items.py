@@ -2,8 +2,9 @@
 
 An item is one prompt, as plain values: `row` (its index), `prompt`, `completions`, `lengths` in tokens, `truncated`,
 `rewards` by name (None where there is none), `right` (None where it could not be scored), `pass_rate` (the share of
-scored completions that are right; None if none was), and `answers` where they were extracted. Of conversations,
-`completions` is what the policy wrote, and `turns` all of it: who wrote what.
+scored completions that are right; None if none was), and `answers` where they were extracted. A tag that the prompt
+opens, from which the completions go on, is `opened` (`rewards.formats.opened_by`). Of conversations, `completions` is
+what the policy wrote, and `turns` all of it: who wrote what.
 `write_items` keeps them, `data.read_jsonl` reads them, and `mark_right` and `summarise` work on either.
 """
 
@@ -52,7 +53,9 @@ def mark_right(
         right = [None if score is None else bool(score >= np.float32(threshold)) for score in scores]
         scored = [value for value in right if value is not None]
         item = item | {"right": right, "pass_rate": sum(scored) / len(scored) if scored else None}
-        marked.append(item if extract is None else item | {"answers": [extract(c) for c in item["completions"]]})
+        if extract is not None:
+            item["answers"] = [extract(item.get("opened", "") + completion) for completion in item["completions"]]
+        marked.append(item)
     return marked
 
 

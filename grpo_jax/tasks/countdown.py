@@ -14,8 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from grpo_jax.data import Row
-from grpo_jax.rewards.answers import answer_of
-from grpo_jax.rewards.completions import text_of
+from grpo_jax.rewards.answers import answers_of
 from grpo_jax.tasks import Splits, Task, draw_splits
 
 MAX_LENGTH = 200  # of an expression, in characters
@@ -68,17 +67,22 @@ def prompt(numbers: Sequence[int], target: int) -> str:
 
 
 def correct(
-    prompts: Sequence[Any], completions: Sequence[Any], numbers: Sequence[Any], target: Sequence[Any], **columns: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    numbers: Sequence[Any],
+    target: Sequence[Any],
+    prompt_tail: Sequence[str | None] | None = None,
+    **columns: Any,
 ) -> list[float]:
     """1 where the answer is an expression that uses each number exactly once and equals the target exactly, else 0.
 
-    The answer is that of `rewards.answer_of`. An expression may have whole numbers,
-    `+`, `-` (signs too), `*`, `/`, parentheses and blanks, in `MAX_LENGTH` characters and
+    The answer is that of `rewards.answer_of`, after what the prompt opens (`formats.opened_by`). An expression may
+    have whole numbers, `+`, `-` (signs too), `*`, `/`, parentheses and blanks, in `MAX_LENGTH` characters and
     `MAX_DEPTH` operations one inside the other. It is computed in fractions, so that
     nothing is rounded. Nothing of it is executed.
     """
-    problems = zip(completions, numbers, target, strict=True)
-    return [float(solves(answer_of(text_of(completion)), given, goal)) for completion, given, goal in problems]
+    problems = zip(answers_of(completions, prompt_tail), numbers, target, strict=True)
+    return [float(solves(answer, given, goal)) for answer, given, goal in problems]
 
 
 def solves(expression: str | None, numbers: Sequence[int], target: int) -> bool:

@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.data import Row
-from grpo_jax.rewards.answers import answer_of
-from grpo_jax.rewards.calling import RewardFunction
-from grpo_jax.rewards.completions import text_of
+from grpo_jax.rewards.answers import answers_of
+from grpo_jax.rewards.calling import RewardFunction, reading
 from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 from grpo_jax.rewards.sandbox import bubblewrap
 from grpo_jax.tasks import Splits, Task, draw_splits
@@ -175,8 +174,8 @@ def prompt(question: str) -> str:
 def verifier(*, partial: bool = False, pool: WorkerPool | None = None) -> RewardFunction:
     """1 where reasoning-gym's scorer gives the answer its full score, else 0.
 
-    The answer is that of `rewards.answer_of`. Many scorers give a wrong one 0.01 or
-    more, and a group of wrong answers then has a spread; so only the full score counts.
+    The answer is that of `rewards.answer_of`, after what the prompt opens (`formats.opened_by`). Many scorers give a
+    wrong one 0.01 or more, and a group of wrong answers then has a spread; so only the full score counts.
     A scorer that fails over an answer, or takes too long, has scored it wrong; one that
     fails over the right answer too masks the item. See `rewards.pool.in_worker_processes`.
 
@@ -192,13 +191,19 @@ def verifier(*, partial: bool = False, pool: WorkerPool | None = None) -> Reward
     gym = _worker()
     judge = in_worker_processes(gym.score, pool=sandboxed_pool() if pool is None else pool, name="reasoning_gym")
 
-    def correct(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        answers = [answer_of(text_of(completion)) for completion in completions]
+    def correct(
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        prompt_tail: Sequence[str | None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        answers = answers_of(completions, prompt_tail)
         scores = judge(prompts, [answer or "" for answer in answers], **columns)
         pairs = zip(answers, scores, strict=True)
         scores = [0.0 if not answer else value for answer, value in pairs]
         return scores if partial else [None if value is None else float(value >= 1) for value in scores]
 
+    reading(correct, calls=[judge])
     return correct
 
 

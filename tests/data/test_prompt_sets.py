@@ -8,8 +8,20 @@ import re
 import numpy as np
 import pytest
 
-from grpo_jax.data import encode_demonstrations, encode_rows, field, has_chats, hold_out, place_of, read_problems
+from grpo_jax import rewards
+from grpo_jax.data import (
+    encode_demonstrations,
+    encode_rows,
+    field,
+    has_chats,
+    hold_out,
+    make_prompts,
+    place_of,
+    read_problems,
+)
+from grpo_jax.data.rows import gold_column_of
 from grpo_jax.testing import tiny_tokenizer
+from grpo_jax.types import Rollout
 
 
 def write(tmp_path, rows):
@@ -33,6 +45,27 @@ def test_prompts_and_answers_of_nested_fields_are_read(tmp_path):
         path, prompt_column="extra.question", answer_column="reward_model.ground_truth", answer_after="####"
     )
     assert (row["extra.question"], row["answer"]) == ("1+1?", "2")
+
+
+def test_the_answers_column_is_the_one_that_verifiers_are_told_of(tmp_path):
+    """Else `accuracy` would read the column `solution` beside it."""
+    path = write(tmp_path, [{"prompt": "1+1?", "target": "2", "solution": "One more is 3."}])
+    (row,) = read_problems(path, answer_column="target")
+    assert gold_column_of(row) == gold_column_of(pickle.loads(pickle.dumps(row))) == "answer"
+    assert (dict(row)["answer"], row["solution"]) == ("2", "One more is 3.")
+    assert place_of(row, 7) == f"{path}:1"
+    seen = []
+
+    def reward(completions, gold_column=None, **columns):
+        seen.append(gold_column)
+        return [0.0] * len(completions)
+
+    tokens = np.full((1, 2, 3), 5, np.int32)
+    lengths, held = np.full((1, 2), 3, np.int32), np.ones((1, 2, 3), bool)
+    rollout = Rollout(make_prompts([[5, 6]], [0]), tokens, lengths, held, held * -1.0, held[..., 0])
+    for rows in ([row], read_problems(path)):
+        rewards.host([reward], rows, tiny_tokenizer())(rollout)
+    assert seen == ["answer", None]
 
 
 def test_renamed_columns_are_there_under_both_names(tmp_path):

@@ -204,6 +204,14 @@ def test_a_bad_row_of_parquet_is_refused_with_its_file_and_number(tmp_path, colu
         read_parquet(path, ["prompt"])
 
 
+def test_text_of_parquet_that_is_no_utf_8_is_refused_with_its_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    prompts = pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())
+    path = write_parquet(tmp_path / "rows.parquet", {"prompt": prompts})
+    with pytest.raises(ValueError, match=re.escape(f"{path}: not Parquet: 'utf-8' codec can't decode")):
+        read_parquet(path)
+
+
 def test_a_parquet_file_that_is_none_or_empty_is_refused(tmp_path):
     pytest.importorskip("pyarrow")
     path = tmp_path / "rows.parquet"

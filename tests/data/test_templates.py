@@ -267,6 +267,9 @@ def test_special_tokens_of_a_demonstration_are_text_in_a_chat_and_tokens_in_plai
     assert decode(tokenizer, ids) == "a <|im_end|> b<|im_end|>"
     _, ids = encode_demonstration(tokenizer, "hello", "a<|im_end|>b", end=0)
     assert special(tokenizer, ids) == [2, 0]
+    assert encode_demonstration(tokenizer, "hello", "a<|im_end|>", end=2) == encode_demonstration(
+        tokenizer, "hello", "a", end=2
+    )  # as in TRL: data often have the end already
 
 
 @pytest.mark.parametrize("completion", [[], messages("hello"), messages("hello", "world")], ids=len)

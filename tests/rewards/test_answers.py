@@ -7,6 +7,7 @@ import pytest
 from calls import score, scores
 
 from grpo_jax import rewards
+from grpo_jax.tasks import countdown
 
 ANSWERS = {  # text, answer
     "tags": ("so <answer>7</answer>.", "7"),
@@ -81,6 +82,16 @@ def test_what_is_empty_without_its_markup_is_no_answer():
 
 def test_references_may_be_numbers_and_of_another_column():
     assert scores(rewards.exact_answer(column="solution"), ["#### 7", "#### 7"], solution=[7, 8]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("reference", [["7"], {"x": "7"}, ("7",), {7}, b"7"], ids=["list", "dict", "tuple", "set", "b"])
+def test_a_reference_that_is_neither_text_nor_a_number_is_refused(reference):
+    with pytest.raises(ValueError, match=f"a gold answer is text or a number, got a {type(reference).__name__}"):
+        scores(rewards.exact_answer(), ["#### 7"], answer=[reference])
+
+
+def test_a_whole_number_is_itself_also_where_its_column_has_made_it_a_decimal():
+    assert scores(rewards.exact_answer(), ["#### 72", "#### 72.0", "#### 2.5"], answer=[72.0, 72.0, 2.5]) == [1, 0, 1]
 
 
 def test_a_missing_column_is_an_error_with_its_name():
@@ -191,6 +202,14 @@ def test_an_answer_goes_on_from_the_tag_that_its_prompt_opens():
     completions = ["7</answer>", "8</answer>", "7</answer>"]
     tails = ["<answer>"] * 3
     assert scores(rewards.self_consistency(group_size=3), completions, prompt_tail=tails) == [1.0, -0.1, 1.0]
+
+
+def test_an_answer_in_thoughts_that_the_prompt_opens_is_none_for_a_task():
+    columns = {"numbers": [2, 3], "target": 6}
+    for tail, expected in (("assistant\n<think>\n", 0.0), ("assistant\n", 1.0), (None, 1.0)):
+        assert score(countdown.correct, "<answer>2 * 3</answer>", prompt_tail=tail, **columns) == expected
+    written = "between <answer> and </answer>.</think><answer>2 * 3</answer>"
+    assert score(countdown.correct, written, prompt_tail="assistant\n<think>\n", **columns) == 1.0
 
 
 PLAIN = {  # written -> without markup, and any units

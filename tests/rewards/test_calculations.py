@@ -77,6 +77,7 @@ STEPS = {  # text -> whether each calculation in it is right
     "20/3=6.66": [False],
     "10/3=3": [False],
     "7/2=4": [False],
+    "7/2 = 3 R1": [],  # with a remainder
     "0.1+0.25=0.4": [False],
     "1/8=0.13": [True],
     "3.33=10/3": [False],

@@ -1,6 +1,7 @@
 """What reward functions are given, and what comes of the ways in which they fail."""
 
 import asyncio
+import copy
 import dataclasses
 import sys
 import threading
@@ -84,6 +85,27 @@ def test_a_cancelled_task_of_a_reward_is_an_error_and_a_failed_batch(function):
     with pytest.raises(RuntimeError, match=r"raised (CancelledError|GeneratorExit)") as error:
         scored(function)
     assert error.value.__notes__ == [f"raised by the reward function {function.__name__} over 4 completions"]
+    with pytest.warns(RuntimeWarning, match=rf"{function.__name__} failed on a batch of 4"):
+        assert np.isnan(scored(rewards.skip_failed_batches(function))).all()
+
+
+class TimedOut(BaseException):
+    """As that of func_timeout."""
+
+
+def times_out(completions, **columns):
+    raise TimedOut
+
+
+async def times_out_later(completions, **columns):
+    await asyncio.sleep(0)
+    raise TimedOut
+
+
+@pytest.mark.parametrize("function", [times_out, times_out_later])
+def test_what_is_no_exception_of_pythons_is_an_error_and_a_failed_batch(function):
+    with pytest.raises(RuntimeError, match="a reward function raised TimedOut"):
+        scored(function)
     with pytest.warns(RuntimeWarning, match=rf"{function.__name__} failed on a batch of 4"):
         assert np.isnan(scored(rewards.skip_failed_batches(function))).all()
 
@@ -198,6 +220,28 @@ def test_a_reward_that_writes_into_its_arguments_changes_nothing_for_others(wrap
     np.testing.assert_array_equal(first, again)
     assert first[..., 1].tolist() == [[5, 6], [7, 5]]
     assert dataset == [{"prompt": [{"role": "user", "content": "?"}], "tests": {"cases": [1, 2, 3]}}] * 2
+
+
+# ---------------------------------------------------------------------------- numbers that float32 does not have
+
+
+def test_rewards_that_float32_would_merge_are_refused_and_rounding_is_not():
+    """1e8 and 1e8 + 3 are one number there, so that all advantages would be 0."""
+    for values in ([1e8, 1e8 + 1, 1e8 + 2, 1e8 + 3], [-3e9, -3e9 + 7, 0.0, 0.0]):
+        with pytest.raises(ValueError, match=r"the reward function <lambda> returned .* float32 cannot tell apart"):
+            scored(lambda completions, values=values: values)
+    for values in ([1e8, 1e8, 1e20, 0.0], [0.1 + 0.2, 0.3, None, 1e9], [2.0**24, 2.0**24 - 1, -1e12, 1e12]):
+        given = scored(lambda completions, values=values: values)
+        np.testing.assert_array_equal(given.ravel(), np.array(values, np.float32))
+
+
+def test_a_completion_is_seen_as_it_was_written_whatever_the_tokenizer_would_tidy_up():
+    tokenizer = copy.deepcopy(letters())
+    tokenizer.clean_up_tokenization_spaces = True
+    seen = []
+    reward = rewards.host([lambda completions: seen.extend(completions) or [0.0] * 4], DATASET, tokenizer)
+    reward(a_rollout([["a .", "b ."], ["a", "b"]]))
+    assert seen == ["a .", "b .", "a", "b"]
 
 
 # ---------------------------------------------------------------------------- rewards that need a group

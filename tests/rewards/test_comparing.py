@@ -108,6 +108,15 @@ def test_a_ranking_that_cannot_be_read_masks_its_group(answer):
         assert listwise(service.url, "tiny", group_size=3, **QUICK)(["p"] * 3, list("abc")) == [None] * 3
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"), [("<think>\n1 > 2", [None, None]), ("<think>no</think>\n1 > 2", [0, 1])]
+)
+def test_a_ranking_among_thoughts_is_none(answer, expected):
+    with Service(lambda request, number: says(answer)) as service:
+        found = listwise(service.url, "tiny", group_size=2, **QUICK)(["p"] * 2, list("ab"))
+    assert sorted(found, key=str) == sorted(expected, key=str)
+
+
 @pytest.mark.parametrize("make", [pairwise, listwise])
 def test_refuses_what_is_no_group(make):
     url = "http://127.0.0.1:1"

@@ -614,11 +614,19 @@ def test_answers_are_read_as_a_person_reads_them(pool, group):
         ({"solution": ["4"], "answer": ["5"]}, None, 1.0),
         ({"answer": ["4"]}, None, 1.0),
         ({"solution": ["5"], "final": ["4"]}, "final", 1.0),
+        ({"solution": ["5"], "answer": ["4"], "gold_column": "answer"}, None, 1.0),
+        ({"solution": ["5"], "answer": ["4"], "gold_column": "answer"}, "solution", 0.0),
     ],
-    ids=["solution first", "answer", "named"],
+    ids=["solution first", "answer", "named", "of --answer-column", "named beside it"],
 )
 def test_the_column_of_gold_answers(pool, columns, column, expected):
     assert accuracy(pool=pool, column=column)(["?"], [boxed("4")], **columns) == [expected]
+
+
+def test_a_gold_answer_that_is_neither_text_nor_a_number_is_refused(pool):
+    with pytest.raises(ValueError, match="a gold answer is text or a number, got a list"):
+        accuracy(pool=pool)(["?"], [boxed("4")], solution=[["4"]])
+    assert accuracy(pool=pool)(["?"] * 2, [boxed("4")] * 2, solution=[4.0, float("nan")]) == [1.0, None]
 
 
 def test_a_data_set_without_gold_answers(pool):

@@ -41,6 +41,7 @@ def misbehave(how):
     if how == "recursion": return misbehave_again(how)
     if how == "raise": raise KeyError("what is wrong")
     if how == "leave": sys.exit(0)
+    if how == "interrupt": raise KeyboardInterrupt
     if how == "nan": return float("nan")
     if how == "huge": return 10**400
     if how == "text": return "1"
@@ -157,6 +158,7 @@ FAULTS = {
     "recursion": "exhausted",
     "raise": "error",
     "leave": "error",
+    "interrupt": "error",
     "nan": "error",
     "huge": "error",
     "text": "error",
@@ -327,6 +329,9 @@ def test_a_module_that_cannot_be_loaded_is_no_items_fault(pool, tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match="No module named 'what_is_not_installed'"):
         pool.map("broken_verifier:judge", [{}])
+    (tmp_path / "script_verifier.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(RuntimeError, match=r"could not load judge of .*script_verifier.py: (.|\n)*sys.exit\(0\)"):
+        pool.map("script_verifier:judge", [{}])
 
 
 DIES_LOADING = """

@@ -75,6 +75,22 @@ def test_what_does_not_fit_is_refused(function, split, message):
         steps(function, ROWS, TOKENIZER, split=split)(rollout_of(TEXTS))
 
 
+def test_a_function_of_steps_that_writes_into_its_arguments_changes_nothing_for_others():
+    rows = [{"prompt": ["a", "b"], "tests": [1, 2]}, {"prompt": ["c"], "tests": [3]}]
+
+    def vandal(prompts, steps, tests):
+        items = zip(prompts, tests, steps, strict=True)
+        given = [[float(len(prompt) + len(test))] * len(cut) for prompt, test, cut in items]
+        for value in (*prompts, *steps, *tests):
+            value.clear()
+        return given
+
+    rollout = rollout_of(TEXTS)
+    first = steps(vandal, rows, TOKENIZER)(rollout)
+    assert rows == [{"prompt": ["a", "b"], "tests": [1, 2]}, {"prompt": ["c"], "tests": [3]}]
+    assert set(first[0][first[1]].tolist()) == {4.0, 2.0}
+
+
 def test_a_judge_grades_all_steps_of_a_completion_in_one_answer():
     logged = {}
 

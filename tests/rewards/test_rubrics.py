@@ -69,3 +69,10 @@ def test_the_last_line_is_yes_or_no(text, found):
 def test_a_row_without_criteria_is_refused(value):
     with pytest.raises(ValueError, match=r"column 'rubric' of a row has no list of criteria .* weighs above 0"):
         rubric("http://127.0.0.1:1", "tiny", **QUICK)(["?"], ["x"], rubric=[value])
+
+
+@pytest.mark.parametrize("one", [{"criterion": "an insult", "points": -5}, {"description": "x", "weight": 1}, 3])
+def test_a_criterion_of_another_form_is_refused_and_not_taken_for_a_merit(one):
+    """HealthBench's `points` below 0 would else weigh 1."""
+    with pytest.raises(ValueError, match=r"a criterion of the column 'rubric' .* `weight` .*, got "):
+        rubric("http://127.0.0.1:1", "tiny", **QUICK)(["?"], ["x"], rubric=[["units", one]])

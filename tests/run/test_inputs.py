@@ -4,6 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from grpo_jax import rewards, testing
+from grpo_jax.data.rows import with_answer
+from grpo_jax.rewards.rubrics import rubric
 from grpo_jax.run import inputs
 
 
@@ -94,6 +96,44 @@ def test_a_row_without_what_a_reward_requires_is_refused_with_its_place(columns,
     with pytest.raises(ValueError, match=message):
         inputs.check_arguments([right], rows, prompt_column="prompt")
     inputs.check_arguments([lambda completions, answer=None: []], rows, prompt_column="prompt")
+
+
+@pytest.mark.parametrize(
+    ("make", "absent"),
+    [
+        (lambda: rewards.accuracy(), "accuracy requires solution or answer"),
+        (lambda: rewards.accuracy(column="final"), "accuracy requires final"),
+        (lambda: rewards.exact_answer(), "exact_answer requires answer"),
+        (lambda: rewards.python_tests(executor=list), "python_tests requires tests"),
+        (lambda: rubric("http://localhost", "judge", column="criteria"), "rubric requires criteria"),
+        (lambda: rewards.combine([rewards.exact_answer(), _of_target]), "exact_answer requires answer"),
+        (lambda: rewards.skip_failed_batches(rewards.combine([_of_target])), "_of_target requires target"),
+        (lambda: rewards.cosine_length(_of_target, rewards.cosine_scale(9)), "_of_target requires target"),
+    ],
+    ids=["accuracy", "of a column", "exact_answer", "python_tests", "rubric", "combined", "wrapped twice", "scaled"],
+)
+def test_columns_that_a_reward_looks_for_itself_are_looked_at_too(make, absent):
+    """Else a model is read and samples, and every batch is masked, before that is told."""
+    with pytest.raises(ValueError, match=f"the reward function {absent}, and the data has the columns gold"):
+        inputs.check_arguments([make()], [{"prompt": "1 + 1?", "gold": "2"}], prompt_column="prompt")
+    there = dict.fromkeys(("answer", "final", "tests", "criteria", "target"), "2")
+    inputs.check_arguments([make()], [{"prompt": "1 + 1?"} | there], prompt_column="prompt")
+
+
+def _of_target(completions, target):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("answer", [["5"], {"value": 5}], ids=["list", "object"])
+def test_a_gold_answer_that_is_neither_text_nor_a_number_is_refused_with_its_place(answer):
+    rows = [{"prompt": "a", "answer": 5, "solution": ["worked"]}, {"prompt": "b", "answer": answer}]
+    message = f"row 2: answer: a gold answer is text or a number, got a {type(answer).__name__}"
+    with pytest.raises(ValueError, match=message):
+        inputs.check_arguments([rewards.exact_answer()], rows, prompt_column="prompt")
+    with pytest.raises(ValueError, match="row 1: solution: a gold answer is text or a number, got a list"):
+        inputs.check_arguments([rewards.accuracy()], rows, prompt_column="prompt")
+    told = [with_answer(row, "5") for row in rows]  # as by --answer-column
+    inputs.check_arguments([rewards.accuracy(), rewards.exact_answer()], told, prompt_column="prompt")
 
 
 def test_prompts_that_are_evaluated_and_trained_on_are_told(capsys):

@@ -20,8 +20,9 @@ def right(prompts, completions, **columns):
 def strict(prompts, completions, **columns):
     raise TimeoutError("no answer")
 
-def counted(prompts, steps, **columns):
-    return [[float(len(step)) for step in cut] for cut in steps]
+def counted(prompts, steps, trainer_state, **columns):
+    scale = 1.0 if trainer_state is None else float(trainer_state.global_step)
+    return [[scale * len(step) for step in cut] for cut in steps]
 
 def halves(text):
     return [text[:1], text[1:]]
@@ -76,7 +77,9 @@ def test_steps_are_graded_where_they_end_and_weigh_beside_the_whole_completion(s
     lengths = np.array([[len(one) for one in ids]], np.int32)
     held = np.arange(T) < lengths[..., None]
     rollout = Rollout(make_prompts([[5, 6]], [0]), tokens, lengths, held, held * -1.0, held[..., 0])
-    fields = config.make_step_rewards(ROWS, tokenizer, eos_ids=(tokenizer.eos_token_id,))(rollout)
+    graded = config.make_step_rewards(ROWS, tokenizer, eos_ids=(tokenizer.eos_token_id,))
+    fields, later = graded(rollout), graded(rollout, rewards.TrainerState(3, 4))
+    np.testing.assert_array_equal(later["step_rewards"], 3 * fields["step_rewards"])
     # One token a character: the first step is one, the second one the rest.
     assert fields["step_rewards"].tolist() == [[[1.0, 0.0, 2.0, 0.0], [1.0, 0.0, 0.0, 3.0]]]
 

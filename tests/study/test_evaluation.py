@@ -14,7 +14,7 @@ import rich.console
 from grpo_jax import data, rewards, sampling, testing
 from grpo_jax.models import hf
 from grpo_jax.policies import from_logits_fn
-from grpo_jax.study.evaluation import make_evaluate
+from grpo_jax.study.evaluation import make_evaluate, make_mean_rewards
 from grpo_jax.study.items import between, mark_right, pass_rates, sample_table, summarise, write_items
 from grpo_jax.study.pass_at_k import majority_at_k
 
@@ -285,6 +285,29 @@ def test_what_rewards_log_is_told_apart_from_training_and_they_see_the_place_in_
     evaluate(PARAMS, trainer_state=rewards.TrainerState(3, 10))
     assert logged == ["eval/logging/failed"]
     assert places == [rewards.TrainerState(3, 10)]
+
+
+def test_a_reward_that_scores_no_row_is_left_out_of_the_weighted_sum():
+    """Such as that of another task; it would else be no number for ever, and no evaluation the best."""
+
+    def elsewhere(completions):
+        return [None] * len(completions)
+
+    def measured(functions, weights=(1.0, 2.0)):
+        evaluate = make_mean_rewards(SPINNER, GREEDY, TOKENIZER, ROWS[:4], functions, weights=weights)
+        return evaluate(PARAMS, rewards.TrainerState(0, 1))
+
+    assert measured([elsewhere, correct])["eval/reward"] == 2 * 0.25
+    assert measured([small, correct])["eval/reward"] == pytest.approx(0.9 + 2 * 0.25)
+    assert math.isnan(measured([elsewhere], weights=None)["eval/reward"])
+
+
+def test_answers_for_the_majority_go_on_from_the_tag_that_the_prompt_opens():
+    items = [{"completions": ["<answer>5</answer>", "so</think><answer>6</answer>"], "rewards": {"correct": [0, 1]}}]
+    for opened, expected in ({}, ["5", "6"]), ({"opened": "<think>\n"}, [None, "6"]):
+        (item,) = mark_right([items[0] | opened], extract=rewards.answer_of)
+        assert item["answers"] == expected
+    assert "answers" not in items[0]
 
 
 # ---------------------------------------------------------------------------- the table
