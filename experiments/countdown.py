@@ -73,10 +73,10 @@ def train(config: Config) -> dict[str, float]:
     task = with_prompts(task, data.chat if config.style == "chat" else dialogue)
     used = config.begin(task, config.model, config.run_dir, max_tokens=config.max_tokens)
 
-    policy, params = hf.load_pretrained(config.model, compute_dtype=compute_dtype(config.compute_dtype))
     rate = learning_rates.learning_rate(
         config.learning_rate, warmup_steps=config.warmup_steps, updates_per_step=updates.count
     )
+    policy, params = hf.load_pretrained(config.model, compute_dtype=compute_dtype(config.compute_dtype))
     optimizer = optax.adamw(rate, b2=0.99)
     sampler = sampling.sampler(group_size=config.group_size, max_tokens=config.max_tokens, eos_ids=used.eos_ids)
     step = make_train_step(

@@ -113,6 +113,9 @@ def train(config: Config) -> Params:
         minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=config.max_grad_norm
     )
     updates.check(config.prompts_per_step)
+    rate = learning_rates.learning_rate(
+        config.rate(config.learning_rate, 5e-6), warmup_steps=config.warmup_steps, updates_per_step=updates.count
+    )
     loss, divergence, advantage = make_loss(config)
     tokenizer = hf.load_tokenizer(config.model)
     if config.teacher and tokenizer.get_vocab() != hf.load_tokenizer(config.teacher).get_vocab():
@@ -148,9 +151,6 @@ def train(config: Config) -> Params:
             return write(config, teacher, teacher_params, pairs, about)
     policy, params, frozen = config.load(config.model, compute_dtype=dtype, seed=config.seed)
     teacher = Teacher(policy, divergence) if its_own else teacher
-    rate = learning_rates.learning_rate(
-        config.rate(config.learning_rate, 5e-6), warmup_steps=config.warmup_steps, updates_per_step=updates.count
-    )
     optimizer = optax.adamw(rate, b2=0.99, weight_decay=0.0)
     step = make_train_step(
         policy, optimizer, sampler, loss=loss, advantage=advantage, updates=updates,

@@ -35,7 +35,7 @@ import rich
 from grpo_jax import data, sampling
 from grpo_jax.freezing import bind
 from grpo_jax.models import hf, quantized, sharding
-from grpo_jax.run import checkpoint, command, inputs, metrics, ranges
+from grpo_jax.run import checkpoint, command, files, inputs, metrics, ranges
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.names import resolve
 from grpo_jax.run.precision import WithFloat16, compute_dtype
@@ -106,7 +106,10 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         raise ValueError(f"--quantize {config.quantize} is of the base of adapters, and {config.model} has none")
     tokenizer = hf.load_tokenizer(model, revision=config.revision)
     chats = config.has_chats(problems)
-    eos_ids = hf.eos_ids(model, tokenizer, chat=chats, template=config.template, revision=config.revision)
+    also = sorted(set() if adapters is None else hf.adapter_ends(adapters))
+    if checkpoints is not None and (eos := checkpoint.read_meta(checkpoints, step=step)[1]["config"].get("eos")):
+        also.append(tokenizer.convert_tokens_to_ids(eos))  # of sft.py --eos
+    eos_ids = hf.eos_ids(model, tokenizer, chat=chats, template=config.template, also=also, revision=config.revision)
     as_read = dict(zip(map(id, problems), rows, strict=True))
     talk = config.talk(tokenizer, problems)
     problems = config.encode(tokenizer, problems)
@@ -157,9 +160,9 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     scored, summaries = {}, {}
     for name, evaluate in evaluates.items():
         sampled = name == "samples"
-        scored[name] = items.mark_right(
-            evaluate(params, seed=config.seed), threshold=config.threshold, extract=extract if sampled else None
-        )
+        scored[name] = evaluate(params, seed=config.seed)
+        items.write_items(config.output / f"{name}.jsonl", scored[name])  # whatever --extract raises
+        scored[name] = items.mark_right(scored[name], threshold=config.threshold, extract=extract if sampled else None)
         items.write_items(config.output / f"{name}.jsonl", scored[name])
         k = config.k if sampled else ()
         summaries[name] = items.summarise(scored[name], k=k, level=config.level, seed=config.seed)
@@ -176,7 +179,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         between = items.between(
             [as_read[id(problem)] for problem in problems.rows], rates, low=config.low, high=config.high
         )
-        config.filtered.write_text(as_lines(between), encoding="utf-8")
+        files.write_text(config.filtered, as_lines(between))
         print(f"{len(between)} of {len(rates)} rows have a pass rate between {config.low} and {config.high}: "
               f"{config.filtered}")  # fmt: skip
     return summaries
@@ -215,7 +218,9 @@ def locate(model: str) -> tuple[str, pathlib.Path | None, pathlib.Path | None, i
     """The model to load; the folder of its adapters, and the folder and step of a checkpoint, where there are any."""
     folder, step = pathlib.Path(model), None
     if (settings := folder / "adapter_config.json").is_file():
-        return json.loads(settings.read_text())["base_model_name_or_path"], folder, None, None
+        if (base := json.loads(settings.read_text()).get("base_model_name_or_path")) is None:
+            raise ValueError(f"{settings} names no base model: write its folder there, as base_model_name_or_path")
+        return base, folder, None, None
     if folder.name.isdigit() and (folder / "meta").is_dir():
         folder, step = folder.parent, int(folder.name)
     elif not any(folder.glob("[0-9]*/meta")):

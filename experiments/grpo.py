@@ -37,7 +37,7 @@ from grpo_jax import data, packing, rewards, run
 from grpo_jax.freezing import bind
 from grpo_jax.models import hf, quantized, sharding
 from grpo_jax.models.settings import WeightSettings
-from grpo_jax.run import completions, digests, inputs, keeping, measured, memory, overlap, ranges, resuming
+from grpo_jax.run import completions, digests, inputs, keeping, measured, memory, metrics, overlap, ranges, resuming
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.drawing import SamplingSettings
 from grpo_jax.run.evaluating import EvaluationSettings
@@ -105,6 +105,7 @@ def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     # Everything that can be wrong with the input is looked at before the weights are read.
     updates, mesh, allow = check(config)
+    rate = config.make_rate(config.rate(config.learning_rate, 1e-6), steps=config.steps, updates=updates)
     functions, names = config.reward_functions, config.reward_names
     inputs.check_rewards(functions, weights=config.reward_weights, group_size=config.evaluated_group)
     loss = config.make_loss(max_tokens=config.max_tokens)
@@ -139,7 +140,6 @@ def train(config: Config) -> Params:
         config.model, compute_dtype=dtype, seed=config.seed, attention=attention, mesh=mesh
     )  # fmt: skip
     trained = quantized.sampled(policy, config.sample_weights) if config.sample_weights else policy
-    rate = config.make_rate(config.rate(config.learning_rate, 1e-6), steps=config.steps, updates=updates)
     optimizer = optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay)
     width = data.bucket(max(map(len, prompts.prompts)), config.bucket)
     if config.memory_gib is not None:
@@ -165,7 +165,7 @@ def train(config: Config) -> Params:
     )  # fmt: skip
     began_with = digests.of_run(
         tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=held_out.prompts, rows=prompts.rows,
-        held_out_rows=held_out.rows, eos_ids=sampler.eos_ids,
+        held_out_rows=held_out.rows, eos_ids=sampler.eos_ids, code=[*functions, *config.verifiers, *config.partners],
     )  # fmt: skip
     key = jax.random.key(config.seed)
     state = init_state(params, optimizer, key, frozen=frozen, reference=config.beta > 0, extra=kept or ())
@@ -203,8 +203,8 @@ def train(config: Config) -> Params:
                 export(f"step_{n}")
             experience = jax.block_until_ready(step.collect(loop.state, n))
             loop.lap("sample")
-            given, mask, of_rewards = reward(experience.rollout, rewards.TrainerState(n, config.steps))
-            experience = experience._replace(rewards=given, reward_mask=mask, **of_steps(experience.rollout))
+            given, mask, of_rewards = reward(experience.rollout, place := rewards.TrainerState(n, config.steps))
+            experience = experience._replace(rewards=given, reward_mask=mask, **of_steps(experience.rollout, place))
             loop.lap("reward")
             if config.show_every and n % config.show_every == 0:
                 loop.show(completions.lines(experience, tokenizer, prompts.rows, names, column=config.prompt_column))
@@ -216,7 +216,7 @@ def train(config: Config) -> Params:
                 packing.compile_ahead(step.learn, loop.state, experience, multiple=multiple)
                 more_shapes = False
             loop.state, statistics = step.learn(loop.state, experience)
-            loop.log(statistics | of_rewards | {"learning_rate": rate(n * updates.count)})
+            loop.log(metrics.beside(statistics, of_rewards) | {"learning_rate": rate(n * updates.count)})
             loop.lap("learn")
         evaluate_and_keep_the_best()
         export(f"step_{loop.step}")

@@ -82,16 +82,17 @@ def train(config: Config) -> Params:
     inputs.tell_repeated([prompt for prompt, _ in pairs], [prompt for prompt, _ in held_out])
     if len(pairs) < config.batch_size:
         raise ValueError(f"{len(pairs)} rows to train on do not fill a batch of {config.batch_size}")
-    steps = int(config.epochs * len(pairs) / config.batch_size)
-
-    policy, params, frozen = config.load(
-        config.model, compute_dtype=compute_dtype(config.compute_dtype), seed=config.seed
-    )
+    if (steps := int(config.epochs * len(pairs) / config.batch_size)) < 1:
+        raise ValueError(f"--epochs {config.epochs} of {len(pairs)} rows do not fill a batch of {config.batch_size}")
     rate = learning_rates.learning_rate(
         config.rate(config.learning_rate, 1e-5),
         steps,
         warmup_steps=int(config.warmup_fraction * steps),
         decay=learning_rates.cosine,
+    )
+
+    policy, params, frozen = config.load(
+        config.model, compute_dtype=compute_dtype(config.compute_dtype), seed=config.seed
     )
     optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
     updates = Updates(micro_batches=config.micro_batches, max_grad_norm=config.max_grad_norm)

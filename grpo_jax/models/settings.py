@@ -109,13 +109,13 @@ class WeightSettings:
         tokenizer: transformers.PreTrainedTokenizerBase | None = None,
         **settings: Any,
     ) -> None:
-        """Writes the trained model, or its adapters; `settings` are those of `hf.save_pretrained`.
+        """Writes the trained model, or its adapters; `settings` are those of either's writer, such as `eos_ids`.
 
         Merged adapters of which rounding leaves less than a half are a warning.
         """
         if self.export == "adapters":
-            base = os.fspath(base_model)
-            hf.save_adapters(policy, state.params, state.frozen, folder, base_model=base, tokenizer=tokenizer)
+            about: dict[str, Any] = {"base_model": os.fspath(base_model), "tokenizer": tokenizer, **settings}
+            hf.save_adapters(policy, state.params, state.frozen, folder, **about)
             return
         params = state.params
         if self.lora_rank is not None:

@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Reads the settings from the command line and calls `function(config)`, with compiled programs kept on disk.
 
-    An error of the input (`ValueError`, `OSError`, `ImportError`) ends in one line, unless
+    An error of the input (`ValueError`, `OSError`, `ImportError`, `SyntaxError` of a module) ends in one line, unless
     `--traceback` is given. Of an option that is given twice the last one counts, as in other commands; but one that
     takes several values is refused, since the first ones would be lost.
 
@@ -42,7 +42,7 @@ def command(
     compilation.trim_malloc()
     try:
         function(smoke(settings) if smoke is not None and settings.smoke else settings)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SyntaxError) as error:
         if len(arguments) < len(sys.argv) - 1:
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))

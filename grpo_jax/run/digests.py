@@ -5,14 +5,18 @@ with run.loop(config, state, digests=of_run(tokenizer, params, prompts=prompts),
 
 import hashlib
 import json
+import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from grpo_jax import processes
+
+CODE = "the code of "  # begins the names of digests of which a change is told and not refused
 
 
 def of_json(value: Any) -> str:
@@ -70,6 +74,7 @@ def of_run(
     rows: Sequence[Mapping[str, Any]] | None = None,
     held_out_rows: Sequence[Mapping[str, Any]] = (),
     eos_ids: Sequence[int] | None = None,
+    code: Sequence[Callable[..., Any]] = (),
 ) -> dict[str, str]:
     """Of all inputs of a run, by names that a message can use.
 
@@ -81,6 +86,7 @@ def of_run(
       rows: of the prompts, with all that rewards see; None where nothing but the prompts is learned from.
       held_out_rows: those to evaluate on.
       eos_ids: the tokens that end a completion.
+      code: functions of the user's, such as rewards, of whose files a change is told; this package's are left out.
     """
     found = {
         "the data to train on": of_json(prompts),
@@ -94,16 +100,35 @@ def of_run(
         found["the answers and other columns of the data to evaluate on"] = of_rows(held_out_rows)
     if eos_ids is not None:
         found["the tokens that end a completion"] = of_json([*map(int, eos_ids)])
-    return found
+    return found | of_code(code)
+
+
+def of_code(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
+    """Of the files that functions are written in, by names that begin with `CODE`; none of this package."""
+    files = {getattr(sys.modules.get(getattr(f, "__module__", "")), "__file__", None) for f in functions}
+    own = pathlib.Path(__file__).parents[1]
+    paths = sorted(pathlib.Path(file) for file in files if file is not None)
+    return {
+        f"{CODE}{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.is_file() and own not in path.resolve().parents
+    }
+
+
+def changed_code(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """The names of files of code that are not what they were: a run may go on with a mended reward, but not unknown."""
+    return [name for name in current if name.startswith(CODE) and name in saved and saved[name] != current[name]]
 
 
 def check(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
     """Refuses to resume on other inputs.
 
     Raises:
-      ValueError: with the names of all that differ. One that either side does not have is not compared.
+      ValueError: with the names of all that differ, but for code (`changed_code`). One that either side does not have
+        is not compared.
     """
     differing = [name for name in current if name in saved and saved[name] != current[name]]
+    differing = [name for name in differing if not name.startswith(CODE)]
     if differing:
         # The same rows and the same template, and other tokens: the template writes what is not in them.
         only_tokens = {"the data to train on", "the data to evaluate on"} >= {*differing}

@@ -13,9 +13,14 @@ Part = TypeVar("Part")
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file whole or not at all."""
     path = pathlib.Path(path)
     half = path.with_suffix(".half")
-    half.write_text(json.dumps(content, indent=2))
+    half.write_text(text, encoding="utf-8")
     os.replace(half, path)
 
 

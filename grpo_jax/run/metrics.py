@@ -39,7 +39,13 @@ class Logged:
         self._values: dict[str, list[float]] = {}
 
     def __call__(self, name: str, value: float) -> None:
-        """Adds one value."""
+        """Adds one value.
+
+        Raises:
+          ValueError: for the name `step`, which each line has already.
+        """
+        if name == "step":
+            raise ValueError("a metric of a reward function is named 'step', which each line has already: rename it")
         self._values.setdefault(name, []).append(float(value))
 
     def last(self, name: str) -> float:
@@ -51,6 +57,14 @@ class Logged:
         means = {name: float(np.mean(values)) for name, values in self._values.items()}
         self._values.clear()
         return means
+
+
+def beside(measured: Mapping[str, Any], logged: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step has measured, with what reward functions have logged; of a name that both have, theirs is `logged/`.
+
+    A reward function that logs `length` or `skipped` would otherwise take the place of what the run goes by.
+    """
+    return {**measured, **{f"logged/{name}" if name in measured else name: value for name, value in logged.items()}}
 
 
 def append(run_dir: RunDir, step: int, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:

@@ -231,7 +231,8 @@ def held_out_disagrees(
     counts as in `reward_hacked`.
     """
     named = {name for line in history for name in line if name.startswith("held_out/")}
-    for name in sorted(name for name in named if not name.endswith(("_std", "_agreement"))):
+    # What a verifier logs itself, such as held_out/<name>/timeouts, is no verdict: that it falls is well.
+    for name in sorted(name for name in named if name.count("/") == 1 and not name.endswith(("_std", "_agreement"))):
         asked = [line for line in history if _is_number(line.get(name)) and _is_number(line.get("reward"))]
         held = _change(asked, name, window, spreads, deviations)
         trained = _change(asked, "reward", window, spreads, deviations)

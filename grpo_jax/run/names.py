@@ -84,6 +84,7 @@ def _find(name: str, packages: Sequence[str]) -> tuple[Callable[..., Any], Argum
 
 
 def _attribute(module: str, path: str) -> Any:
+    importlib.import_module(module)  # whose own AttributeError passes through
     try:
         return pkgutil.resolve_name(f"{module}:{path}")
     except AttributeError:

@@ -29,10 +29,12 @@ def newest(
       ValueError: if the checkpoint is another run's, or if there are metrics of steps whose checkpoint is gone.
     """
     changes: dict[str, tuple[Any, Any]] = {}
+    code: list[str] = []
 
     def check(saved: Mapping[str, Any]) -> None:
         changes.update(checkpoint.check_config(saved["config"], meta["config"], allow=allow))
         digests.check(saved.get("digests", {}), meta["digests"])
+        code[:] = digests.changed_code(saved.get("digests", {}), meta["digests"])
 
     restored = checkpoint.restore(checkpoints, state, check=check)
     if restored is None:
@@ -54,6 +56,8 @@ def newest(
     for name, (before, after) in changes.items():
         if name != "run_dir":
             print(f"  {name}: {before} -> {after}")
+    for name in code:
+        print(f"  {name} is not what it was at step {first}: from there on this is another run than it began as")
     _truncate(folder, first)
     if gaps := metrics.missing(folder, first):
         told = f"{gaps[0]} to {gaps[-1]}" if len(gaps) > 1 else f"{gaps[0]}"

@@ -286,8 +286,10 @@ class Loop:
         rate = None if self._tokens is None else self._tokens / seconds
         timing = self._timing | {"seconds": seconds, "tokens_per_second": rate, "programs": self._programs()}
         self._append(timing)
-        self._show(self.step, self.history[-1], rate)
+        # The step is whole: what raises from here on, such as a service that the run is followed by, loses nothing.
         self.step, self._timing, self._tokens = self.step + 1, {}, None
+        self._tell()
+        self._show(self.step - 1, self.history[-1], rate)
         for warning in monitoring.warnings(self.history):
             print(f"step {self.step}: {warning}")
         last = self.history[-self._stop_after_skipped :]
@@ -303,9 +305,14 @@ class Loop:
         if processes.is_first():
             metrics.append(self.run_dir, self.step, self._line, timing)
         self.history.append({"step": self.step} | self._line)
-        for writer in self._writers:
-            writer.metrics(self.step, self._line)
         self._line = {}
+
+    def _tell(self) -> None:
+        """Gives the last line to those who follow the run."""
+        line = dict(self.history[-1])
+        step = line.pop("step")
+        for writer in self._writers:
+            writer.metrics(step, line)
 
     def _rescue(self, error: BaseException) -> None:
         """Saves the state after the last whole step, if it is still there."""
@@ -328,6 +335,7 @@ class Loop:
             return
         if self._line:
             self._append()
+            self._tell()
         if processes.is_first():
             metrics.sync(self.run_dir)
         if (made := [line for line in self.history if line["step"] < self.steps]) and all(map(_refused, made)):

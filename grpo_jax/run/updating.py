@@ -47,7 +47,12 @@ class UpdateSettings:
         return updates
 
     def make_rate(self, peak: float, *, steps: int, updates: Updates) -> optax.Schedule:
-        """The learning rate by the number of an update."""
+        """The learning rate by the number of an update; a warm-up that outlasts the run is told."""
+        if 0 < steps <= self.warmup_steps:
+            print(
+                f"warning: the warm-up of {self.warmup_steps} steps outlasts the run of {steps}: its learning rate is "
+                f"at most {peak * steps / (self.warmup_steps + 1):.3g}, not {peak:g} (--warmup-steps)"
+            )
         return learning_rates.learning_rate(
             peak, steps, warmup_steps=self.warmup_steps, updates_per_step=updates.count,
             decay=resolve(self.decay, "grpo_jax.schedules.learning_rates"),

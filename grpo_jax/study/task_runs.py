@@ -64,10 +64,12 @@ class TaskRun:
         )
 
     def digests(self, params: Params) -> dict[str, str]:
-        """Of the prompts and their rows, the tokenizer and the weights that the run begins with, for `run.loop`."""
+        """Of the rows of all splits, the tokenizer and the weights that the run begins with, for `run.loop`."""
+        held_out = [row for split in self._task.splits[1:] for row in split]
         return digests.of_run(
-            self._tokenizer, params, prompts=self._prompts.prompts, rows=self._prompts.rows, eos_ids=self.eos_ids
-        )
+            self._tokenizer, params, prompts=self._prompts.prompts, rows=self._prompts.rows, held_out_rows=held_out,
+            eos_ids=self.eos_ids, code=self._functions,
+        )  # fmt: skip
 
     def batch(self, seed: int, step: int, size: int) -> Prompts:
         """The prompts of a step."""

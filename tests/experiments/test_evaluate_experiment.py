@@ -47,6 +47,9 @@ def wants_target(completions, target):
 def first_letter(completion):
     return completion[:1] or None
 
+def breaks(completion):
+    raise LookupError("no answer")
+
 def answer(row, messages):
     from grpo_jax.environments import Turn
     return Turn(f"not {row['answer']}", reward=0.5)
@@ -387,7 +390,11 @@ def test_adapters_are_evaluated_over_the_base_that_they_were_trained_on(files, t
     class Seen(Exception):
         pass
 
-    def seen(*arguments, **given):
+    ends = []
+
+    def seen(policy, sampler, *arguments, **given):
+        ends.append(sampler.eos_ids)
+
         def evaluated(params, **settings):
             raise Seen(params)
 
@@ -396,18 +403,50 @@ def test_adapters_are_evaluated_over_the_base_that_they_were_trained_on(files, t
     policy, params = hf.load_pretrained(files / "model")
     adapters, base = lora.adapt(policy, params, rank=2, key=jax.random.key(0))
     adapters = jax.tree.map(lambda x: x + 0.5, adapters)
-    hf.save_adapters(policy, adapters, base, tmp_path / "run" / "step_3", base_model=str(files / "model"))
+    about = {"base_model": str(files / "model"), "eos_ids": [7]}
+    hf.save_adapters(policy, adapters, base, tmp_path / "run" / "step_3", **about)
     monkeypatch.setattr(evaluate.evaluation, "make_evaluate", seen)
     of_adapters = {"model": str(tmp_path / "run" / "step_3")}
     with pytest.raises(Seen) as raised:
         evaluate.run(settings(files, tmp_path / "out", **of_adapters))
     chex.assert_trees_all_equal(raised.value.args[0], bind(adapters, base))
+    assert 7 in ends[0]  # which the adapters were taught to end with, and the base was not
     with pytest.raises(ValueError, match="was trained on another base"):
         evaluate.run(settings(files, tmp_path / "out", quantize="int8", **of_adapters))
     with pytest.raises(ValueError, match="--quantize int8 is of the base of adapters"):
         evaluate.run(settings(files, tmp_path / "out", quantize="int8"))
     with pytest.raises(ValueError, match="the models in it: step_3"):
         evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "run")))
+    (tmp_path / "run" / "step_3" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"adapter_config.json names no base model"):
+        evaluate.run(settings(files, tmp_path / "out", **of_adapters))
+
+
+def test_what_was_sampled_is_written_before_answers_are_looked_for_in_it(files, tmp_path, monkeypatch):
+    item = {"row": 0, "prompt": "p", "completions": ["a"] * 8, "lengths": [1] * 8, "truncated": [False] * 8}
+    item |= {"rewards": {"even": [1.0] * 8}, "right": [True] * 8, "pass_rate": 1.0}
+    monkeypatch.setattr(evaluate.evaluation, "make_evaluate", lambda *given, **others: lambda params, seed: [item])
+    with pytest.raises(LookupError, match="no answer"):
+        evaluate.run(settings(files, tmp_path, extract="verifiers:breaks", greedy=False))
+    assert data.read_jsonl(tmp_path / "samples.jsonl") == [item]
+
+
+def test_completions_of_a_checkpoint_end_with_what_it_was_taught_to_end_them_with(files, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def seen(*, eos_ids, **settings):
+        raise Seen(eos_ids)
+
+    state = init_state({"w": jnp.zeros(2)}, optax.sgd(1e-3), jax.random.key(0))
+    with checkpoint.manager(tmp_path / "checkpoints") as checkpoints:
+        checkpoint.save(checkpoints, state, {"config": {"model": str(files / "model"), "eos": "a"}})
+    monkeypatch.setattr(evaluate.hf, "load_pretrained", lambda *arguments, **settings: (None, None))
+    monkeypatch.setattr(evaluate.checkpoint, "restore_params", lambda *arguments, **settings: None)
+    monkeypatch.setattr(evaluate.sampling, "greedy", seen)
+    with pytest.raises(Seen) as raised:
+        evaluate.run(settings(files, tmp_path / "out", model=str(tmp_path / "checkpoints")))
+    assert hf.load_tokenizer(files / "model").convert_tokens_to_ids("a") in raised.value.args[0]
 
 
 def test_a_model_may_be_divided_over_a_mesh(files, tmp_path, monkeypatch):

@@ -454,6 +454,9 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"export": "adapters"}, r"--export adapters is of adapters"),
         ({"lora_alpha": 16.0}, r"--lora-alpha 16.0 is of adapters"),
         ({"model": "no/such folder"}, r"neither a folder nor the id of a repository"),
+        ({"decay": "cosine", "warmup_steps": 99}, r"a decay after 99 steps of warm-up needs more steps than those"),
+        ({"learning_rate": 0.0}, r"the learning rate is above 0, got 0.0"),
+        ({"reward": ("grpo_jax.rewards:exact_answer(column='final')",)}, r"exact_answer requires final, and the data"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_is_loaded(files, tmp_path, monkeypatch, changes, message):
@@ -506,6 +509,23 @@ def test_objectives_advantages_and_transforms_of_2026_are_reached_by_their_names
     config = settings(files, tmp_path / "other", loss="kl_cov", advantage="optimal_token_advantages")
     with pytest.raises(ValueError, match="score_old=True"):
         grpo.train(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0.01}, r"--epochs 0.01 of \d+ rows do not fill a batch of 4"),
+        ({"warmup_fraction": 1.0}, r"a decay after \d+ steps of warm-up needs more steps than those"),
+        ({"learning_rate": 0.0}, r"the learning rate is above 0, got 0.0"),
+    ],
+)
+def test_supervised_learning_that_would_train_nothing_is_refused_before_the_model_is_loaded(
+    files, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr(hf, "load_pretrained", lambda *arguments, **settings: pytest.fail("the model was loaded"))
+    about = {"max_prompt_tokens": 16, "max_tokens": 8, "bucket": 8, "batch_size": 4} | changes
+    with pytest.raises(ValueError, match=message):
+        sft.train(sft.Config(model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, **about))
 
 
 def test_supervised_learning_lowers_the_loss_on_completions_and_exports(files, tmp_path):

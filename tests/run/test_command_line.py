@@ -64,6 +64,12 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
         run.command(lambda config: 1 / 0, Config)
 
 
+def test_a_module_with_an_error_of_syntax_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script"])
+    with pytest.raises(SystemExit, match=r"error: .*\(mine.py, line 1\)"):
+        run.command(lambda config: compile("def f(:", "mine.py", "exec"), Config)
+
+
 def test_on_a_cpu_the_default_is_float32():
     assert compute_dtype() == "float32"
     assert compute_dtype("bfloat16") == "bfloat16"

@@ -1,11 +1,12 @@
 """Digests by which a run is known to be the same run."""
 
+import importlib
 import re
 
 import numpy as np
 import pytest
 
-from grpo_jax import testing
+from grpo_jax import rewards, testing
 from grpo_jax.run import digests
 
 
@@ -52,3 +53,15 @@ def test_a_run_with_other_answers_or_ends_is_refused_and_a_date_in_the_template_
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             digests.check(of(), of(**changed))
+
+
+def test_the_files_of_functions_are_digested_but_for_those_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine_digested.py").write_text("def reward(completions): ...")
+    reward = importlib.import_module("mine_digested").reward
+    before = digests.of_code([reward, reward, rewards.exact_answer(), len])
+    assert list(before) == ["the code of mine_digested.py"]
+    (tmp_path / "mine_digested.py").write_text("def reward(completions): return []")
+    assert digests.changed_code(before, digests.of_code([reward])) == list(before)
+    assert digests.changed_code({}, before) == []
+    digests.check(before, digests.of_code([reward]))

@@ -48,3 +48,11 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path):
     with pytest.raises(TypeError):
         files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": [1, 2]}
+
+
+def test_text_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    files.write_text(tmp_path / "x.jsonl", "é\n")
+    monkeypatch.setattr(files.os, "replace", lambda half, path: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        files.write_text(tmp_path / "x.jsonl", "more")
+    assert (tmp_path / "x.jsonl").read_text(encoding="utf-8") == "é\n"

@@ -203,3 +203,10 @@ def test_lines_are_json_of_the_standard(tmp_path):
         raise AssertionError(constant)
 
     assert json.loads(text(tmp_path), parse_constant=refuse) == {"step": 0, "a": 1e300, "b": -0.0, "c": 5e-324}
+
+
+def test_what_rewards_log_takes_the_place_of_nothing_that_a_step_has_measured():
+    measured = {"reward": 0.5, "skipped": 0.0}
+    assert metrics.beside(measured, {"skipped": 1.0, "mine": 2.0}) == measured | {"logged/skipped": 1.0, "mine": 2.0}
+    with pytest.raises(ValueError, match="named 'step', which each line has already"):
+        metrics.Logged()("step", 3.0)

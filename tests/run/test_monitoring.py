@@ -263,3 +263,13 @@ def test_noise_of_small_batches_is_no_collapse():
         history = [{"step": step, "reward": r, "reward_std": math.sqrt(r * (1 - r))} for step, r in enumerate(rewards)]
         checks = [monitoring.reward_jumped, monitoring.reward_collapsed]
         assert sum(len(check_said) > 0 for check_said in (spoken(history, checks=[check]) for check in checks)) == 0
+
+
+def test_what_a_held_out_verifier_logs_itself_is_no_verdict_that_falls():
+    """As its timeouts do, where answers get shorter."""
+    history = changed(
+        40,
+        held_out__exact__timeouts=lambda step: 8 - 0.2 * (step - 40),
+        reward=lambda step: 0.6 + 0.02 * (step - 40),
+    )
+    assert monitoring.held_out_disagrees(history[:50]) is None

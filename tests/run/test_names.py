@@ -88,3 +88,9 @@ def test_what_a_module_or_a_maker_raises_passes_through(folder):
         resolve("fails:f")
     with pytest.raises(TypeError, match="unexpected keyword"):
         resolve("named_functions:scaled(upto=3)")
+
+
+def test_an_attribute_that_a_module_misses_while_it_is_imported_is_not_taken_for_the_function(folder):
+    (folder / "misses.py").write_text("import math\nmath.absent\ndef f(): ...\n")
+    with pytest.raises(AttributeError, match="absent"):
+        resolve("misses:f")

@@ -389,6 +389,15 @@ def test_metrics_whose_checkpoints_were_deleted_are_not_dropped(tmp_path, save_e
     assert text(tmp_path) == before
 
 
+def test_other_code_is_told_and_not_refused(tmp_path, capsys):
+    """A reward may be mended and the run go on; that it is another run from there on is said."""
+    for steps, code in ((2, "a"), (3, "a"), (4, "b")):
+        inputs = {"the data": "1", f"{digests.CODE}mine.py": code}
+        train(Config(tmp_path, steps=steps), allow=("steps",), digests=inputs)
+        told = "the code of mine.py is not what it was at step 3" in capsys.readouterr().out
+        assert told == (code == "b")
+
+
 def test_the_best_value_outlives_the_lines_that_held_it(tmp_path):
     best = []
 
@@ -491,6 +500,21 @@ def test_metrics_and_completions_go_to_the_writers(tmp_path, monkeypatch):
     assert (seen[2][0], seen[2][1]["skipped"]) == (0, 0.0)
     train(Config(tmp_path, steps=3), allow=("steps",), tensorboard=True)
     assert 2 in seen
+
+
+def test_what_follows_a_run_and_fails_loses_no_step_of_it(tmp_path, monkeypatch):
+    def fails(step, line):
+        if step == 2:
+            raise ConnectionError("the service is down")
+
+    board = writers.Writer(fails, lambda step, lines: None)
+    monkeypatch.setattr(run.training_loop.writers, "tensorboard", lambda folder, purge_step: board)
+    with pytest.raises(ConnectionError):
+        train(Config(tmp_path), tensorboard=True, save_every=50)
+    assert checkpoints(tmp_path) == [3]
+    assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 2]
+    np.testing.assert_array_equal(train(Config(tmp_path)), train(Config(tmp_path / "whole")))
+    assert text(tmp_path) == text(tmp_path / "whole")
 
 
 def test_a_profile_is_of_three_steps_after_the_first(tmp_path):

@@ -41,10 +41,11 @@ from grpo_jax.models.hf.folders import BESIDE_IMAGES, local_folder, open_shard, 
 from grpo_jax.models.hf.layout import leaves_of
 from grpo_jax.models.hf.replacing import replacing
 from grpo_jax.models.hf.shards import held, write_shard
+from grpo_jax.models.hf.tokenizers import ids_of
 from grpo_jax.policies import Policy
 from grpo_jax.types import Params
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, GENERATION = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
 _DIGEST = "base_sha256"
 _PREFIX = "base_model.model."
 _LAYERS = "model.layers"
@@ -85,6 +86,7 @@ def save_adapters(
     *,
     base_model: str,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    eos_ids: Sequence[int] = (),
 ) -> None:
     """Writes adapters as a PEFT folder; it appears whole or not at all, as that of `save_pretrained`.
 
@@ -95,6 +97,8 @@ def save_adapters(
       path: a new or empty folder, or one that an export wrote.
       base_model: the folder or repository of the base, for `base_model_name_or_path`.
       tokenizer: saved beside.
+      eos_ids: tokens that end a completion, as the adapters were taught; the base may name others. They are kept in a
+        generation_config.json, see `adapter_ends`.
 
     Raises:
       FileExistsError: if `path` holds what no export wrote.
@@ -158,8 +162,16 @@ def save_adapters(
         folder = stack.enter_context(replacing(Path(path).expanduser().resolve()))
         write_json(folder / CONFIG, config)
         write_shard(folder / WEIGHTS, {name: held(tensor) for name, tensor in tensors.items()}, metadata)
+        if eos_ids:
+            write_json(folder / GENERATION, {"eos_token_id": [*map(int, eos_ids)]})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+def adapter_ends(folder: str | os.PathLike[str]) -> set[int]:
+    """The tokens that end a completion by a folder of adapters, beside those of their base; empty if it names none."""
+    file = Path(folder) / GENERATION
+    return ids_of(read_json(file).get("eos_token_id")) if file.is_file() else set()
 
 
 def load_adapters(
