@@ -34,6 +34,10 @@ from grpo_jax.types import Array, Experience, Packing, Params, Prompts, Rollout
 from grpo_jax.updates import Updates, init_state
 
 MICRO_BATCHES = 4  # one or two prompts at a time: less memory, and what is computed stays in the processor's cache
+KEPT = jax.checkpoint_policies.save_from_both_policies(  # for the backward pass; the rest of a layer is computed again
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attention"),
+)
 
 
 def ends_at_random(policy: Policy, mean_length: float) -> Policy:
@@ -53,7 +57,7 @@ def ends_at_random(policy: Policy, mean_length: float) -> Policy:
 
 def make_step(cell: Cell, checkpoint: Path) -> Callable[[worker.Line], worker.Line]:
     """Builds the model and returns `request -> seconds`; each call trains on the next prompts."""
-    policy, params = hf.load_pretrained(checkpoint)
+    policy, params = hf.load_pretrained(checkpoint, remat=KEPT)
     optimizer = optax.adamw(cells.LEARNING_RATE, weight_decay=0.0)
     sampling_policy = policy if cell.mean_length is None else ends_at_random(policy, cell.mean_length)
     eos_ids = () if cell.mean_length is None else (cells.END,)
