@@ -92,8 +92,9 @@ class Engine(http.server.BaseHTTPRequestHandler):
                 answers.insert(0, choice)  # in any order
             else:
                 triples = [[value, token, None] for value, token in zip(log_probs, ids, strict=True)]
-                answers.append({"meta_info": {"output_token_logprobs": triples, "finish_reason": {"type": end}}})
-        return {"choices": answers} if vllm else answers
+                meta = {"output_token_logprobs": triples, "finish_reason": {"type": end}, "prompt_tokens": len(prompt)}
+                answers.append({"meta_info": meta})
+        return {"choices": answers, "usage": {"prompt_tokens": len(prompt)}} if vllm else answers
 
     def reply(self, status, content):
         body = json.dumps(content).encode()

@@ -59,8 +59,8 @@ def from_engine(
 
     Raises:
       ValueError: if counts do not fit, or for a completion that is empty, too long,
-        goes on after its end or a stop string, or has a log-prob that is not finite or above 0. It names
-        the prompt and the completion.
+        goes on after its end or a stop string, or has a log-prob that is not finite or above 0, or ids that are no
+        whole numbers from 0 on. It names the prompt and the completion.
     """
     B, G = prompts.tokens.shape[0], len(completions[0]) if completions else 0
     given = (
@@ -83,6 +83,8 @@ def from_engine(
                 f"{where} has {len(ids)} tokens and {len(of_ids)} log-probs; as many of both are needed, from 1 to "
                 f"max_tokens = {max_tokens}"
             )
+        if ids.dtype.kind not in "iu" or not np.all((ids >= 0) & (ids < 2**31)):
+            raise ValueError(f"{where} has token ids that are no whole numbers from 0 on: {ids[:8].tolist()}")
         wrote = np.ones(len(ids), bool) if masks is None else np.asarray(masks[b][g], bool)
         if wrote.shape != ids.shape or not wrote.any():
             raise ValueError(
@@ -92,26 +94,46 @@ def from_engine(
         ended = False
         for start, stop_place in _runs(wrote):
             turn = ids[start:stop_place]
-            ends = np.flatnonzero(np.isin(turn, np.asarray(eos_ids, ids.dtype)))
-            if len(ends) and ends[0] < len(turn) - 1:
-                place = start + ends[0]
-                raise ValueError(f"{where} goes on after its end-of-sequence token {ids[place]} at place {place}")
+            ends = check_turn(turn, eos_ids=eos_ids, where=where, start=start)
             stopped = first_stop(stop, turn)
             if stopped is not None and stopped < len(turn) - 1:
                 raise ValueError(
                     f"{where} goes on after the stop string that its token at place {start + stopped} completes"
                 )
-            ended = stop_place == len(ids) and (len(ends) > 0 or stopped is not None)
+            ended = stop_place == len(ids) and (ends or stopped is not None)
         of_ids = np.where(wrote, of_ids, 0.0)
-        if not np.all(np.isfinite(of_ids) & (of_ids <= 1e-4)):  # an engine's rounding may pass 0
-            wrong = of_ids[~(np.isfinite(of_ids) & (of_ids <= 1e-4))][0]
-            raise ValueError(f"{where} has the log-prob {wrong}; log-probs are finite and at most 0")
+        check_log_probs(of_ids, where=where)
         tokens[b, g, : len(ids)], values[b, g, : len(ids)], lengths[b, g] = ids, of_ids, len(ids)
         mask[b, g, : len(ids)] = wrote
         cut[b, g] = not ended if truncated is None else truncated[b][g]
     return Rollout(
         prompts, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask), jnp.asarray(values), jnp.asarray(cut)
     )
+
+
+def check_turn(tokens: Sequence[int] | np.ndarray, *, eos_ids: Sequence[int], where: str, start: int = 0) -> bool:
+    """Whether a turn of the policy ends with an end token.
+
+    Raises:
+      ValueError: where it goes on after one; `where` it is, and `start`, the turn's place there, are told.
+    """
+    ends = np.flatnonzero(np.isin(np.asarray(tokens, np.int64), np.asarray(eos_ids, np.int64)))
+    if len(ends) and ends[0] < len(tokens) - 1:
+        raise ValueError(
+            f"{where} goes on after its end-of-sequence token {tokens[ends[0]]} at place {start + ends[0]}"
+        )
+    return len(ends) > 0
+
+
+def check_log_probs(log_probs: np.ndarray, *, where: str) -> None:
+    """Refuses what no log-prob can be.
+
+    Raises:
+      ValueError: for one that is not finite or above 0; `where` it is is told.
+    """
+    fits = np.isfinite(log_probs) & (log_probs <= 1e-4)  # an engine's rounding may pass 0
+    if not np.all(fits):
+        raise ValueError(f"{where} has the log-prob {log_probs[~fits][0]}; log-probs are finite and at most 0")
 
 
 def _runs(wrote: np.ndarray) -> list[tuple[int, int]]:

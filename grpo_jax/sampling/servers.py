@@ -46,6 +46,7 @@ class Drawn(NamedTuple):
     tokens: list[int]
     log_probs: list[float]
     truncated: bool
+    prompt_tokens: int | None = None  # that the server says it has read before them
 
 
 class Server(NamedTuple):
@@ -92,9 +93,11 @@ def vllm(url: str, *, model: str, adapters: bool = False) -> Server:
         return "/v1/completions", content
 
     def read(answer: Any) -> list[Drawn]:
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        read = (answer.get("usage") or {}).get("prompt_tokens")
         return [
-            Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], _is_cut(choice["finish_reason"]))
-            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+            Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], _is_cut(choice["finish_reason"]), read)
+            for choice in choices
         ]
 
     def load(folder: str, name: str, earlier: str | None) -> list[Request]:
@@ -141,9 +144,9 @@ def sglang(url: str, *, adapters: bool = False) -> Server:
         drawn = []
         for one in answer:
             meta = one["meta_info"]
-            pairs = [(int(token), float(value)) for value, token, *_ in meta["output_token_logprobs"]]
-            tokens, log_probs = [token for token, _ in pairs], [value for _, value in pairs]
-            drawn.append(Drawn(tokens, log_probs, _is_cut(meta["finish_reason"]["type"])))
+            tokens = [token for _, token, *_ in meta["output_token_logprobs"]]
+            log_probs = [value for value, *_ in meta["output_token_logprobs"]]
+            drawn.append(Drawn(tokens, log_probs, _is_cut(meta["finish_reason"]["type"]), meta.get("prompt_tokens")))
         return drawn
 
     def load(folder: str, name: str, earlier: str | None) -> list[Request]:
@@ -265,7 +268,10 @@ class EngineSampler:
             self.server.generate(prompt, settings | {"seed": seed, "max_tokens": limit}, loaded)
             for prompt, seed, limit in zip(prompts, seeds, limits, strict=True)
         ]
-        return [_read(self.server, answer) for answer in run_async(self._post(requests))]
+        answers = run_async(self._post(requests))
+        return [
+            _read(self.server, answer, len(prompt), group_size) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def _name(self, version: int) -> str:
         return f"version_{version}_{self.run}"
@@ -430,11 +436,27 @@ def _is_cut(reason: str) -> bool:
     return reason == "length"
 
 
-def _read(server: Server, answer: Any) -> list[Drawn]:
+def _read(server: Server, answer: Any, prompt_tokens: int, group_size: int) -> list[Drawn]:
     try:
-        return server.read(answer)
+        drawn = server.read(answer)
+        _check(drawn, prompt_tokens, group_size)
+        return drawn
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RuntimeError(
             f"{server.url} gave no whole completions with token ids and log-probs ({type(error).__name__}: {error}): "
             f"{json.dumps(answer)[:300]}"
         ) from error
+
+
+def _check(drawn: Sequence[Drawn], prompt_tokens: int, group_size: int) -> None:
+    if len(drawn) != group_size:
+        raise ValueError(f"{len(drawn)} completions in place of {group_size}")
+    for one in drawn:
+        if one.prompt_tokens not in (None, prompt_tokens):
+            raise ValueError(
+                f"it read {one.prompt_tokens} tokens for a prompt of {prompt_tokens}: it cuts prompts or adds to them"
+            )
+        if wrong := [token for token in one.tokens if type(token) is not int or not 0 <= token < 2**31]:
+            raise ValueError(f"{wrong[0]!r} is no token id")
+        if wrong := [value for value in one.log_probs if type(value) not in (int, float)]:
+            raise ValueError(f"{wrong[0]!r} is no log-prob")

@@ -77,6 +77,9 @@ WRONG = {
         "after its end-of-sequence token 5 at place 1",
     ),
     "NaN": (lambda t, l: put(t, l, [7], [float("nan")]), "has the log-prob nan"),
+    "a part of a token": (lambda t, l: put(t, l, [7.5], [-1.0]), r"no whole numbers from 0 on: \[7.5\]"),
+    "a token below 0": (lambda t, l: put(t, l, [7, -1], [-1.0] * 2), r"no whole numbers from 0 on: \[7, -1\]"),
+    "a token beyond 32 bits": (lambda t, l: put(t, l, [2**32 + 7], [-1.0]), "no whole numbers from 0 on"),
     "a probability": (lambda t, l: put(t, l, [7], [0.5]), "has the log-prob 0.5"),
 }
 

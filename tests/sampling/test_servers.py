@@ -200,6 +200,60 @@ def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_t
         jax.jit(lambda params: made(POLICY, params, PROMPTS, jax.random.key(0)))(PARAMS)
 
 
+def drawn_once(server, folder, talks):
+    """A completion of a prompt of two tokens, or a conversation that begins with them."""
+    made = sampler_of(server, folder, lambda *given: None, group_size=1)
+    if talks:
+        rows, tokenizer = [{"prompt": "ab"}], tiny_tokenizer(259)
+        made = sampling.conversations(made, lambda row, messages: None, tokenizer, rows, max_turns=2)
+    return made(POLICY, PARAMS, make_prompts([[20, 30]], rows=[0]), jax.random.key(0))
+
+
+WRONG = {
+    "NaN": ({"log_probs": [-1.0, float("nan")]}, "has the log-prob nan"),
+    "no log-prob": ({"log_probs": [None, -1.0]}, "None is no log-prob"),
+    "a probability": ({"log_probs": [0.5, 0.5]}, "has the log-prob 0.5"),
+    "tokens after the end": ({"tokens": [1, 3]}, "goes on after its end-of-sequence token 1"),
+    "text for a token": ({"tokens": ["3", 1]}, "'3' is no token id"),
+    "a token below 0": ({"tokens": [-1, 1]}, "-1 is no token id"),
+    "another prompt": ({"prompt_tokens": 3}, "read 3 tokens for a prompt of 2: it cuts prompts or adds to them"),
+    "too many completions": ({"count": 2}, "2 completions in place of 1"),
+}
+
+
+@pytest.mark.parametrize("talks", [False, True], ids=["completions", "conversations"])
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("wrong", [None, *WRONG])
+def test_completions_that_cannot_be_the_policys_are_refused(wrong, kind, talks, engine, tmp_path):
+    change, message = WRONG[wrong] if wrong else ({}, "")
+    given = {"tokens": [3, 1], "log_probs": [-1.0, -2.0], "prompt_tokens": 2, "count": 1} | change
+    if kind == "vllm":
+        one = {"token_ids": given["tokens"], "logprobs": {"token_logprobs": given["log_probs"]}}
+        choices = [one | {"index": n, "finish_reason": "stop"} for n in range(given["count"])]
+        faults = [{}, {}, {"choices": choices, "usage": {"prompt_tokens": given["prompt_tokens"]}}]
+    else:
+        pairs = [[value, token, None] for value, token in zip(given["log_probs"], given["tokens"], strict=True)]
+        meta = {"output_token_logprobs": pairs, "finish_reason": {"type": "stop"}}
+        faults = [{}, [{"meta_info": meta | {"prompt_tokens": given["prompt_tokens"]}}] * given["count"]]
+    engine.faults = [(200, answer) for answer in faults]  # to the weights, too
+    if wrong is None:
+        rollout = jax.device_get(drawn_once(server_of(kind, engine), tmp_path, talks))
+        assert rollout.tokens[0, 0].tolist() == [3, 1, *[0] * (T - 2)]
+        assert rollout.log_probs[0, 0].tolist() == [-1.0, -2.0, *[0] * (T - 2)]
+        return
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        drawn_once(server_of(kind, engine), tmp_path, talks)
+
+
+@pytest.mark.parametrize("talks", [False, True], ids=["completions", "conversations"])
+def test_a_log_prob_too_few_is_told(talks, engine, tmp_path):
+    """NumPy would take a single one for all tokens of a turn."""
+    choice = {"index": 0, "token_ids": [3, 1], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "stop"}
+    engine.faults = [(200, {}), (200, {}), (200, {"choices": [choice]})]
+    with pytest.raises(ValueError, match="2 tokens and 1 log-probs"):
+        drawn_once(server_of("vllm", engine), tmp_path, talks)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
