@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the reader of data sets imports JAX, which a worker process
     from grpo_jax.data import Row
 
 Message = Mapping[str, str]  # role and content
+LARGEST = 1e30  # of a reward: of a larger one, sums over turns and groups may not fit into float32
 THREADS = 64  # plain functions that are called at a time
 RAISED = (Exception, SystemExit, asyncio.CancelledError)  # what a function may raise without ending the run
 
@@ -145,7 +146,8 @@ def _run_async(
 
 def _attempt(respond: Respond, conversation: tuple["Row", list[Message]]) -> Any:
     try:
-        return respond(*conversation)
+        answer = respond(*conversation)
+        return run_async(answer) if inspect.iscoroutine(answer) else answer  # of an object whose `__call__` is async
     except RAISED:
         return Failure(f"it raised\n{traceback.format_exc()}")
 
@@ -174,17 +176,18 @@ def _checked(outcome: Any) -> Turn | Failure:
         if not fits or not any(message.get("content") for message in content):
             return Failure(f"it returned no text: {outcome.content!r}; Turn(None) or None ends a conversation")
         for message in content:
-            if not isinstance(message.get("content"), str) or message.get("role") in (None, "assistant", "system"):
+            content_of, role = message.get("content"), message.get("role")
+            if not isinstance(content_of, str) or not isinstance(role, str) or role in ("", "assistant", "system"):
                 return Failure(f"a message of it is not a text of another role than the policy's: {message!r}")
         # Half of a pair of surrogates, as a policy may write it in JSON, is no text to a tokenizer.
         content = [{**message, "content": message["content"].encode(errors="replace").decode()} for message in content]
     if reward is not None:
-        if isinstance(reward, str) or not math.isfinite(number := _number(reward)):
-            return Failure(f"its reward is {reward!r}, and not a finite number or None")
+        if not abs(number := _number(reward)) < LARGEST:  # not so for NaN
+            return Failure(f"its reward is {reward!r}, and not a finite number (below {LARGEST:g}) or None")
         reward = number
     try:
         earlier = tuple((int(turn), float(more)) for turn, more in earlier)
-        fits = all(turn >= 0 and math.isfinite(more) for turn, more in earlier)
+        fits = all(turn >= 0 and abs(more) < LARGEST for turn, more in earlier)
     except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
@@ -194,6 +197,7 @@ def _checked(outcome: Any) -> Turn | Failure:
 
 def _number(value: Any) -> float:
     try:
-        return float(value)
+        # Python makes a number of text, and NumPy before 2.4 of an array of one element.
+        return math.nan if isinstance(value, str | bytes) or getattr(value, "ndim", 0) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan

@@ -13,6 +13,8 @@ import asyncio
 import os
 import time
 
+import numpy
+
 def respond(row, messages):
     row["seen"] = row.get("seen", 0) + 1
     how = messages[-1]["content"]
@@ -32,6 +34,9 @@ def respond(row, messages):
         return "7"
     if how == "object":
         return {"content": "x"}
+    if how == "arrays":
+        row["board"] = numpy.ones((2, 2), int)
+        return (None, numpy.float32(0.5))
     if how == "end":
         return None
     return (f"{row['answer']} {row['seen']}", 0.5)
@@ -90,6 +95,14 @@ def test_a_row_may_be_large(module):
     ((content, *_),) = answers(made, [(row, [{"role": "assistant", "content": "well"}])], timeout=10.0)
     assert content == [{"role": "user", "content": "1 1"}]
     assert len(row["board"]) == 200_000
+
+
+def test_numbers_of_numpy_come_back_as_those_of_json(module):
+    row = {}
+    made = in_worker_processes(module.respond, workers=1)
+    given = answers(made, [(row, [{"role": "assistant", "content": "arrays"}])], timeout=10.0)
+    assert given == [Turn(None, 0.5)]
+    assert row == {"seen": 1, "board": [[1, 1], [1, 1]]}
 
 
 def test_one_that_is_async_is_awaited_there_on_one_event_loop(module):

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from grpo_jax.environments import THREADS, Failure, Turn, answers
@@ -22,7 +23,14 @@ async def number_of_async(row, messages):
     return number_of(row, messages)
 
 
-@pytest.mark.parametrize("respond", [number_of, number_of_async])
+class Game:
+    """An object whose call is async, which no function tells of."""
+
+    async def __call__(self, row, messages):
+        return await number_of_async(row, messages)
+
+
+@pytest.mark.parametrize("respond", [number_of, number_of_async, Game()], ids=["plain", "async", "object"])
 def test_each_conversation_gets_its_own_answer(respond):
     given = answers(respond, conversations(100), timeout=5.0)
     assert given == [Turn([{"role": "user", "content": str(n)}], float(n)) for n in range(100)]
@@ -129,6 +137,11 @@ def test_half_of_a_pair_of_surrogates_is_replaced_as_no_tokenizer_takes_it():
         (Turn([{"role": "system", "content": "a"}]), "not a text of another role"),
         (Turn("a", float("nan")), "reward is nan"),
         (Turn("a", "3"), "reward is '3'"),
+        (Turn("a", b"3"), "reward is b'3'"),
+        (Turn("a", np.ones(1)), "reward is array"),
+        (Turn("a", 1e39), r"reward is 1e\+39"),  # infinite in float32
+        (Turn("a", 1.0, [(0, -1e39)]), "rewards of earlier turns are"),
+        (Turn([{"role": ["user"], "content": "a"}]), "not a text of another role"),
         (Turn("a", 1.0, [(0, float("nan"))]), "rewards of earlier turns are"),
         (Turn("a", 1.0, {0: 1.0}), "not pairs of a turn and a number"),
         (Turn("a", 1.0, [(-1, 1.0)]), "not pairs of a turn and a number"),
@@ -140,6 +153,11 @@ def test_what_is_no_answer_is_told(outcome, message):
     assert isinstance(given, Failure)
     with pytest.raises(ValueError, match=message):
         raise ValueError(given.message)
+
+
+@pytest.mark.parametrize("reward", [True, np.float32(1), np.int64(1), np.bool_(True)], ids=str)
+def test_a_reward_may_be_whatever_is_a_number(reward):
+    assert answers(lambda row, messages: Turn(None, reward), conversations(1), timeout=1.0) == [Turn(None, 1.0)]
 
 
 def test_sys_exit_ends_no_run():

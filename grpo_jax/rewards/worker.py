@@ -67,13 +67,19 @@ def answer_json(function: Callable[..., Any], arguments: dict[str, Any], returne
     """The function's result as it is, plain or awaited, with the arguments that it may have changed."""
     try:
         value = called(function, arguments)
-        result = {"value": None, "returned": [value, {name: arguments[name] for name in returned}]}
-        json.dumps(result)
-        return result
+        result = [value, {name: arguments[name] for name in returned}]
+        return {"value": None, "returned": json.loads(json.dumps(result, default=listed))}
     except (RecursionError, MemoryError, OverflowError) as error:
         return {"fault": "exhausted", "message": type(error).__name__}
     except BaseException:
         return {"fault": "error", "message": traceback.format_exc()[-MESSAGE:]}
+
+
+def listed(value: Any) -> Any:
+    """An array, or a number of NumPy, as JSON can hold it."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    return value.tolist()
 
 
 def limit(what: int, value: int) -> None:

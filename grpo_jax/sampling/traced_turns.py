@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.environments import LARGEST
 from grpo_jax.policies import Policy
 from grpo_jax.sampling import stopping
 from grpo_jax.sampling.drawing import completion_keys
@@ -86,7 +87,8 @@ def traced_conversations(
 
     The functions are written for one conversation and mapped over all. Everything else is as in `conversations`:
     what the environment wrote has mask False and log-prob 0; a conversation is over when it says `done`, and
-    truncated where its `max_tokens` or its turns are used up.
+    truncated where its `max_tokens` or its turns are used up; one with a reward that is not finite is masked whole and
+    counted as the metric `environment_failed`.
 
     Args:
       sampler: of the turns; its `max_tokens` are those of a conversation, the environment's included, and its `slots`
@@ -170,7 +172,10 @@ def _play(
     rollout = Rollout(prompts, empty, empty[..., 0], empty > 0, empty.astype(jnp.float32), nothing)
     (rows, _, _, rollout), turns = jax.lax.scan(turn, (rows, state, ~nothing, rollout), jnp.arange(K))
     ends, rewards, mask = (jnp.moveaxis(x, 0, -1) for x in turns)
-    return rollout._replace(lengths=rows.t, turns=Turns(ends, rewards, mask, failed=nothing))
+    failed = jnp.any(~(jnp.abs(rewards) < LARGEST), axis=-1)  # also where it is NaN
+    kept = ~failed[..., None]
+    turns = Turns(ends, jnp.where(kept, rewards, 0.0), mask & kept, failed)
+    return rollout._replace(lengths=rows.t, mask=rollout.mask & kept, turns=turns)
 
 
 def _answer_width(respond: Callable[..., Any], shape: tuple[int, int, int], state: Any) -> int:

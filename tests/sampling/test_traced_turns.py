@@ -199,3 +199,24 @@ def test_settings_out_of_range_are_refused():
     slots = sampling.continuous(slots=2, group_size=2, max_tokens=8, eos_ids=())
     with pytest.raises(ValueError, match="without slots, not 2"):
         traced_conversations(slots, guess_the_number, hidden_number, max_turns=1, turn_tokens=1)
+
+
+def test_a_reward_that_is_no_number_masks_its_conversation_and_is_counted():
+    rewards = jnp.ones(V).at[jnp.array([5, 6, 7])].set(jnp.array([jnp.nan, -jnp.inf, 1e30]))
+
+    def broken(tokens, length, number):
+        *answer, _ = guess_the_number(tokens, length, number)
+        return *answer, rewards[tokens[0]]
+
+    made = sampling.sampler(group_size=8, max_tokens=7, eos_ids=())
+    made = traced_conversations(made, broken, hidden_number, max_turns=2, turn_tokens=1)
+    policy = from_logits_fn(lambda params, tokens, mask: params[tokens])  # the quickest to compile
+    rollout = jax.device_get(made(policy, jnp.zeros((V, V)), prompts_of(0), jax.random.key(1)))
+    took_place = rollout.turns.ends > 0
+    wrong = (np.isin(rollout.tokens[..., [0, 3]], [5, 6, 7]) & took_place).any(-1)
+    assert {0, 1} == {*np.unique(wrong)} == {*np.unique(wrong & took_place[..., 1])}
+    np.testing.assert_array_equal(rollout.turns.failed, wrong)
+    np.testing.assert_array_equal(rollout.mask.any(-1), ~wrong)
+    total, mask = turn_rewards(rollout)
+    np.testing.assert_array_equal(mask[..., 0], ~wrong)
+    np.testing.assert_array_equal(total[..., 0], np.where(wrong, 0, took_place.sum(-1)))
