@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Context, Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,6 @@ from grpo_jax.data import Row
 from grpo_jax.data.templates import render
 from grpo_jax.environments import RAISED, Message, Respond, Turn
 from grpo_jax.event_loop import run_async
-from grpo_jax.rewards.completions import after_thoughts
 from grpo_jax.rewards.python import ENDED, make_python_output
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def schemas(functions: Sequence[Tool]) -> list[dict[str, Any]]:
     """The tools as chat templates take them, from type hints and docstrings (`transformers.utils.get_json_schema`).
 
     Raises:
-      ValueError: for a function without hints or without a docstring that tells its arguments; for two of one name.
+      ValueError: for a function without hints or without a docstring that tells its arguments; for `*args` and others
+        without a name; for two of one name.
     """
     from transformers.utils import get_json_schema
 
@@ -66,6 +67,12 @@ def schemas(functions: Sequence[Tool]) -> list[dict[str, Any]]:
                 f"the tool {_name(function)} needs a type hint and a line in its docstring's `Args:` for each "
                 f"argument, from which the policy learns of it: {error}"
             ) from error
+        for argument in inspect.signature(function).parameters.values():
+            if argument.kind in (argument.POSITIONAL_ONLY, argument.VAR_POSITIONAL):
+                raise ValueError(
+                    f"the tool {_name(function)} has the argument {argument} without a name, by which calls tell their "
+                    "arguments: give it one, or take a list"
+                )
     names = [_name(function) for function in functions]
     if len({*names}) < len(names):
         raise ValueError(f"tools have names of their own, got {', '.join(names)}")
@@ -113,10 +120,18 @@ def hermes_calls(text: str) -> list[Call]:
     What stands in `<think>`...`</think>` is no call.
     """
     calls = []
-    for part in (after_thoughts(text) or "").split("<tool_call>")[1:]:
+    for part in _outside_thoughts(text).split("<tool_call>")[1:]:
         call, closed, _ = part.partition("</tool_call>")
         calls.append(_read(call, "arguments") if closed else Call(error="<tool_call> is not closed"))
     return calls
+
+
+def _outside_thoughts(text: str) -> str:
+    """What follows the last `</think>`, up to a `<think>` after it; what calls have in their arguments is neither."""
+    masked = re.sub(r"<tool_call>(?:(?!<tool_call>).)*?</tool_call>", lambda call: " " * len(call[0]), text, flags=re.S)
+    start = masked.rfind("</think>") + 1  # the mark's own rest is no call
+    end = masked.find("<think>", start)
+    return text[start:] if end < 0 else text[start:end]
 
 
 def llama_calls(text: str) -> list[Call]:
@@ -132,15 +147,29 @@ def any_calls(text: str) -> list[Call]:
 
 def _read(text: str, arguments: str) -> Call:
     try:
-        call = json.loads(text)
+        call = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         return Call(error=f"the call is not JSON: {error}")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+    named = isinstance(call, dict) and isinstance(call.get("name"), str)
+    if not named or (arguments not in call and len(call) > 1):  # such as those of the other format
         return Call(error='a call is {"name": ..., ' + f'"{arguments}": {{...}}}}')
     given = call.get(arguments, {})
     if not isinstance(given, dict):
         return Call(error=f'"{arguments}" of {call["name"]} are an object of names and values')
     return Call(call["name"], given)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a name that is there twice, either value may be meant."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {max(names, key=names.count)!r} twice")
+    return made
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is none of its numbers")
 
 
 def environment(
@@ -255,8 +284,9 @@ def calculator(expression: str) -> str:
     value = _value(ast.parse(expression.strip(), mode="eval").body)
     if value.denominator == 1:
         return str(value.numerator)
-    decimal = f"{float(value):.12g}"
-    return decimal if Fraction(decimal) == value else f"{decimal} (rounded; exactly {value})"
+    # Not by a float, which ends at 2**1024.
+    rounded = Context(prec=12).divide(Decimal(value.numerator), Decimal(value.denominator)).normalize()
+    return str(rounded) if Fraction(rounded) == value else f"{rounded} (rounded; exactly {value})"
 
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {

@@ -64,12 +64,16 @@ def test_llamas_calls_are_the_whole_turn(text):
 WRONG = {
     hermes("{name: add}"): "error: the call is not JSON",
     hermes("[1]"): 'error: a call is {"name": ..., "arguments": {...}}',
+    hermes('{"name": "add", "parameters": {"a": 1}}'): 'error: a call is {"name"',
     hermes('{"name": "add", "arguments": [1]}'): 'error: "arguments" of add are an object',
     hermes(call("subtract", a=1)): "error: there is no tool 'subtract', only add, weather",
     hermes(call("add")): "error: add: missing a required argument: 'a'",
     hermes(call("add", a=1, c=2)): "error: add: got an unexpected keyword argument 'c'",
     hermes(call("add", a="1")): "error: TypeError: can only concatenate str",
-    hermes("[" * 100_000): "error: the call is not JSON",
+    hermes("[" * 100_000): "error: the call is not JSON: max",
+    hermes('{"name": "add", "arguments": {"a": 1, "b": 2, "a": 3}}'): "error: the call is not JSON: it has 'a' twice",
+    hermes('{"name": "add", "arguments": {"a": NaN}}'): "error: the call is not JSON: NaN is none of its numbers",
+    hermes('{"name": "add", "arguments": {"a": ' + "9" * 5000 + "}}"): "error: the call is not JSON: Exceeds the limit",
     '<tool_call>{"name": "add"': "error: <tool_call> is not closed",
 }
 
@@ -90,6 +94,16 @@ def test_calls_in_thoughts_are_none():
     thoughts = f"<think>Maybe <tool_call> or {hermes(call('add', a=1))}?</think>"
     assert answers(f"{thoughts}The answer is 2.") == Turn(None)
     assert answers(thoughts + hermes(call("add", a=2))) == ["3"]
+    assert answers(thoughts.removeprefix("<think>") + "It is 2.") == Turn(None)  # opened by the template
+    assert answers(f"It is 2. <think>Or {hermes(call('add', a=1))}") == Turn(None)
+
+
+@pytest.mark.parametrize("mark", ["</think>", "<think>", "<think></think>"])
+def test_marks_of_thoughts_in_the_arguments_of_a_call_are_none(mark):
+    """The call would be lost, and with it the conversation be over."""
+    said = [json.dumps({"city": mark, "sky": "grey"})]
+    assert answers(hermes(call("weather", city=mark))) == said
+    assert answers(f"<think>So <tool_call> it is.</think>{hermes(call('weather', city=mark))}") == said
 
 
 def leave(code: int) -> str:
@@ -202,6 +216,29 @@ def test_a_tool_that_does_not_tell_its_arguments_is_refused(function):
         tools.environment([function], tools.hermes_calls)
 
 
+def many(*numbers: int):
+    """Takes many.
+
+    Args:
+        numbers: of them.
+    """
+
+
+def placed(number: int, /):
+    """Takes one at its place.
+
+    Args:
+        number: of it.
+    """
+
+
+@pytest.mark.parametrize("function", [many, placed])
+def test_a_tool_whose_arguments_a_call_cannot_name_is_refused(function):
+    """The schemas of transformers would have it, and no call of the policy would be right."""
+    with pytest.raises(ValueError, match=rf"the tool {function.__name__} has the argument .*number.* without a name"):
+        tools.schemas([add, function])
+
+
 def test_two_tools_of_one_name_are_refused():
     with pytest.raises(ValueError, match="names of their own, got add, add"):
         tools.schemas([add, add])
@@ -217,6 +254,7 @@ def test_two_tools_of_one_name_are_refused():
         ("0.1 + 0.2", "0.3"),
         ("1 / 3", "0.333333333333 (rounded; exactly 1/3)"),
         ("2 ** -2", "0.25"),
+        ("(2 ** 1100 + 1) / 2", f"6.79149264525E+330 (rounded; exactly {2**1100 + 1}/2)"),
     ],
 )
 def test_the_calculator_is_exact(expression, value):
