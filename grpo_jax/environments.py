@@ -198,6 +198,6 @@ def _checked(outcome: Any) -> Turn | Failure:
 def _number(value: Any) -> float:
     try:
         # Python makes a number of text, and NumPy before 2.4 of an array of one element.
-        return math.nan if isinstance(value, str | bytes) or getattr(value, "ndim", 0) else float(value)
+        return math.nan if isinstance(value, str | bytes) or getattr(value, "ndim", 0) > 0 else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan

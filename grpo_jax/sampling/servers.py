@@ -458,5 +458,5 @@ def _check(drawn: Sequence[Drawn], prompt_tokens: int, group_size: int) -> None:
             )
         if wrong := [token for token in one.tokens if type(token) is not int or not 0 <= token < 2**31]:
             raise ValueError(f"{wrong[0]!r} is no token id")
-        if wrong := [value for value in one.log_probs if type(value) not in (int, float)]:
-            raise ValueError(f"{wrong[0]!r} is no log-prob")
+        if not_numbers := [value for value in one.log_probs if type(value) not in (int, float)]:
+            raise ValueError(f"{not_numbers[0]!r} is no log-prob")

@@ -174,8 +174,8 @@ def _play(
     ends, rewards, mask = (jnp.moveaxis(x, 0, -1) for x in turns)
     failed = jnp.any(~(jnp.abs(rewards) < LARGEST), axis=-1)  # also where it is NaN
     kept = ~failed[..., None]
-    turns = Turns(ends, jnp.where(kept, rewards, 0.0), mask & kept, failed)
-    return rollout._replace(lengths=rows.t, mask=rollout.mask & kept, turns=turns)
+    of_turns = Turns(ends, jnp.where(kept, rewards, 0.0), mask & kept, failed)
+    return rollout._replace(lengths=rows.t, mask=rollout.mask & kept, turns=of_turns)
 
 
 def _answer_width(respond: Callable[..., Any], shape: tuple[int, int, int], state: Any) -> int:
