@@ -161,16 +161,27 @@ def template_processor(bos, eos):
 
 
 @functools.cache
-def make_tokenizer(name, *, prepend_scheme="first", ends=False, special_tags=False):
-    """A tokenizer of `TOKENIZERS`, trained on a few sentences.
+def make_tokenizer(name, **settings):
+    """A tokenizer of `TOKENIZERS`; `settings` as of `build`."""
+    kind, special, bos, eos, template = TOKENIZERS[name]
+    strips = {"<|end|>", "<|user|>", "<|assistant|>", "<|system|>"} if name == "phi3" else set()
+    return build(kind, special, bos, eos, template, strips=strips, **settings)
+
+
+def build(kind, special, bos, eos, template, *, strips=(), prepend_scheme="first", ends=False, special_tags=False):
+    """A tokenizer that is trained on a few sentences.
 
     Args:
-      name: in `TOKENIZERS`.
+      kind: bytes, pairs, sentencepiece or gemma.
+      special: special tokens, with spaces between them.
+      bos: the place of the beginning of sequence among them, or None.
+      eos: that of the end of sequence, or None.
+      template: of chats.
+      strips: special tokens that swallow the white space that follows them.
       prepend_scheme: of SentencePiece's spaces, `first` or `always` (Llama 2's way).
       ends: also puts the end-of-sequence token after every text.
       special_tags: whether `<think>` and `</think>` are special tokens.
     """
-    kind, special, bos, eos, template = TOKENIZERS[name]
     special = special.split()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -209,7 +220,6 @@ def make_tokenizer(name, *, prepend_scheme="first", ends=False, special_tags=Fal
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.decoder = decoders.Sequence(steps if kind == "gemma" else [*steps, decoders.Strip(" ", 1, 0)])
     tags = [AddedToken(tag, special=special_tags, normalized=False) for tag in ("<think>", "</think>")]
-    strips = {"<|end|>", "<|user|>", "<|assistant|>", "<|system|>"} if name == "phi3" else set()  # what follows them
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False, rstrip=token in strips) for token in special]
     )
@@ -232,6 +242,11 @@ def make_tokenizer(name, *, prepend_scheme="first", ends=False, special_tags=Fal
 @pytest.fixture(scope="session", name="make_tokenizer")
 def make_tokenizer_fixture():
     return make_tokenizer
+
+
+@pytest.fixture(scope="session", name="build_tokenizer")
+def build_tokenizer_fixture():
+    return build
 
 
 # A decoded text of Phi 3 lacks the white space that its special tokens strip.

@@ -580,6 +580,7 @@ def test_an_export_is_of_the_dtype_that_is_asked_for(files, tmp_path):
         WeightSettings(lora_rank=2, export="adapters", export_dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_adapters_over_a_quantised_base_are_exported_and_a_run_goes_on_to_the_same_bits(files, tmp_path):
     settings_of = {
         "lora_rank": 2,

@@ -109,7 +109,11 @@ def learner(remat):
     return policy, jax.jit(policy.init)(jax.random.key(0)), jax.jit(make_learn(policy, OPTIMIZER, loss=losses.sft()))
 
 
-@pytest.mark.parametrize(("kind", "remat"), [*((kind, True) for kind in KINDS), ("nf4", False)])
+@pytest.mark.parametrize(
+    ("kind", "remat"),
+    [("nf4", True), ("int8", True)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("int4", True), ("fp8", True), ("nf4", False))],
+)
 def test_adapters_over_codes_learn_as_over_the_floats_that_the_codes_stand_for(kind, remat):
     policy, params, learn = learner(remat)
     plain, _, learn_floats = learner(True)
