@@ -2,15 +2,20 @@
 
 import threading
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from grpo_jax import data, losses, make_train_step, sampling, testing
+from grpo_jax.environments import Turn
 from grpo_jax.models import sharding
-from grpo_jax.run import overlap
+from grpo_jax.run import checkpoint, overlap
 from grpo_jax.train_step import Step
 from grpo_jax.types import Experience, Prompts, Rollout, TrainState
+from grpo_jax.updates import init_state
 
 B, G, T, WIDTH = 2, 2, 3, 6
 
@@ -151,3 +156,59 @@ def test_on_a_mesh_the_room_for_a_batch_lies_as_one_that_was_sampled():
     for room, made in zip(jax.tree.leaves(empty.queue), jax.tree.leaves(state.extra.queue), strict=True):
         assert room.sharding == made.sharding == jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
     assert empty.versions.sharding == state.extra.versions.sharding == jax.NamedSharding(mesh, jax.P())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the environment failed:RuntimeWarning")
+def test_conversations_that_were_held_ahead_are_learned_from_after_a_stop(tmp_path):
+    """The checkpoint of step 2 has two batches, one failed conversation among them; the run that went on reads none."""
+    tokenizer = testing.tiny_tokenizer()
+    prompts = data.encode_rows(tokenizer, [{"prompt": f"What is {n}?"} for n in range(4)], chat=True)
+    policy = testing.tiny_policy(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=256)
+    asked = []
+
+    def respond(row, messages):
+        asked.append(str(messages))
+        if row["prompt"] == "What is 2?" and len(messages) > 2:
+            raise LookupError("the game is broken")
+        return Turn("go on", reward=len(messages[-1]["content"]) % 3)
+
+    sampler = sampling.sampler(group_size=2, max_tokens=48, eos_ids=(tokenizer.eos_token_id, *range(3, 90)))
+    talking = sampling.conversations(
+        sampler, respond, tokenizer, prompts.rows, max_turns=2, between=data.between_turns(tokenizer)
+    )
+    optimizer = optax.sgd(0.5)
+    step = make_train_step(policy, optimizer, talking, loss=losses.grpo(), score_old=True).jit()
+
+    def begin():
+        def batch(n):
+            return prompts.batch(0, n, 2, multiple=32)
+
+        state = init_state(jax.jit(policy.init)(jax.random.key(0)), optimizer, jax.random.key(1))
+        return overlap.ahead(step, batch, state, width=32, depth=2)
+
+    def go_on(halves, state, steps):
+        for n in steps:
+            experience = halves.collect(state, n)
+            rewards, mask = sampling.turn_rewards(experience.rollout)
+            state, metrics = halves.learn(state, experience._replace(rewards=rewards, reward_mask=mask))
+            assert metrics["lag"] == min(n, 2)
+        return state
+
+    halves, state = begin()
+    state = halves.whole(go_on(halves, state, range(2)))
+    assert state.extra.versions.tolist() == [0, 1]
+    assert all((held.rollout.turns.ends[..., 1] > 0).any() for held in state.extra.queue)
+    assert any(held.rollout.turns.failed.any() for held in state.extra.queue)
+    with checkpoint.manager(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, state, {})
+    asked.clear()
+    whole, expected = halves.whole(go_on(halves, state, (2, 3))), sorted(asked)
+    asked.clear()
+    halves, state = begin()
+    with checkpoint.manager(tmp_path) as checkpoints:
+        state, _ = checkpoint.restore(checkpoints, state)
+    resumed = halves.whole(go_on(halves, state, (2, 3)))
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+    chex.assert_trees_all_equal(resumed.extra, whole.extra)
+    assert sorted(asked) == expected  # of the two batches after those, and of none before
