@@ -28,6 +28,7 @@ class Reading(NamedTuple):
     unit: str = ""  # the name of its unit, where that is a known one
     base: int | None = None  # of a number such as 2516_8
     words: bool = False  # it is text, and not mathematics
+    option: str = ""  # the letter of the choice that it is, as in (B) 10
 
 
 # -------------------------------------------------------------------- finding the answer
@@ -252,6 +253,8 @@ _WRITTEN = [
         (r"(?<=\d)\{,\}(?=(?:\d{1,2}|\d{4,})(?!\d))", "."),
         (r"\\(?:nicefrac|sfrac|cfrac|dfrac|tfrac)(?![a-z])", r"\\frac"),
         (r"\\[dt]binom(?![a-z])", r"\\binom"),
+        (r"\\(?:boldsymbol|bold|pmb|bm)\s*(?=\{)", r"\\mathbf"),
+        (r"\\(?:bf|rm|it|sf|tt|bfseries)(?![a-zA-Z])\s*", ""),
         (r"\\varnothing(?![a-z])", r"\\emptyset"),
         (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
         (r"\\(?:lor|vee)(?![a-z])", r"\\text{ or }"),
@@ -299,9 +302,22 @@ _BASE = re.compile(
     rf"|(?:{_TEXT})?\s*\(?\s*(?:in\s+)?base[\s~-]*\}}?\s*(\w+)\)?\s*\}}?)"
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z .'’-]*")
+_OPTION = re.compile(  # (B) 10, B. 10, B) 10; not (A)+1 or (A) (B)
+    r"\(?\s*([A-J])\s*[).](?:\\[,;:! ]|\\q?quad(?![a-z])|~|\s)+(?![\^_*/=+])(\S.*)", re.DOTALL
+)
+_OTHER_OPTION = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 
 
 def read(latex: str, *, gold: bool = False) -> Reading | None:
+    """The reading of an answer in LaTeX, or of what stands behind the letter of a choice; see `_read`."""
+    plain = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r"\1", unwrapped(latex.translate(_CHARACTERS)))
+    choice = _OPTION.fullmatch(plain)
+    if choice is None or _OTHER_OPTION.search(choice[2]):
+        return _read(latex, gold=gold)
+    return (_read(choice[2], gold=gold) or Reading("", ""))._replace(option=choice[1])
+
+
+def _read(latex: str, *, gold: bool) -> Reading | None:
     """The reading of an answer in LaTeX; None where it is empty, or text changes it in a way that is not known.
 
     A number beside words that may change it, for all that is known, is text. Of a gold answer, which is not written to

@@ -37,10 +37,10 @@ def accuracy(
     one: `5\text{ cm}` is 5, not `5\text{ m}` or `5\text{ cm}^2`, and `\$5` is not `5\text{ cents}`. Units are those
     that are known and one plural noun; a number beside other text (`5\text{ or more}`, `5\text{ tenths}`) is not that
     number. `x` is not `X`, letters alone (`AB`) are a word and no product, and numbers on both sides of `=` have to
-    be equal.
+    be equal. `(B) 10` and `B. 10` are the choice `B`, and 10.
     Then math-verify compares them as numbers, sets, intervals, matrices, relations or formulas; `\frac{1}{2}`, `0.5`
-    and `\frac{2}{4}` are one answer, `1<x<2` is the interval `(1,2)`, and `i` is the imaginary unit where there is no
-    other letter. Words are compared as text, without case. Otherwise the rule is that of TRL's
+    and `\frac{2}{4}` are one answer, `1<x<2` is `2>x>1` and the interval `(1,2)`, and `i` is the imaginary unit where
+    there is no other letter. Words are compared as text, without case. Otherwise the rule is that of TRL's
     `accuracy_reward`.
 
     An answer that is missing, unreadable or cannot be parsed scores 0, and so does one whose parsing takes longer than
@@ -112,6 +112,9 @@ def verdict(answer: Reading | None, gold: Reading | None) -> float | None:
     """The reward where no parser is needed: equal text, text and bases and units that differ; else None."""
     if answer is None or gold is None:
         return None if gold is None else 0.0
+    ours, theirs = answer.option or answer.text, gold.option or gold.text
+    if (answer.option or gold.option) and len(ours) == len(theirs) == 1 and (ours + theirs).isupper():
+        return float(ours == theirs)  # letters of choices
     if answer.text in (gold.text, gold.text.removesuffix(f"_{gold.base}")):
         return 1.0
     if gold.base:
@@ -122,11 +125,11 @@ def verdict(answer: Reading | None, gold: Reading | None) -> float | None:
         return 0.0  # a number beside words that may change it
     if answer.latex.isalpha() and gold.latex.isalpha() and len(answer.latex) > 1:
         return float(answer.latex.casefold() == gold.latex.casefold())  # words, and no products
-    ours, theirs = _letters(answer.latex), _letters(gold.latex)
-    if {letter for letter in ours - theirs if letter.swapcase() in theirs - ours}:
+    letters, wanted = _letters(answer.latex), _letters(gold.latex)
+    if {letter for letter in letters - wanted if letter.swapcase() in wanted - letters}:
         return 0.0  # x and X
-    ours, theirs = _connectives(answer.latex), _connectives(gold.latex)
-    return 0.0 if ours and theirs and ours != theirs else None
+    found, asked = _connectives(answer.latex), _connectives(gold.latex)
+    return 0.0 if found and asked and found != asked else None
 
 
 def _letters(latex: str) -> set[str]:

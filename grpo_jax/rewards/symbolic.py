@@ -44,10 +44,7 @@ def accuracy(completion: str, gold: str | None, verdict: float | None, tolerance
         bare = [parsed(latex.replace("\\%", "").replace("%", "")) for latex in (gold, completion)]
         if all(bare) and verify(*bare, float_rounding=decimals, timeout_seconds=None):
             return 1.0
-    gold, completion = (
-        _interval(latex) if _INTERVAL.fullmatch(other.strip()) else latex
-        for latex, other in ((gold, completion), (completion, gold))
-    )
+    gold, completion = _as_intervals(gold, completion)
     expected = parsed(gold)
     answer = parsed(completion) if completion else []
     if not expected or not answer or _contradicts(completion):
@@ -78,9 +75,35 @@ def _complex(value: Any) -> Any:
     return value.subs({symbol: I for symbol in value.free_symbols if getattr(symbol, "name", "") == "i"})
 
 
-_INTERVAL = re.compile(r"[(\[][^,;]*,[^,;]*[)\]]")
+_INTERVAL = r"[(\[][^,;]*,[^,;]*[)\]]"
+_INTERVALS = re.compile(rf"\s*{_INTERVAL}(?:\s*\\cup\s*{_INTERVAL})*\s*")
+_OR = re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b")
 _LOWEST, _HIGHEST = r"-\infty", r"\infty"
 _LESS, _MORE = r"(<|\\leq?(?![a-z])|\\lt(?![a-z]))", r"(>|\\geq?(?![a-z])|\\gt(?![a-z]))"
+
+
+def _as_intervals(gold: str, completion: str) -> tuple[str, str]:
+    """Both with inequalities as intervals, where the other side is intervals, or inequalities in the same letter."""
+    ours, theirs = _union(completion), _union(gold)
+    letters = _letters(completion)
+    if ours and theirs and len(letters) == 1 and letters == _letters(gold):
+        return theirs, ours
+    return (
+        theirs if theirs and _INTERVALS.fullmatch(completion) else gold,
+        ours if ours and _INTERVALS.fullmatch(gold) else completion,
+    )
+
+
+def _union(latex: str) -> str:
+    r"""The intervals that inequalities in one letter are, `x < 1 or x > 2` two of them; empty for anything else."""
+    pieces = [piece.strip() for piece in _OR.split(latex)]
+    made = [_interval(piece) for piece in pieces]
+    whole = all(interval != piece for interval, piece in zip(made, pieces, strict=True))
+    return r" \cup ".join(made) if whole and (len(pieces) == 1 or len(_letters(latex)) == 1) else ""
+
+
+def _letters(latex: str) -> set[str]:
+    return set(re.findall(r"(?<![\\a-zA-Z])[a-z](?![a-zA-Z])", latex))
 
 
 def _interval(latex: str) -> str:
