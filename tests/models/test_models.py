@@ -433,6 +433,8 @@ REFUSED = [
     ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     ("gemma3_text", {"hidden_act": "silu"}, "hidden_act = 'silu'"),
+    ("gemma3_text", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "has {'rope_type': 'linear', 'fac"),
+    ("olmo3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "has {'rope_type': 'default', 'rop"),
     ("olmo2", {"sliding_window": 16}, "sliding_window = 16"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     ("granite", {"sliding_window": 16}, "sliding_window = 16"),
@@ -452,6 +454,11 @@ REFUSED = [
 def test_what_the_decoder_does_not_do_is_refused_with_field_and_value(family, fields, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         models.from_hf_config(tiny_hf_config(family, **fields))
+
+
+def test_no_rope_layers_may_be_of_more_layers_than_there_are():
+    """As those of a model whose last layers were taken off; transformers reads the first."""
+    assert models.from_hf_config(tiny_hf_config("smollm3", no_rope_layers=[0, 1, 0])).rotated == (False, True)
 
 
 @pytest.mark.parametrize("config", [transformers.GemmaConfig, transformers.PhiConfig, transformers.Lfm2Config])

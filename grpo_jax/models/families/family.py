@@ -97,12 +97,19 @@ def rotation(fields: Fields) -> dict[str, Any]:
 
 
 def two_rotations(fields: Fields) -> dict[str, Any]:
-    """One rotation for layers that see everything, one for those with a window."""
-    of_kinds = {
-        kind: rope.from_parameters(parameters, head_dim(fields), fields["max_position_embeddings"])
-        for kind, parameters in fields["rope_parameters"].items()
-    }
-    return {"rope": of_kinds["full_attention"], "local_rope": of_kinds["sliding_attention"]}
+    """One rotation for layers that see everything, one for those with a window.
+
+    Raises:
+      ValueError: for parameters that are of neither, which transformers passes over.
+    """
+    kinds = ("full_attention", "sliding_attention")
+    if others := {name: value for name, value in fields["rope_parameters"].items() if name not in kinds}:
+        raise ValueError(f"rope_parameters has {others} beside {' and '.join(kinds)}: put it into the one it is of")
+    full, local = (
+        rope.from_parameters(fields["rope_parameters"][kind], head_dim(fields), fields["max_position_embeddings"])
+        for kind in kinds
+    )
+    return {"rope": full, "local_rope": local}
 
 
 def attention_bias(fields: Fields) -> dict[str, Any]:

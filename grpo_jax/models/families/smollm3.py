@@ -11,7 +11,7 @@ def decoder(fields: Fields) -> dict[str, Any]:
     return {
         **llama.decoder(fields),
         **family.windows(fields),
-        "rotated": tuple(bool(rotates) for rotates in fields["no_rope_layers"]),
+        "rotated": tuple(bool(rotates) for rotates in fields["no_rope_layers"][: fields["num_hidden_layers"]]),
     }
 
 
