@@ -11,10 +11,10 @@ is drawn anew, and otherwise guesses all but the first two digits:
                      56088
 
 Then GRPO rewards right answers. The conversations are those of `sampling.conversations` with `tools.environment`, in
-the words of a chat template as Qwen's; what the calculator said is read and not learned. The second condition has no
-calculator: a call ends the conversation, since the error that answers it does not fit into what is left of its tokens.
+the words of a chat template as Qwen's; what the calculator said is read and not learned. The second condition has a
+calculator that says 0, whatever it is asked: the same turns and tokens, and nothing to be learned from it.
 
-Written are `calculator.csv`, `.md` and `.png`, in about 2 minutes of two CPU cores.
+Written are `calculator.csv`, `.md` and `.png`, in 3 minutes of CPU time.
 """
 
 import dataclasses
@@ -116,6 +116,20 @@ def demonstrate(row: dict[str, Any], rng: np.random.Generator) -> list[str]:
     return [f"{CALL}{said}{CLOSE}", result, result]
 
 
+def says_nothing() -> tools.Tool:
+    """A calculator of no use."""
+
+    def calculator(expression: str) -> str:
+        """Says 0.
+
+        Args:
+            expression: anything.
+        """
+        return "0"
+
+    return calculator
+
+
 def correct(completions: Sequence[Any], answer: Sequence[str]) -> list[float]:
     """1 where the last thing that was said is the product."""
     return [float(messages[-1]["content"] == right) for messages, right in zip(completions, answer, strict=True)]
@@ -171,8 +185,8 @@ def warm_up(config: Config, policy: Policy, tokenizer: Any, seed: int) -> Params
 def train(
     config: Config, policy: Policy, tokenizer: Any, learn: Learn, state: TrainState, seed: int, given: bool
 ) -> list[results.Record]:
-    """GRPO from the warmed-up policy, with or without the calculator; a row for each evaluation."""
-    respond = tools.environment([tools.calculator] if given else [], tools.hermes_calls)
+    """GRPO from the warmed-up policy, with the calculator or one of no use; a record of each evaluation."""
+    respond = tools.environment([tools.calculator if given else says_nothing()], tools.hermes_calls)
     rows, test = (problems(seed + 1000, 2000), problems(seed + 2000, config.test))
     prompts, tested = data.encode_rows(tokenizer, rows, chat=True), data.encode_rows(tokenizer, test, chat=True)
     talk = functools.partial(
@@ -189,7 +203,7 @@ def train(
 
     def evaluate(n: int) -> None:
         rollout = likeliest(policy, state.params, tested.batch(0, 0, config.test), jax.random.key(0))
-        row = {"condition": "with the calculator" if given else "without", "seed": seed, "step": n}
+        row = {"condition": "with the calculator" if given else "it says 0", "seed": seed, "step": n}
         row |= {
             "greedy": float(test_reward(rollout)[0].mean()),
             "turns": float((rollout.turns.ends > 0).sum(-1).mean()),

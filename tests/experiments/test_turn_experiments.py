@@ -48,7 +48,7 @@ def test_the_calculator_runs(tmp_path):
     rows = calculator.experiment(config)
     written = results.read(tmp_path / "calculator.csv")
     assert [(row["condition"], row["step"]) for row in written] == [
-        (condition, step) for condition in ("with the calculator", "without") for step in range(3)
+        (condition, step) for condition in ("with the calculator", "it says 0") for step in range(3)
     ]
     assert len(rows) == len(written)
     assert (tmp_path / "calculator.png").exists()
@@ -80,7 +80,11 @@ def test_the_committed_results_are_those_that_the_pages_tell():
     first = [row["greedy"] for row in found if row["condition"] == "with the calculator" and row["step"] == 0]
     went = [*first, *greedy["with the calculator"]]
     assert "from {:.2f} and {:.2f} to {:.2f} and {:.2f}".format(*went) in " ".join(page.split())
-    assert greedy["without"].max() == max(row.get("sampled", 0) for row in found if row["condition"] == "without") == 0
+    blank = [row.get("sampled", 0) for row in found if row["condition"] == "it says 0"]
+    assert greedy["it says 0"].max() == max(blank) == 0
+    called = results.per_seed(found, "turns")["it says 0"] - 1
+    np.testing.assert_allclose(called, [1 / 3, 1 / 4], atol=0.02)
+    assert {record["turns"] - 1 for record in found if record["condition"] == "it says 0"} == {*called}
 
 
 def test_the_readme_tells_the_committed_results():
@@ -98,9 +102,12 @@ def test_the_readme_tells_the_committed_results():
         assert f"{len(last)} seeds" in line
 
 
-def test_without_the_calculator_the_error_does_not_fit_into_a_conversation():
-    tokenizer = calculator.make_tokenizer()
-    call = {"role": "assistant", "content": f"{calculator.CALL}123 * 456{calculator.CLOSE}"}
-    answer = tools.environment([], tools.hermes_calls)({}, [call])
-    between = data.between_turns(tokenizer, role="tool")
-    assert len(between(answer.content, tokenizer.eos_token_id)) > calculator.Config().max_tokens
+def test_a_call_is_answered_within_the_tokens_of_a_conversation_whatever_calculator_there_is():
+    tokenizer, config = calculator.make_tokenizer(), calculator.Config()
+    text = f"{calculator.CALL}123 * 456{calculator.CLOSE}"
+    between, end = data.between_turns(tokenizer, role="tool"), tokenizer.eos_token_id
+    for tool, said in ((tools.calculator, "56088"), (calculator.says_nothing(), "0")):
+        answer = tools.environment([tool], tools.hermes_calls)({}, [{"role": "assistant", "content": text}])
+        assert answer.content == [{"role": "tool", "content": said}]
+        answered = [*between(answer.content, end), *tokenizer("999999")["input_ids"], end]
+        assert len(tokenizer(text)["input_ids"]) + 1 + len(answered) <= config.max_tokens
