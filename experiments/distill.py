@@ -104,7 +104,7 @@ def train(config: Config) -> Params:
     """Trains; returns the trained parameters."""
     ranges.check(config)
     its_own = not config.teacher and config.teacher_file is None and config.teacher_column is not None
-    if not (config.model and (config.teacher or config.teacher_file or its_own) and config.data.is_file()):
+    if not (config.model and (config.teacher or config.teacher_file or its_own)) or config.data == pathlib.Path():
         raise ValueError("give --model, --teacher and --data, or --smoke")
     check(config, its_own=its_own)
     if config.write is not None or config.teacher_file is not None:

@@ -161,7 +161,7 @@ def train(config: Config) -> Params:
     evaluate = make_mean_rewards(
         policy, sampler, tokenizer, held_out, functions, group_size=config.eval_group_size,
         weights=config.reward_weights, stop_after_failed=config.stop_after_failed, batch_size=config.eval_batch,
-        prompt_column=config.prompt_column, bucket=config.bucket, talk=talk,
+        prompt_column=config.prompt_column, bucket=config.bucket, talk=talk, report_after=config.reward_timeout,
     )  # fmt: skip
     began_with = digests.of_run(
         tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=held_out.prompts, rows=prompts.rows,

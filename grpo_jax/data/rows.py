@@ -237,6 +237,7 @@ def read_hugging_face(
 ) -> list[Row]:
     """Reads one split of a data set of the Hugging Face Hub, or of a folder, by `datasets.load_dataset`.
 
+    A folder that `save_to_disk` wrote is read by `load_from_disk`; without splits it is the split `train`.
     `datasets` fills a field that a row lacks with None, and NaN and infinity are None, too: name in `columns` what must
     be there.
 
@@ -255,7 +256,13 @@ def read_hugging_face(
         import datasets
     except ImportError as error:
         raise ImportError(f"{source}: data sets of Hugging Face need: pip install 'grpo-jax[data]'") from error
-    splits = datasets.load_dataset(os.fspath(source), subset)
+    if any((pathlib.Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        if subset is not None:
+            raise ValueError(f"{source} was saved by itself and has no subset {subset!r}; leave it out")
+        saved: Any = datasets.load_from_disk(os.fspath(source))
+        splits = saved if isinstance(saved, dict) else {"train": saved}
+    else:
+        splits = datasets.load_dataset(os.fspath(source), subset)
     if split is None and len(splits) == 1:
         (split,) = splits
     if split not in splits:

@@ -120,11 +120,11 @@ def call(
             if not count and not getattr(function, "takes_part", False):
                 results.append([])
                 continue
-            with noted(function, count), _reported([function], count, report_after):
+            with noted(function, count), reported([function], count, report_after):
                 results.append(function(**accepted(function, arguments)))
         if any(map(inspect.isawaitable, results)):
             waiting = [f for f, result in zip(functions, results, strict=True) if inspect.isawaitable(result)]
-            with _reported(waiting, count, report_after):
+            with reported(waiting, count, report_after):
                 results = run_async(_gathered(functions, results, count))
     finally:
         for result in results:
@@ -184,7 +184,7 @@ def noted(function: RewardFunction, count: int, *, awaited: bool = False) -> Ite
 
 
 @contextlib.contextmanager
-def _reported(functions: Sequence[RewardFunction], count: int, seconds: float | None) -> Iterator[None]:
+def reported(functions: Sequence[RewardFunction], count: int, seconds: float | None) -> Iterator[None]:
     """Reports functions that have not returned after so many seconds, with the line that they are at."""
     thread = threading.get_ident()
 

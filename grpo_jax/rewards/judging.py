@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +19,7 @@ Parse = Callable[[str], float | None]
 Answers = Callable[[Sequence[str]], list[tuple[str | None, str]]]
 T = TypeVar("T")
 
+_LOGGER = logging.getLogger(__name__)
 ANSWER_LIMIT = 1 << 20  # bytes of one answer
 TRANSIENT = (408, 409, 425, 429)  # statuses after which a request is sent again, beside 5xx
 REFUSED = (400, 413, 422)  # statuses that one request can cause, such as a completion that is too long for the judge
@@ -194,6 +196,8 @@ def parse_all(
 ) -> list[T | None]:
     """What `parse` makes of each answer, None where there is none; `log_metric` gets their share as `<who>/failed`.
 
+    Where no request of a batch has got an answer, such as from a service that is down, it is logged why.
+
     Warns:
       RuntimeWarning: once, if requests were refused or `parse` raised, with the first of them.
     """
@@ -208,6 +212,8 @@ def parse_all(
             RuntimeWarning,
             stacklevel=3,
         )
+    if answers and not complaints and all(text is None for text, _ in answers) and answers[0][1]:
+        _LOGGER.warning("%s: no answer at all to %d requests, the first since: %s", who, len(answers), answers[0][1])
     if log_metric is not None and found:
         log_metric(f"{who}/failed", sum(value is None for value in found) / len(found))
     return found

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_jax.rewards.calling import LogMetric, TrainerState, accepted, copies, ignore
+from grpo_jax.rewards.calling import LogMetric, TrainerState, accepted, copies, ignore, noted, reported
 from grpo_jax.rewards.completions import named
 from grpo_jax.rewards.host import sampled_tokens
 from grpo_jax.rewards.judging import chat, enclosed, last_line, parse_all, plain
@@ -48,6 +48,7 @@ def steps(
     split: Split = paragraphs,
     prompt_column: str = "prompt",
     eos_ids: Sequence[int] | None = None,
+    report_after: float | None = 300.0,
 ) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """Makes `(rollout, trainer_state=None) -> (rewards [B, G, T] float32, mask [B, G, T] bool)` of a function of steps.
 
@@ -63,6 +64,7 @@ def steps(
       split: `paragraphs`, `lines`, or your own.
       prompt_column: the name of the prompt's column.
       eos_ids: the tokens that end completions; None for the tokenizer's one. They are no part of the last step's text.
+      report_after: seconds after which a function that has not returned is reported, as by `rewards.host`.
 
     Raises:
       ValueError: from the reward, for conversations, where the environment's text would be cut into steps, too, and
@@ -92,7 +94,8 @@ def steps(
         columns = {name: [row.get(name) for row in rows] for name in names}
         prompts = copies([row[prompt_column] for row in rows])
         arguments = columns | {"trainer_state": trainer_state}
-        values = function(prompts, copies(pieces), **accepted(function, arguments))
+        with noted(function, len(ids)), reported([function], len(ids), report_after):
+            values = function(prompts, copies(pieces), **accepted(function, arguments))
         shape = (len(ids), rollout.tokens.shape[-1])
         rewards, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
         if len(values) != len(ids):

@@ -10,6 +10,8 @@ import pathlib
 import re
 from typing import Any
 
+from grpo_jax.run import writers
+
 COUNTS = {  # at least 1
     *("prompts_per_step", "prompts", "group_size", "eval_group_size", "samples", "max_tokens", "max_prompt_tokens"),
     *("iterations", "minibatches", "micro_batches", "batch_size", "eval_batch", "test_batch", "sft_batch", "bucket"),
@@ -49,6 +51,7 @@ def check(config: Any, **least: int) -> None:
 
     Raises:
       ValueError: with the setting as it is written on the command line, and its value.
+      ImportError: for `tensorboard` and `wandb` without their extras.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -65,3 +68,4 @@ def check(config: Any, **least: int) -> None:
                 raise ValueError(f"{flag} is at least {smallest}, got {number}")
             if field.name in ABOVE_0 and number <= 0:
                 raise ValueError(f"{flag} is above 0, got {number}")
+    writers.check_installed(tensorboard=getattr(config, "tensorboard", False), wandb=getattr(config, "wandb", None))

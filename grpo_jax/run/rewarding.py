@@ -149,8 +149,9 @@ class RewardSettings:
             return lambda rollout, trainer_state=None: {}
         split = resolve(self.step_split or "paragraphs", "grpo_jax.rewards.process")
         steps = rewards.steps(
-            resolve(self.step_reward), rows, tokenizer, split=split, prompt_column=prompt_column, eos_ids=eos_ids
-        )
+            resolve(self.step_reward), rows, tokenizer, split=split, prompt_column=prompt_column, eos_ids=eos_ids,
+            report_after=self.reward_timeout,
+        )  # fmt: skip
 
         def rewarded(rollout: Rollout, trainer_state: rewards.TrainerState | None = None) -> dict[str, np.ndarray]:
             given, mask = steps(rollout, trainer_state)

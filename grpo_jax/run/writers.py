@@ -1,6 +1,8 @@
 """Metrics and completions for TensorBoard and Weights & Biases, as functions of a step."""
 
+import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +31,21 @@ class Writer(NamedTuple):
     completions: WriteCompletions
 
 
+def check_installed(*, tensorboard: bool = False, wandb: str | None = None) -> None:
+    """Refuses to follow a run by what is not installed; a script that asks first need not read a model for that.
+
+    Raises:
+      ImportError: without the extra.
+    """
+    for wanted, module, message in ((tensorboard, "tensorboardX", _NO_TENSORBOARD), (wandb, "wandb", _NO_WANDB)):
+        if wanted and sys.modules.get(module) is None and importlib.util.find_spec(module) is None:
+            raise ImportError(message)
+
+
+_NO_TENSORBOARD = "TensorBoard needs an extra: pip install 'grpo-jax[tensorboard]'"
+_NO_WANDB = "Weights & Biases needs an extra: pip install 'grpo-jax[wandb]'"
+
+
 def tensorboard(log_dir: RunDir, **options: Any) -> Writer:
     """Writes TensorBoard's event files.
 
@@ -44,7 +61,7 @@ def tensorboard(log_dir: RunDir, **options: Any) -> Writer:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ImportError("TensorBoard needs an extra: pip install 'grpo-jax[tensorboard]'") from error
+        raise ImportError(_NO_TENSORBOARD) from error
     writer = SummaryWriter(os.fspath(log_dir), **{"flush_secs": 5} | options)
 
     def write(step: int, values: Mapping[str, Any]) -> None:
@@ -71,7 +88,7 @@ def wandb(**init: Any) -> Writer:
     try:
         import wandb as client
     except ImportError as error:
-        raise ImportError("Weights & Biases needs an extra: pip install 'grpo-jax[wandb]'") from error
+        raise ImportError(_NO_WANDB) from error
     run = client.init(**init)
 
     def write_completions(step: int, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -62,6 +62,7 @@ def make_evaluate(
     bucket: int = 64,
     log_metric: LogMetric | None = None,
     talk: Talk | None = None,
+    report_after: float | None = 300.0,
 ) -> Evaluate:
     """Makes `evaluate(params) -> items`.
 
@@ -81,6 +82,7 @@ def make_evaluate(
       bucket: prompts are padded to a multiple of this, so that few programs compile.
       log_metric: receives what reward functions log, once per batch, under `eval/<name>`, apart from training's.
       talk: with an environment or with tools, of `run.conversations`; None draws one turn.
+      report_after: seconds after which a function that has not returned is reported, as by `rewards.host`.
 
     Raises:
       ValueError: for no rows or functions, two functions of one name, several greedy completions per prompt, or a
@@ -104,7 +106,7 @@ def make_evaluate(
 
     reward = rewards.host(
         functions, rows, tokenizer, prompt_column=prompt_column, eos_ids=sampler.eos_ids,
-        log_metric=log_eval, read=None if talk is None else talk.read,
+        log_metric=log_eval, read=None if talk is None else talk.read, report_after=report_after,
     )  # fmt: skip
     draw = sampler if talk is None else talk.converse(sampler, rows)
 

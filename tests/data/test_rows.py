@@ -253,6 +253,19 @@ def test_a_split_need_not_be_named_where_there_is_only_one(offline):
     assert read_rows(offline) == [{"prompt": "a"}]
 
 
+def test_a_data_set_that_was_saved_to_disk_is_read(offline, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one, other = (datasets.Dataset.from_list([{"prompt": text}]) for text in "ab")
+    one.save_to_disk(tmp_path / "one")
+    assert read_rows(tmp_path / "one", ["prompt"]) == read_rows(tmp_path / "one", split="train") == [{"prompt": "a"}]
+    datasets.DatasetDict({"train": one, "test": other}).save_to_disk(tmp_path / "both")
+    assert read_rows(tmp_path / "both", split="test") == [{"prompt": "b"}]
+    with pytest.raises(ValueError, match="has the splits train, test; name one of them"):
+        read_rows(tmp_path / "both")
+    with pytest.raises(ValueError, match="has no subset 'main'"):
+        read_rows(tmp_path / "one", subset="main")
+
+
 @pytest.mark.parametrize("split", [None, "dev"])
 def test_a_split_that_is_not_there_or_not_named_is_refused(offline, split):
     write_dataset(offline, train=[{"prompt": "a"}], test=[{"prompt": "b"}])

@@ -148,6 +148,15 @@ def test_settings_that_do_not_go_together_are_refused(changes, message, tmp_path
         distill.train(dataclasses.replace(config, **changes))
 
 
+def test_what_would_train_nothing_and_data_that_are_not_there_are_refused_before_a_model_is_read(tmp_path, monkeypatch):
+    config = distill.smoke(distill.Config(run_dir=tmp_path))
+    monkeypatch.setattr(hf, "load_pretrained", lambda *arguments, **settings: pytest.fail("a model was read"))
+    with pytest.raises(ValueError, match=r"the learning rate is above 0, got 0.0"):
+        distill.train(dataclasses.replace(config, learning_rate=0.0))
+    with pytest.raises(FileNotFoundError, match=r"absent.jsonl"):
+        distill.train(dataclasses.replace(config, data=tmp_path / "absent.jsonl"))
+
+
 def test_a_teacher_with_other_tokens_is_refused(tmp_path):
     config = distill.smoke(distill.Config(run_dir=tmp_path))
     tokenizer = hf.load_tokenizer(config.teacher)

@@ -151,6 +151,17 @@ def test_a_judge_that_hangs_is_given_up_and_one_that_is_not_there_too():
     assert grade(service, ["x"], retries=0) == [None]  # nobody listens there any more
 
 
+def test_a_service_that_answers_nothing_is_told_and_one_that_answers_some_is_not(caplog):
+    def some(request, number):
+        return says("7") if number == 1 else (503, b"busy")
+
+    with Service(some) as service:
+        assert sorted(grade(service, ["x", "y"], retries=0, concurrency=1), key=str) == [0.7, None]
+        assert not caplog.records
+        assert grade(service, ["x", "y"], retries=0) == [None, None]
+    assert "judge: no answer at all to 2 requests, the first since: status 503" in caplog.text
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_request_that_no_retry_can_mend_is_an_error_and_not_a_grade(status):
     with (

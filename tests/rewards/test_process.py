@@ -1,5 +1,8 @@
 """Rewards of steps: at which tokens they lie, and a judge of steps behind a local service."""
 
+import sys
+import time
+
 import numpy as np
 import pytest
 from service import Service, says
@@ -89,6 +92,21 @@ def test_a_function_of_steps_that_writes_into_its_arguments_changes_nothing_for_
     first = steps(vandal, rows, TOKENIZER)(rollout)
     assert rows == [{"prompt": ["a", "b"], "tests": [1, 2]}, {"prompt": ["c"], "tests": [3]}]
     assert set(first[0][first[1]].tolist()) == {4.0, 2.0}
+
+
+def test_a_function_of_steps_that_leaves_or_hangs_is_told_by_its_name():
+    def leaves(prompts, steps):
+        sys.exit(0)
+
+    def slow(prompts, steps):
+        time.sleep(0.3)
+        return [[1.0] * len(cut) for cut in steps]
+
+    with pytest.raises(RuntimeError, match=r"called sys.exit\(0\)") as raised:
+        steps(leaves, ROWS, TOKENIZER)(rollout_of(TEXTS))
+    assert raised.value.__notes__ == ["raised by the reward function leaves over 4 completions"]
+    with pytest.warns(RuntimeWarning, match="the reward slow has been at work on 4 completions for 0.1 s"):
+        steps(slow, ROWS, TOKENIZER, report_after=0.1)(rollout_of(TEXTS))
 
 
 def test_a_judge_grades_all_steps_of_a_completion_in_one_answer():

@@ -70,3 +70,23 @@ def test_every_script_that_saves_looks_at_its_numbers_first(name, monkeypatch):
     given = {name: ("a:b",) if name == "reward" else "nowhere" for name in required}
     with pytest.raises(ValueError, match="--save-every is at least 1, got 0"):
         module.train(module.Config(**given, save_every=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "extra"),
+    [("tensorboardX", {"tensorboard": True}, "tensorboard"), ("wandb", {"wandb": "project"}, "wandb")],
+    ids=["tensorboard", "wandb"],
+)
+def test_what_a_run_is_followed_by_is_looked_for_before_a_model_is_read(monkeypatch, module, changes, extra):
+    ranges.check(Followed())
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"needs an extra: pip install 'grpo-jax\[{extra}\]'"):
+        ranges.check(Followed(**changes))
+    monkeypatch.setitem(sys.modules, module, sys)
+    ranges.check(Followed(**changes))

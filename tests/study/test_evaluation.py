@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -308,6 +309,16 @@ def test_answers_for_the_majority_go_on_from_the_tag_that_the_prompt_opens():
         (item,) = mark_right([items[0] | opened], extract=rewards.answer_of)
         assert item["answers"] == expected
     assert "answers" not in items[0]
+
+
+def test_a_reward_that_hangs_is_reported_in_an_evaluation_too():
+    def slow(completions):
+        time.sleep(0.3)
+        return [1.0] * len(completions)
+
+    evaluate = make_evaluate(SPINNER, GREEDY, TOKENIZER, ROWS[:2], [slow], report_after=0.1)
+    with pytest.warns(RuntimeWarning, match="the reward slow has been at work"):
+        evaluate(PARAMS)
 
 
 # ---------------------------------------------------------------------------- the table
