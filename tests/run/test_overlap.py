@@ -1,6 +1,7 @@
 """Batches that are sampled ahead: of the policy before the update, held by the state; through the host, by a thread."""
 
 import threading
+import zlib
 
 import chex
 import jax
@@ -13,6 +14,7 @@ from grpo_jax import data, losses, make_train_step, sampling, testing
 from grpo_jax.environments import Turn
 from grpo_jax.models import sharding
 from grpo_jax.run import checkpoint, overlap
+from grpo_jax.statistics import summary
 from grpo_jax.train_step import Step
 from grpo_jax.types import Experience, Prompts, Rollout, TrainState
 from grpo_jax.updates import init_state
@@ -171,7 +173,7 @@ def test_conversations_that_were_held_ahead_are_learned_from_after_a_stop(tmp_pa
         asked.append(str(messages))
         if row["prompt"] == "What is 2?" and len(messages) > 2:
             raise LookupError("the game is broken")
-        return Turn("go on", reward=len(messages[-1]["content"]) % 3)
+        return Turn("go on", reward=zlib.crc32(messages[-1]["content"].encode()) / 2**32)  # no two alike
 
     sampler = sampling.sampler(group_size=2, max_tokens=48, eos_ids=(tokenizer.eos_token_id, *range(3, 90)))
     talking = sampling.conversations(
@@ -193,6 +195,7 @@ def test_conversations_that_were_held_ahead_are_learned_from_after_a_stop(tmp_pa
             rewards, mask = sampling.turn_rewards(experience.rollout)
             state, metrics = halves.learn(state, experience._replace(rewards=rewards, reward_mask=mask))
             assert metrics["lag"] == min(n, 2)
+            assert summary(metrics)["grad_norm"] > 0
         return state
 
     halves, state = begin()
