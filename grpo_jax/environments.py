@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # the reader of data sets imports JAX, which a worker process
 Message = Mapping[str, str]  # role and content
 LARGEST = 1e30  # of a reward: of a larger one, sums over turns and groups may not fit into float32
 THREADS = 64  # plain functions that are called at a time
-RAISED = (Exception, SystemExit, asyncio.CancelledError)  # what a function may raise without ending the run
+RAISED = BaseException  # in threads, where what is no Exception, such as some libraries' timeouts, would pass unsaid
 
 
 class Turn(NamedTuple):
@@ -156,7 +156,8 @@ async def _attempt_async(respond: Respond, conversation: tuple["Row", list[Messa
     try:
         return await respond(*conversation)
     except RAISED as error:
-        if isinstance(error, asyncio.CancelledError) and is_cancelled():  # out of time, not of its own
+        cancelled = isinstance(error, asyncio.CancelledError) and is_cancelled()  # out of time, not of its own
+        if cancelled or isinstance(error, GeneratorExit):
             raise
         return Failure(f"it raised\n{traceback.format_exc()}")
 

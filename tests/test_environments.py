@@ -99,6 +99,27 @@ def cancelled_at_once(row, messages):
     return number_of(row, messages)
 
 
+class OutOfTime(BaseException):
+    """As that of func_timeout."""
+
+
+def times_out(row, messages):
+    raise OutOfTime
+
+
+async def times_out_later(row, messages):
+    await asyncio.sleep(0)
+    raise OutOfTime
+
+
+@pytest.mark.parametrize("respond", [times_out, times_out_later])
+def test_what_is_no_exception_of_pythons_is_a_failure_at_once(respond):
+    begun = time.monotonic()
+    (given,) = answers(respond, conversations(1), timeout=9.0)
+    assert time.monotonic() - begun < 5
+    assert "OutOfTime" in given.message
+
+
 @pytest.mark.parametrize("respond", [cancelled, cancelled_at_once])
 def test_a_cancelled_task_is_the_failure_of_its_own_conversation(respond):
     begun = time.monotonic()
