@@ -187,7 +187,7 @@ def train(config: Config) -> Params:
                 read_by_teacher = data.make_prompts([hinted[row] for row in rows], rows, multiple=config.bucket)
                 experience = experience._replace(teacher_prompts=read_by_teacher)
             loop.state, statistics = step.learn(loop.state, experience)
-            loop.log(statistics | {"learning_rate": rate(n * updates.count)})
+            loop.log(statistics | {"learning_rate": rate(n * updates.count - loop.state.skipped)})
         with loop.exporting("model") as folder:
             config.save(
                 policy, loop.state, folder, base_model=config.model, tokenizer=tokenizer, eos_ids=sampler.eos_ids

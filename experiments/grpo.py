@@ -203,7 +203,7 @@ def train(config: Config) -> Params:
                 export(f"step_{n}")
             experience = jax.block_until_ready(step.collect(loop.state, n))
             loop.lap("sample")
-            given, mask, of_rewards = reward(experience.rollout, place := rewards.TrainerState(n, config.steps))
+            given, mask, logged = reward(experience.rollout, place := rewards.TrainerState(n, config.steps))
             experience = experience._replace(rewards=given, reward_mask=mask, **of_steps(experience.rollout, place))
             loop.lap("reward")
             if config.show_every and n % config.show_every == 0:
@@ -215,8 +215,8 @@ def train(config: Config) -> Params:
             if more_shapes:
                 packing.compile_ahead(step.learn, loop.state, experience, multiple=multiple)
                 more_shapes = False
-            loop.state, statistics = step.learn(loop.state, experience)
-            loop.log(metrics.beside(statistics, of_rewards) | {"learning_rate": rate(n * updates.count)})
+            loop.state, learned = step.learn(loop.state, experience)
+            loop.log(metrics.beside(learned, logged) | {"learning_rate": rate(n * updates.count - loop.state.skipped)})
             loop.lap("learn")
         evaluate_and_keep_the_best()
         export(f"step_{loop.step}")

@@ -72,5 +72,5 @@ def fine_tune(
         del state
         for n in stage:
             stage.state, measured = learn(stage.state, Experience(batch(n)))
-            stage.log(measured | {"learning_rate": rate(n)})
+            stage.log(measured | {"learning_rate": rate(n - stage.state.skipped)})
     return stage.state.params

@@ -65,7 +65,7 @@ def learning_rate(
       updates_per_step: updates that a step makes of its rollout: iterations times minibatches.
 
     Returns:
-      `update -> rate`, a schedule for optax. `schedule(n * updates_per_step)` is the rate of step `n`.
+      `update -> rate`, a schedule for optax. `schedule(n * updates_per_step - state.skipped)` is the rate of step `n`.
 
     Raises:
       ValueError: for a setting out of range, a decay without `steps`, or a final fraction without a decay.
@@ -84,7 +84,7 @@ def learning_rate(
         raise ValueError(f"a decay after {warmup_steps} steps of warm-up needs more steps than those, got {steps}")
 
     def schedule(update: Array | int) -> Array:
-        n = jnp.asarray(update) // updates_per_step
+        n = jnp.maximum(jnp.asarray(update) // updates_per_step, 0)
         rate = peak * jnp.minimum(1.0, (n + 1) / (warmup_steps + 1))
         if decay is constant or steps is None:
             return rate

@@ -399,11 +399,14 @@ def test_micro_batches_are_chosen_from_the_memory_of_the_device(files, tmp_path,
 
 
 def test_a_run_whose_updates_are_not_finite_stops_with_its_state_saved(files, tmp_path):
-    broken = {"learning_rate": 1e30, "steps": 9, "stop_after_skipped": 2, "reward": ("my_rewards:brevity",)}
+    broken = {"learning_rate": 1e30, "warmup_steps": 20, "steps": 9, "stop_after_skipped": 2}
+    broken["reward"] = ("my_rewards:brevity",)
     with pytest.raises(FloatingPointError, match="the last 2 updates were not finite"):
         grpo.train(settings(files, tmp_path, **broken))
     lines = metrics.read(tmp_path)
     assert [line["skipped"] for line in lines][-2:] == [1.0, 1.0]
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[-1] == rates[-2] == rates[-3]  # that of the last update that was made: others do not count
     assert len(lines) < 9
     assert (tmp_path / "checkpoints" / str(len(lines))).is_dir()
 

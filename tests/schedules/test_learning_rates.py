@@ -107,3 +107,8 @@ def test_the_first_update_of_a_recipe_moves_whatever_its_warm_up(warmup):
 def test_serves_any_optimiser():
     changes = moved_by(optax.sgd(learning_rate(1.0, warmup_steps=1, updates_per_step=2)), 4)
     np.testing.assert_allclose(changes, [-0.5, -0.5, -1.0, -1.0])
+
+
+def test_the_rate_of_a_step_whose_updates_were_left_out_is_the_first_one():
+    rate = learning_rate(1.0, warmup_steps=3, updates_per_step=2)
+    assert [float(rate(update)) for update in (-3, -1, 0, 1, 2)] == [0.25, 0.25, 0.25, 0.25, 0.5]
