@@ -192,8 +192,9 @@ def environment(
       calls: `call_format(tokenizer)`, or your own reader.
       score: `(row, messages) -> reward` of the whole conversation, given for its last turn; None for no reward.
       longest: characters of a result; the rest of a longer one is left out.
-      seconds: for the calls of a turn; those that would begin later are not made, and answered so. Below the timeout
-        of the conversations: a policy that calls too much is not to have its conversation masked.
+      seconds: for the calls of a turn; those that would begin later are not made, and answered so, and one that is
+        async is ended then. Below the timeout of the conversations: a policy that calls too much is not to have its
+        conversation masked.
 
     Raises:
       ValueError: as `schemas`.
@@ -249,11 +250,13 @@ def called(
                 result = continued([c.arguments for c in earlier if c.name == call.name], call.arguments)
             else:
                 result = function(**call.arguments)
-            result = run_async(result) if inspect.iscoroutine(result) else result
+            if inspect.iscoroutine(result):
+                result = run_async(result, timeout=max(0.0, seconds - (time.monotonic() - began)))
             text = result if isinstance(result, str) else json.dumps(result, default=str)
             raised[call.name] = 0
         except RAISED as error:
-            text = f"error: {type(error).__name__}: {error}"
+            reason = str(error) or ("it took too long" if isinstance(error, TimeoutError) else "")
+            text = f"error: {type(error).__name__}: {reason}"
             raised[call.name] = raised.get(call.name, 0) + 1
             if raised[call.name] == IN_A_ROW:
                 warnings.warn(

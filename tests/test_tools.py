@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import threading
 import time
 
 import jax
@@ -304,6 +305,30 @@ async def slow_add(a: int, b: int) -> int:
 
 def test_a_tool_may_be_async():
     assert answers(hermes(call("slow_add", a=2, b=3)), [slow_add]) == ["5"]
+
+
+def test_an_async_tool_that_hangs_is_ended_in_time_and_told_to_the_policy():
+    """The conversation would be masked, and a policy that finds such a call could have any masked."""
+    ended = threading.Event()
+
+    async def fetch(page: str) -> str:
+        """Never comes back.
+
+        Args:
+            page: to fetch.
+        """
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.set()
+
+    began = time.monotonic()
+    assert answers(hermes(call("fetch", page="a"), call("fetch", page="b")), [fetch], seconds=0.2) == [
+        "error: TimeoutError: it took too long",
+        "error: this call was not made, since those before it took 0.2 s",
+    ]
+    assert time.monotonic() - began < 10
+    assert ended.wait(5)  # it does not go on unseen
 
 
 def test_calls_are_read_in_either_format_where_no_tokenizer_is_known():
