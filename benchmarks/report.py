@@ -303,35 +303,37 @@ def plot(lines: list[Line], path: Path) -> bool:
     """Steps by phase, and growth on logarithmic axes; False if there is neither."""
     import matplotlib.figure  # without pyplot: no window system, no global state
 
+    from grpo_jax.study.figures import PALETTE
+
     names, axes_of = _cells(lines), _axes(lines)
     if not names and not axes_of:
         return False
-    columns = max(len(names), 2)
-    figure = matplotlib.figure.Figure(figsize=(3 * columns, 7), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    for axes, name in zip(top.subplots(1, columns, squeeze=False)[0], names, strict=False):
+    columns, parts = max(len(names), 2), bool(names) + bool(axes_of)
+    figure = matplotlib.figure.Figure(figsize=(3 * columns, 3.5 * parts), layout="constrained")
+    folds = iter(figure.subfigures(parts, 1, squeeze=False)[:, 0])
+    panels = next(folds).subplots(1, len(names), squeeze=False)[0] if names else []
+    for axes, name in zip(panels, names, strict=True):
         found = {system: medians(lines, name, system) for system in SYSTEMS}
         shown = {"floor" if system == "floor" else SYSTEMS[system]: m for system, m in found.items() if m}
         below = [0.0] * len(shown)
-        for phase in PHASES:
+        for phase, colour in zip(PHASES, PALETTE, strict=False):
             heights = [m[phase] for m in shown.values()]
-            axes.bar(list(shown), heights, bottom=below, label=phase)
+            axes.bar(list(shown), heights, bottom=below, label=phase, color=colour)
             below = [low + height for low, height in zip(below, heights, strict=True)]
         axes.set_title(name)
-        axes.set_ylabel("seconds a step")
+        axes.set_ylabel("seconds per step")
         axes.tick_params(axis="x", labelrotation=30)
-        axes.legend(fontsize="small")
-    for axes, what, unit in zip(
-        bottom.subplots(1, 2), ("seconds", "mib"), ("step, s", "temporaries, MiB"), strict=True
-    ):
-        for axis, points in axes_of.items():
+        axes.margins(y=0.25)  # for the legend
+        axes.legend(fontsize="small", ncols=len(PHASES), loc="upper center", columnspacing=0.8, handlelength=1.0)
+    panels = next(folds).subplots(1, 2) if axes_of else []
+    for axes, what, unit in zip(panels, ("seconds", "mib"), ("step, s", "temporaries, MiB"), strict=False):
+        for colour, (axis, points) in zip(PALETTE, axes_of.items(), strict=False):
             smallest = points[0]["x"]
             xs, ys = [line["x"] / smallest for line in points], [line[what] for line in points]
-            axes.loglog(xs, ys, marker="o", label=f"{axis} from {smallest:g}")
+            axes.loglog(xs, ys, marker="o", color=colour, label=f"{axis} from {smallest:g}")
         axes.set_xlabel("times the smallest")
         axes.set_ylabel(unit)
-        if axes_of:
-            axes.legend(fontsize="small")
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     return True
 

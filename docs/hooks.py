@@ -26,7 +26,9 @@ PROGRAMS = {
 _MODULES = re.compile(r"^::: (grpo_jax[\w.]*)\.\*$", re.MULTILINE)
 _SECTIONS = re.compile(r"{{ sections (\S+) }}")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-_FUNCTION = re.compile(r"<mo>([a-zA-Z]{2,})</mo>(?=(<mrow><mo[^>]*>&#x00028;|<mo[^>]*>&#x00028;)?)")
+_FUNCTION = re.compile(  # the name of one, which may be the base of an index, and what follows if it is an argument
+    r"(<m(?:sub|sup|subsup|under)>)?<m[io]>([a-zA-Z]{2,})</m[io]>(?=(<m(?:i|n|sub|sup|subsup|frac|sqrt|under)[ >])?)"
+)
 _THIN_SPACE = '<mspace width="0.17em"/>'
 _SHIM = "https://unpkg.com/iframe-worker/shim"  # what search needs on pages that are opened as files
 
@@ -84,7 +86,8 @@ def _recipes() -> str:
         recipe = make()
         stated = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
         numbers = [f"`{name}={value:g}`" for name, value in stated.items() if type(value) in (int, float)]
-        rows.append(f"| `{make.__name__}()` | {recipe.objective.__name__}: {', '.join(numbers)} | {recipe.source} |")
+        settings = ": ".join(filter(None, (recipe.objective.__name__, ", ".join(numbers))))
+        rows.append(f"| `{make.__name__}()` | {settings} | {recipe.source} |")
     return "\n".join(rows)
 
 
@@ -98,6 +101,12 @@ def _pictures() -> tuple[tuple[str, str], ...]:
 
 def _typeset(match: re.Match[str]) -> str:
     display = "inline" if match[2] == "(" else "block"
-    mathml = convert(html.unescape(match[3]).strip(), display=display)
+    latex = html.unescape(match[3]).strip()
+    for bar, fence in ((r"\lvert", r"\left|"), (r"\rvert", r"\right|")):  # which have their sides
+        latex = latex.replace(bar, fence)
+    mathml = convert(latex, display=display)
     # Names of functions are identifiers, with a thin space before an argument that has no parenthesis.
-    return _FUNCTION.sub(lambda name: f"<mi>{name[1]}</mi>" + ("" if name[2] else _THIN_SPACE), mathml)
+    return _FUNCTION.sub(
+        lambda found: f"{found[1] or ''}<mi>{found[2]}</mi>" + (_THIN_SPACE if found[3] and not found[1] else ""),
+        mathml,
+    )

@@ -58,7 +58,8 @@ def experiment(config: Config) -> None:
     rows = results.read(config.results / f"{NAME}.csv")
     seconds = seconds_per_step(config, results.read(config.run_dir / NAME / grid.TIMING))
     timed_rows = [row | {SECONDS: row["step"] * seconds[row["condition"]]} for row in rows]
-    figures.curves(timed_rows, ("greedy", "sampled"), config.results / f"{NAME}_by_second.png", x=SECONDS)
+    by_second = config.results / f"{NAME}_by_second.png"
+    figures.curves(timed_rows, ("greedy", "sampled"), by_second, x=SECONDS, together=8)
     table = seconds_table(rows, seconds)
     path = config.results / f"{NAME}.md"
     path.write_text(f"{path.read_text()}\n{table}")

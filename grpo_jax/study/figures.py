@@ -1,12 +1,13 @@
 """Learning curves as figures: a mean over seeds with its 95% interval, in colours that colour-blind readers tell apart.
 
-Up to eight conditions share a panel per metric. More have a panel each, against one of them in
-grey, since thirteen bands over one another show nothing.
+Up to four conditions share a panel per metric, or eight if asked to. More have a panel each, against one of them in
+grey, since many bands over one another show nothing.
 """
 
 import math
 import os
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,6 +32,7 @@ def curves(
     conditions: Sequence[str] | None = None,
     against: str | None = None,
     x: str = "step",
+    together: int = 4,
 ) -> pathlib.Path:
     """Draws the mean curve of each condition with its 95% bootstrap interval, and returns the path.
 
@@ -43,6 +45,8 @@ def curves(
       conditions: which, in this order; all unless given.
       against: the condition in grey, where there are too many for one panel; the first unless given.
       x: the column of the horizontal axis. Rows of one condition and step share its value.
+      together: the most conditions that share a panel, up to the 8 colours: of more the bands hide one another, and
+        each has a panel of its own beside the one in grey.
 
     Raises:
       ValueError: if a metric or a condition is in no row.
@@ -54,7 +58,7 @@ def curves(
         raise ValueError(f"cannot draw the conditions {list(conditions)} against {against!r}; there are {known}")
     for name in names:
         per_seed(rows, name)  # raises if no row has this metric
-    one_panel = len(conditions) <= len(PALETTE)
+    one_panel = len(conditions) <= min(together, len(PALETTE))
     draw = _one_panel_per_metric if one_panel else _one_panel_per_condition
     figure = draw(rows, names, conditions, against, x)
     save(figure, path)
@@ -83,8 +87,8 @@ def _one_panel_per_condition(
     rows: Sequence[Record], names: Sequence[str], conditions: Sequence[str], against: str | None, x: str
 ) -> Figure:
     others = [condition for condition in conditions if condition != against]
-    columns = min(5, len(others))
-    height = math.ceil(len(others) / columns)  # of the panels of a metric, in panels
+    height = math.ceil(len(others) / 5)  # of the panels of a metric, in panels
+    columns = math.ceil(len(others) / height)
     figure = Figure(figsize=(2.4 * columns, 1.7 * height * len(names) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     for part, name in enumerate(names):
@@ -120,8 +124,8 @@ def rates(
     if against not in of_rates:
         raise ValueError(f"there is no condition {against!r}; there are {sorted(of_rates)}")
     others = [condition for condition in of_rates if condition != against] or [against]
-    columns = min(5, len(others))
-    height = math.ceil(len(others) / columns)
+    height = math.ceil(len(others) / 5)
+    columns = math.ceil(len(others) / height)
     figure = Figure(figsize=(2.4 * columns, 1.9 * height + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     shared: Axes | None = None
@@ -143,7 +147,8 @@ def rates(
 
 def _panel(figure: Figure, position: tuple[int, int, int], title: str, shared: Axes | None = None) -> Axes:
     axes = figure.add_subplot(*position, sharey=shared)
-    axes.set_title(title, fontsize=10 if shared is None and position[0] == 1 else 8, parse_math=False)
+    alone = shared is None and position[0] == 1
+    axes.set_title(textwrap.fill(title, 28), fontsize=10 if alone else 8, parse_math=False)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     return axes

@@ -3,7 +3,9 @@
 import html.parser
 import json
 import pathlib
+import re
 import urllib.parse
+import xml.etree.ElementTree
 
 import pytest
 
@@ -66,3 +68,15 @@ def test_formulas_are_typeset(pages):
     text = (SITE / "objectives/surrogates.html").read_text()
     assert text.count("<math") > 20
     assert "arithmatex" not in text
+
+
+CHILDREN = {"msub": 2, "msup": 2, "munder": 2, "mfrac": 2, "msubsup": 3, "munderover": 3}
+
+
+def test_formulas_have_the_parts_that_a_browser_expects(pages):
+    """It draws an index with a third part as a row of three."""
+    for path in pages:
+        for formula in re.findall(r"<math.*?</math>", path.read_text(), re.DOTALL):
+            for element in xml.etree.ElementTree.fromstring(formula).iter():
+                name = element.tag.partition("}")[2]
+                assert len(element) == CHILDREN.get(name, len(element)), f"{path.name}: {formula}"

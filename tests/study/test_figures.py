@@ -102,6 +102,19 @@ def test_more_conditions_than_colours_have_a_panel_each_against_one_in_grey(draw
     assert len(first.axes) == 12  # against the first, unless told otherwise
 
 
+@pytest.mark.parametrize(("together", "panels"), [({}, 4), ({"together": 5}, 1)])
+def test_more_than_four_conditions_share_a_panel_only_if_asked_to(drawn, together, panels):
+    five = [f"condition {n}" for n in range(5)]
+    assert len(drawn(rows_of(MANY), ["score"], conditions=five, **together).axes) == panels
+
+
+def test_long_titles_of_panels_are_broken_into_lines(drawn):
+    long = "iterations 1, epsilon 0.2, 0.28 (clip-higher)"
+    titles = [axes.get_title() for axes in drawn(rows_of(MANY | {long: MANY["condition 1"]}), ["score"]).axes]
+    assert titles[-1].split() == long.split()
+    assert max(map(len, titles[-1].splitlines())) <= 28
+
+
 def test_a_seed_that_diverged_leaves_a_gap(drawn):
     (axes,) = drawn(rows_of({"a": {0: [0.0, 1.0, 2.0], 1: [0.0, float("nan"), 2.0]}}), ["score"]).axes
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), [0.0, np.nan, 2.0])
