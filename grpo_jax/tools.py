@@ -17,11 +17,13 @@ import operator
 import re
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Context, Decimal
+from enum import Enum
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from grpo_jax import data
 from grpo_jax.data import Row
@@ -182,9 +184,9 @@ def environment(
 ) -> Respond:
     """Makes the environment that answers the policy's calls; a turn without one ends the conversation.
 
-    A call of no tool, with arguments that it does not take, or on which it raises is answered with a message that says
-    so, and the conversation goes on; a tool that has raised 20 times in a row is reported as a warning. Several calls
-    in a turn are answered in their order.
+    A call of no tool, with arguments that it does not take, with a value that is none of its `Literal`s, or on which it
+    raises is answered with a message that says so, and the conversation goes on; a tool that has raised 20 times in a
+    row is reported as a warning. Several calls in a turn are answered in their order.
 
     Args:
       functions: tools, plain or async. One with an attribute `continued` is called as `continued(earlier, arguments)`
@@ -245,6 +247,9 @@ def called(
             inspect.signature(function).bind(**call.arguments)
         except TypeError as error:
             return f"error: {call.name}: {error}"
+        for name, choices in _choices(function).items():
+            if (value := call.arguments.get(name, choices[0])) not in choices:
+                return f"error: {call.name}: {name} is one of {', '.join(map(repr, choices))}, got {value!r}"
         try:
             if (continued := getattr(function, "continued", None)) is not None:
                 result = continued([c.arguments for c in earlier if c.name == call.name], call.arguments)
@@ -269,6 +274,30 @@ def called(
 
     contents = [answer(call, [*earlier, *calls[:n]]) for n, call in enumerate(calls)]
     return Turn([{"role": "tool", "content": content or "(no output)"} for content in contents])
+
+
+def _choices(function: Tool) -> dict[str, Sequence[Any]]:
+    """The values that arguments may have whose hints name them, as `Literal` and enumerations do."""
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError):  # of a method that no template was told of
+        return {}
+    found = {name: _values(hint) for name, hint in hints.items() if name != "return"}
+    return {name: values for name, values in found.items() if values}
+
+
+def _values(hint: Any) -> list[Any]:
+    """What a type hint names; nothing where it leaves the value open."""
+    if hint is type(None):
+        return [None]
+    if get_origin(hint) is Literal:
+        return [*get_args(hint)]
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [member.value for member in hint]
+    if get_origin(hint) not in (Union, types.UnionType):
+        return []
+    of_parts = [_values(part) for part in get_args(hint)]
+    return [value for values in of_parts for value in values] if all(of_parts) else []
 
 
 def _name(function: Tool) -> str:

@@ -1,10 +1,12 @@
 """Tools are called in the words of templates, and whatever a policy writes gets an answer."""
 
 import asyncio
+import enum
 import json
 import sys
 import threading
 import time
+from typing import Literal
 
 import jax
 import numpy as np
@@ -83,6 +85,33 @@ WRONG = {
 def test_wrong_calls_are_answered_with_what_is_wrong(text):
     (said,) = answers(text)
     assert said.startswith(WRONG[text])
+
+
+class Sky(enum.Enum):
+    CLEAR = "clear"
+    GREY = "grey"
+
+
+def book(room: Literal["single", "double"] = "single", sky: Sky | None = None, nights: Literal[1, 2] | int = 1) -> str:
+    """Books a room.
+
+    Args:
+        room: its kind.
+        sky: above it.
+        nights: how long.
+    """
+    return f"{room} {sky} {nights}"
+
+
+def test_a_value_that_a_hint_does_not_name_is_told():
+    right = [call("book"), call("book", room="double", sky="grey", nights=3), call("book", sky=None)]
+    assert answers(hermes(*right), [book]) == ["single None 1", "double grey 3", "single None 1"]
+    wrong = [call("book", room="triple"), call("book", sky="red"), call("book", room=["single"])]
+    assert answers(hermes(*wrong), [book]) == [
+        "error: book: room is one of 'single', 'double', got 'triple'",
+        "error: book: sky is one of 'clear', 'grey', None, got 'red'",
+        "error: book: room is one of 'single', 'double', got ['single']",
+    ]
 
 
 def test_what_the_policy_writes_into_a_call_is_no_harm_to_the_tokenizer():
