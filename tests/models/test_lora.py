@@ -370,6 +370,9 @@ def test_what_is_trained_beside_adapters_is_not_left_out_of_their_folder_unsaid(
     rest = {name: leaf for name, leaf in frozen.items() if name != "norm"}
     with pytest.raises(ValueError, match="no place for what else is trained, such as norm/"):
         hf.save_adapters(policy, adapters | {"norm": frozen["norm"]}, rest, tmp_path / "other", base_model="base")
+    own = models.decoder(dataclasses.replace(policy.config, hf_config=""))
+    with pytest.raises(ValueError, match="the policy has no Hugging Face config"):
+        hf.save_adapters(own, adapters, frozen, tmp_path / "other", base_model="base")
 
 
 def test_a_base_is_digested_once_for_all_adapters_that_are_written_and_another_one_anew(tmp_path, monkeypatch):

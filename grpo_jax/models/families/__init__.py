@@ -49,6 +49,12 @@ __all__ = ["FAMILIES", "Family", "Place", "place"]
 
 
 def place(path: tuple[str, ...], hf_config: str) -> Place:
-    """Where the parameter at a path of the decoder's is in a checkpoint with that config, which is JSON."""
+    """Where the parameter at a path of the decoder's is in a checkpoint with that config, which is JSON.
+
+    Raises:
+      ValueError: for a decoder without one, whose parameters have no names in a checkpoint.
+    """
+    if not hf_config:
+        raise ValueError("the policy has no Hugging Face config; make it by models.from_hf_config")
     fields: Fields = json.loads(hf_config)
     return FAMILIES[fields["model_type"]].place(path, fields)
