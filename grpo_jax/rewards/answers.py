@@ -91,7 +91,8 @@ def exact_answer(
 ) -> RewardFunction:
     """1.0 where the completion's answer is the reference, else 0.0; None where there is no reference.
 
-    An empty reference, NaN and infinity are none.
+    An empty reference, NaN and infinity are none. Of a reference with a `####`, as GSM8K's worked solutions have it,
+    what follows the last one counts.
 
     The answer is `answer_of(text, pattern)`: after the thoughts in the first `<answer>` tags, else after
     the last `####`, or where the pattern says. A completion without one gets 0.0. Both
@@ -127,8 +128,8 @@ def exact_answer(
     exact = None if tolerance is None else Fraction(str(tolerance))
 
     def judge(answer: str | None, reference: Any) -> float | None:
-        wanted = gold_text(reference)
-        if wanted is None or wanted.casefold() in _MISSING:
+        wanted = (gold_text(reference) or "").rpartition("####")[2].strip()
+        if wanted.casefold() in _MISSING:
             return None
         if answer is None:
             return 0.0

@@ -236,6 +236,7 @@ def program(source: str) -> None:
     """Runs the code as a program. What it prints is all that counts."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"], sys.argv = module, ["program.py"]
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # of `site`, without which the interpreter starts
     print("ready", 1, flush=True)
     exec(compile(source, "program.py", "exec"), vars(module))
 

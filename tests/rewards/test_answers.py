@@ -94,6 +94,12 @@ def test_a_whole_number_is_itself_also_where_its_column_has_made_it_a_decimal():
     assert scores(rewards.exact_answer(), ["#### 72", "#### 72.0", "#### 2.5"], answer=[72.0, 72.0, 2.5]) == [1, 0, 1]
 
 
+def test_of_a_worked_solution_what_follows_the_mark_is_the_reference():
+    """Else GSM8K's rows, read without `--answer-after`, would have no right answer."""
+    golds = ["48 + 24 = 72.\n#### 72", "48 + 24 = 72.\n#### 72", "so\n####"]
+    assert scores(rewards.exact_answer(), ["#### 72", "#### 24", "#### 72"], answer=golds) == [1.0, 0.0, None]
+
+
 def test_a_missing_column_is_an_error_with_its_name():
     with pytest.raises(ValueError, match=r"exact_answer compares with the column 'answer'; .* \['solution'\]"):
         score(rewards.exact_answer(), "#### 7", solution="7")

@@ -331,6 +331,7 @@ PROGRAMS = {
     "spaces at a line's start": ("print(' a')", "", "a", 0.0),
     "the main program": ("if __name__ == '__main__':\n    print(1)", "", "1", 1.0),
     "letters": ("import sys; print(sys.stdin.read().upper())", "é\nß", "É\nSS", 1.0),
+    "leaving early": ("try:\n print(input()); exit()\nexcept Exception as e: print(e)", "7", "7", 1.0),
     "much input": ("import sys; print(len(sys.stdin.read()))", "x" * 300_000, "300000", 1.0),
     "errors are no output": ("import sys; print(2, file=sys.stderr); print(1)", "", "1", 1.0),
     "nothing": ("pass", "", "1", 0.0),
