@@ -64,6 +64,11 @@ class Policy(NamedTuple):
       extend_routed: `extend` of a policy with experts, else None; returns `Routes` as a third. With `given
         [B, G, S, L, k]`, tokens go to these experts, weighted as the router now weighs them; `counted [B, G, S]`
         says over which tokens the routes' sums are.
+      forward: `(params, prompts [B, P], lengths [B], tokens [B, G, S], positions [B, G, S], segments=None,
+        descendants=None, given=None, counted=None) -> (hidden [B, G, S, D], routes or None)`: what `extend`, or
+        `extend_routed`, gives with `prefill`'s cache, in one go through the layers. None leaves it to the two, one
+        after the other: who replaces one of them in a policy that has a `forward` sets this to None. Scoring calls
+        it by `policies.forward`, sampling never.
     """
 
     config: Any
@@ -80,6 +85,32 @@ class Policy(NamedTuple):
     for_decoding: Callable[[Params], Params] = lambda params: params
     by_rows: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
     extend_routed: Callable[..., tuple[Array, Cache, Any]] | None = None
+    forward: Callable[..., tuple[Array, Routes | None]] | None = None
+
+
+def forward(
+    policy: Policy, params: Params, prompts: Prompts, tokens: Array, positions: Array, **options: Any
+) -> tuple[Array, Routes | None]:
+    """Reads completions after their prompts, all tokens at once: what training differentiates.
+
+    Args:
+      policy: any.
+      params: its parameters.
+      prompts: `B` prompts.
+      tokens: `[B, G, S]`, the prompt's last token and those of the completion, see `scoring.decoder_inputs`.
+      positions: theirs.
+      options: `segments` and `descendants` of packed completions; `given` and `counted` of a policy with experts.
+
+    Returns:
+      Hidden states `[B, G, S, D]`; and of a policy with experts its routes.
+    """
+    if policy.forward is not None:
+        return policy.forward(params, prompts.tokens, prompts.lengths, tokens, positions, **options)
+    prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
+    if policy.extend_routed is None:
+        return policy.extend(params, tokens, positions, prompt_cache, **options)[0], None
+    hidden, _, routes = policy.extend_routed(params, tokens, positions, prompt_cache, **options)
+    return hidden, routes
 
 
 class TokenCache(NamedTuple):
@@ -183,6 +214,7 @@ def within(policy: Policy, name: str) -> Policy:
         prefill=at_name(policy.prefill),
         extend=at_name(policy.extend),
         extend_routed=None if policy.extend_routed is None else at_name(policy.extend_routed),
+        forward=None if policy.forward is None else at_name(policy.forward),
         unembed=at_name(policy.unembed),
     )
 

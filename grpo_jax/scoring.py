@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.policies import Policy
+from grpo_jax.policies import Policy, forward
 from grpo_jax.protocols import VocabularyDivergence
 from grpo_jax.truncation import Truncation, replay
 from grpo_jax.types import Array, Likeliest, Packing, Params, Prompts, Rollout, Routers, Scores
@@ -185,7 +185,6 @@ def likeliest(
 def _hidden(policy: Policy, params: Params, rollout: Rollout, packing: Packing | None) -> tuple[Array, Routers | None]:
     """What predicts each token: `[B, G, T, D]`, or `[B, R, W, D]` packed; and the routers, if there are some."""
     prompts = rollout.prompts
-    prompt_cache = policy.prefill(params, prompts.tokens, prompts.lengths)
     read, positions = decoder_inputs(prompts, rollout.tokens[..., :-1], rollout.lengths)
     layout: dict[str, Array | None] = {"segments": None}
     given = rollout.experts
@@ -202,15 +201,16 @@ def _hidden(policy: Policy, params: Params, rollout: Rollout, packing: Packing |
     if policy.extend_routed is None:
         if given is not None:
             raise ValueError("the rollout has experts, and this policy has none: rollout._replace(experts=None)")
-        return policy.extend(params, read, positions, prompt_cache, **layout)[0], None
+        return forward(policy, params, prompts, read, positions, **layout)[0], None
     if "descendants" in layout:
         raise ValueError(
             "a tree reads a shared token once, and the sums of the routers of this policy's experts would count it "
             "once: take packing.pack, or no packing"
         )
-    hidden, _, routes = policy.extend_routed(
-        params, read, positions, prompt_cache, given=given, counted=counted, **layout
-    )
+    hidden, routes = forward(policy, params, prompts, read, positions, given=given, counted=counted, **layout)
+    assert routes is not None
+    assert routes.probabilities is not None
+    assert routes.choices is not None
     return hidden, Routers(jnp.sum(routes.probabilities, axis=1), jnp.sum(routes.choices, axis=1))
 
 

@@ -654,7 +654,7 @@ def watched(widths):
         widths.append(len(tokens))
         return POLICY.prefill(params, tokens, lengths)
 
-    return POLICY._replace(prefill=prefill)
+    return POLICY._replace(prefill=prefill, forward=None)
 
 
 def test_the_old_policy_is_scored_in_as_many_parts_as_asked_for_to_the_same_numbers():

@@ -11,7 +11,7 @@ arXiv:2203.02155, appendix C.4), and a checkpoint that `hf.load_reward_model` re
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.policies import Policy
+from grpo_jax.policies import Policy, forward
 from grpo_jax.scoring import decoder_inputs
 from grpo_jax.types import Array, Params, PRNGKey, Prompts
 
@@ -46,10 +46,7 @@ def hidden_states(network: Policy, params: Params, prompts: Prompts, tokens: Arr
       `[B, G, S + 1, D]`. State `t` has read the prompt and tokens `0..t - 1`: the one
       that predicts token `t`.
     """
-    prompt_cache = network.prefill(params, prompts.tokens, prompts.lengths)
-    read, positions = decoder_inputs(prompts, tokens, lengths)
-    hidden, _ = network.extend(params, read, positions, prompt_cache)
-    return hidden
+    return forward(network, params, prompts, *decoder_inputs(prompts, tokens, lengths))[0]
 
 
 def scalar(head: Params, hidden: Array) -> Array:

@@ -4,6 +4,10 @@ Letters: `B` prompts, `G` completions, `S` tokens read now, `C` columns of the
 completions' cache, `P` prompt columns, `D` width, `N` query heads, `K` key-value
 heads, `h` head width, `L` layers. The layers are one scanned block, so params
 are stacked on axis 0 and compile time does not grow with depth.
+
+Tokens go through the layers in streams: those of completions, alone or with a stream of their prompts before them. In
+each layer the prompts' keys and values are made first and the completions then attend to them, both by the same
+weights, which several devices gather once for both.
 """
 
 import dataclasses
@@ -21,6 +25,15 @@ from grpo_jax.models.attention import KeyValues, MaskInputs, head_copies, over_m
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.policies import Policy, Routes, kept_columns, reset_rows
 from grpo_jax.types import Array, Params, PRNGKey
+
+Streams = tuple[Array, ...]  # of each stream [B, G, S, ...], prompts' with G = 1; or the rows of all, see `_rows`
+
+
+class Stream(NamedTuple):
+    """What is read of prompts or of completions."""
+
+    tokens: Array  # [B, G, S] int32
+    mask_inputs: MaskInputs
 
 
 class PromptCache(NamedTuple):
@@ -44,17 +57,22 @@ class RMSNorm(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, streams: Streams) -> Streams:
         c = self.config
         initializer = nn.initializers.constant(1.0 - c.norm_offset)
-        scale = sharding.gather(c.mesh, self.param("scale", initializer, (x.shape[-1],), c.param_dtype), "scale")
+        width = streams[0].shape[-1]
+        scale = sharding.gather(c.mesh, self.param("scale", initializer, (width,), c.param_dtype), "scale")
         if c.norm_offset:
             scale = scale.astype(jnp.float32) + c.norm_offset
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + c.rms_norm_eps)
-        if c.norm_float32:
-            return (scale.astype(jnp.float32) * normed).astype(c.dtype)
-        return scale.astype(c.dtype) * normed.astype(c.dtype)
+
+        def of_stream(x: Array) -> Array:
+            x32 = x.astype(jnp.float32)
+            normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + c.rms_norm_eps)
+            if c.norm_float32:
+                return (scale.astype(jnp.float32) * normed).astype(c.dtype)
+            return scale.astype(c.dtype) * normed.astype(c.dtype)
+
+        return tuple(map(of_stream, streams))
 
 
 class Linear(nn.Module):
@@ -65,31 +83,35 @@ class Linear(nn.Module):
     use_bias: bool
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c, x = self.config, x.astype(self.config.dtype)
+    def __call__(self, streams: Streams) -> Streams:
+        c = self.config
+        streams = tuple(x.astype(c.dtype) for x in streams)
         kernel: Any = self.get_variable("params", "kernel")
         if not quantized.is_quantized(kernel):
             initializer = nn.initializers.normal(c.initializer_range)
-            kernel = self.param("kernel", initializer, (x.shape[-1], self.features), c.param_dtype)
-        y = self._product(x, kernel)
+            kernel = self.param("kernel", initializer, (streams[0].shape[-1], self.features), c.param_dtype)
+        outputs = self._products(streams, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype)
-            y = y + self._gathered(bias, "bias").astype(c.dtype)
+            bias = self._gathered(bias, "bias").astype(c.dtype)
+            outputs = tuple(y + bias for y in outputs)
         if self.has_variable("params", lora.A):
             a, b = (self._gathered(self.get_variable("params", name), name) for name in (lora.A, lora.B))
-            y = y + lora.delta(x, a, b, self.get_variable("params", lora.SCALE))
-        return y
+            scale: Array = self.get_variable("params", lora.SCALE)
+            outputs = tuple(y + lora.delta(x, a, b, scale) for x, y in zip(streams, outputs, strict=True))
+        return outputs
 
-    def _product(self, x: Array, kernel: Any) -> Array:
+    def _products(self, streams: Streams, kernel: Any) -> Streams:
         dtype = self.config.dtype
 
-        def product(x: Array, kernel: Any) -> Array:
+        def products(streams: Streams, kernel: Any) -> Streams:
             kernel = kernel if quantized.is_quantized(kernel) else kernel.astype(dtype)
-            return x @ quantized.dequantize(self._gathered(kernel, "kernel")).astype(dtype)
+            kernel = quantized.dequantize(self._gathered(kernel, "kernel")).astype(dtype)
+            return tuple(x @ kernel for x in streams)
 
         # For the backward pass codes are kept, not floats; with rematerialisation neither is.
         apart = quantized.is_quantized(kernel) and not self.config.remat
-        return (jax.checkpoint(product) if apart else product)(x, kernel)
+        return (jax.checkpoint(products) if apart else products)(streams, kernel)
 
     def _gathered(self, leaf: Any, name: str) -> Any:
         return sharding.gather(self.config.mesh, leaf, f"{self.name}/{name}")
@@ -103,39 +125,32 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
+        streams: Streams,
         cache: tuple[KeyValues, Array] | None,
         layer: Array | None,
         prompt: KeyValues | None,
-        mask_inputs: MaskInputs,
-        rotation: tuple[Array, Array],
-    ) -> tuple[Array, KeyValues | None, KeyValues]:
-        """Reads `x [B, G, S, D]`; returns the output, the cache and the new keys and values.
+        masks: tuple[MaskInputs, ...],
+        rotations: tuple[tuple[Array, Array], ...],
+    ) -> tuple[Streams, KeyValues | None, KeyValues]:
+        """Reads streams `[B, G, S, D]`; returns the outputs, and of the last stream the cache and new keys and values.
 
-        The cache is of all layers, of which this one is `layer`; or of this layer alone, and `layer` is None.
+        The cache is of all layers, of which this one is `layer`; or of this layer alone, and `layer` is None. The
+        prompt is what a single stream attends to; of two the second attends to the first.
         """
         c = self.config
         heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
-        rows = _rows(c, x)
+        rows = _rows(c, streams)
         query, key, value = (
             Linear(c, number * c.head_dim, c.qkv_bias, name=name)(rows) for name, number in heads.items()
         )
         if c.qk_norm == "width":
             query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
         query, key, value = (
-            y.reshape(*x.shape[:-1], y.shape[-1] // c.head_dim, c.head_dim) for y in (query, key, value)
+            tuple(y.reshape(*y.shape[:-1], y.shape[-1] // c.head_dim, c.head_dim) for y in _streams(rows, streams))
+            for rows in (query, key, value)
         )
         if c.qk_norm == "head":
             query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
-        query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
-        if c.query_scale is not None:  # an attention divides by the root of the width
-            query = _scaled(query, c.query_scale * c.head_dim**0.5)
-        query, key, value = (sharding.constrain(c.mesh, x, None, "tensor", None) for x in (query, key, value))
-
-        own = new = KeyValues(key, value)
-        stored = None
-        if cache is not None:
-            stored, own = _written(*cache, layer, new, mask_inputs.own.shape[-1])
 
         options: dict[str, Any] = {}
         if c.attention_soft_cap is not None:
@@ -143,14 +158,29 @@ class Attention(nn.Module):
         if c.attention_sinks:
             initializer = nn.initializers.normal(c.initializer_range)
             options["sinks"] = self.param("sinks", initializer, (c.num_heads,), c.param_dtype)
-        if c.remat:
-            # Masks are the same in all layers, so that JAX takes them out of the loop over these and keeps them until
-            # the backward pass, a byte for each query, key and head. Bound to the query they stay within their layer.
-            query, mask_inputs = jax.lax.optimization_barrier((query, mask_inputs))
-        out = over_mesh(c.attention, c.mesh)(query, own, prompt, mask_inputs, **options)
-        out = _rows(c, out.reshape(*x.shape[:-1], c.num_heads * c.head_dim))
-        out = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(out)
-        return out.reshape(x.shape), stored, new
+        outs: list[Array] = []
+        stored: KeyValues | None = None
+        new: KeyValues | None = None
+        for q, k, v, mask_inputs, rotation in zip(query, key, value, masks, rotations, strict=True):
+            if new is not None:  # that of the prompts, which are read by one row each
+                prompt = jax.tree.map(lambda x: sharding.constrain(c.mesh, x[:, 0], None, "tensor", None), new)
+            q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
+            if c.query_scale is not None:  # an attention divides by the root of the width
+                q = _scaled(q, c.query_scale * c.head_dim**0.5)
+            q, k, v = (sharding.constrain(c.mesh, x, None, "tensor", None) for x in (q, k, v))
+            own = new = KeyValues(k, v)
+            if cache is not None:
+                stored, own = _written(*cache, layer, new, mask_inputs.own.shape[-1])
+            if c.remat:
+                # Masks are the same in all layers, so that JAX takes them out of the loop over these and keeps them
+                # until the backward pass, a byte for each query, key and head. Bound to the query they stay within
+                # their layer.
+                q, mask_inputs = jax.lax.optimization_barrier((q, mask_inputs))
+            out = over_mesh(c.attention, c.mesh)(q, own, prompt, mask_inputs, **options)
+            outs.append(out.reshape(*out.shape[:3], c.num_heads * c.head_dim))
+        assert new is not None
+        rows = Linear(c, c.hidden_size, c.o_bias, name="o_proj")(_rows(c, tuple(outs)))
+        return _streams(rows, streams), stored, new
 
 
 def _written(
@@ -180,13 +210,17 @@ class MLP(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, streams: Streams) -> Streams:
         c = self.config
-        rows = _rows(c, x)
+        rows = _rows(c, streams)
         gate = Linear(c, c.intermediate_size, c.mlp_bias, name="gate_proj")(rows)
         up = Linear(c, c.intermediate_size, c.mlp_bias, name="up_proj")(rows)
-        product = float16.in_float32(lambda gate, up: c.activation(gate) * up, gate, up)
-        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(product).reshape(x.shape)
+
+        def gated(gate: Array, up: Array) -> Array:
+            return c.activation(gate) * up
+
+        inner = tuple(float16.in_float32(gated, *each) for each in zip(gate, up, strict=True))
+        return _streams(Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(inner), streams)
 
 
 class Routed(NamedTuple):
@@ -225,8 +259,11 @@ class Mixture(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Array, given: Array | None, counted: Array | None) -> tuple[Array, Routed]:
-        """Of `x [B, G, S, D]`, by the experts given `[B, G, S, k]`, if any; `counted [B, G, S]` as in `Routed`."""
+    def __call__(self, streams: Streams, given: Array | None, counted: Array | None) -> tuple[Streams, Routed]:
+        """Of streams `[B, G, S, D]`, the last by the experts given `[B, G, S, k]`, if any; with its routes.
+
+        `counted [B, G, S]` as in `Routed`.
+        """
         c, e = self.config, self.config.experts
         assert e is not None
         weights: dict[str, Any] = {
@@ -239,8 +276,7 @@ class Mixture(nn.Module):
             # In float32 whatever the rest is in: a rounded logit of the router is another expert.
             weights[name] = sharding.gather(c.mesh, leaf.astype(jnp.float32), name)
 
-        def of_rows(given: tuple[Array, Array | None, Array | None], weights: Params) -> tuple[Array, Routed]:
-            x, chosen, counted = given
+        def of_stream(x: Array, chosen: Array | None, counted: Array | None, weights: Params) -> tuple[Array, Routed]:
             chosen = None if chosen is None else chosen.reshape(-1, e.per_token).astype(jnp.int32)
             mixed = mixture.mixture(x.reshape(-1, c.hidden_size), weights, e, c.activation, chosen)
             rows = mixed.rows.astype(c.dtype).reshape(x.shape)
@@ -254,10 +290,16 @@ class Mixture(nn.Module):
                 choices = jax.vmap(jax.vmap(lambda x: jnp.bincount(x, length=e.number)))(of_counted).astype(jnp.float32)
             return rows, Routed(chosen.astype(jnp.int16), probabilities, choices)
 
+        def of_streams(read: tuple[Any, ...], weights: Params) -> tuple[tuple[Array, Routed], ...]:
+            return tuple(of_stream(x, chosen, counted, weights) for x, chosen, counted in read)
+
         # As in `Linear`, codes are kept for the backward pass, not floats.
         apart = quantized.is_quantized(weights["experts_gate"]["kernel"]) and not c.remat
-        compute = jax.checkpoint(of_rows) if apart else of_rows
-        return sharding.each_its_rows(c.mesh, compute)((x.astype(c.dtype), given, counted), weights)
+        compute = jax.checkpoint(of_streams) if apart else of_streams
+        *before, last = (x.astype(c.dtype) for x in streams)
+        read = (*((x, None, None) for x in before), (last, given, counted))
+        mixed = sharding.each_its_rows(c.mesh, compute)(read, weights)
+        return tuple(rows for rows, _ in mixed), mixed[-1][1]
 
 
 class Block(nn.Module):
@@ -268,44 +310,46 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Array, KeyValues | None],
+        carry: tuple[Streams, KeyValues | None],
         layer: Array | None,
         prompt: KeyValues | None,
         window: Array | None,
         which_rotation: Array | None,
         given: Array | None,
-        mask_inputs: MaskInputs,
-        rotations: tuple[Array, Array],
+        masks: tuple[MaskInputs, ...],
+        rotations: tuple[tuple[Array, Array], ...],
         column: Array | None,
         counted: Array | None,
-    ) -> tuple[tuple[Array, KeyValues | None], tuple[KeyValues, Routed | None]]:
+    ) -> tuple[tuple[Streams, KeyValues | None], tuple[KeyValues, Routed | None]]:
         c = self.config
-        x, stored = carry
+        streams, stored = carry
         cache = None if stored is None or column is None else (stored, column)
-        rotation = rotations if which_rotation is None else jax.tree.map(lambda x: x[which_rotation], rotations)
+        rotations = rotations if which_rotation is None else jax.tree.map(lambda x: x[which_rotation], rotations)
 
-        def norm(x: Array, name: str, there: bool) -> Array:
-            return RMSNorm(c, name=name)(x) if there else x
+        def norm(streams: Streams, name: str, there: bool) -> Streams:
+            return RMSNorm(c, name=name)(streams) if there else streams
+
+        def added(x: Array, out: Array) -> Array:
+            return sharding.constrain(c.mesh, float16.within(x + _scaled(out, c.residual_scale)), None, None)
 
         # Where there are four norms, transformers calls the second of them what is else the one before the MLP.
         before_mlp = "pre_feedforward_layernorm" if c.post_norm else "post_attention_layernorm"
-        out, stored, new = Attention(c, name="self_attn")(
-            norm(x, "input_layernorm", c.pre_norm),
+        outs, stored, new = Attention(c, name="self_attn")(
+            norm(streams, "input_layernorm", c.pre_norm),
             cache,
             layer,
             prompt,
-            mask_inputs._replace(window=window),
-            rotation,
+            tuple(mask_inputs._replace(window=window) for mask_inputs in masks),
+            rotations,
         )
-        x = float16.within(x + _scaled(norm(out, "post_attention_layernorm", c.post_norm), c.residual_scale))
-        x = sharding.constrain(c.mesh, x, None, None)
-        read, routed = norm(x, before_mlp, c.pre_norm), None
+        streams = tuple(map(added, streams, norm(outs, "post_attention_layernorm", c.post_norm)))
+        read, routed = norm(streams, before_mlp, c.pre_norm), None
         if c.experts is None:
-            out = MLP(c, name="mlp")(read)
+            outs = MLP(c, name="mlp")(read)
         else:
-            out, routed = Mixture(c, name="mlp")(read, given, counted)
-        x = float16.within(x + _scaled(norm(out, "post_feedforward_layernorm", c.post_norm), c.residual_scale))
-        return (sharding.constrain(c.mesh, x, None, None), stored), (new, routed)
+            outs, routed = Mixture(c, name="mlp")(read, given, counted)
+        streams = tuple(map(added, streams, norm(outs, "post_feedforward_layernorm", c.post_norm)))
+        return (streams, stored), (new, routed)
 
 
 def _scaled(x: Array, factor: float) -> Array:
@@ -363,38 +407,39 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens: Array,
-        mask_inputs: MaskInputs,
-        prompt: KeyValues | None,
-        stored: KeyValues | list[KeyValues] | None,
-        column: Array | None,
+        streams: tuple[Stream, ...],
+        prompt: KeyValues | None = None,
+        stored: KeyValues | list[KeyValues] | None = None,
+        column: Array | None = None,
         given: Array | None = None,
         counted: Array | None = None,
     ) -> tuple[Array, KeyValues | list[KeyValues] | None, KeyValues, Routed | None]:
         """Hidden states `[B, G, S, D]`, the updated cache, and keys, values and routes of every layer.
 
-        By the experts `given [L, B, G, S, k]`, if any.
+        All of the last stream. It is read after `prompt`, of all layers, or after the stream before it; by the experts
+        `given [L, B, G, S, k]`, if any.
         """
         c = self.config
         windows = None
         if c.windows is not None:
             no_limit = np.iinfo(np.int32).max
             windows = jnp.array([no_limit if window is None else window for window in c.windows], jnp.int32)
-        x = self._embed(tokens)
+        x = self._embed(tuple(stream.tokens for stream in streams))
         if c.embedding_scale != 1:
-            x = x * jnp.asarray(c.embedding_scale, c.dtype)
-        rotations, which_rotation = _rotations(c, mask_inputs.queries)
-        of_layers = (prompt, windows, which_rotation, given)
-        of_all = (mask_inputs, rotations, column, counted)
+            x = tuple(each * jnp.asarray(c.embedding_scale, c.dtype) for each in x)
+        masks = tuple(stream.mask_inputs for stream in streams)
+        rotations, which_rotation = zip(*(_rotations(c, mask_inputs.queries) for mask_inputs in masks), strict=True)
+        of_layers = (prompt, windows, which_rotation[0], given)
+        of_all = (masks, rotations, column, counted)
         if isinstance(stored, list):
             x, stored, (new, routed) = self._layers_apart(x, stored, of_layers, of_all)
         else:
             (x, stored), (new, routed) = self.layers((x, stored), jnp.arange(c.num_layers), *of_layers, *of_all)
-        return self.norm(x), stored, new, routed
+        return self.norm(x[-1:])[0], stored, new, routed
 
     def _layers_apart(
-        self, x: Array, stored: list[KeyValues], of_layers: tuple[Any, ...], of_all: tuple[Any, ...]
-    ) -> tuple[Array, list[KeyValues], tuple[KeyValues, Routed | None]]:
+        self, x: Streams, stored: list[KeyValues], of_layers: tuple[Any, ...], of_all: tuple[Any, ...]
+    ) -> tuple[Streams, list[KeyValues], tuple[KeyValues, Routed | None]]:
         """The layers one after the other."""
         layers = self.variables["params"]["layers"]
         apply: Callable[..., Any] = Block(self.config, parent=None).apply
@@ -406,11 +451,16 @@ class Decoder(nn.Module):
             outputs.append(output)
         return x, after, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
 
-    def _embed(self, tokens: Array) -> Array:
+    def _embed(self, streams: Streams) -> Streams:
         c = self.config
-        if c.mesh is None:
-            return self.embed_tokens(tokens)
-        return sharding.look_up(c.mesh, self.embed_tokens.embedding.astype(c.dtype), tokens)
+
+        def look_up(tokens: Array) -> Array:
+            if c.mesh is None:
+                return self.embed_tokens(tokens)
+            return sharding.look_up(c.mesh, self.embed_tokens.embedding.astype(c.dtype), tokens)
+
+        # One sum of gradients of a table, which is the largest parameter of many models.
+        return _streams(tuple(map(look_up, _side_by_side(c, streams))), streams)
 
     def unembed(self, hidden: Array) -> Array:
         """Logits `[..., V]` float32 of hidden states `[..., D]`."""
@@ -419,15 +469,33 @@ class Decoder(nn.Module):
             head = sharding.gather(c.mesh, self.embed_tokens.embedding, "embed_tokens/embedding").T
         else:
             head = sharding.gather(c.mesh, self.lm_head, "lm_head")
-        rows = _rows(c, hidden).astype(c.logits_dtype)
+        rows = _rows(c, (hidden,))[0].astype(c.logits_dtype)
         logits = jnp.matmul(rows, head.astype(c.logits_dtype), preferred_element_type=jnp.float32)
         logits = _soft_capped(logits / c.logits_divisor if c.logits_divisor != 1 else logits, c.logits_soft_cap)
         return sharding.constrain(c.mesh, logits.reshape(*hidden.shape[:-1], c.vocab_size), "tensor")
 
 
-def _rows(c: DecoderConfig, x: Array) -> Array:
-    """`[..., D]` as `[N, D]`: gradients of plain matrix products are faster on CPUs. Rows over devices stay apart."""
-    return x.reshape(-1, x.shape[-1]) if c.mesh is None else x
+def _rows(c: DecoderConfig, streams: Streams) -> Streams:
+    """For what is done to each token alone: `[N, D]` of each stream, as plain products are faster on CPUs.
+
+    Over devices rows stay apart, and streams side by side: the gradient of a weight is summed over devices once.
+    """
+    return tuple(x.reshape(-1, x.shape[-1]) for x in streams) if c.mesh is None else _side_by_side(c, streams)
+
+
+def _side_by_side(c: DecoderConfig, streams: Streams) -> Streams:
+    """Streams `[B, G, S, ...]` as one `[B, 1, N, ...]`; as they are where completions are divided over devices."""
+    if len(streams) == 1 or (c.mesh is not None and any(sharding.rows(c.mesh, *x.shape[:2])[1] for x in streams)):
+        return streams
+    return (jnp.concatenate([x.reshape(x.shape[0], 1, -1, *x.shape[3:]) for x in streams], axis=2),)
+
+
+def _streams(rows: Streams, like: Streams) -> Streams:
+    """Rows `[..., F]` as streams `[B, G, S, F]` of the sizes of others."""
+    if len(rows) < len(like):
+        ends = np.cumsum([x.shape[1] * x.shape[2] for x in like])
+        rows = tuple(jnp.split(rows[0], ends[:-1], axis=2))
+    return tuple(y.reshape(*x.shape[:3], y.shape[-1]) for x, y in zip(like, rows, strict=True))
 
 
 def _layer(tree: Any, n: int) -> Any:
@@ -451,6 +519,19 @@ def _constrain_layers(c: DecoderConfig, cache: KeyValues) -> KeyValues:
     return jax.tree.map(jax.vmap(lambda x: sharding.constrain(c.mesh, x, None, "tensor", None)), cache)
 
 
+def _of_layers(given: Array | None) -> Array | None:
+    """Experts `[B, G, S, L, k]` as `[L, B, G, S, k]`."""
+    return None if given is None else jnp.moveaxis(given, 3, 0)
+
+
+def _routes(routed: Routed | None) -> Routes | None:
+    """What the routers of all layers did, layers after tokens."""
+    if routed is None:
+        return None
+    sums = [None if x is None else jnp.moveaxis(x, 0, 2) for x in (routed.probabilities, routed.choices)]
+    return Routes(jnp.moveaxis(routed.experts, 0, 3), *sums)
+
+
 @functools.cache
 def decoder(config: DecoderConfig) -> Policy:
     """The decoder as a policy; the same config gives the same functions, so that jit does not compile again."""
@@ -461,7 +542,7 @@ def decoder(config: DecoderConfig) -> Policy:
 
     def init(key: PRNGKey) -> Params:
         tokens = jnp.zeros((1, 1, 1), jnp.int32)
-        return module.init(key, tokens, MaskInputs(tokens, tokens), None, None, None)["params"]
+        return module.init(key, (Stream(tokens, MaskInputs(tokens, tokens)),))["params"]
 
     in_float32 = {"router", "router_bias", "sinks"} | ({"scale"} if config.norm_float32 else set())
 
@@ -489,13 +570,15 @@ def decoder(config: DecoderConfig) -> Policy:
                 f"{config.max_positions}, for all of a batch's tokens, which the decoder does not do: take fewer tokens"
             )
 
-    def prefill(params: Params, tokens: Array, lengths: Array) -> PromptCache:
-        check_positions(tokens.shape[-1])
-        tokens = tokens[:, None, :-1]  # the last column can only hold a last token, which `extend` reads
+    def of_prompts(tokens: Array, lengths: Array) -> Stream:
+        tokens = tokens[:, None, :-1]  # the last column can only hold a last token, which the completions' stream has
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         # A pad id may lie outside the vocabulary; its embedding is NaN, and a weight of 0 does not remove that.
-        tokens = jnp.where(positions < lengths[:, None, None], tokens, 0)
-        _, _, new, _ = apply({"params": params}, tokens, MaskInputs(positions, positions), None, None, None)
+        return Stream(jnp.where(positions < lengths[:, None, None], tokens, 0), MaskInputs(positions, positions))
+
+    def prefill(params: Params, tokens: Array, lengths: Array) -> PromptCache:
+        check_positions(tokens.shape[-1])
+        _, _, new, _ = apply({"params": params}, (of_prompts(tokens, lengths),))
         layers = jax.tree.map(lambda layers: layers[:, :, 0], new)
         return PromptCache(_constrain_layers(config, layers), lengths - 1)
 
@@ -529,16 +612,30 @@ def decoder(config: DecoderConfig) -> Policy:
             raise ValueError("segments keep packed completions apart and go without a cache")
         check_positions(prompt_cache.layers.keys.shape[2] + 1 + own.shape[-1])
         held = jnp.broadcast_to(prompt_cache.lengths[:, None], positions.shape[:2])
-        mask_inputs = MaskInputs(positions, own, held, segments, descendants=descendants)
-        of_layers = None if given is None else jnp.moveaxis(given, 3, 0)
+        stream = Stream(tokens, MaskInputs(positions, own, held, segments, descendants=descendants))
         hidden, stored, _, routed = apply(
-            {"params": params}, tokens, mask_inputs, prompt_cache.layers, stored, column, of_layers, counted
+            {"params": params}, (stream,), prompt_cache.layers, stored, column, _of_layers(given), counted
         )
         cache = None if cache is None else Cache(stored, written, cache.column + tokens.shape[-1])
-        if routed is None:
-            return hidden, cache, None
-        sums = [None if x is None else jnp.moveaxis(x, 0, 2) for x in (routed.probabilities, routed.choices)]
-        return hidden, cache, Routes(jnp.moveaxis(routed.experts, 0, 3), *sums)
+        return hidden, cache, _routes(routed)
+
+    def forward(
+        params: Params,
+        prompts: Array,
+        lengths: Array,
+        tokens: Array,
+        positions: Array,
+        segments: Array | None = None,
+        descendants: Array | None = None,
+        given: Array | None = None,
+        counted: Array | None = None,
+    ) -> tuple[Array, Routes | None]:
+        check_positions(prompts.shape[-1] + tokens.shape[-1])
+        held = jnp.broadcast_to(lengths[:, None] - 1, positions.shape[:2])
+        stream = Stream(tokens, MaskInputs(positions, positions, held, segments, descendants=descendants))
+        streams = of_prompts(prompts, lengths), stream
+        hidden, _, _, routed = apply({"params": params}, streams, given=_of_layers(given), counted=counted)
+        return hidden, _routes(routed)
 
     def extend(*arguments: Any, **options: Any) -> tuple[Array, Cache | None]:
         hidden, cache, _ = extend_routed(*arguments, **options)
@@ -572,4 +669,5 @@ def decoder(config: DecoderConfig) -> Policy:
         for_decoding=for_decoding,
         by_rows=functools.partial(sharding.by_rows, config.mesh),
         extend_routed=None if config.experts is None else extend_routed,
+        forward=forward,
     )  # fmt: skip

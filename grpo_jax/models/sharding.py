@@ -314,17 +314,20 @@ def _own(parts: PartitionSpec, V: int, tokens: Array) -> tuple[Array, Array]:
     return jnp.where(held, place, 0), held
 
 
-def each_its_rows(mesh: Mesh | None, f: Callable[[Any, Params], Tree]) -> Callable[[Any, Params], Tree]:
-    """`f(of_rows, params)` on each device for its own rows; for what sorts or counts rows.
+def each_its_rows(
+    mesh: Mesh | None, f: Callable[[tuple[Any, ...], Params], tuple[Any, ...]]
+) -> Callable[[tuple[Any, ...], Params], tuple[Any, ...]]:
+    """`f(streams, params)` on each device for its own rows; for what sorts or counts rows.
 
-    `of_rows` and what `f` returns are trees of arrays `[B, G, ...]`. Params are gathered over `fsdp`,
-    and each device has its part of what the table divides over `tensor`; what `f` returns is the same on all of them.
+    Each stream is a tree of arrays `[B, G, ...]`, with a `G` of its own, and so is what `f` returns of it. Params are
+    gathered over `fsdp`, and each device has its part of what the table divides over `tensor`; what `f` returns is the
+    same on all of them.
     """
     if mesh is None:
         return f
 
-    def divided(of_rows: Any, params: Params) -> Tree:
-        places = PartitionSpec(*rows(mesh, *jax.tree.leaves(of_rows)[0].shape[:2]))
+    def divided(of_rows: tuple[Any, ...], params: Params) -> tuple[Any, ...]:
+        places = tuple(PartitionSpec(*rows(mesh, *jax.tree.leaves(stream)[0].shape[:2])) for stream in of_rows)
         parts = _map(params, lambda name, leaf: _without_fsdp(spec(mesh, name, leaf.shape)))
         return jax.shard_map(f, mesh=mesh, in_specs=(places, parts), out_specs=places, check_vma=False)(of_rows, params)
 

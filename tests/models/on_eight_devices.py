@@ -71,7 +71,10 @@ def step(axes, **settings):
 
 
 def sent(axes):
-    """What `learn` sends over `fsdp`: each weight is gathered once in each pass, and nothing else; nothing to all."""
+    """What `learn` sends over `fsdp`: each weight is gathered once in each pass, and nothing else; nothing to all.
+
+    A pass is one of prompts and completions together.
+    """
     mesh = sharding.parse(axes)
     config = testing.tiny_policy("qwen3", vocab_size=64, tie_word_embeddings=True).config
     policy, optimizer = models.decoder(dataclasses.replace(config, mesh=mesh)), optax.sgd(1.0)
@@ -89,7 +92,7 @@ def sent(axes):
         return divided * (1 - 1 / mesh.shape["fsdp"])
 
     layers, ends = received({"layers": state.params["layers"]}), received({**state.params, "layers": {}})
-    passes = 2 * 2 * (1 + 2)  # micro-batches; prompts, completions; the reference, forward and the recomputation
+    passes = 2 * (1 + 2)  # micro-batches; the reference, forward and the recomputation
     assert found.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}, found
     assert found["all-gather"][1] == passes * layers + 2 * 2 * ends, (found, layers, ends)
     # A CPU's program has whole sums in place of scattered ones; the recomputation has no gradient.
@@ -134,20 +137,20 @@ def attentions(axes):
             np.testing.assert_allclose(x, y, rtol=0, atol=2e-5, err_msg=name)
 
 
-def experts_and_sinks(axes):
+def experts_and_sinks(axes, B=4):
     """Logits of gpt-oss and their gradient, with experts and biases of experts in parts."""
     mesh = sharding.parse(axes)
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "vocab_size": 64}
     config = testing.tiny_policy("gpt_oss", **sizes).config
     params = jax.jit(models.decoder(config).init)(jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.05, params)  # else biases are 0
-    tokens = jax.random.randint(jax.random.key(1), (4, 6), 2, 60)
-    completions = jax.random.randint(jax.random.key(2), (4, 2, 5), 2, 60)
+    tokens = jax.random.randint(jax.random.key(1), (B, 6), 2, 60)
+    completions = jax.random.randint(jax.random.key(2), (B, 2, 5), 2, 60)
 
     def value(policy, params, tokens, completions):
-        prompt_cache = policy.prefill(params, tokens, jnp.full(4, 6))
         positions = jnp.broadcast_to(5 + jnp.arange(5), completions.shape)
-        return jnp.mean(jnp.sin(policy.unembed(params, policy.extend(params, completions, positions, prompt_cache)[0])))
+        hidden, _ = policy.forward(params, tokens, jnp.full(B, 6), completions, positions)
+        return jnp.mean(jnp.sin(policy.unembed(params, hidden)))
 
     found = []
     for on in (None, mesh):
@@ -164,6 +167,7 @@ def experts_and_sinks(axes):
 
 CASES = {
     "experts and sinks": experts_and_sinks,
+    "experts, prompts that do not divide": functools.partial(experts_and_sinks, B=2),
     "step": step,
     "sent": sent,
     "one prompt": functools.partial(step, B=1, parts=1),

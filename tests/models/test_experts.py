@@ -31,7 +31,7 @@ def mixture(name):
     config = models.from_hf_config(testing.tiny_hf_config("qwen3_moe", hidden_size=D, **SOME))
     module = Mixture(dataclasses.replace(config, experts=CASES[name]))
     x = jax.random.normal(jax.random.key(1), (R, D))
-    params = module.init(jax.random.key(0), x[None, None], None, None)["params"]
+    params = module.init(jax.random.key(0), (x[None, None],), None, None)["params"]
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     noise = [0.7 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
@@ -41,7 +41,8 @@ def mixture(name):
 def apply(module, params, x, given=None):
     """Of rows `[R, D]`."""
     given = None if given is None else given[None, None]
-    return module.apply({"params": params}, x[None, None], given, None)[0][0, 0]
+    (rows,), _ = module.apply({"params": params}, (x[None, None],), given, None)
+    return rows[0, 0]
 
 
 def one_at_a_time(e, params, x, given=None):
@@ -137,7 +138,7 @@ def test_the_router_chooses_in_float32_where_the_rest_is_in_bfloat16():
     config = models.from_hf_config(testing.tiny_hf_config("qwen3_moe", hidden_size=D, **SOME), dtype=jnp.bfloat16)
     module = Mixture(dataclasses.replace(config, experts=Experts(2, 1, 8, normalised=True)))
     x = jnp.ones((R, D), jnp.bfloat16)
-    params = module.init(jax.random.key(0), x[None, None], None, None)["params"]
+    params = module.init(jax.random.key(0), (x[None, None],), None, None)["params"]
     params["router"] = jnp.stack([jnp.full(D, 1.0), jnp.full(D, 1.0 + 1e-4)], axis=1)
     assert jnp.array_equal(*params["router"].astype(jnp.bfloat16).T)
     first, second = (apply(module, params, x, jnp.full((R, 1), expert)) for expert in (0, 1))

@@ -16,11 +16,12 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from grpo_jax import models
+from grpo_jax import models, policies
 from grpo_jax.models import attention, hf, rope
 from grpo_jax.models.decoder import RMSNorm
 from grpo_jax.models.experts import Experts
 from grpo_jax.testing import tiny_hf_config, tiny_policy
+from grpo_jax.types import Prompts
 
 FOLDER = Path(__file__).parents[1] / "golden" / "models"
 CASES = sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir())
@@ -57,11 +58,9 @@ def read_tokens(prompts, lengths, completions):
 
 @functools.partial(jit, static_argnums=0)
 def at_once(policy, params, prompts, lengths, completions):
-    """Logits `[B, G, T, V]` of prefill and one extend, as in training."""
-    hidden, _ = policy.extend(
-        params, *read_tokens(prompts, lengths, completions), policy.prefill(params, prompts, lengths)
-    )
-    return policy.unembed(params, hidden)
+    """Logits `[B, G, T, V]` of all tokens, prompts and completions together, as in training."""
+    read = read_tokens(prompts, lengths, completions)
+    return policy.unembed(params, policies.forward(policy, params, Prompts(prompts, lengths), *read)[0])
 
 
 @functools.partial(jit, static_argnums=0)
@@ -252,7 +251,7 @@ def test_norms_in_bfloat16_are_rounded_before_their_weights_or_after_them_as_the
         return x.astype(jnp.bfloat16).astype(np.float32)
 
     expected = {"qwen3": half(w) * half(normed), "olmo2": w * normed, "gemma2": (1 + w) * normed}
-    actual = RMSNorm(c).apply({"params": params["norm"]}, x)
+    (actual,) = RMSNorm(c).apply({"params": params["norm"]}, (x,))
     assert actual.dtype == jnp.bfloat16
     for family, values in expected.items():
         same = np.mean(half(values) == np.asarray(actual, np.float32))
@@ -378,6 +377,26 @@ def test_the_gradient_through_the_shared_prompt_is_that_of_repeated_prompts():
     repeated = gradients(rows(weights), np.repeat(prompts, G, 0), np.repeat(lengths, G), rows(completions))
     assert all(np.max(np.abs(leaf)) > 1e-4 for leaf in jax.tree.leaves(shared))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), shared, repeated)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gemma2", "olmo2"))])
+def test_prompts_and_completions_that_share_a_pass_are_as_in_passes_of_their_own(name):
+    policy, params, reference = load(name)
+    policy = models.decoder(dataclasses.replace(policy.config, remat=True))
+    weights = jax.random.normal(jax.random.key(0), reference.logits.shape)
+
+    @functools.partial(jit, static_argnums=0)
+    def gradient(policy, params):
+        def value(params):
+            logits = at_once.__wrapped__(policy, params, *reference[:3])
+            return jnp.mean(weights * logits), logits
+
+        return jax.grad(value, has_aux=True)(params)
+
+    shared, apart = gradient(policy, params), gradient(policy._replace(forward=None), params)
+    for a, b in zip(*map(jax.tree.leaves, (shared, apart)), strict=True):
+        assert np.max(np.abs(a)) > 1e-5
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1, np.max(np.abs(b))))
 
 
 # A field and value that the decoder must refuse: family, fields, and what the message holds.

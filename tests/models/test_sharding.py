@@ -116,6 +116,7 @@ def test_rows_that_leave_devices_idle_are_refused_with_the_numbers():
         ("attentions", "data=2,tensor=4"),
         ("step", "data=2,fsdp=2,tensor=2"),
         ("experts and sinks", "data=2,fsdp=2,tensor=2"),
+        pytest.param("experts, prompts that do not divide", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
         pytest.param("step", "data=2,fsdp=4", marks=pytest.mark.slow),
         pytest.param("sent", "data=2,fsdp=4", marks=pytest.mark.slow),
         pytest.param("step", "fsdp=2,tensor=4", marks=pytest.mark.slow),

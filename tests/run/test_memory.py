@@ -105,7 +105,8 @@ def test_the_old_policy_is_scored_in_the_parts_of_the_updates():
         widths.append(len(tokens))
         return POLICY.prefill(params, tokens, lengths)
 
-    plan(POLICY._replace(prefill=prefill), reference=False, loss=losses.grpo(), updates=Updates(minibatches=4))
+    watched = POLICY._replace(prefill=prefill, forward=None)
+    plan(watched, reference=False, loss=losses.grpo(), updates=Updates(minibatches=4))
     assert set(widths) == {4, 1}  # all by the sampler, one by one elsewhere
 
 
