@@ -69,10 +69,9 @@ def grown(row: Line, chips: int, *, prompts: int | None = None) -> Grown:
     share = 1.0 if prompts is None else prompts / after / (row["prompts"] / before)  # of a chip's prompts
     wholes = (after - 1) / after / ((before - 1) / before)
     memory = row["memory"]
-    weights = memory["cast"] or memory["parameters"] + memory["frozen"]
     state = memory["parameters"] + memory["frozen"] + memory["optimizer"] + memory["reference"]
     # In sampling caches are the rows' own, and in learning the state is read and written, of which each has its part.
-    caches = row["collect"]["memory"] - MAX_TOKENS * weights
+    caches = row["collect"]["memory"] - MAX_TOKENS * memory["weights"]
     updated = 2 * (memory["parameters"] + memory["optimizer"] + memory["gradients"])
     read = {
         "collect": row["collect"]["memory"] + (share - 1) * caches,

@@ -375,7 +375,7 @@ def test_a_plain_script_packs_and_counts_its_programs(tmp_path, checkpoint):
 def a_row(**changes):
     """Of 4 chips, in round numbers: weights of 8 GB in bfloat16, a state of 12 GB on each chip."""
     memory = dict.fromkeys(("frozen", "reference", "prompt_cache", "completion_cache", "logits", "activations"), 0)
-    memory |= {"parameters": 4e9, "optimizer": 8e9, "cast": 8e9, "gradients": 4e9}
+    memory |= {"parameters": 4e9, "optimizer": 8e9, "cast": 8e9, "weights": 8e9, "gradients": 4e9}
     memory |= {"sampling": 10e9, "learning": 9e9, "peak": 22e9}
     learn = {"flops": 459e12, "memory": 3 * 8e9 + 2 * 16e9, "sent": {"all-gather": [100, 30e9], "all-reduce": [1, 4.0]}}
     collect = {"flops": 1e12, "memory": growth.MAX_TOKENS * 8e9 + 64e9, "sent": {"all-gather": [10, 6e9]}}

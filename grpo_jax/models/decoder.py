@@ -455,8 +455,8 @@ class Decoder(nn.Module):
         c = self.config
 
         def look_up(tokens: Array) -> Array:
-            if c.mesh is None:
-                return self.embed_tokens(tokens)
+            if c.mesh is None:  # rounded after it: the gradient of a table is then summed as the table is
+                return jnp.take(self.embed_tokens.embedding, tokens, axis=0).astype(c.dtype)
             return sharding.look_up(c.mesh, self.embed_tokens.embedding.astype(c.dtype), tokens)
 
         # One sum of gradients of a table, which is the largest parameter of many models.

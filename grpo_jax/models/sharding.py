@@ -291,7 +291,9 @@ def _look_up_backward(mesh: Mesh, kept: tuple[Array, Array], cotangent: Array) -
 
     def on_a_device(cotangent: Array, tokens: Array) -> Array:
         place, held = _own(parts, V, tokens)
-        total = jnp.zeros((V, D), like.dtype).at[place].add(jnp.where(held[..., None], cotangent, 0))
+        # In float32: in bfloat16 the sum over more than 256 equal tokens stands still.
+        total = jnp.zeros((V, D), jnp.float32).at[place].add(jnp.where(held[..., None], cotangent, 0))
+        total = total.astype(like.dtype)
         if "fsdp" in (*places[0], *places[1]) and parts[1] is not None:
             total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=1, tiled=True)
         elif parts[1] is not None:  # the same rows on all of these devices

@@ -77,6 +77,8 @@ def devices(topology: str, number: int) -> Sequence[jax.Device]:
 def flops(jaxpr: Any, *, turns: int = 1) -> float:
     """Operations of the matrix products of a traced program, over all devices, what is computed again included.
 
+    Where the program is another on each platform, of that for TPUs.
+
     Args:
       jaxpr: of the program; what nothing reads, as the sweep that only counts, is left out, as XLA does.
       turns: of loops whose number of turns is known only when they run, those of decoding, all together.
@@ -100,10 +102,20 @@ def _flops(jaxpr: Any, turns: float) -> float:
             (contracted, _), _ = params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        elif name == "ragged_dot_general":  # of experts: a row is multiplied with one group's matrix
+            numbers = params["ragged_dot_dimension_numbers"]
+            (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+            shared = {*contracted, *batch, *numbers.rhs_group_dimensions}
+            rows, kernels = (x.aval.shape for x in eqn.invars[:2])
+            total += 2 * math.prod(rows) * math.prod(n for axis, n in enumerate(kernels) if axis not in shared)
         elif name == "while":
             total += turns * _flops(params["body_jaxpr"].jaxpr, turns)
         elif name == "cond":
-            total += max(_flops(branch.jaxpr, turns) for branch in params["branches"])
+            branches = params["branches"]
+            if platforms := params.get("branches_platforms"):
+                named = zip(branches, platforms, strict=True)
+                branches = [branch for branch, names in named if names is None or "tpu" in names]
+            total += max(_flops(branch.jaxpr, turns) for branch in branches)
         else:
             times = params.get("length", 1) if name == "scan" else 1
             if name == "shard_map":

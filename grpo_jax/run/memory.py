@@ -56,6 +56,7 @@ class Plan(NamedTuple):
     optimizer: int
     reference: int  # or a teacher; 0 without one
     cast: int  # in sampling: copies of the parameters, trained or frozen, that are not in the compute dtype
+    weights: int  # in sampling: what each step of decoding reads of the parameters, of those copies and of the others
     sampling: int
     learning: int
     prompt_cache: int  # in sampling: keys and values, once a prompt
@@ -168,6 +169,7 @@ def _items(
             for old, new in zip(*map(jax.tree.leaves, (before, cast)), strict=True)
             if new.dtype != old.dtype or size(new) != size(old)
         ),
+        weights=size(_products(cast)),
         sampling=sampling,
         learning=learning,
         prompt_cache=size(jax.eval_shape(policy.prefill, whole, *batch[:2])) // of_prompts,
@@ -354,6 +356,12 @@ def table(found: Plan) -> str:
     return "\n".join([*lines, f"{'peak of a step':<20}{gib(found.peak):>12}"])
 
 
+def _products(params: Any) -> Any:
+    """Without an embedding that is not the head as well: a few rows of it are looked up."""
+    untied = isinstance(params, dict) and "lm_head" in params
+    return {name: x for name, x in params.items() if name != "embed_tokens"} if untied else params
+
+
 def _hidden(policy: Policy, params: Any, batch: Prompts) -> Any:
     """The shape of hidden states of one token of one completion."""
     one = jax.ShapeDtypeStruct((batch.tokens.shape[0], 1, 1), jnp.int32)
@@ -388,9 +396,16 @@ class Config:
 
 
 def main(config: Config) -> Plan:
-    """Prints and returns the plan."""
+    """Prints and returns the plan.
+
+    Raises:
+      ValueError: for prompts and completions that do not divide over the mesh, or slots beside a topology; as
+        `of_config`.
+    """
     if config.slots is not None and config.topology is not None:
         raise ValueError(f"how long --slots {config.slots} take depends on lengths: leave them out beside --topology")
+    if (mesh := mesh_of(config)) is not None:
+        sharding.check_rows(mesh, config.prompts_per_step // config.micro_batches, config.group_size)
     where = jax.default_backend() if config.topology is None else f"each chip of {config.topology}"
     made = functools.cache(of_config)
     found, compiled = made(config)
@@ -495,10 +510,9 @@ def needs(plan: Plan, programs: Programs, config: Config) -> tuple[chips.Need, c
     mesh = mesh_of(config)
     devices = 1 if mesh is None else mesh.size
     products = [chips.flops(jaxpr.jaxpr, turns=config.max_tokens) / devices for jaxpr in programs.jaxprs]
-    weights = plan.cast or plan.parameters + plan.frozen
-    decoding = config.max_tokens * (weights + plan.prompt_cache + plan.completion_cache / 2)
+    decoding = config.max_tokens * (plan.weights + plan.prompt_cache + plan.completion_cache / 2)
     passes = config.micro_batches * (3 + (plan.reference > 0))
-    learning = passes * weights + 2 * (plan.parameters + plan.optimizer + plan.gradients)
+    learning = passes * plan.weights + 2 * (plan.parameters + plan.optimizer + plan.gradients)
     return (
         chips.Need(products[0], decoding, chips.collectives(programs.collect)),
         chips.Need(products[1], learning, chips.collectives(programs.learn)),

@@ -10,8 +10,10 @@ import pytest
 
 from grpo_jax import models, sampling
 from grpo_jax.models import quantized
+from grpo_jax.policies import forward
 from grpo_jax.scoring import score
 from grpo_jax.testing import random_prompts, tiny_policy
+from grpo_jax.types import Prompts
 
 POLICY = tiny_policy("qwen3")
 PROMPTS = random_prompts(0, 2, 5)
@@ -53,6 +55,24 @@ def test_the_last_norm_in_float32_is_not_rounded():
     assert np.any(hidden != hidden.astype(jnp.bfloat16))
     cast, _ = policy.extend(policy.cast(params_of()), *read, prompt_cache)
     np.testing.assert_array_equal(cast, hidden)  # the sampler's copy rounds no more
+
+
+def test_the_gradient_of_a_token_that_is_read_often_is_summed_in_float32():
+    """In bfloat16 a sum of equal numbers ends at 256 of them."""
+    tokens, positions = jnp.full((1, 1, 1000), 7), jnp.arange(1000)[None, None]
+
+    def gradient(dtype):
+        policy = policy_in(dtype, num_layers=1)
+
+        def value(params):
+            hidden, _ = forward(policy, params, Prompts(tokens[:, 0, :1], jnp.ones(1, jnp.int32)), tokens, positions)
+            return jnp.mean(hidden[..., 0].astype(jnp.float32))
+
+        params = params_of() | {"layers": jax.tree.map(lambda x: x[:1], params_of()["layers"])}
+        return jax.jit(jax.grad(value))(params)["embed_tokens"]["embedding"][7]
+
+    whole, rounded = gradient(jnp.float32), gradient(jnp.bfloat16)
+    np.testing.assert_allclose(rounded, whole, rtol=0, atol=0.05 * np.max(np.abs(whole)))
 
 
 def test_what_overflows_float16_leaves_values_and_gradients_finite():

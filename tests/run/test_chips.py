@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.models import grouped
 from grpo_jax.run import chips
 
 HLO = """\
@@ -71,6 +72,17 @@ def test_products_of_what_runs_on_each_device_are_those_of_all():
     rows = jax.sharding.PartitionSpec("a")
     product = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     assert chips.flops(jax.make_jaxpr(product)(jnp.ones((8, 16))).jaxpr) == 8 * 2 * 2 * 2 * 16
+
+
+@pytest.mark.parametrize(("N", "width"), [(8, 4), (256, 128)], ids=["small", "large"])
+def test_products_of_groups_are_those_of_each_row_with_one_matrix(N, width):
+    """Large ones go through loops on CPUs, which do not count: the program is a TPU's."""
+    x, kernels = jnp.ones((N, 64)), jnp.ones((3, 64, width))
+    sizes = jnp.array([N - 2, 2, 0])
+    f = lambda x, kernels: jnp.sum(jnp.sin(grouped.product(x, kernels, sizes)))  # noqa: E731
+    product = 2 * N * 64 * width
+    assert chips.flops(jax.make_jaxpr(f)(x, kernels).jaxpr, turns=100) == product
+    assert chips.flops(jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(x, kernels).jaxpr, turns=100) == 3 * product
 
 
 def test_what_takes_longest_bounds_a_program():

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from grpo_jax import losses, models, sampling, testing
-from grpo_jax.models import lora, quantized
+from grpo_jax.models import lora, quantized, sharding
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import memory
 from grpo_jax.scoring import Teacher
@@ -49,6 +49,7 @@ def test_what_is_kept_has_the_size_of_the_arrays(planned):
     assert planned.reference == nbytes(state.ref_params)
     cast = jax.tree.leaves(POLICY.cast(params))
     assert planned.cast == nbytes([x for x in cast if x.dtype == jnp.bfloat16]) < planned.parameters
+    assert planned.weights == nbytes(cast) - nbytes(params["embed_tokens"]) // 2 > planned.cast
     assert planned.prompt_cache == nbytes(POLICY.prefill(params, prompts.tokens, prompts.lengths))
     assert planned.completion_cache == nbytes(POLICY.init_cache(4, 2, 16))
     assert planned.logits == 2 * 4 * 2 * 16 * POLICY.config.vocab_size * 4
@@ -96,6 +97,7 @@ def test_adapters_have_moments_gradients_and_reference_of_their_own_size_alone(k
     assert found.frozen == sum(sizes)
     assert found.peak == found.frozen + 2 * adapters + found.optimizer + max(found.sampling, found.learning)
     assert found.peak < planned.peak
+    assert found.weights > found.frozen - memory.size(frozen["embed_tokens"])  # what has no copy is read
 
 
 def test_the_old_policy_is_scored_in_the_parts_of_the_updates():
@@ -158,6 +160,12 @@ def test_the_command_prints_the_plan_of_a_model_whose_weights_it_does_not_read(t
     assert f"peak of a step{memory.gib(found.peak):>18}" in printed
     assert "prompts that fit into 0.1 MiB in one piece: 0" in printed
     assert "2 prompts do not fit: one prompt at a time takes" in printed
+
+
+def test_rows_that_leave_chips_idle_are_refused_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setattr(memory, "mesh_of", lambda config: jax.sharding.AbstractMesh((1, 4, 1), sharding.AXES))
+    with pytest.raises(ValueError, match=r"3 prompts at a time x 3 completions do not divide over data=1, fsdp=4"):
+        memory.main(memory.Config(model="none", prompts_per_step=6, group_size=3, micro_batches=2))
 
 
 MEASURE = """
