@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import report, worker
-from benchmarks.tpu import GROUP, MAX_TOKENS
+from benchmarks.tpu import GROUP, MAX_TOKENS, parts
 from benchmarks.worker import Line
 from grpo_jax.run import chips as kinds
 
@@ -47,12 +47,6 @@ class Grown(NamedTuple):
     def seconds(self) -> float:
         """Of the whole step."""
         return self.decode + self.gather + self.compute + self.exchange + self.latency
-
-
-def parts(row: Line) -> tuple[int, int]:
-    """`fsdp` and `tensor` of a row's mesh."""
-    axes = dict(part.split("=") for part in row["mesh"].split(","))
-    return int(axes.get("fsdp", 1)), int(axes.get("tensor", 1))
 
 
 def grown(row: Line, chips: int, *, prompts: int | None = None) -> Grown:

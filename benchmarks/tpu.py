@@ -117,6 +117,38 @@ def extended(first: Any, second: Any, layers: int) -> Any:
     return round(found) if isinstance(first, int) else found
 
 
+def parts(row: Line) -> tuple[int, int]:
+    """`fsdp` and `tensor` of a row's mesh."""
+    axes = dict(part.split("=") for part in row["mesh"].split(","))
+    return int(axes.get("fsdp", 1)), int(axes.get("tensor", 1))
+
+
+def weights(model: str) -> tuple[int, int, int]:
+    """How many weights the matrices of all layers have, the head, and an embedding that is not the head as well."""
+    fields = json.loads((CONFIGS / MODELS[model]).read_text())
+    D, F, V = (fields[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    N, K = fields["num_attention_heads"], fields["num_key_value_heads"]
+    layer = 2 * D * fields.get("head_dim", D // N) * (N + K) + 3 * D * F
+    return fields["num_hidden_layers"] * layer, D * V, 0 if fields["tie_word_embeddings"] else D * V
+
+
+def least(row: Line) -> tuple[float, float]:
+    """What `learn` of a row does at least where layers are recomputed: FLOPs and received bytes of a chip.
+
+        FLOPs  8 (weights of layers x all tokens + weights of the head x completion tokens), of each prompt once
+        bytes  2 (3 x weights of layers + 2 x weights of head and embedding) (1 - 1 / fsdp)
+
+    That is products with weights alone: forward, in the recomputation and two backward. A layer's weights are gathered
+    forward and in the recomputation, the others once; gradients are scattered once; all in bfloat16.
+    """
+    layers, head, embedding = weights(row["model"])
+    fsdp, tensor = parts(row)
+    completions = row["prompts"] * GROUP * MAX_TOKENS
+    flops = 8 * (layers * (completions + row["prompts"] * PROMPT_TOKENS) + head * completions)
+    received = 2 * (3 * layers + 2 * (head + embedding)) * (1 - 1 / fsdp)
+    return flops / (fsdp * tensor), received * row["micro_batches"] / tensor
+
+
 # ------------------------------------------------------------------------------ the report
 
 
@@ -144,6 +176,13 @@ def markdown(lines: list[Line]) -> str:
         "(in `collect` weights and caches for each token); what a chip receives, over all its links at once. The "
         "longest bounds the program from below."
     )
+    text += [
+        "## `learn` beside the least",
+        report.table((*names, "products", "received"), map(_beside_least, rows)),
+        "Products of the program beside those with weights, forward, in the recomputation and twice backward, without "
+        "attention. Received beside the weights of layers twice, head and embedding once and all gradients once, in "
+        "bfloat16; over `tensor` activations are summed as well, which has no such count.",
+    ]
     if refused := report.of_kind(lines, "refused"):
         told = (f"- {line['model']} on {line['topology']}, {line['mesh']}: {line['why']}" for line in refused)
         text += ["## What the compiler refused", "\n".join(told)]
@@ -160,6 +199,13 @@ def _held(row: Line) -> list[str]:
     state = sum(memory[name] for name in ("parameters", "frozen", "optimizer", "reference"))
     sizes = (state, memory["sampling"], memory["learning"], memory["peak"], limit)
     return [*_names(row), str(row["prompts"]), *(f"{size / 1e9:.1f}" for size in sizes)]
+
+
+def _beside_least(row: Line) -> list[str]:
+    need = chips.Need(**row["learn"])
+    flops, received = least(row)
+    found = sum(size for _, size in need.sent.values()) / received
+    return [*_names(row), f"{need.flops / flops:.3f}", "" if parts(row)[1] > 1 else f"{found:.3f}"]
 
 
 def _needs(row: Line, program: str) -> list[str]:

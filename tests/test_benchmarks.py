@@ -411,11 +411,26 @@ def test_the_tables_of_tpus_name_what_bounds_a_program_and_what_does_not_fit(tmp
     )
     assert "| 12.0 | 10.0 | 9.0 | 22.0 | 95.0 |" in text
     assert "fsdp=64: Ran out of memory" in text
+    assert "| Qwen2.5-7B | v5p:2x2x1 | fsdp=4 | 0.937 | 0.919 |" in text
     text = growth.markdown([a_row(model="small"), a_row(mesh="fsdp=2,tensor=2")])
     assert text.count("| 4096 |") == 2  # not of 8 prompts of 8 over all chips
     assert "does not fit" not in text
     growth.plot([a_row()], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "all_weights"),  # in billions, as the models' cards have them
+    [
+        ("Qwen2.5-0.5B", 0.36, 0.49),
+        ("Qwen2.5-1.5B", 1.31, 1.54),
+        ("Qwen2.5-7B", 6.53, 7.61),
+        ("Qwen2.5-32B", 31.0, 32.5),
+    ],
+)
+def test_the_weights_that_a_step_needs_at_least_are_those_of_the_models_cards(model, layers, all_weights):
+    found = tpu.weights(model)
+    np.testing.assert_allclose([found[0] / 1e9, sum(found) / 1e9], [layers, all_weights], rtol=0.01)
 
 
 def test_rows_that_were_compiled_are_not_compiled_again(tmp_path, monkeypatch):
