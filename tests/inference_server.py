@@ -115,6 +115,6 @@ def serving(policy, *, group_size, max_tokens, width=40):
         server.lock, server.asked, server.faults, server.weights, server.base = threading.Lock(), [], [], {}, None
         server.has = lambda strings, ids: any(string in server.text(ids) for string in strings)
         server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()

@@ -221,9 +221,14 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("talks", [False, True], ids=["completions", "conversations"])
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-@pytest.mark.parametrize("wrong", [None, *WRONG])
+@pytest.mark.parametrize(
+    ("wrong", "kind", "talks"),
+    [
+        *((wrong, "vllm", True) for wrong in (None, *WRONG)),
+        *((wrong, "sglang", True) for wrong in (None, "NaN", "text for a token", "another prompt")),
+        *((wrong, "vllm", False) for wrong in (None, "no log-prob", "a token below 0", "another prompt")),
+    ],
+)
 def test_completions_that_cannot_be_the_policys_are_refused(wrong, kind, talks, engine, tmp_path):
     change, message = WRONG[wrong] if wrong else ({}, "")
     given = {"tokens": [3, 1], "log_probs": [-1.0, -2.0], "prompt_tokens": 2, "count": 1} | change
