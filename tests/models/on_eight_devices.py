@@ -1,6 +1,7 @@
 """What test_sharding.py runs in a process of its own, as the number of devices is settled when JAX starts.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/models/on_eight_devices.py step data=2,fsdp=4
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/models/on_eight_devices.py step data=2,fsdp=4 \
+  packed data=2,fsdp=4
 """
 
 import dataclasses
@@ -50,9 +51,15 @@ def stepped(mesh, *, sampler=SAMPLER, B=4, parts=2, rank=None, kind=None, packed
     return state, after, experience.rollout.tokens
 
 
+@functools.cache
+def on_one(**settings):
+    """What several meshes are compared with."""
+    return stepped(None, **settings)
+
+
 def step(axes, **settings):
     mesh = sharding.parse(axes)
-    _, whole, tokens = stepped(None, **settings)
+    _, whole, tokens = on_one(**settings)
     state, after, drawn = stepped(mesh, **settings)
     np.testing.assert_array_equal(drawn, tokens)
     found = zip(
@@ -178,4 +185,6 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    CASES[sys.argv[1]](sys.argv[2])
+    for case, axes in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        print(case, axes, flush=True)
+        CASES[case](axes)
