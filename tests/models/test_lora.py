@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import operator
 import re
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 from grpo_jax import losses, models, packing, processes, sampling, testing
 from grpo_jax.freezing import bind
@@ -373,6 +375,31 @@ def test_what_is_trained_beside_adapters_is_not_left_out_of_their_folder_unsaid(
     own = models.decoder(dataclasses.replace(policy.config, hf_config=""))
     with pytest.raises(ValueError, match="the policy has no Hugging Face config"):
         hf.save_adapters(own, adapters, frozen, tmp_path / "other", base_model="base")
+
+
+def test_what_no_folder_of_adapters_holds_is_refused_by_name(tmp_path):
+    policy, params = base()
+    adapters, frozen = lora.adapt(policy, params, rank={"q_proj": 2}, key=jax.random.key(0))
+    hf.save_adapters(policy, adapters, frozen, tmp_path, base_model="base")
+    of_config, of_weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config, weights = json.loads(of_config.read_text()), safetensors.numpy.load_file(of_weights)
+    for change, message in (
+        ({"lora_alpha": math.nan}, "lora_alpha of adapter_config.json is nan"),
+        ({"lora_alpha": None}, "lora_alpha of adapter_config.json is None"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "q_proj of adapter_config.json is '8'"),
+        ({"alpha_pattern": {"(": 8}}, r"has '\(', no regular expression"),
+    ):
+        of_config.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            hf.load_adapters(policy, params, tmp_path)
+    of_config.write_text(json.dumps(config))
+    for change, message in (
+        (lambda name, x: x.astype(np.int64), "layers.0.self_attn.q_proj.lora_A.weight: I64"),
+        (lambda name, x: x[:0] if "lora_A" in name else x[:, :0], "a rank of 0"),
+    ):
+        safetensors.numpy.save_file({name: change(name, x) for name, x in weights.items()}, of_weights)
+        with pytest.raises(ValueError, match=message):
+            hf.load_adapters(policy, params, tmp_path)
 
 
 def test_a_base_is_digested_once_for_all_adapters_that_are_written_and_another_one_anew(tmp_path, monkeypatch):

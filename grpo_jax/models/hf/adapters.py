@@ -55,6 +55,7 @@ _LAYERS_BESIDE_IMAGES = (
 )  # from transformers 4.52 on; before
 _RANKS = "ranks_of_parts"
 _OF_EXPERTS = "mlp.experts."
+_FLOATS = ("F32", "BF16", "F16", "F64")
 
 # Fields of a PEFT config that a reader has no use for, and the values that the others may have.
 _NEUTRAL = {
@@ -215,8 +216,12 @@ def load_adapters(
     if refused:
         named = ", ".join(f"{name} = {short(value, 80)}" for name, value in sorted(refused.items()))
         raise ValueError(f"{folder / CONFIG} asks for what adapters here do not do: {named}")
+    _check_alphas(config)
     with open_shard(folder / WEIGHTS) as shard:
         metadata = shard.metadata() or {}
+        dtypes = {name: shard.get_slice(name).get_dtype() for name in sorted(shard.keys())}
+        if others := [f"{name}: {dtype}" for name, dtype in dtypes.items() if dtype not in _FLOATS]:
+            raise ValueError(f"{folder} holds adapters of another dtype than {', '.join(_FLOATS)}: {short(others)}")
         tensors = {name: shard.get_tensor(name) for name in sorted(shard.keys())}
     trained_on, ranks = metadata.get(_DIGEST), json.loads(metadata.get(_RANKS, "{}"))
     nested = any(f".{_OF_EXPERTS}base_layer." in name for name in tensors)
@@ -365,6 +370,18 @@ def _from_peft(rows: np.ndarray, columns: np.ndarray, stack: Sequence[int]) -> t
     return a, columns.reshape(columns.shape[0], -1, *stack).T
 
 
+def _check_alphas(config: dict[str, Any]) -> None:
+    patterns = config.get("alpha_pattern") or {}
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"{name} of {CONFIG} is {alpha!r}; an alpha is a finite number")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"alpha_pattern of {CONFIG} has {pattern!r}, no regular expression: {error}") from error
+
+
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     """`alpha / r`, or `alpha / sqrt(r)`; the first pattern that ends the module's name has its alpha, as in PEFT."""
     patterns = config.get("alpha_pattern") or {}
@@ -397,6 +414,8 @@ def _offenders(tensors: dict[str, np.ndarray], targets: list[_Target], layers: s
         width, times = wanted[name]
         if size != width:
             yield f"{name}: shape {list(tensor.shape)}, and the layer's width there is {width}"
+        elif not rank:
+            yield f"{name}: shape {list(tensor.shape)}, a rank of 0"
         elif rank % times:
             yield f"{name}: shape {list(tensor.shape)}, and a rank of {times} experts is a multiple of {times}"
         elif other in tensors and rank not in tensors[other].shape:
