@@ -6,7 +6,7 @@ python experiments/ablations/distillation.py --no-rank     # all at one rate, wi
 The teacher is a network of the same size that has learned the sums from right demonstrations. The policy samples 8
 completions of 8 prompts and learns from a verifier (GRPO), from the teacher's log-prob of each token that was drawn,
 from its whole distribution at each token, or from verifier and teacher. Or the teacher samples the completions, and the
-policy learns their tokens (SFT). It has no results yet.
+policy learns their tokens (SFT). What came of it: `docs/pages/results/ablations.md`.
 """
 
 from typing import Any
