@@ -72,7 +72,7 @@ def _one_panel_per_metric(
     figure = Figure(figsize=(3.6 * len(names) + legend, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     for place, name in enumerate(names):
-        axes = _panel(figure, (1, len(names), place + 1), name)
+        axes = _panel(figure, (1, len(names), place + 1), name, fontsize=10)
         axes.set_xlabel(x, fontsize=9)
         for condition, colour in zip(conditions, PALETTE, strict=False):
             _curve(axes, [row for row in rows if row["condition"] == condition], name, x, colour, condition)
@@ -145,10 +145,11 @@ def rates(
     return pathlib.Path(path)
 
 
-def _panel(figure: Figure, position: tuple[int, int, int], title: str, shared: Axes | None = None) -> Axes:
+def _panel(
+    figure: Figure, position: tuple[int, int, int], title: str, shared: Axes | None = None, *, fontsize: int = 8
+) -> Axes:
     axes = figure.add_subplot(*position, sharey=shared)
-    alone = shared is None and position[0] == 1
-    axes.set_title(textwrap.fill(title, 28), fontsize=10 if alone else 8, parse_math=False)
+    axes.set_title(textwrap.fill(title, 28), fontsize=fontsize, parse_math=False)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     return axes
