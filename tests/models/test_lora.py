@@ -404,6 +404,7 @@ def test_what_no_folder_of_adapters_holds_is_refused_by_name(tmp_path):
 
 def test_a_base_is_digested_once_for_all_adapters_that_are_written_and_another_one_anew(tmp_path, monkeypatch):
     policy, params = base()
+    params = jax.tree.map(jnp.copy, params)  # which no other test has written adapters of
     adapters, frozen = random_adapters(policy, params, rank={"q_proj": 2})
     digested, blocks = [], processes.blocks
     monkeypatch.setattr(processes, "blocks", lambda leaf: digested.append(leaf) or blocks(leaf))

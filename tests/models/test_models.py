@@ -278,8 +278,10 @@ def test_rows_beyond_what_the_rotation_is_of_are_refused():
     assert forward(20, 20).shape == (1, 1, 20, 31)
     with pytest.raises(ValueError, match=r"41 positions of prompt and completion, .* beyond 40"):
         forward(20, 21)
-    with pytest.raises(ValueError, match="41 positions"):
+    with pytest.raises(ValueError, match="42 positions"):
         forward(41, 1)
+    with pytest.raises(ValueError, match="41 positions"):
+        policy.prefill(params, jnp.ones((1, 41), jnp.int32), lengths)
 
 
 @pytest.mark.parametrize("form", [attention.blockwise, attention.cudnn, attention.splash])
