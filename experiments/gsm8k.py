@@ -144,7 +144,8 @@ def train(config: Config) -> dict[str, float]:
 
 def smoke(config: Config) -> Config:
     """A tiny random model, a few problems in the data set's format, and the least of everything."""
-    model, train, test = (config.run_dir / name for name in ("tiny", "train.jsonl", "test.jsonl"))
+    # Beside train.jsonl and test.jsonl, which evaluations write there.
+    model, train, test = (config.run_dir / name for name in ("tiny", "train_rows.jsonl", "test_rows.jsonl"))
     if not model.exists():
         testing.tiny_checkpoint(model)
     for path, start in ((train, 0), (test, 50)):
