@@ -1,8 +1,10 @@
 """Environments that others wrote: TRL's classes, and any verifier that is asked several times.
 
+```python
 respond = trl_environment(Wordle)                          # a class with reset, get_reward and tools as methods
 rows = with_first_observations(Wordle, rows)               # what its reset says belongs to the prompt
 respond = attempts(task.verifier, again="That is not right. Try again.")      # such as of tasks.reasoning_gym
+```
 """
 
 import copy

@@ -1,7 +1,9 @@
 """Environments in worker processes: one that hangs is killed, one that crashes takes nothing else with it.
 
+```python
 respond = in_worker_processes(my_game.respond, workers=8)
 talking = sampling.conversations(sampler, respond, tokenizer, rows, max_turns=5, timeout=20.0)
+```
 """
 
 import functools

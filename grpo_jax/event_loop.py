@@ -1,6 +1,8 @@
 """One event loop for what is `async`: environments, tools, rewards, servers.
 
+```python
 results = run_async(all_of(ask(question) for question in questions))
+```
 """
 
 import asyncio

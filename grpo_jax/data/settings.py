@@ -1,11 +1,13 @@
 """The settings of scripts that say how rows become prompts.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(PromptSettings):
     model: str
 
 rows = config.read(source)
 prompts = config.encode(tokenizer, rows)
+```
 """
 
 import dataclasses

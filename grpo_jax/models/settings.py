@@ -1,5 +1,6 @@
 """The settings of scripts that say which weights are trained, and in what form they are written.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(WeightSettings):
     model: str
@@ -7,6 +8,7 @@ class Config(WeightSettings):
 policy, params, frozen = config.load(config.model, compute_dtype=dtype, seed=config.seed)
 state = init_state(params, optimizer, key, frozen=frozen)
 config.save(policy, state, folder, base_model=config.model, tokenizer=tokenizer, eos_ids=eos_ids)
+```
 """
 
 import dataclasses

@@ -1,6 +1,8 @@
 """One call of reward functions with TRL's signature: the arguments that each is given, and the checks of its values.
 
+```python
 values = call([length, judge], {"prompts": [...], "completions": [...], "answer": [...]}, count=2)
+```
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """The settings of scripts that say whom the policy talks with: an environment, or tools.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(ConversationSettings):
     model: str
@@ -8,6 +9,7 @@ talk = config.talk(tokenizer, rows)
 prompts = config.encode(tokenizer, rows)                # the template tells the policy of its tools
 draw = talk.converse(sampler, prompts.rows)             # the sampler itself, where there is nobody to talk with
 reward = rewards.host(functions, prompts.rows, tokenizer, read=talk.read)
+```
 """
 
 import dataclasses

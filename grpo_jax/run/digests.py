@@ -1,6 +1,8 @@
 """Digests of what a run depends on beside its settings, so that a resumed run is known to be the same run.
 
+```python
 with run.loop(config, state, digests=of_run(tokenizer, params, prompts=prompts), ...) as loop:
+```
 """
 
 import hashlib

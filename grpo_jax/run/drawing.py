@@ -1,10 +1,12 @@
 """The settings of scripts that say how completions are sampled.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(SamplingSettings):
     model: str
 
 sampler = config.make_sampler(tokenizer, eos_ids)
+```
 """
 
 import dataclasses

@@ -1,10 +1,12 @@
 """The settings of scripts that say what a run is evaluated on, and how often.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(EvaluationSettings):
     model: str
 
 rows, held_out = config.hold_out(config.read(config.data), config.read, seed=config.seed)
+```
 """
 
 import dataclasses

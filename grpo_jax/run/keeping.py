@@ -1,9 +1,11 @@
 """What a run keeps in its state beside the weights: running baselines, and the scale of a float16 loss.
 
+```python
 kept = keeping.begin(running, scaled=dtype == np.float16)
 updates = keeping.scaled(updates) if "loss_scale" in kept else updates
 step = keeping.followed(step, running, updates, policy, sampler) if kept else step
 state = init_state(params, optimizer, key, extra=kept or ())
+```
 """
 
 import dataclasses

@@ -1,11 +1,13 @@
 """The settings of scripts that say what is maximised: a loss, advantages and what comes between them.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(ObjectiveSettings):
     model: str
 
 loss = config.make_loss(max_tokens=512)
 advantage, running = config.make_advantage(rows, names, weights=weights, group_size=8)
+```
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """The settings of scripts that say what completions are rewarded for.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(RewardSettings):
     model: str
@@ -10,6 +11,7 @@ given, mask, measured = reward(rollout, rewards.TrainerState(n, steps))
 advantage = config.with_steps(advantage)
 of_steps = config.make_step_rewards(rows, tokenizer, eos_ids=eos_ids)
 experience = experience._replace(rewards=given, reward_mask=mask, **of_steps(rollout, rewards.TrainerState(n, steps)))
+```
 """
 
 import dataclasses

@@ -1,10 +1,12 @@
 """The settings of scripts that say which inference server samples, if not this process.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(ServerSettings):
     model: str
 
 sampler = config.serve(sampler, stop=config.stop, model=config.model, tokenizer=tokenizer, folder=run_dir / "engine")
+```
 """
 
 import dataclasses

@@ -1,8 +1,10 @@
 """Supervised learning as one stage of a run: a warm-up before GRPO, or what a policy is taught of what it sampled.
 
+```python
 params = fine_tune(
     config, policy, params, batch, steps=360, learning_rate=2e-3, key=key, run_dir=config.run_dir / "warmup"
 )
+```
 """
 
 from collections.abc import Callable, Mapping, Sequence

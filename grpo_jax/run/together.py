@@ -1,5 +1,6 @@
 """The settings of scripts that say with which other processes a run is made.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(ProcessSettings):
     model: str
@@ -7,6 +8,7 @@ class Config(ProcessSettings):
 def main(config):
     with config.joined():
         mesh = config.make_mesh(prompts=16, group_size=8)
+```
 """
 
 import contextlib

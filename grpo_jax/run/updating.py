@@ -1,5 +1,6 @@
 """The settings of scripts that say how a rollout becomes updates.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(UpdateSettings):
     model: str
@@ -7,6 +8,7 @@ class Config(UpdateSettings):
 updates = config.updates(prompts=16)
 rate = config.make_rate(peak, steps=500, updates=updates)
 optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
+```
 """
 
 import dataclasses

@@ -1,9 +1,11 @@
 """The results of a grid: a tidy CSV file, one number per seed, means with intervals.
 
+```python
 rows = read("runs/kl/results.csv")                       # condition, seed, step and metrics
 rows = of_runs({"dapo": ["runs/dapo/0", "runs/dapo/1"]})  # the same, of runs of a script
 per_seed(rows, "accuracy")                               # condition -> [seeds]
 summarise(rows, ["accuracy"], against="beta=0.0")        # condition -> column -> Interval
+```
 """
 
 import csv

@@ -1,8 +1,10 @@
 """Tables of results, for a terminal and in Markdown.
 
+```python
 header, lines = cells(summary)
 rich.print(terminal(header, lines))
 path.write_text(markdown(header, lines))
+```
 """
 
 from collections.abc import Sequence

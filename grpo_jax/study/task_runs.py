@@ -1,5 +1,6 @@
 """A task as a run uses it: prompts to train on, rewards, evaluations of its splits, results.
 
+```python
 @dataclasses.dataclass(frozen=True)
 class Config(TaskSettings):
     model: str
@@ -9,6 +10,7 @@ experience = step.collect(loop.state, used.batch(seed, n, 32))
 rewards, reward_mask = used.reward(experience.rollout)
 ...
 loop.log(metrics | used.logged.take())
+```
 """
 
 import dataclasses
