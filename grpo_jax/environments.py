@@ -78,7 +78,7 @@ def answers(
       timeout: seconds for each.
 
     Returns:
-      An answer or a failure for each: an exception, no answer in time, or something else than a turn.
+      An answer for each, or a failure by an exception, by no answer in time or by something else than a turn.
     """
     if (together := getattr(respond, "together", None)) is not None:
         return [*map(_checked, together(conversations, timeout))]

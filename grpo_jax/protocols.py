@@ -68,7 +68,7 @@ class ExperienceTransform(Protocol):
           experience: with advantages, and reference log-probs where there is a reference.
 
         Returns:
-          The changed experience, and metrics: a `Mean`, a `Max` or a scalar each.
+          The changed experience, and metrics, a `Mean`, a `Max` or a scalar each.
         """
 
 
