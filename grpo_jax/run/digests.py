@@ -109,12 +109,11 @@ def of_code(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
     """Of the files that functions are written in, by names that begin with `CODE`; none of this package."""
     files = {getattr(sys.modules.get(getattr(f, "__module__", "")), "__file__", None) for f in functions}
     own = pathlib.Path(__file__).parents[1]
-    paths = sorted(pathlib.Path(file) for file in files if file is not None)
-    return {
-        f"{CODE}{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in paths
-        if path.is_file() and own not in path.resolve().parents
-    }
+    found: dict[str, Any] = {}
+    for path in sorted(pathlib.Path(file) for file in files if file is not None):
+        if path.is_file() and own not in path.resolve().parents:
+            found.setdefault(f"{CODE}{path.name}", hashlib.sha256()).update(path.read_bytes())  # two may have one name
+    return {name: digest.hexdigest() for name, digest in found.items()}
 
 
 def changed_code(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:

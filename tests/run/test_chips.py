@@ -79,7 +79,10 @@ def test_products_of_groups_are_those_of_each_row_with_one_matrix(N, width):
     """Large ones go through loops on CPUs, which do not count: the program is a TPU's."""
     x, kernels = jnp.ones((N, 64)), jnp.ones((3, 64, width))
     sizes = jnp.array([N - 2, 2, 0])
-    f = lambda x, kernels: jnp.sum(jnp.sin(grouped.product(x, kernels, sizes)))  # noqa: E731
+
+    def f(x, kernels):
+        return jnp.sum(jnp.sin(grouped.product(x, kernels, sizes)))
+
     product = 2 * N * 64 * width
     assert chips.flops(jax.make_jaxpr(f)(x, kernels).jaxpr, turns=100) == product
     assert chips.flops(jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(x, kernels).jaxpr, turns=100) == 3 * product

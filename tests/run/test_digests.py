@@ -65,3 +65,16 @@ def test_the_files_of_functions_are_digested_but_for_those_of_the_package(tmp_pa
     assert digests.changed_code(before, digests.of_code([reward])) == list(before)
     assert digests.changed_code({}, before) == []
     digests.check(before, digests.of_code([reward]))
+
+
+@pytest.mark.parametrize("changed", ["mine_of_maths", "mine_of_code"])
+def test_a_change_of_either_of_two_files_of_one_name_is_seen(changed, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for package in ("mine_of_maths", "mine_of_code"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "correct.py").write_text("def reward(completions): ...")
+    names = ("mine_of_maths.correct", "mine_of_code.correct")
+    functions = [importlib.import_module(name).reward for name in names]
+    before = digests.of_code(functions)
+    (tmp_path / changed / "correct.py").write_text("def reward(completions): return []")
+    assert digests.changed_code(before, digests.of_code(functions)) == ["the code of correct.py"]
