@@ -67,14 +67,14 @@ def test_the_files_of_functions_are_digested_but_for_those_of_the_package(tmp_pa
     digests.check(before, digests.of_code([reward]))
 
 
-@pytest.mark.parametrize("changed", ["mine_of_maths", "mine_of_code"])
+@pytest.mark.parametrize("changed", [0, 1])
 def test_a_change_of_either_of_two_files_of_one_name_is_seen(changed, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    for package in ("mine_of_maths", "mine_of_code"):
+    packages = [f"mine_{changed}_of_maths", f"mine_{changed}_of_code"]  # modules stay imported
+    for package in packages:
         (tmp_path / package).mkdir()
         (tmp_path / package / "correct.py").write_text("def reward(completions): ...")
-    names = ("mine_of_maths.correct", "mine_of_code.correct")
-    functions = [importlib.import_module(name).reward for name in names]
+    functions = [importlib.import_module(f"{package}.correct").reward for package in packages]
     before = digests.of_code(functions)
-    (tmp_path / changed / "correct.py").write_text("def reward(completions): return []")
+    (tmp_path / packages[changed] / "correct.py").write_text("def reward(completions): return []")
     assert digests.changed_code(before, digests.of_code(functions)) == ["the code of correct.py"]
