@@ -151,6 +151,7 @@ _WIDTHS = {
 }
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _COLLECTIVE = re.compile(rf"= (\(?.*?\)?) ({'|'.join(KINDS)})(-start)?\(")
+_CHAIN = re.compile(r'chain_id="(\d+)"')  # of a collective that begins and ends in several computations
 _CALLED = re.compile(r"(?:(?:calls|to_apply|condition|body)=%([\w.\-]+)|branch_computations=\{([^}]*)\})")
 
 
@@ -158,17 +159,20 @@ def collectives(program: Compiled) -> dict[str, tuple[int, float]]:
     """How often each kind of collective runs, and the bytes that a chip receives by it.
 
     Of `n` chips, a gather brings `(n - 1) / n` of its result, a sum twice that of its operand, a scattered sum once,
-    by rings. A loop counts as often as it turns at most.
+    by rings. A loop counts as often as it turns at most, and a collective that begins, goes on and ends in computations
+    of their own once.
     """
     text = program.as_text()
     assert text is not None
     bodies, entry = _computations(text)
     found = dict.fromkeys(KINDS, (0, 0.0))
-    waiting = [(entry, 1.0)]
+    waiting, counted = [(entry, 1.0)], set()
     while waiting:
         name, times = waiting.pop()
         for line in bodies.get(name, ()):
-            if match := _COLLECTIVE.search(line):
+            match, chain = _COLLECTIVE.search(line), _CHAIN.search(line)
+            if match and not (chain and chain[1] in counted):
+                counted |= {chain[1]} if chain else set()
                 kind, received = _received(name, line, *match.groups())
                 count, size = found[kind]
                 found[kind] = count + round(times), size + times * received
@@ -195,13 +199,28 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _most_turns(bodies: dict[str, list[str]], loop: str) -> int:
-    """What a loop's counter is compared with."""
-    waiting, found = re.findall(r"condition=%([\w.\-]+)", loop), [1]
+    """What a loop's counter is compared with, over what a turn adds to it."""
+    condition, body = (re.findall(rf"{name}=%([\w.\-]+)", loop) for name in ("condition", "body"))
+    waiting, limits, counters = [*condition], [1], set()
     while waiting:
         for line in bodies[waiting.pop()]:
-            found += [int(n) for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", line)]
+            limits += [int(n) for n in re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", line)]
+            counters |= {int(n) for n in re.findall(r"= [su]32\[\].* get-tuple-element\(.*index=(\d+)", line)}
             waiting += re.findall(r"calls=%([\w.\-]+)", line)
-    return max(found)
+    steps = [_added(bodies.get(name, []), counter) for name in body for counter in counters]
+    return math.ceil(max(limits) / max([1, *steps]))
+
+
+def _added(body: list[str], counter: int) -> int:
+    """What the body of a loop adds to one of its numbers; 0 where it is not read."""
+    lines = {match[1]: line for line in body if (match := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = ", line))}
+    root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
+    of_tuple = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
+    name, added = (of_tuple[counter] if counter < len(of_tuple) else ""), 0
+    while sum_ := re.search(r" add\(%([\w.\-]+), %([\w.\-]+)\)", lines.get(name, "")):
+        name, constant = sum_[1], re.search(r" constant\((\d+)\)", lines.get(sum_[2], ""))
+        added += int(constant[1]) if constant else 0
+    return added if re.search(rf" get-tuple-element\(.*index={counter}\b", lines.get(name, "")) else 0
 
 
 def _received(computation: str, line: str, result: str, kind: str, start: str | None) -> tuple[str, float]:

@@ -46,6 +46,60 @@ def test_collectives_are_counted_as_often_as_their_loops_turn():
     }
 
 
+WINDOWED = """\
+%turn (state: (bf16[8,32], u32[], u32[])) -> (bf16[8,32], u32[], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %before = u32[]{:T(128)} get-tuple-element(%state), index=2
+  %sent = (bf16[8,32]{1,0}, bf16[8,32]{1,0}, u32[]{:S(2)}) collective-permute-start(%part), source_target_pairs={{0,1}}
+  %after = u32[]{:T(128)} add(%before, %two)
+  ROOT %next = (bf16[8,32]{1,0}, u32[]{:T(128)}, u32[]{:T(128)}) tuple(%part, %other, %after)
+}
+
+%goes_on (state: (bf16[8,32], u32[], u32[])) -> pred[] {
+  %last = u32[]{:T(128)} constant(8)
+  %at = u32[]{:T(128)} get-tuple-element(%state), index=2
+  ROOT %compare = pred[]{:T(512)} compare(%at, %last), direction=LT
+}
+
+ENTRY %main (x: bf16[8,32]) -> bf16[8,32] {
+  %loop = (bf16[8,32]{1,0}, u32[]{:T(128)}, u32[]{:T(128)}) while(%start), condition=%goes_on, body=%turn
+}
+"""
+
+
+def test_a_loop_that_counts_in_twos_turns_half_as_often():
+    """So a product is divided whose results are summed over chips as they are computed."""
+    found = chips.collectives(types.SimpleNamespace(as_text=lambda: WINDOWED))
+    assert found == {"collective-permute": (4, 4 * 8 * 32 * 2)}
+
+
+ASYNCHRONOUS = """\
+%begins (x: bf16[8,32]) -> (bf16[8,32], bf16[32,32]) {
+  %gather.1 = bf16[32,32] all-gather(%x), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="1"}
+}
+
+%goes_on (x: bf16[8,32]) -> (bf16[8,32], bf16[32,32]) {
+  %gather.2 = bf16[32,32] all-gather(%x), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="1"}
+}
+
+%ends (x: bf16[8,32]) -> bf16[32,32] {
+  %gather.3 = bf16[32,32] all-gather(%x), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="1"}
+}
+
+ENTRY %main (x: bf16[8,32]) -> bf16[32,32] {
+  %begun = (bf16[8,32], bf16[32,32]) fusion(%x), kind=kCustom, calls=%begins
+  %meanwhile = (bf16[8,32], bf16[32,32]) fusion(%begun), kind=kCustom, calls=%goes_on
+  %ended = bf16[32,32] fusion(%meanwhile), kind=kCustom, calls=%ends
+  %another = bf16[32,32] all-gather(%y), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="2"}
+}
+"""
+
+
+def test_a_collective_beside_which_something_is_computed_is_one():
+    found = chips.collectives(types.SimpleNamespace(as_text=lambda: ASYNCHRONOUS))
+    assert found == {"all-gather": (2, 2 * 32 * 32 * 2 * 3 / 4)}
+
+
 def test_groups_of_chips_in_a_form_that_is_not_known_are_no_groups_of_one():
     text = HLO.replace("replica_groups=[2,4]<=[8]", "replica_groups=all")
     with pytest.raises(ValueError, match=r"not told in a form that is known: %total = .* replica_groups=all"):
