@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.advantages import group_advantages, reward_metrics, rewards_to_go
+from grpo_jax.losses.contract import check_shares
 from grpo_jax.protocols import Advantage, Estimator
 from grpo_jax.types import Array, Experience, Metrics, Rollout
 
@@ -61,8 +62,13 @@ def by_role(estimator: Estimator, *, roles: int = 2) -> Compare:
 
     Args:
       estimator: as in `by_turn`.
-      roles: players of a game.
+      roles: players of a game, at least 1.
+
+    Raises:
+      ValueError: for fewer.
     """
+    if roles < 1:
+        raise ValueError(f"roles are at least 1, got {roles}")
 
     def compare(returns: Array, mask: Array) -> Array:
         B, G, K = returns.shape
@@ -83,7 +89,7 @@ def from_turns(*, gamma: float | Array = 1.0, compare: Compare | None = None) ->
         A[b, g, t] = compare(Q)[b, g, k],  k the turn of token t
 
     Args:
-      gamma: discount per turn; 1 for none, 0 for the turn's own reward alone.
+      gamma: discount per turn, from 0 to 1; 1 for none, 0 for the turn's own reward alone.
       compare: `by_turn(group_advantages)` unless given; another `by_turn(...)`, `pooled(...)`, or your own
         `(returns, mask) -> [B, G, K]`. `lambda returns, mask: returns` takes them as they are.
 
@@ -92,8 +98,9 @@ def from_turns(*, gamma: float | Array = 1.0, compare: Compare | None = None) ->
       it; conversations without any, and those in which the environment failed, get 0.
 
     Raises:
-      ValueError: when called, for a rollout that has no turns.
+      ValueError: for a `gamma` out of range; when called, for a rollout that has no turns.
     """
+    check_shares(gamma=gamma)
     compare = by_turn(group_advantages) if compare is None else compare
 
     def advantage(experience: Experience) -> tuple[Array, Metrics]:

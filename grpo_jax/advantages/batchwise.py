@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from grpo_jax.advantages.divergences import token_kl
 from grpo_jax.advantages.estimators import batch_normalised_advantages, group_advantages
-from grpo_jax.advantages.spread import from_mean, has_variance, root_mean_square, where_variance
+from grpo_jax.advantages.spread import check_deviation, from_mean, has_variance, root_mean_square, where_variance
 from grpo_jax.advantages.totals import Weights, as_array, moments, reward_metrics, rewards_of, total_reward
 from grpo_jax.losses import kl_k1
+from grpo_jax.losses.contract import check_not_negative, check_shares
 from grpo_jax.protocols import Advantage, KLEstimate
 from grpo_jax.types import Array, Experience, Metrics
 
@@ -37,7 +38,11 @@ def from_normalised_rewards(
 
     Returns:
       As `from_rewards`. A group in which every reward is equal gets exactly 0.
+
+    Raises:
+      ValueError: as `group_advantages`.
     """
+    check_deviation(ddof, eps)
 
     def advantage(experience: Experience) -> tuple[Array, Metrics]:
         total, scored = total_reward(experience, weights)
@@ -74,7 +79,7 @@ def reinforce_plus_plus(
 
     Args:
       beta: weight of the divergence, at least 0; above 0 it needs a reference.
-      gamma: discount per token.
+      gamma: discount per token, from 0 to 1.
       estimate: of the divergence; `kl_k1` in the paper.
       ddof: of the variance.
       eps: added to the variance.
@@ -85,10 +90,11 @@ def reinforce_plus_plus(
       As `from_rewards`, with advantages `[B, G, T]`. A batch of equal returns gets exactly 0.
 
     Raises:
-      ValueError: for a `beta` below 0; when called, above 0 without `ref_log_probs`.
+      ValueError: for a setting out of range; when called, for a `beta` above 0 without `ref_log_probs`.
     """
-    if isinstance(beta, int | float) and not beta >= 0:
-        raise ValueError(f"beta is at least 0, got {beta}")
+    check_not_negative(beta=beta)
+    check_shares(gamma=gamma)
+    check_deviation(ddof, eps)
 
     def advantage(experience: Experience) -> tuple[Array, Metrics]:
         total, scored = total_reward(experience, weights)

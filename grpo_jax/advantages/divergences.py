@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from grpo_jax.losses import kl_k1
+from grpo_jax.losses.contract import check_not_negative, weighted
 from grpo_jax.protocols import Advantage, Cost, KLEstimate
 from grpo_jax.statistics import Mean
 from grpo_jax.types import Array, Experience, Metrics
@@ -25,11 +26,10 @@ def kl_cost(beta: float | Array, *, estimate: KLEstimate = kl_k1) -> Cost:
     Raises:
       ValueError: for a `beta` below 0; when called, without `ref_log_probs`.
     """
-    if isinstance(beta, int | float) and not beta >= 0:
-        raise ValueError(f"beta is at least 0, got {beta}")
+    check_not_negative(beta=beta)
 
     def cost(experience: Experience) -> Array:
-        return beta * jnp.sum(token_kl(experience, estimate), axis=-1)
+        return weighted(beta, jnp.sum(token_kl(experience, estimate), axis=-1))
 
     return cost
 
@@ -49,16 +49,17 @@ def distillation_advantages(beta: float | Array = 1.0, *, gamma: float | Array =
     is 0.5). The sums are over the tokens of the completion that count.
 
     Args:
-      beta: weight.
-      gamma: 0 weighs all tokens alike.
+      beta: weight, at least 0.
+      gamma: at least 0, which weighs all tokens alike.
 
     Returns:
       `experience -> (advantages [B, G, T], metrics)`; it needs a teacher in `state.ref_params`. The metric
       `reverse_kl` is the mean of `log p_old - log q`.
 
     Raises:
-      ValueError: when called, without `ref_log_probs`.
+      ValueError: for a setting below 0; when called, without `ref_log_probs`.
     """
+    check_not_negative(beta=beta, gamma=gamma)
 
     def advantage(experience: Experience) -> tuple[Array, Metrics]:
         mask = experience.rollout.mask

@@ -3,7 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.advantages.spread import checked, from_mean, has_variance, mean, root_mean_square, where_variance
+from grpo_jax.advantages.spread import (
+    check_deviation,
+    checked,
+    from_mean,
+    has_variance,
+    mean,
+    root_mean_square,
+    where_no_nan,
+    where_variance,
+)
 from grpo_jax.protocols import Estimator
 from grpo_jax.types import Array
 
@@ -29,8 +38,9 @@ def group_advantages(rewards: Array, mask: Array | None = None, *, ddof: int = 0
 
     Raises:
       AssertionError: if `rewards` is not a rank-2 float array.
-      ValueError: if `G < 2`; one completion has nothing to be compared with.
+      ValueError: if `G < 2`; one completion has nothing to be compared with. For another `ddof`, or an `eps` below 0.
     """
+    check_deviation(ddof, eps)
     rewards, mask = checked(rewards, mask)
     centered = from_mean(rewards, mask, axis=1)
     deviation = root_mean_square(centered, mask, axis=1, ddof=ddof)
@@ -59,6 +69,7 @@ def batch_scaled_advantages(
     `scale_rewards="batch"` (which has `ddof=1`). Arguments, result and errors as in
     `group_advantages`.
     """
+    check_deviation(ddof, eps)
     rewards, mask = checked(rewards, mask)
     deviation = root_mean_square(from_mean(rewards, mask, axis=None), mask, axis=None, ddof=ddof)
     return where_variance(rewards, mask, from_mean(rewards, mask, axis=1) / (deviation + eps))
@@ -88,6 +99,7 @@ def batch_normalised_advantages(
     Arguments, result and errors as in `group_advantages`, but that `G` may be 1; a batch of
     equal rewards gets exactly 0.
     """
+    check_deviation(ddof, eps)
     rewards, mask = checked(rewards, mask, at_least=1)
     centered = from_mean(rewards, mask, axis=None)
     deviation = root_mean_square(centered, mask, axis=None, ddof=ddof)
@@ -98,14 +110,16 @@ def batch_normalised_advantages(
 def max_rl_advantages(rewards: Array, mask: Array | None = None) -> Array:
     """Maximum likelihood by reinforcement: the advantage in units of the success rate (MaxRL, 2026, arXiv:2602.02710).
 
-        A[b, g] = (r[b, g] - mean(r[b])) / mean(r[b]), and 0 where the mean is 0
+        A[b, g] = (r[b, g] - mean(r[b])) / mean(r[b]), and 0 where the mean is not above 0
 
     A prompt that one completion in `G` solves weighs `G` times as much as by `centered_advantages`. For rewards of 0
-    and 1, or others that are not negative. Arguments, result and errors as in `group_advantages`.
+    and 1, or others that are not negative: a mean below 0, which a cost may leave of them, is no success rate, and
+    dividing by it would teach the worst. Arguments, result and errors as in `group_advantages`.
     """
     rewards, mask = checked(rewards, mask)
     centered, average = from_mean(rewards, mask, axis=1), mean(rewards, mask, axis=1)
-    return where_variance(rewards, mask, centered / jnp.where(average == 0, 1.0, average))
+    failed = average <= 0
+    return where_variance(rewards, mask, jnp.where(failed, 0.0, centered / jnp.where(failed, 1.0, average)))
 
 
 def best_minus_second_advantages(
@@ -129,12 +143,13 @@ def best_minus_second_advantages(
     Returns:
       As `group_advantages`, in reward units unless scaled.
     """
+    check_deviation(ddof, eps)
     rewards, mask = checked(rewards, mask)
     highest_two, _ = jax.lax.top_k(jnp.where(mask, rewards, -jnp.inf), 2)
     lead = jnp.where(rewards == highest_two[:, :1], highest_two[:, :1] - highest_two[:, 1:], 0.0)
     if scaled:
         lead = lead / (root_mean_square(from_mean(rewards, mask, axis=1), mask, axis=1, ddof=ddof) + eps)
-    return where_variance(rewards, mask, lead)
+    return where_no_nan(rewards, mask, where_variance(rewards, mask, lead))
 
 
 def pass_at_k(k: int) -> Estimator:
@@ -170,6 +185,6 @@ def pass_at_k(k: int) -> Estimator:
         wrong = size - jnp.sum(right, axis=1, keepdims=True)
         drawn = jnp.arange(k - 1)  # C(wrong, k - 1) / C(size - 1, k - 1), factor by factor
         none = jnp.prod(jnp.maximum(wrong[..., None] - drawn, 0) / jnp.maximum(size[..., None] - 1 - drawn, 1), axis=-1)
-        return jnp.where(right & (size >= k), k * none, 0.0)
+        return where_no_nan(rewards, mask, jnp.where(right & (size >= k), k * none, 0.0))
 
     return estimator

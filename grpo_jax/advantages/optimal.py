@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from grpo_jax.advantages.spread import checked, has_variance, where_variance
+from grpo_jax.losses.contract import check_not_negative
 from grpo_jax.types import Array, Experience
 
 
@@ -55,8 +56,9 @@ def optimal_token_advantages(
       `[B, G, T]`, in reward units.
 
     Raises:
-      ValueError: without `old_collision`.
+      ValueError: without `old_collision`; for an `eps` below 0.
     """
+    check_not_negative(eps=eps)
     rewards, mask = checked(rewards, mask)
     if experience.old_log_probs is None or experience.old_collision is None:
         raise ValueError("optimal_token_advantages needs what make_train_step(..., score_old=True) scores")

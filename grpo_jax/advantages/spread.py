@@ -3,7 +3,8 @@
 import chex
 import jax.numpy as jnp
 
-from grpo_jax.types import Array
+from grpo_jax.losses.contract import check_not_negative
+from grpo_jax.types import Array, Number
 
 
 def has_variance(rewards: Array, mask: Array) -> Array:
@@ -23,13 +24,30 @@ def where_variance(rewards: Array, mask: Array, advantages: Array) -> Array:
 
 
 def checked(rewards: Array, mask: Array | None, *, at_least: int = 2) -> tuple[Array, Array]:
-    """Rewards with 0 where there is none, and the mask; refuses groups of fewer than `at_least` completions."""
+    """Rewards with 0 where there is none, and the mask; refuses groups of fewer than `at_least` completions.
+
+    In float32 at least: the sum of a group overflows in float16.
+    """
     chex.assert_rank(rewards, 2)
     chex.assert_type(rewards, float)
     if rewards.shape[1] < at_least:
         raise ValueError(f"a group needs at least {at_least} completions, got rewards of shape {rewards.shape}")
     mask = jnp.ones(rewards.shape, bool) if mask is None else mask
-    return jnp.where(mask, rewards, 0.0), mask
+    chex.assert_equal_shape([rewards, mask])
+    return jnp.where(mask, jnp.asarray(rewards, jnp.promote_types(rewards.dtype, jnp.float32)), 0.0), mask
+
+
+def check_deviation(ddof: int, eps: Number) -> None:
+    """Refuses a `ddof` other than 0 and 1 and an `eps` below 0, which would turn advantages around."""
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof is 0, the population's deviation, or 1, the sample's, got {ddof}")
+    check_not_negative(eps=eps)
+
+
+def where_no_nan(rewards: Array, mask: Array, advantages: Array) -> Array:
+    """The advantages, and NaN in groups of which a reward is NaN: a comparison takes it for a low one."""
+    broken = jnp.any(mask & jnp.isnan(rewards), axis=1, keepdims=True)
+    return jnp.where(mask & broken, jnp.nan, advantages)
 
 
 def mean(x: Array, mask: Array, *, axis: int | None, ddof: int = 0) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.advantages.estimators import group_advantages
+from grpo_jax.losses.contract import check_shares
 from grpo_jax.protocols import Advantage
 from grpo_jax.statistics import Mean
 from grpo_jax.types import Array, Experience, Metrics
@@ -20,12 +21,17 @@ def rewards_to_go(rewards: Array, mask: Array, *, gamma: float | Array = 1.0) ->
     Args:
       rewards: `[B, G, T]` float, each at the token that is rewarded.
       mask: `[B, G, T]` bool, False where there is no reward.
-      gamma: discount per token; 1 for none.
+      gamma: discount per token, from 0 to 1; 1 for none.
 
     Returns:
       `[B, G, T]`, in reward units.
+
+    Raises:
+      ValueError: for a `gamma` out of range.
     """
     chex.assert_rank([rewards, mask], 3)
+    chex.assert_equal_shape([rewards, mask])
+    check_shares(gamma=gamma)
 
     def earlier(later: Array, reward: Array) -> tuple[Array, Array]:
         total = reward + gamma * later

@@ -68,6 +68,7 @@ def rewards_of(experience: Experience) -> tuple[Array, Array]:
     if rewards is None or reward_mask is None:
         raise ValueError("the experience has no rewards: put rewards and reward_mask [B, G, R] into it")
     chex.assert_rank([rewards, reward_mask], 3)
+    chex.assert_equal_shape([rewards, reward_mask])
     return rewards, reward_mask
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from grpo_jax import turn_advantages
 from grpo_jax.advantages import (
     batch_normalised_advantages,
     batch_scaled_advantages,
@@ -620,6 +621,64 @@ def test_only_the_best_of_a_group_earns_its_lead_over_the_second(scaled):
         for r, k, a in zip(row, kept, advantages, strict=True):
             lead = max(0.0, r - max(of_others(r, seen))) / deviation if k else 0.0
             np.testing.assert_allclose(a, lead, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rewards", [[-1.0, -0.5, 0.0], [-0.02, -0.01, 0.01], [0.0, -3.0, 3.0]], ids=str)
+def test_max_rl_never_teaches_the_worst_where_a_cost_has_left_no_success_rate(rewards):
+    np.testing.assert_array_equal(max_rl_advantages(jnp.array([rewards])), np.zeros((1, 3)))
+
+
+@pytest.mark.parametrize(
+    "estimator", [max_rl_advantages, best_minus_second_advantages, pass_at_k(2)], ids=["max_rl", "best", "pass_at_k"]
+)
+def test_a_reward_of_nan_does_not_pass_for_a_low_one(estimator):
+    rewards = jnp.array([[np.nan, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    advantages = estimator(rewards)
+    assert np.isnan(advantages[0]).all()
+    assert np.isfinite(advantages[1]).all()
+    np.testing.assert_array_equal(np.isfinite(estimator(rewards, ~jnp.isnan(rewards))), True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+def test_rewards_in_16_bits_have_the_advantages_of_the_same_rewards_in_32(dtype):
+    rewards = jnp.array([[1e4, 2e4, 6e4, 6e4], [1e-7, 0.0, 2e-7, 5e-7], [1.0, 0.0, 0.0, 0.5]], dtype)
+    for name, (estimator, _) in ESTIMATORS.items():
+        expected = estimator(rewards.astype(jnp.float32))
+        np.testing.assert_array_equal(estimator(rewards), expected, err_msg=name)
+        assert np.isfinite(expected).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "setting"),
+    [
+        (functools.partial(group_advantages, jnp.eye(2)), {"eps": -1e-4}),
+        (functools.partial(group_advantages, jnp.eye(2)), {"ddof": 2}),
+        (functools.partial(batch_scaled_advantages, jnp.eye(2)), {"eps": float("nan")}),
+        (functools.partial(batch_normalised_advantages, jnp.eye(2)), {"ddof": -1}),
+        (functools.partial(best_minus_second_advantages, jnp.eye(2)), {"eps": -1.0}),
+        (from_normalised_rewards, {"ddof": 3}),
+        (reinforce_plus_plus, {"gamma": 1.5}),
+        (reinforce_plus_plus, {"eps": -1e-8}),
+        (distillation_advantages, {"beta": -1.0}),
+        (distillation_advantages, {"gamma": -0.5}),
+        (functools.partial(rewards_to_go, jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2), bool)), {"gamma": -0.1}),
+        (turn_advantages.from_turns, {"gamma": 2.0}),
+        (functools.partial(turn_advantages.by_role, group_advantages), {"roles": 0}),
+    ],
+    ids=lambda x: "-".join(f"{name}={value}" for name, value in x.items()) if isinstance(x, dict) else "",
+)
+def test_refuses_settings_out_of_range(make, setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        make(**setting)
+
+
+@pytest.mark.parametrize("mask", [np.ones(3, bool), np.ones((2, 1), bool)], ids=["of_a_group", "of_a_prompt"])
+def test_refuses_a_mask_of_another_shape(mask):
+    with pytest.raises(AssertionError):
+        group_advantages(jnp.ones((2, 3)), mask)
+    experience = experience_of(np.ones((2, 3, 2)))
+    with pytest.raises(AssertionError):
+        total_reward(experience._replace(reward_mask=mask[..., None] if mask.ndim == 2 else mask[None, :, None]))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
