@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.advantages import has_variance, total_reward
+from grpo_jax.advantages.spread import from_mean, root_mean_square
 from grpo_jax.losses import token_mean
 from grpo_jax.losses.contract import check_positive, difference, masked_sum, per_token
 from grpo_jax.protocols import ExperienceTransform
@@ -42,7 +43,7 @@ def mask_zero_variance_groups(experience: Experience) -> tuple[Experience, Metri
             "mask_zero_variance_groups needs advantages: make_learn(..., advantage=) adds them before the transforms"
         )
     mask = experience.rollout.mask
-    spread = jnp.any(per_token(experience.advantages) * mask != 0, axis=(1, 2), keepdims=True)
+    spread = jnp.any((per_token(experience.advantages) != 0) & mask, axis=(1, 2), keepdims=True)
     return _with_mask(experience, mask & spread), {}
 
 
@@ -118,7 +119,9 @@ def clip_cov(share: Number = 2e-4, *, low: Number = 1.0, high: Number = 5.0) -> 
         mask = experience.rollout.mask
         covariance, old = _covariance("clip_cov", experience)
         within = mask & (covariance > low) & (covariance < high)
-        key = jax.random.key(jnp.sum(jax.lax.bitcast_convert_type(jnp.where(mask, old, 0.0), jnp.uint32)))
+        key = jax.random.key(
+            jnp.sum(jax.lax.bitcast_convert_type(jnp.where(mask, old, 0.0).astype(jnp.float32), jnp.uint32))
+        )
         order = jnp.where(within, jax.random.uniform(key, mask.shape), -1.0)
         taken = within & _largest(order, _count(share, mask))
         weights = jnp.where(taken, 0.0, 1.0 if experience.weights is None else experience.weights)
@@ -213,16 +216,16 @@ def reward_variance(share: Number = 0.9, *, weights: Sequence[float | Array] | N
 
     def transform(experience: Experience) -> tuple[Experience, Metrics]:
         rewards, scored = total_reward(experience, weights)
-        count = jnp.maximum(jnp.sum(scored, axis=1), 1)
-        centered = jnp.where(scored, rewards - (jnp.sum(jnp.where(scored, rewards, 0.0), 1) / count)[:, None], 0.0)
-        variance = jnp.where(has_variance(rewards, scored), jnp.sum(centered**2, axis=1) / count, 0.0)
-        broken = jnp.isnan(variance)  # kept, so that the update is refused and not passed over
-        variance = jnp.where(broken, 0.0, variance)
-        order = jnp.argsort(-variance, stable=True)
-        largest = variance[order]
+        varies = has_variance(rewards, scored)
+        deviation = root_mean_square(from_mean(rewards, scored, axis=1), scored, axis=1)[:, 0]
+        broken = jnp.isnan(deviation)  # kept, so that the update is refused and not passed over
+        deviation = jnp.where(varies & ~broken, deviation, 0.0)
+        order = jnp.argsort(-deviation, stable=True)
+        # In units of the largest: the square of a reward may overflow, or vanish.
+        largest = (deviation[order] / jnp.maximum(jnp.max(deviation), jnp.finfo(deviation.dtype).tiny)) ** 2
         before = jnp.cumsum(largest) - largest
-        within = (before < share * jnp.sum(variance)) | (share >= 1)  # a sum in float32 does not feel the smallest
-        kept = jnp.zeros(variance.shape, bool).at[order].set(within & (largest > 0))
+        within = (before < share * jnp.sum(largest)) | (share >= 1)  # a sum in float32 does not feel the smallest
+        kept = jnp.zeros(varies.shape, bool).at[order].set(within) & varies
         kept = kept | broken
         masked = _with_mask(experience, experience.rollout.mask & kept[:, None, None])
         return masked, {"kept_groups": Mean(jnp.sum(kept), jnp.asarray(kept.size))}

@@ -358,6 +358,25 @@ def test_all_of_the_variance_is_that_of_small_rewards_too():
     np.testing.assert_array_equal(kept, [True, True, False, True])
 
 
+@pytest.mark.parametrize("scale", [1e20, 1e-25], ids=str)
+def test_the_share_of_the_variance_is_that_of_rewards_of_any_size(scale):
+    experience = experience_of()
+    of_size, plain = (
+        reward_variance(0.7)(experience._replace(rewards=experience.rewards * x))[0].rollout.mask.any((1, 2))
+        for x in (scale, 1.0)
+    )
+    assert 0 < plain.sum() < B
+    np.testing.assert_array_equal(of_size, plain)
+
+
+def test_what_the_advantages_of_padding_hold_makes_no_group_vary():
+    experience = experience_of()
+    mask = experience.rollout.mask
+    advantages = jnp.where(mask, 0.0, jnp.nan).at[1].set(1.0)
+    kept = mask_zero_variance_groups(experience._replace(advantages=advantages))[0].rollout.mask.any((1, 2))
+    np.testing.assert_array_equal(kept, np.arange(B) == 1)
+
+
 def test_reward_variance_keeps_a_group_whose_rewards_are_no_numbers_so_that_its_update_is_refused():
     experience = experience_of()
     whole, broken = (

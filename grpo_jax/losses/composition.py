@@ -8,12 +8,13 @@ import functools
 from collections.abc import Callable
 from typing import TypedDict
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.losses.aggregates import token_mean
 from grpo_jax.losses.anchors import old_policy
-from grpo_jax.losses.contract import difference, per_token
+from grpo_jax.losses.contract import difference, per_token, widened
 from grpo_jax.losses.ratios import token_ratio
 from grpo_jax.protocols import Aggregate, Anchor, Loss, Penalty, PerToken, Ratio, Surrogate, Terms, Weight
 from grpo_jax.statistics import Max, Mean
@@ -91,15 +92,19 @@ def compose(
         anchored = jax.lax.stop_gradient(anchor(scores, experience))
         weights, weight_metrics = weight(scores, experience) if weight is not None else (jnp.ones(()), {})
         if experience.weights is not None:
+            chex.assert_equal_shape([experience.weights, mask])
             weights = weights * experience.weights
         weights = jax.lax.stop_gradient(weights)
         counted = mask & (weights != 0)  # tokens that the policy's term is made of
 
         advantages = per_token(experience.advantages)
+        if advantages.shape not in (mask.shape, (*mask.shape[:2], 1)):
+            raise ValueError(f"advantages of a mask {mask.shape} are [B, G] or [B, G, T], got {advantages.shape}")
         log_ratio, level_metrics = level(difference(scores.log_probs, anchored, mask), mask, advantages)
         # Tokens left out are 0 before an exponential or a product sees them: inf * 0 is NaN.
         log_ratio = jnp.where(counted, log_ratio, 0.0)
-        log_probs = jnp.where(counted, scores.log_probs, 0.0)
+        log_probs = jnp.where(counted, widened(scores.log_probs), 0.0)
+        advantages = jnp.where(counted, widened(advantages), 0.0)
         objective, surrogate_metrics = surrogate(log_ratio, advantages, log_probs)
         terms: Terms = (aggregate(-weights * objective, mask),)
         metrics = _means(level_metrics | surrogate_metrics, counted) | _means(weight_metrics, mask)

@@ -112,7 +112,9 @@ def distill(coefficient: Number = 1.0, *, aggregate: Aggregate = token_mean) -> 
             raise ValueError("distill needs make_train_step(..., teacher=Teacher(policy, reverse_kl))")
         mask = experience.rollout.mask
         cost = aggregate(scores.divergence, mask)
-        return (cost._replace(sum=coefficient * cost.sum),), {"divergence": token_mean(scores.divergence, mask)}
+        return (cost._replace(sum=weighted(coefficient, cost.sum)),), {
+            "divergence": token_mean(scores.divergence, mask)
+        }
 
     return loss
 
@@ -145,7 +147,7 @@ def distill_top(
         )
         distance = divergence(_with_rest(ours), _with_rest(theirs))
         cost = aggregate(distance, mask)
-        return (cost._replace(sum=coefficient * cost.sum),), {"divergence": token_mean(distance, mask)}
+        return (cost._replace(sum=weighted(coefficient, cost.sum)),), {"divergence": token_mean(distance, mask)}
 
     return loss
 
@@ -177,17 +179,23 @@ def sampled_reverse_kl(coefficient: Number = 1.0, *, aggregate: Aggregate = toke
             raise ValueError("sampled_reverse_kl needs a teacher's ref_log_probs: put its params into state.ref_params")
         mask = experience.rollout.mask
         ahead = jax.lax.stop_gradient(difference(experience.ref_log_probs, scores.log_probs, mask))
-        (term,), _ = score_function(scores, experience._replace(advantages=coefficient * ahead, weights=None))
+        (term,), _ = score_function(scores, experience._replace(advantages=weighted(coefficient, ahead), weights=None))
         return (term,), {"reverse_kl": token_mean(-ahead, mask)}
 
     return loss
 
 
 def _expectation(log_weight: Array, log_a: Array, log_b: Array) -> Array:
-    """`sum_v weight (log a - log b)`; a token of weight 0 adds nothing, whatever its log-probs."""
+    """`sum_v weight (log a - log b)`; a token of weight 0 adds nothing, whatever its log-probs.
+
+    Infinite, without a gradient, where `b` is 0 and the weight is not.
+    """
     weight = jnp.exp(log_weight)
     absent = weight == 0
-    return jnp.sum(weighted(weight, jnp.where(absent, 0.0, log_a) - jnp.where(absent, 0.0, log_b)), axis=-1)
+    ahead = jnp.where(absent, 0.0, log_a) - jnp.where(absent, 0.0, log_b)
+    infinite = jnp.isinf(ahead)
+    finite = jnp.sum(weight * jnp.where(infinite, 0.0, ahead), axis=-1)
+    return jnp.where(jnp.any(infinite, axis=-1), jnp.inf, finite)
 
 
 def _with_rest(log_probs: Array) -> Array:

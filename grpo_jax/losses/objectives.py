@@ -6,8 +6,6 @@ what it is to be divided by; the loss is the sum over terms of `sum / count`.
 
 from typing import Unpack
 
-import jax.numpy as jnp
-
 from grpo_jax.losses.aggregates import (
     completion_mean,
     completion_sum,
@@ -145,7 +143,7 @@ def gmpo(*, epsilon: Number = 0.4, epsilon_high: Number | None = None, **parts: 
 
     where a log-ratio is clipped above `epsilon_high` where `A > 0` and below
     `-epsilon` where `A < 0`: the bounds are on the log-ratio, not on the ratio. The mean
-    is over the tokens that count, whatever their weights.
+    is over the tokens that count, whatever their weights. A mean above 20 counts as 20.
 
     Args:
       epsilon: lower distance from 0 of a log-ratio; 0.4 in the paper.
@@ -166,7 +164,7 @@ def gmpo(*, epsilon: Number = 0.4, epsilon_high: Number | None = None, **parts: 
         return ratio(pessimistic_clip(log_ratio, advantages, -epsilon, high), mask), clipped
 
     def surrogate(log_ratio: Array, advantages: Array, log_probs: Array) -> PerToken:
-        return jnp.exp(log_ratio) * advantages, {}
+        return importance()(log_ratio, advantages, log_probs)
 
     return compose(
         level,

@@ -18,6 +18,7 @@ of the reward (`advantages.kl_cost`) it is the value that counts, and the policy
 does the rest. A test enumerates a distribution and checks each line.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -26,6 +27,8 @@ from grpo_jax.losses.anchors import old_policy, sampler
 from grpo_jax.losses.contract import check_not_negative, difference, log_ratio, weighted
 from grpo_jax.protocols import Aggregate, Anchor, KLEstimate, Loss, Penalty, PerToken, Ratio, Terms
 from grpo_jax.types import Array, Experience, Metrics, Number, Scores
+
+_LARGEST = 20.0  # of the log-ratio of a correction, as in the surrogates
 
 
 def kl_k1(log_probs: Array, ref_log_probs: Array) -> Array:
@@ -66,7 +69,7 @@ def k3(beta: Number, *, correction: Ratio | None = None) -> Penalty:
 
     Args:
       beta: at least 0.
-      correction: the level of a ratio that the estimate is multiplied by. None is the
+      correction: the level of a ratio that the estimate is multiplied by, at most e^20. None is the
         paper's; `token_ratio` is the unbiased estimate of DeepSeek-V3.2
         (arXiv:2512.02556, section 3.1), TRL's default (`use_bias_correction_kl`).
 
@@ -86,15 +89,16 @@ def _kl(estimate: KLEstimate, beta: Number, correction: Ratio | None) -> Penalty
                 "a KL penalty needs the log-probs of a reference policy: make the state with "
                 "init_state(..., reference=True), or put ref_log_probs into the experience"
             )
+        chex.assert_equal_shape([scores.log_probs, experience.ref_log_probs, mask])
         kl = estimate(jnp.where(mask, scores.log_probs, 0.0), jnp.where(mask, experience.ref_log_probs, 0.0))
-        cost = beta * kl
+        cost = weighted(beta, kl)
         if correction is not None:
             if experience.old_log_probs is None:
                 raise ValueError(
                     "a correction needs old_log_probs: make_train_step(score_old=True), grpo.py --score-old"
                 )
             level = correction(difference(scores.log_probs, experience.old_log_probs, mask), mask)
-            cost = weighted(jnp.exp(level), cost)
+            cost = weighted(jnp.exp(jnp.minimum(level, _LARGEST)), cost)
         return cost, {"kl": kl}
 
     return penalty
@@ -118,7 +122,7 @@ def squared_log_ratio(tau: Number, *, anchor: Anchor = sampler) -> Penalty:
         mask = experience.rollout.mask
         anchored = jax.lax.stop_gradient(anchor(scores, experience))
         square = 2 * kl_k2(jnp.where(mask, scores.log_probs, 0.0), jnp.where(mask, anchored, 0.0))
-        return tau * square, {"squared_log_ratio": square}
+        return weighted(tau, square), {"squared_log_ratio": square}
 
     return penalty
 
@@ -144,7 +148,7 @@ def covariant_kl(coefficient: Number = 1.0) -> Penalty:
         marked = marked & experience.rollout.mask
         gap = difference(scores.log_probs, old_policy(scores, experience), marked)
         distance = jax.lax.stop_gradient(jnp.sign(gap)) * gap  # of slope 0 at 0, where jnp.abs has 1
-        return coefficient * distance, {"high_covariance": marked}
+        return weighted(coefficient, distance), {"high_covariance": marked}
 
     return penalty
 
@@ -184,7 +188,7 @@ def echo(coefficient: Number = 0.1, *, aggregate: Aggregate = token_mean) -> Los
         if mask is None:
             raise ValueError("echo needs an environment_mask: transforms.environment_tokens adds it to conversations")
         cost = aggregate(-scores.log_probs, mask)
-        return (cost._replace(sum=coefficient * cost.sum),), {"echo": token_mean(-scores.log_probs, mask)}
+        return (cost._replace(sum=weighted(coefficient, cost.sum)),), {"echo": token_mean(-scores.log_probs, mask)}
 
     return loss
 

@@ -29,7 +29,8 @@ def ppo_clip(epsilon: Number, epsilon_high: Number | None = None, delta: Number 
 
     Computed in log space, as `A * exp(min(log_ratio, log(1 + epsilon_high)))` where `A > 0`
     and with the maximum where `A < 0`: a clipped ratio is then never
-    exponentiated, so that it cannot turn a gradient of 0 into `0 * inf`.
+    exponentiated, so that it cannot turn a gradient of 0 into `0 * inf`. A log-ratio above 20 counts as 20, as in verl:
+    a token with `A < 0` may be that far up, and gets no gradient there.
 
     Args:
       epsilon: lower distance from 1; from 1 upwards there is no lower bound.
@@ -61,7 +62,7 @@ def ppo_clip(epsilon: Number, epsilon_high: Number | None = None, delta: Number 
         if delta is not None:
             bounded = jnp.minimum(bounded, jnp.log(delta))
             metrics["clip_delta"] = (advantages < 0) & (log_ratio > jnp.log(delta))
-        return jnp.exp(bounded) * advantages, metrics
+        return jnp.exp(jnp.minimum(bounded, _LARGEST)) * advantages, metrics
 
     return surrogate
 
