@@ -1,10 +1,12 @@
 """How a step grows from 4 to 4096 chips, on paper: `python -m benchmarks.growth`.
 
 From the lines of `results/tpu.jsonl` for a v5p of 64 chips, of what the compiled programs ask of each chip, follows
-what they ask where the same mesh has other sizes of `fsdp`, with as many prompts for each chip (weak scaling):
+what they ask where the same mesh has other sizes of `data`, or of `fsdp` where it has no `data` and over fewer chips
+than its `fsdp`, with as many prompts for each chip (weak scaling):
 
     products, and memory that is read for them      as they are
     gathered and scattered over n parts             (n - 1) / n of the whole
+    gradients summed over `data` of m               (m - 1) / m of the n-th part, twice
     summed over `tensor`                            as it is
     state                                           1 / n
     latency                                         a collective goes over half of a ring in each direction of a torus
@@ -28,7 +30,7 @@ from grpo_jax.run import chips as kinds
 RESULTS = worker.ROOT / "benchmarks/results"
 CHIPS = tuple(4**k for k in range(1, 7))
 TOPOLOGY = "v5p:4x4x4"
-GROWN = ("Qwen2.5-7B", "Llama-3.1-70B")
+GROWN = {"Qwen2.5-7B": "data=4,fsdp=16", "Llama-3.1-70B": "fsdp=16,tensor=4"}  # the meshes of the rows
 LIMIT = kinds.CHIPS["v5p"].memory
 HOP = 1e-6  # seconds of a small message from a chip to the next ("How to scale your model", jax-ml.github.io, 2025)
 
@@ -53,15 +55,22 @@ def grown(row: Line, chips: int, *, prompts: int | None = None) -> Grown:
     """The step of a row over other chips.
 
     Args:
-      row: of `tpu.jsonl`, over a mesh of `fsdp` and `tensor`.
+      row: of `tpu.jsonl`, over a mesh of `fsdp` and one of `data` and `tensor`.
       chips: a multiple of its `tensor`.
       prompts: of all chips together; None for as many for each as in the row.
     """
     chip = kinds.CHIPS[row["topology"].partition(":")[0]]
-    before, tensor = parts(row)
-    after = chips // tensor
-    share = 1.0 if prompts is None else prompts / after / (row["prompts"] / before)  # of a chip's prompts
+    data, before, tensor = parts(row)
+    after = chips // tensor if data == 1 else min(before, chips // tensor)
+    copies = chips // (after * tensor)
+    share = 1.0 if prompts is None else prompts / (copies * after) / (row["prompts"] / (data * before))  # of a chip's
     wholes = (after - 1) / after / ((before - 1) / before)
+    if tensor > 1:  # activations are summed, whose size stays
+        summed, together = share, tensor
+    elif data > 1:  # parts of gradients
+        summed, together = (copies - 1) / copies / ((data - 1) / data) * before / after, copies
+    else:
+        summed, together = wholes, after
     memory = row["memory"]
     state = memory["parameters"] + memory["frozen"] + memory["optimizer"] + memory["reference"]
     # In sampling caches are the rows' own, and in learning the state is read and written, of which each has its part.
@@ -74,12 +83,11 @@ def grown(row: Line, chips: int, *, prompts: int | None = None) -> Grown:
     work, exchange, latency = {}, {}, 0.0
     for name in ("collect", "learn"):
         sent = {kind: (count, size) for kind, (count, size) in row[name]["sent"].items()}
-        within = {kind: tensor > 1 and kind == "all-reduce" for kind in sent}  # over `tensor`, whose size stays
-        received = sum(size * (share if within[kind] else wholes) for kind, (_, size) in sent.items())
+        received = sum(size * (summed if kind == "all-reduce" else wholes) for kind, (_, size) in sent.items())
         work[name] = max(share * row[name]["flops"] / chip.flops, read[name] / chip.bandwidth)
         exchange[name] = received / chip.links
         for kind, (count, _) in sent.items():
-            latency += HOP * count * _hops(kind, tensor if within[kind] else after)
+            latency += HOP * count * _hops(kind, together if kind == "all-reduce" else after)
     learning = memory["learning"] + memory["gradients"] * (before / after - 1)
     return Grown(
         work["collect"], exchange["collect"], work["learn"], exchange["learn"], latency,
@@ -103,7 +111,7 @@ def markdown(rows: list[Line]) -> str:
         "followed to other numbers of v5p chips. Seconds, if nothing that is sent overlaps with anything.",
     ]
     for row in rows:
-        tensor = parts(row)[1]
+        tensor = parts(row)[2]
         weak = [(n, grown(row, n)) for n in CHIPS if n > tensor]
         fitting = [(n, step) for n, step in weak if step.memory <= LIMIT]
         prompts = row["prompts"]
@@ -138,7 +146,7 @@ def plot(rows: list[Line], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(rows), figsize=(5 * len(rows), 3.4), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
-        tensor = parts(row)[1]
+        tensor = parts(row)[2]
         for style, prompts in (("-", None), ("--", row["prompts"])):
             shown = [n for n in CHIPS if n > tensor and (prompts is None or n // tensor <= prompts * GROUP)]
             steps = [grown(row, n, prompts=prompts) for n in shown]
@@ -164,7 +172,7 @@ PHASES = {
 def main() -> Path:
     """Writes both files; returns the path of the tables."""
     lines = report.of_kind(report.read(RESULTS / "tpu.jsonl"), "tpu", topology=TOPOLOGY)
-    rows = [line for model in GROWN for line in lines if line["model"] == model]
+    rows = [line for of_row in GROWN.items() for line in lines if (line["model"], line["mesh"]) == of_row]
     path = RESULTS / "growth.md"
     path.write_text(markdown(rows))
     plot(rows, path.with_suffix(".png"))

@@ -28,6 +28,7 @@ import tyro
 
 from benchmarks import report, worker
 from benchmarks.worker import Line
+from grpo_jax.models import sharding
 from grpo_jax.run import chips, memory
 
 CONFIGS = worker.ROOT / "tests/data/configs"
@@ -54,18 +55,19 @@ GROUP, PROMPT_TOKENS, MAX_TOKENS = 8, 256, 512
 CUTS = (2, 4)  # layers of what is compiled
 
 ROWS = (
+    Row("Qwen2.5-7B", "v5p:4x4x4", "data=4,fsdp=16", 64),
     Row("Qwen2.5-7B", "v5p:4x4x4", "fsdp=64", 64),
     Row("Llama-3.1-70B", "v5p:4x4x4", "fsdp=16,tensor=4", 16),
     Row("Qwen2.5-0.5B", "v5e:4x4", "fsdp=16", 16),
     Row("Qwen2.5-7B", "v5p:2x2x1", "fsdp=4", 8),
-    Row("Qwen2.5-7B", "v6e:8x8", "fsdp=64", 64),
+    Row("Qwen2.5-7B", "v6e:8x8", "data=8,fsdp=8", 64),
     Row("Qwen2.5-7B", "v5e:4x4", "fsdp=4,tensor=4", 4),
     Row("Qwen2.5-1.5B", "v5e:4x4", "fsdp=16", 16),
-    Row("Qwen2.5-0.5B", "v5p:4x4x4", "fsdp=64", 64),
-    Row("Qwen2.5-1.5B", "v5p:4x4x4", "fsdp=64", 64),
+    Row("Qwen2.5-0.5B", "v5p:4x4x4", "data=4,fsdp=16", 64),
+    Row("Qwen2.5-1.5B", "v5p:4x4x4", "data=4,fsdp=16", 64),
     Row("Qwen2.5-32B", "v5p:4x4x4", "fsdp=32,tensor=2", 32),
-    Row("Qwen2.5-0.5B", "v6e:8x8", "fsdp=64", 64),
-    Row("Qwen2.5-1.5B", "v6e:8x8", "fsdp=64", 64),
+    Row("Qwen2.5-0.5B", "v6e:8x8", "data=8,fsdp=8", 64),
+    Row("Qwen2.5-1.5B", "v6e:8x8", "data=8,fsdp=8", 64),
     Row("Qwen2.5-32B", "v6e:8x8", "fsdp=8,tensor=8", 8),
     Row("Llama-3.1-70B", "v6e:8x8", "fsdp=8,tensor=8", 8),
 )
@@ -117,10 +119,10 @@ def extended(first: Any, second: Any, layers: int) -> Any:
     return round(found) if isinstance(first, int) else found
 
 
-def parts(row: Line) -> tuple[int, int]:
-    """`fsdp` and `tensor` of a row's mesh."""
-    axes = dict(part.split("=") for part in row["mesh"].split(","))
-    return int(axes.get("fsdp", 1)), int(axes.get("tensor", 1))
+def parts(row: Line) -> tuple[int, int, int]:
+    """`data`, `fsdp` and `tensor` of a row's mesh."""
+    axes = sharding.sizes(row["mesh"])
+    return axes.get("data", 1), axes.get("fsdp", 1), axes.get("tensor", 1)
 
 
 def weights(model: str) -> tuple[int, int, int]:
@@ -137,16 +139,19 @@ def least(row: Line) -> tuple[float, float]:
 
         FLOPs  8 (weights of layers x all tokens + weights of the head x completion tokens), of each prompt once
         bytes  2 (3 x weights of layers + 2 x weights of head and embedding) (1 - 1 / fsdp)
+               + 4 x all weights / fsdp (1 - 1 / data)
 
     That is products with weights alone: forward, in the recomputation and two backward. A layer's weights are gathered
-    forward and in the recomputation, the others once; gradients are scattered once; all in bfloat16.
+    forward and in the recomputation, the others once; gradients are scattered once, and the parts summed over `data`;
+    all in bfloat16.
     """
     layers, head, embedding = weights(row["model"])
-    fsdp, tensor = parts(row)
+    data, fsdp, tensor = parts(row)
     completions = row["prompts"] * GROUP * MAX_TOKENS
     flops = 8 * (layers * (completions + row["prompts"] * PROMPT_TOKENS) + head * completions)
-    received = 2 * (3 * layers + 2 * (head + embedding)) * (1 - 1 / fsdp)
-    return flops / (fsdp * tensor), received * row["micro_batches"] / tensor
+    received = 2 * (3 * layers + 2 * (head + embedding)) * (1 - 1 / fsdp) * row["micro_batches"]
+    received += 4 * (layers + head + embedding) / fsdp * (1 - 1 / data)
+    return flops / (data * fsdp * tensor), received / tensor
 
 
 # ------------------------------------------------------------------------------ the report
@@ -181,7 +186,8 @@ def markdown(lines: list[Line]) -> str:
         report.table((*names, "products", "received"), map(_beside_least, rows)),
         "Products of the program beside those with weights, forward, in the recomputation and twice backward, without "
         "attention. Received beside the weights of layers twice, head and embedding once and all gradients once, in "
-        "bfloat16; over `tensor` activations are summed as well, which has no such count.",
+        "bfloat16, and the sum of their parts over `data`; over `tensor` activations are summed as well, which has no "
+        "such count.",
     ]
     if refused := report.of_kind(lines, "refused"):
         told = (f"- {line['model']} on {line['topology']}, {line['mesh']}: {line['why']}" for line in refused)
@@ -205,7 +211,7 @@ def _beside_least(row: Line) -> list[str]:
     need = chips.Need(**row["learn"])
     flops, received = least(row)
     found = sum(size for _, size in need.sent.values()) / received
-    return [*_names(row), f"{need.flops / flops:.3f}", "" if parts(row)[1] > 1 else f"{found:.3f}"]
+    return [*_names(row), f"{need.flops / flops:.3f}", "" if parts(row)[2] > 1 else f"{found:.3f}"]
 
 
 def _needs(row: Line, program: str) -> list[str]:

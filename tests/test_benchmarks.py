@@ -404,15 +404,31 @@ def test_over_more_chips_each_holds_less_of_the_state_and_receives_more_of_the_w
     np.testing.assert_allclose(over_tensor.exchange, (30e9 * (3 / 4) / (1 / 2) + 4 / 2) / 600e9)
 
 
+def test_over_more_copies_parts_of_gradients_are_summed_and_the_state_stays():
+    row = a_row(mesh="data=2,fsdp=2")
+    of_four = growth.grown(row, 4)
+    np.testing.assert_allclose(of_four.exchange, (30e9 + 4) / 600e9)
+    found = growth.grown(row, 16)  # eight copies of two parts
+    np.testing.assert_allclose(found.exchange, (30e9 + 4 * (7 / 8) / (1 / 2)) / 600e9)
+    assert found.memory == of_four.memory
+    one = growth.grown(row, 2)  # no copies: nothing to sum
+    np.testing.assert_allclose(one.exchange, 30e9 / 600e9)
+    np.testing.assert_allclose(growth.grown(row, 16, prompts=8).compute, 0.25)
+
+
 def test_the_tables_of_tpus_name_what_bounds_a_program_and_what_does_not_fit(tmp_path):
     text = tpu.markdown([a_row(), {"kind": "refused", **tpu.ROWS[0]._asdict(), "why": "Ran out of memory"}])
     assert (
         "| Qwen2.5-7B | v5p:2x2x1 | fsdp=4 | 459 (1 s) | 56 (0.02 s) | 30 (0.05 s) | compute | 100 all-gather" in text
     )
     assert "| 12.0 | 10.0 | 9.0 | 22.0 | 95.0 |" in text
-    assert "fsdp=64: Ran out of memory" in text
+    assert "data=4,fsdp=16: Ran out of memory" in text
     assert "| Qwen2.5-7B | v5p:2x2x1 | fsdp=4 | 0.937 | 0.919 |" in text
     text = growth.markdown([a_row(model="small"), a_row(mesh="fsdp=2,tensor=2")])
+    of_copies = tpu.least(a_row(mesh="data=2,fsdp=2"))
+    layers, head, embedding = tpu.weights("Qwen2.5-7B")
+    np.testing.assert_allclose(of_copies[0], tpu.least(a_row())[0])
+    np.testing.assert_allclose(of_copies[1], 3 * layers + 2 * (head + embedding) + (layers + head + embedding))
     assert text.count("| 4096 |") == 2  # not of 8 prompts of 8 over all chips
     assert "does not fit" not in text
     growth.plot([a_row()], tmp_path / "plot.png")

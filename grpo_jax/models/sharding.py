@@ -9,7 +9,8 @@ The mesh has three axes, each of them 1 unless given:
 
     data     copies of the parameters, each with rows of its own
     fsdp     rows, too; and the parameters in parts, gathered a layer at a time where they are used (Rajbhandari et al.
-             2020, arXiv:1910.02054, stage 3)
+             2020, arXiv:1910.02054, stage 3). Of TPUs rather an axis or two of a slice than all of its chips, the rest
+             `data`: over all the compiler sends twice the bytes
     tensor   heads, columns of the MLP, experts and the vocabulary (Shoeybi et al. 2019, arXiv:1909.08053)
 
 The program stays the one of a single device. JAX divides it (GSPMD), and the decoder of a config with a `mesh` says
