@@ -3,7 +3,8 @@
 All run on the host, between `collect` and `learn`, and look at the completions, so that they
 wait for the rollout. Each shape of their results compiles its own program: `trim` has one for each multiple up to `T`,
 `pack` and `tree` those of `shapes`, so that who packs does not trim as well; `compile_ahead` compiles what the next
-batches are likely to need while they are sampled.
+batches are likely to need while they are sampled. Of several processes each sees the lengths of all groups, so that all
+of them come to the same packing.
 """
 
 import collections
@@ -102,7 +103,7 @@ def pack(rollout: Rollout, *, multiple: int = 64) -> Packing | None:
     Returns:
       The packing, or None where none of the shapes has room.
     """
-    lengths = np.asarray(rollout.lengths)
+    lengths = processes.whole(rollout.lengths)
     B, G, T = rollout.tokens.shape
     found = _smallest(lengths, shapes(G, T, multiple=multiple))
     if found is None:
@@ -140,7 +141,7 @@ def tree(rollout: Rollout, *, multiple: int = 64) -> Packing | None:
     Returns:
       The packing, or None where the fewest is not below `G T`.
     """
-    lengths, tokens = np.asarray(rollout.lengths), np.asarray(rollout.tokens)
+    lengths, tokens = processes.whole((rollout.lengths, rollout.tokens))
     B, G, T = tokens.shape
     grown = [_grow([tokens[b, g, : lengths[b, g]] for g in range(G)], T) for b in range(B)]
     most = max(len(held) for held, *_ in grown)
@@ -185,7 +186,7 @@ def compile_ahead(
     """
     if not isinstance(learn, JittedLearn):
         raise ValueError("what is compiled ahead is step.learn of step = make_train_step(...).jit()")
-    lengths = np.asarray(experience.rollout.lengths)
+    lengths = processes.whole(experience.rollout.lengths)
     B, G, T = experience.rollout.tokens.shape
     known, rng = shapes(G, T, multiple=multiple), np.random.default_rng(0)
     counts: collections.Counter[tuple[int, int] | None] = collections.Counter()

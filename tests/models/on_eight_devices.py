@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grpo_jax import losses, models, packing, sampling, testing
+from grpo_jax import losses, models, packing, processes, sampling, testing
 from grpo_jax.models import attention, lora, quantized, sharding
 from grpo_jax.models.attention import KeyValues, MaskInputs
 from grpo_jax.run import chips, memory
@@ -28,20 +28,20 @@ def reward(rollout):
     return rewards, jnp.ones(rewards.shape, bool)
 
 
-def stepped(mesh, *, sampler=SAMPLER, B=4, parts=2, rank=None, kind=None, packed=False):
+def stepped(mesh, *, sampler=SAMPLER, B=4, parts=2, rank=None, kind=None, packed=False, beta=0.1):
     """A state, the one after a step from it, and the tokens drawn."""
     optimizer, prompts = optax.sgd(1.0), testing.random_prompts(0, B, 6)
     config = testing.tiny_policy("qwen3", vocab_size=64, tie_word_embeddings=B == 4).config
-    params, frozen = models.decoder(config).init(jax.random.key(0)), None
+    params, frozen = jax.jit(models.decoder(config).init)(jax.random.key(0)), None
     policy = models.decoder(dataclasses.replace(config, mesh=mesh))
     if rank is not None:
         params = params if kind is None else quantized.quantize(params, kind)
         params, frozen = lora.adapt(policy, params, rank=rank, key=jax.random.key(2))
         params = jax.tree.map(lambda x: x + 0.1, params)  # else lora_a has no gradient
-    state = init_state(params, optimizer, jax.random.key(1), frozen=frozen, reference=True)
+    state = init_state(params, optimizer, jax.random.key(1), frozen=frozen, reference=beta is not None)
     if mesh is not None:
         state, prompts = sharding.place(mesh, state), sharding.batch(mesh, prompts)
-    loss, updates = losses.grpo(penalty=losses.k3(0.1)), Updates(micro_batches=parts)
+    loss, updates = losses.grpo(penalty=None if beta is None else losses.k3(beta)), Updates(micro_batches=parts)
     step = make_train_step(policy, optimizer, sampler, loss=loss, reward=reward, updates=updates)
     experience = jax.jit(step.collect)(state, prompts)
     if packed:
@@ -58,23 +58,28 @@ def on_one(**settings):
 
 
 def step(axes, **settings):
+    """By one process, or by several, of which the first compares."""
     mesh = sharding.parse(axes)
-    _, whole, tokens = on_one(**settings)
     state, after, drawn = stepped(mesh, **settings)
-    np.testing.assert_array_equal(drawn, tokens)
-    found = zip(
-        *(jax.tree_util.tree_leaves_with_path(s._replace(key=None)) for s in (after, whole, state)), strict=True
-    )
-    moved, divided = 0.0, 0
-    for (path, a), (_, b), (_, was) in found:
+    state, after = (s._replace(key=None) for s in (state, after))
+    divided = 0
+    for (path, a), was in zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(state), strict=True):
         name = jax.tree_util.keystr(path)
         assert a.sharding.is_equivalent_to(was.sharding, a.ndim), (name, a.sharding, was.sharding)
-        if jnp.issubdtype(a.dtype, jnp.floating):
-            np.testing.assert_allclose(a, b, rtol=0, atol=3e-6, err_msg=name)
-            moved = max(moved, np.max(np.abs(np.asarray(a - was))))
         divided += not a.sharding.is_fully_replicated
+    assert divided > 5
+    state, after, drawn = processes.whole((state, after, drawn))
+    if not processes.is_first():
+        return
+    _, expected, tokens = on_one(**settings)
+    np.testing.assert_array_equal(drawn, tokens)
+    moved = 0.0
+    expected = jax.tree_util.tree_leaves_with_path(expected._replace(key=None))
+    for (path, b), a, was in zip(expected, jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            np.testing.assert_allclose(a, b, rtol=0, atol=3e-6, err_msg=jax.tree_util.keystr(path))
+            moved = max(moved, np.max(np.abs(a - was)))
     assert moved > 1e-2
-    assert divided > 10
 
 
 def sent(axes):

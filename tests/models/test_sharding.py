@@ -3,6 +3,7 @@
 import itertools
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -139,3 +140,30 @@ def test_eight_devices_compute_what_one_does(cases):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     assert "Involuntary full rematerialization" not in done.stderr
+
+
+STEP = """
+import sys
+from grpo_jax import processes
+
+with processes.joined(sys.argv[1], 4, int(sys.argv[2]), wait=60):
+    import on_eight_devices
+
+    on_eight_devices.step("data=2,fsdp=2", parts=1, beta=None, packed=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_packed_step_of_four_processes_is_that_of_one_device():
+    with socket.create_server(("", 0)) as server:
+        coordinator = f"127.0.0.1:{server.getsockname()[1]}"
+    path = os.pathsep.join([str(SCRIPT.parents[2]), str(SCRIPT.parent)])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY, "PYTHONPATH": path}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", STEP, coordinator, str(n)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for n in range(4)
+    ]
+    said = [process.communicate()[1] for process in started]  # one that fails ends the others
+    assert [process.returncode for process in started] == [0] * 4, said
