@@ -102,6 +102,8 @@ def run(config: Config) -> dict[str, dict[str, float]]:
             )
         for group_size in (*([1] if config.greedy else []), *([config.group_size] if config.group_size else [])):
             sharding.check_rows(mesh, config.batch_size, group_size)
+        if config.slots is not None:
+            sharding.check_slots(mesh, min(config.slots, config.batch_size * config.group_size))
     if config.quantize is not None and adapters is None:
         raise ValueError(f"--quantize {config.quantize} is of the base of adapters, and {config.model} has none")
     tokenizer = hf.load_tokenizer(model, revision=config.revision)

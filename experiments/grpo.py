@@ -195,7 +195,8 @@ def train(config: Config) -> Params:
     ) as loop:  # fmt: skip
         del state
         multiple = config.completion_bucket
-        more_shapes = config.pack and not config.overlap  # to compile, once the lengths of a batch are known
+        # To compile, once the lengths of a batch are known; compilers of several processes may wait for each other.
+        more_shapes = config.pack and not config.overlap and jax.process_count() == 1
         for n in loop:
             if n % config.evaluate_every == 0:
                 evaluate_and_keep_the_best()
@@ -228,15 +229,17 @@ def check(config: Config) -> tuple[Updates, Mesh | None, Sequence[str]]:
     """Refuses settings that are out of range or do not go together."""
     ranges.check(config)
     updates = config.updates(prompts=config.prompts_per_step)
-    mesh = config.make_mesh(prompts=config.prompts_per_step // updates.parts, group_size=config.group_size)
+    mesh = config.make_mesh(
+        prompts=config.prompts_per_step // updates.parts, group_size=config.group_size, packed=config.pack,
+        slots=config.slots and min(config.slots, config.prompts_per_step * config.group_size),
+    )  # fmt: skip
     talks, several = bool(config.tools or config.environment), jax.process_count() > 1
     if config.pack and config.attention in ("cudnn", "splash"):
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
     if config.server is not None and (config.sample_weights is not None or config.memory_gib is not None):
         raise ValueError("--sample-weights and --memory-gib are about sampling in this process, not by a --server")
-    if several and (talks or config.pack):
-        what = "conversations go" if talks else "--pack goes"
-        raise ValueError(f"{what} through the host of one process: leave out --coordinator")
+    if several and talks:
+        raise ValueError("conversations go through the host of one process: leave out --coordinator")
     if config.step_reward is not None and (talks or several):
         alone = "leave out --tools, --environment and --coordinator"
         raise ValueError(f"--step-reward {config.step_reward} grades completions of one turn on one process: {alone}")

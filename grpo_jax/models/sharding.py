@@ -185,6 +185,11 @@ def row_parts(mesh: Mesh, B: int, G: int = 1) -> int:
     return math.prod(mesh.shape[axis] for axes in rows(mesh, B, G) for axis in axes)
 
 
+def rows_divide(mesh: Mesh, B: int, G: int = 1) -> bool:
+    """Whether each device has rows of its own, or its `tensor` devices have."""
+    return row_parts(mesh, B, G) == math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def check_rows(mesh: Mesh, B: int, G: int) -> None:
     """Refuses rows that would leave devices to compute what others do.
 
@@ -197,10 +202,23 @@ def check_rows(mesh: Mesh, B: int, G: int) -> None:
       ValueError: with the numbers.
     """
     over = [mesh.shape[axis] for axis in ROWS]
-    if row_parts(mesh, B, G) < math.prod(over):
+    if not rows_divide(mesh, B, G):
         raise ValueError(
             f"{B} prompts at a time x {G} completions do not divide over data={over[0]}, fsdp={over[1]}: take a "
             f"multiple of {math.prod(over)} prompts at a time or of as many completions, or more of tensor"
+        )
+
+
+def check_slots(mesh: Mesh, slots: int) -> None:
+    """Refuses slots of continuous batching, each a row, that would leave devices to compute what others do.
+
+    Raises:
+      ValueError: with the numbers.
+    """
+    if not rows_divide(mesh, slots):
+        over = [mesh.shape[axis] for axis in ROWS]
+        raise ValueError(
+            f"{slots} slots do not divide over data={over[0]}, fsdp={over[1]}: take a multiple of {math.prod(over)}"
         )
 
 

@@ -16,6 +16,7 @@ its memory, matrix products, what is sent, and the least time that these take (`
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -284,16 +285,32 @@ def bits(dtype: Any) -> int:
     return 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
 
 
-def fewest_micro_batches(bytes_of: Callable[[int], int], prompts: int, budget: int) -> int:
+def fewest_micro_batches(
+    bytes_of: Callable[[int], int], prompts: int, budget: int, *, mesh: Mesh | None = None, group_size: int = 1
+) -> int:
     """The smallest number of micro-batches, a divisor of `prompts`, for which `bytes_of(number)` is within the budget.
 
+    Args:
+      bytes_of: of a number of micro-batches.
+      prompts: `B`.
+      budget: bytes of the device.
+      mesh: over which the rows of a micro-batch are to divide, or devices would compute what others do.
+      group_size: `G`.
+
     Raises:
-      ValueError: if not even one prompt at a time fits.
+      ValueError: if not even the smallest micro-batches fit, of one prompt at a time without a mesh; as
+        `sharding.check_rows` for the whole batch.
     """
+    if mesh is not None:
+        sharding.check_rows(mesh, prompts, group_size)
     for parts in (n for n in range(1, prompts + 1) if prompts % n == 0):
-        if (needed := bytes_of(parts)) <= budget:
+        if mesh is not None and not sharding.rows_divide(mesh, prompts // parts, group_size):
+            continue
+        at_a_time, needed = prompts // parts, bytes_of(parts)
+        if needed <= budget:
             return parts
-    raise ValueError(f"one prompt at a time takes {gib(needed)}, more than the {gib(budget)} that there are")
+    few = "one prompt at a time takes" if at_a_time == 1 else f"{at_a_time} prompts at a time, one a device, take"
+    raise ValueError(f"{few} {gib(needed)}, more than the {gib(budget)} that there are")
 
 
 def fit(
@@ -318,14 +335,17 @@ def fit(
       settings: as in `planned`.
 
     Raises:
-      ValueError: if not even one prompt at a time fits.
+      ValueError: as `fewest_micro_batches`.
     """
 
     def peak(micro_batches: int) -> int:
         parts = dataclasses.replace(updates, micro_batches=micro_batches)
         return plan(policy, optimizer, sampler, prompts=prompts, updates=parts, **settings).peak
 
-    micro_batches = fewest_micro_batches(peak, prompts // updates.minibatches, budget)
+    mesh, size_of_group = getattr(policy.config, "mesh", None), sampler.group_size
+    micro_batches = fewest_micro_batches(
+        peak, prompts // updates.minibatches, budget, mesh=mesh, group_size=size_of_group
+    )
     print(f"micro-batches with which a step fits into {gib(budget)}: {micro_batches}")
     return dataclasses.replace(updates, micro_batches=micro_batches)
 
@@ -406,6 +426,8 @@ def main(config: Config) -> Plan:
         raise ValueError(f"how long --slots {config.slots} take depends on lengths: leave them out beside --topology")
     if (mesh := mesh_of(config)) is not None:
         sharding.check_rows(mesh, config.prompts_per_step // config.micro_batches, config.group_size)
+        if config.slots is not None:
+            sharding.check_slots(mesh, min(config.slots, config.prompts_per_step * config.group_size))
     where = jax.default_backend() if config.topology is None else f"each chip of {config.topology}"
     made = functools.cache(of_config)
     found, compiled = made(config)
@@ -426,10 +448,13 @@ def main(config: Config) -> Plan:
 
         budget = int(config.device_gib * 2**30)
         prompts = config.prompts_per_step
-        largest = largest_batch(lambda prompts: peak(prompts, 1), budget)
+        unit = next(n for n in itertools.count(1) if mesh is None or sharding.rows_divide(mesh, n, config.group_size))
+        largest = unit * largest_batch(lambda units: peak(units * unit, 1), budget)
         print(f"prompts that fit into {gib(budget)} in one piece: {largest}")
         try:
-            parts = fewest_micro_batches(lambda parts: peak(prompts, parts), prompts, budget)
+            parts = fewest_micro_batches(
+                lambda parts: peak(prompts, parts), prompts, budget, mesh=mesh, group_size=config.group_size
+            )
             print(f"micro-batches in which {prompts} prompts fit: {parts}")
         except ValueError as reason:
             print(f"{prompts} prompts do not fit: {reason}")

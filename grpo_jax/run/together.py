@@ -34,11 +34,20 @@ class ProcessSettings:
         """This process as one of them; see `grpo_jax.processes.joined`."""
         return processes.joined(self.coordinator, self.processes, self.process_id)
 
-    def make_mesh(self, *, prompts: int, group_size: int) -> Mesh | None:
+    def make_mesh(
+        self, *, prompts: int, group_size: int, slots: int | None = None, packed: bool = False
+    ) -> Mesh | None:
         """The mesh, for so many prompts at a time; None for one device, which is told where there are more.
 
+        Args:
+          prompts: that are learned from at a time.
+          group_size: completions of each.
+          slots: completions that are decoded at a time; None for all.
+          packed: whether each group is laid into few rows, so that only prompts are divided.
+
         Raises:
-          ValueError: if several processes have none; as `sharding.parse` and `sharding.check_rows`.
+          ValueError: if several processes have none, or packed prompts do not divide over it; as `sharding.parse`,
+            `sharding.check_rows` and `sharding.check_slots`.
         """
         if self.mesh is None:
             if jax.process_count() == 1:
@@ -49,4 +58,11 @@ class ProcessSettings:
             raise ValueError(f"say how the {count} share the work: --mesh fsdp={jax.device_count()}, for instance")
         mesh = sharding.parse(self.mesh)
         sharding.check_rows(mesh, prompts, group_size)
+        if packed and not sharding.rows_divide(mesh, prompts):
+            raise ValueError(
+                f"--pack lays each group into few rows, so that prompts are divided, and {prompts} at a time do not "
+                f"divide over --mesh {self.mesh}: take more of them, fewer micro-batches, or leave out --pack"
+            )
+        if slots is not None:
+            sharding.check_slots(mesh, slots)
         return mesh

@@ -476,9 +476,15 @@ def test_a_mesh_is_asked_for_where_there_are_several_processes(files, tmp_path, 
         grpo.check(settings(files, tmp_path))
     mesh = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
     monkeypatch.setattr(sharding, "parse", lambda text: mesh)
-    assert grpo.check(settings(files, tmp_path, mesh="fsdp=2"))[1] is mesh
-    with pytest.raises(ValueError, match="--pack goes through the host of one process: leave out --coordinator"):
-        grpo.check(settings(files, tmp_path, mesh="fsdp=2", pack=True))
+    assert grpo.check(settings(files, tmp_path, mesh="fsdp=2", pack=True))[1] is mesh
+    for changes, message in (
+        ({"pack": True, "micro_batches": 2}, "prompts are divided, and 1 at a time do not divide over --mesh fsdp=2"),
+        ({"slots": 3}, "3 slots do not divide over data=1, fsdp=2: take a multiple of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grpo.check(settings(files, tmp_path, mesh="fsdp=2", **changes))
+    with pytest.raises(ValueError, match="conversations go through the host of one process: leave out --coordinator"):
+        grpo.check(settings(files, tmp_path, mesh="fsdp=2", tools=("my_tools:add",)))
 
 
 def test_a_wrong_number_of_rewards_is_told(files, tmp_path):

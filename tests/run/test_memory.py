@@ -131,6 +131,39 @@ def test_the_fewest_micro_batches_and_the_most_prompts_that_fit():
         assert memory.largest_batch(lambda prompts: 10 * prompts, 10 * fits + 9, limit=64) == min(fits, 64)
 
 
+def test_over_a_mesh_micro_batches_leave_no_device_to_compute_what_others_do():
+    mesh, taken = jax.sharding.AbstractMesh((1, 4, 1), sharding.AXES), []
+
+    def fewest(prompts, group_size, budget):
+        taken.clear()
+        bytes_of = lambda parts: taken.append(parts) or prompts // parts  # noqa: E731
+        return memory.fewest_micro_batches(bytes_of, prompts, budget, mesh=mesh, group_size=group_size)
+
+    assert fewest(12, 3, 5) == 3  # 3, 2 and 1 prompts of 3 completions do not divide over 4
+    assert taken == [1, 3]
+    assert fewest(12, 8, 5) == 3
+    assert taken == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"4 prompts at a time, one a device, take 0.0 MiB"):
+        fewest(12, 3, 3)
+    with pytest.raises(ValueError, match=r"6 prompts at a time x 3 completions do not divide over data=1, fsdp=4"):
+        fewest(6, 3, 100)
+
+
+def test_the_most_prompts_over_a_mesh_are_those_that_divide(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "mesh_of", lambda config: jax.sharding.AbstractMesh((1, 4, 1), sharding.AXES))
+    sizes = dict.fromkeys(memory.Plan._fields, 0)
+
+    def of_config(config):
+        held = 2**30 * config.prompts_per_step // config.micro_batches
+        return memory.Planned(memory.Plan(**sizes | {"learning": held}), None)
+
+    monkeypatch.setattr(memory, "of_config", of_config)
+    memory.main(memory.Config(model="none", prompts_per_step=32, group_size=3, device_gib=11.5))
+    printed = capsys.readouterr().out
+    assert "fit into 11.50 GiB in one piece: 8\n" in printed
+    assert "micro-batches in which 32 prompts fit: 4\n" in printed
+
+
 def test_the_command_plans_the_adapters_and_the_codes_that_it_is_told(tmp_path, monkeypatch):
     testing.tiny_hf_config("qwen3").save_pretrained(tmp_path)
     monkeypatch.setattr(memory, "planned", lambda *_, **settings: settings)
