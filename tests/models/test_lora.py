@@ -402,6 +402,39 @@ def test_what_no_folder_of_adapters_holds_is_refused_by_name(tmp_path):
             hf.load_adapters(policy, params, tmp_path)
 
 
+def test_layers_without_an_adapter_are_those_that_the_config_of_peft_leaves_out(tmp_path):
+    policy, params = base()
+    adapters, frozen = random_adapters(policy, params, rank={"q_proj": 2}, alpha=6.0)
+    hf.save_adapters(policy, adapters, frozen, tmp_path, base_model="base")
+    of_config, of_weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config, weights = json.loads(of_config.read_text()), safetensors.numpy.load_file(of_weights)
+    second = {name: x for name, x in weights.items() if ".layers.1." in name}
+    by_regex = r"model\.layers\.1\.self_attn\.(q|k)_proj"
+    for change, held, message in (
+        ({"layers_to_transform": [1]}, second, None),
+        ({"layers_to_transform": 1}, second, None),
+        ({"target_modules": by_regex}, second, None),
+        ({"target_modules": ["layers.1.self_attn.q_proj"]}, second, None),
+        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, second, None),
+        ({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, weights, None),
+        ({}, second, r"layers\.0\.self_attn\.q_proj\.lora_A\.weight: missing"),
+        ({"layers_to_transform": [0]}, weights, r"layers\.1\.self_attn\.q_proj\.lora_A\.weight: unexpected"),
+        ({"target_modules": "("}, second, r"has '\(', no regular expression"),
+    ):
+        of_config.write_text(json.dumps(config | change))
+        safetensors.numpy.save_file(held, of_weights)
+        if message is not None:
+            with pytest.raises(ValueError, match=message):
+                hf.load_adapters(policy, params, tmp_path)
+            continue
+        read, of_read = hf.load_adapters(policy, params, tmp_path)
+        found, expected = (tree["layers"]["self_attn"]["q_proj"] for tree in (read, adapters))
+        own = np.array([held is weights, True])
+        for name in (lora.A, lora.B):
+            np.testing.assert_array_equal(found[name], np.where(own[:, None, None], expected[name], 0))
+        assert of_read["layers"]["self_attn"]["q_proj"][lora.SCALE][1] == 3
+
+
 def test_a_base_is_digested_once_for_all_adapters_that_are_written_and_another_one_anew(tmp_path, monkeypatch):
     policy, params = base()
     params = jax.tree.map(jnp.copy, params)  # which no other test has written adapters of

@@ -101,6 +101,26 @@ def test_what_peft_writes_is_read_here_to_the_same_logits(folder, tmp_path, sett
     np.testing.assert_allclose(logits(policy, lora.merge(adapters, base)), expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+        {"target_modules": r".*layers\.1\.self_attn\.(q|v)_proj|.*layers\.0\.mlp\.up_proj"},
+    ],
+    ids=["by number", "by name"],
+)
+def test_adapters_of_some_layers_are_read_here_to_the_logits_of_peft(tmp_path, settings):
+    folder = tiny_checkpoint(tmp_path / "base", "qwen3")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=4, lora_alpha=8, **settings)
+    model = peft.get_peft_model(in_torch(folder), config).eval()
+    model.save_pretrained(tmp_path / "adapters")
+    policy, params = hf.load_pretrained(folder)
+    ours = logits(policy, bind(*hf.load_adapters(policy, params, tmp_path / "adapters")))
+    assert np.max(np.abs(ours - logits(policy, params))) > 0.1
+    np.testing.assert_allclose(ours, logits_in_torch(model)[:, 1:], rtol=0, atol=2e-4)
+
+
 def test_transformers_reads_a_merged_model_to_the_same_logits(folder, tmp_path):
     policy, params = hf.load_pretrained(folder)
     adapters, base = random_adapters(policy, params, rank=4)

@@ -63,6 +63,7 @@ _NEUTRAL = {
     *("lora_dropout", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"),
     "target_parameters",
     *("exclude_modules", "megatron_core", "runtime_config", "ensure_weight_tying", "layers_pattern"),
+    *("layers_to_transform", "eva_config"),
 }
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -195,7 +196,7 @@ def load_adapters(
 
     Returns:
       `(adapters, base)`, as `lora.adapt` returns them. Where PEFT's ranks differ between layers, the smaller ones are
-      filled with zeros, which stay zeros.
+      filled with zeros, which stay zeros; so are layers that its config gives no adapter.
 
     Raises:
       FileNotFoundError: if there is no such folder, or no safetensors in it.
@@ -230,10 +231,10 @@ def load_adapters(
     targets = [
         target
         for target in _targets(policy, params)
-        if f"{_module(target.name, layers, 0, nested)}.lora_A.weight" in tensors
+        if any(f"{_module(target.name, layers, i, nested)}.lora_A.weight" in tensors for i in range(target.stack[0]))
         and (nested or _is_targeted(target.name, config))
     ]
-    if offenders := list(_offenders(tensors, targets, layers, nested)):
+    if offenders := list(_offenders(tensors, targets, layers, nested, config)):
         raise ValueError("\n  ".join([f"{folder} does not hold adapters of this base:", *map(short, offenders[:20])]))
     if not any_base and trained_on not in (None, _digest(params)):
         raise ValueError(
@@ -243,18 +244,19 @@ def load_adapters(
     adapters: Params = {}
     scales: Params = {}
     for target in targets:
-        pairs: list[tuple[np.ndarray, np.ndarray]] = []
-        scale: list[float] = []
+        pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for i in range(target.stack[0]):
             name = _module(target.name, layers, i, nested)
-            rows, columns = (tensors[f"{name}.lora_{x}.weight"] for x in "AB")
-            pairs.append(_from_peft(rows, columns, target.stack[1:]))
-            scale.append(_scale(config, f"{layers}.{i}.{target.name}", pairs[-1][0].shape[-1]))
-        rank = max(a.shape[-1] for a, _ in pairs)
+            if f"{name}.lora_A.weight" in tensors:
+                rows, columns = (tensors[f"{name}.lora_{x}.weight"] for x in "AB")
+                pairs[i] = _from_peft(rows, columns, target.stack[1:])
+        rank = max(a.shape[-1] for a, _ in pairs.values())
         a = np.zeros((*target.stack, target.inputs, rank), np.float32)
         b = np.zeros((*target.stack, rank, target.outputs), np.float32)
-        for i, (of_a, of_b) in enumerate(pairs):
+        scale = np.ones(target.stack[0], np.float32)
+        for i, (of_a, of_b) in pairs.items():
             a[i, ..., : of_a.shape[-1]], b[i, ..., : of_b.shape[-2], :] = of_a, of_b
+            scale[i] = _scale(config, f"{layers}.{i}.{target.name}", of_a.shape[-1])
         first, own = 0, ranks.get(target.name)
         for part in target.parts:
             if own is not None and part.path[-1] not in own:
@@ -263,7 +265,7 @@ def load_adapters(
             held_a, held_b = a[..., first : first + r], b[..., first : first + r, part.columns]
             first += 0 if own is None else r
             lora.put(adapters, part.path, {lora.A: jnp.asarray(held_a), lora.B: jnp.asarray(held_b)})
-            lora.put(scales, part.path, {lora.SCALE: jnp.asarray(scale, jnp.float32)})
+            lora.put(scales, part.path, {lora.SCALE: jnp.asarray(scale)})
     return adapters, bind(params, scales)
 
 
@@ -358,6 +360,27 @@ def _is_targeted(target: str, config: dict[str, Any]) -> bool:
     )
 
 
+def _is_meant(module: str, layer: int, config: dict[str, Any]) -> bool:
+    """Whether a linear layer has an adapter by PEFT's config, which may name some of a model's layers."""
+    targets, numbers = config.get("target_modules"), config.get("layers_to_transform")
+    if _matches(config.get("exclude_modules") or [], module):
+        return False
+    if targets is None or _OF_EXPERTS in module:
+        return True
+    if numbers in (None, []) or isinstance(targets, str) or module in targets:
+        return _matches(targets, module)
+    return layer in np.atleast_1d(numbers) and _matches(targets, module)
+
+
+def _matches(targets: str | Sequence[str], module: str) -> bool:
+    if not isinstance(targets, str):
+        return any(module == x or module.endswith(f".{x}") for x in targets)
+    try:
+        return re.fullmatch(targets, module) is not None
+    except re.error as error:
+        raise ValueError(f"{CONFIG} has {targets!r}, no regular expression: {error}") from error
+
+
 def _to_peft(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`[in, r]` and `[r, out]` as `[r, in]` and `[out, r]`; of experts `[E r, in]` and `[out, r E]`."""
     rows, columns = a.swapaxes(-1, -2).reshape(-1, a.shape[-2]), b.T.reshape(b.shape[-1], -1)
@@ -389,7 +412,9 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def _offenders(tensors: dict[str, np.ndarray], targets: list[_Target], layers: str, nested: bool) -> Iterator[str]:
+def _offenders(
+    tensors: dict[str, np.ndarray], targets: list[_Target], layers: str, nested: bool, config: dict[str, Any]
+) -> Iterator[str]:
     """A line for each tensor that is not an adapter's, of another shape, or missing."""
     wanted: dict[
         str, tuple[int, int]
@@ -397,6 +422,10 @@ def _offenders(tensors: dict[str, np.ndarray], targets: list[_Target], layers: s
     for target in targets:
         for i in range(target.stack[0]):
             name, times = _module(target.name, layers, i, nested), math.prod(target.stack[1:])
+            pair = {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
+            by_number = config.get("layers_to_transform") not in (None, [])  # PEFT leaves out what others have
+            if (by_number or not pair & tensors.keys()) and not _is_meant(f"{layers}.{i}.{target.name}", i, config):
+                continue
             wanted |= {
                 f"{name}.lora_A.weight": (target.inputs, times),
                 f"{name}.lora_B.weight": (target.outputs, times),
