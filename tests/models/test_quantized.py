@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import chex
 import jax
@@ -10,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 from grpo_jax import losses, models
 from grpo_jax.freezing import named_leaves, partition
@@ -246,18 +248,31 @@ def test_codes_are_not_exported_without_being_merged(folder, tmp_path):
         ("-unsloth-bnb-4bit", {"quant_method": "bitsandbytes", "load_in_4bit": True}, True),
         ("-GPTQ-Int4", {"quant_method": "gptq", "bits": 4}, True),
         ("-AWQ", {"quant_method": "awq", "bits": 4}, True),
+        ("-quantized.w8a8", {"quant_method": "compressed-tensors"}, True),
+        ("-FP8-block", {"quant_method": "fp8", "weight_block_size": [128, 128]}, True),
         ("", {"quant_method": "awq", "bits": 4}, False),
     ],
 )
 def test_a_checkpoint_that_is_quantised_already_is_refused_with_the_name_of_what_to_load(
     folder, tmp_path, suffix, method, named
 ):
-    other = tmp_path / f"Tiny-7B{suffix}"
-    other.mkdir()
+    other = tmp_path / "in_int8_and_others" / f"Tiny-7B{suffix}"
+    other.mkdir(parents=True)
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": method}
     (other / "config.json").write_text(json.dumps(config))
-    of_name = r" \(by its name, .*/Tiny-7B\)" if named else ""
+    of_name = r" \(by its name, .*/in_int8_and_others/Tiny-7B\)" if named else ""
     with pytest.raises(
         ValueError, match=f"quantised already, by {method['quant_method']}.*made of{of_name}, with quant"
     ):
+        hf.load_pretrained(other)
+
+
+@pytest.mark.parametrize("code", ["qweight", "weight_packed", "weight_scale_inv", "SCB"])
+def test_codes_of_which_no_config_tells_are_refused_as_those_of_which_one_does(folder, tmp_path, code):
+    """Older tools note the method in a file of their own, such as quantize_config.json."""
+    other = shutil.copytree(folder, tmp_path / "Tiny-7B-GPTQ")
+    tensors = safetensors.numpy.load_file(other / "model.safetensors")
+    tensors |= {f"model.layers.0.mlp.up_proj.{code}": np.zeros(4, np.int32)}
+    safetensors.numpy.save_file(tensors, other / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"quantised already, by what made .*up_proj\.{code}, .*name, .*/Tiny-7B\)"):
         hf.load_pretrained(other)

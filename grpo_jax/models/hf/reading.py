@@ -33,9 +33,11 @@ _BLOCK = 2**21  # numbers read at a time; the host holds two copies of them
 _EMBEDDING = "model.embed_tokens.weight"
 _FLOATS = ("F32", "BF16", "F16")
 _NAMED = 20  # offending tensors in a message
-_QUANTIZED_NAME = re.compile(
-    r"[-_](unsloth-)?(bnb-4bit|bnb-8bit|gptq|awq|fp8|int[48]|4bit|8bit|w4a16).*$", re.IGNORECASE
+_QUANTIZED_NAME = re.compile(  # the end of a repository's name
+    r"[-_](unsloth-)?(bnb-4bit|bnb-8bit|gptq|awq|fp8|nvfp4|mxfp4|int[48]|4bit|8bit|(quantized\.)?w\d+a\d+)[^/]*/?$",
+    re.IGNORECASE,
 )
+_CODES = re.compile(r".*\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|SCB|absmax)$")
 
 
 def load_pretrained(
@@ -105,6 +107,8 @@ def load_pretrained(
     )
     policy = models.decoder(config)
     shapes = shapes_of(policy)
+    if codes := sorted(filter(_CODES.fullmatch, weight_map(folder))):
+        _refuse(os.fspath(path_or_repo), f"what made {codes[0]}")
     params = _read(folder, leaves_of(policy), config.tie_embeddings, quantize, mesh)
     return policy, jax.tree.unflatten(jax.tree.structure(shapes), params)
 
@@ -145,14 +149,17 @@ def load_reward_model(
 
 def _refuse_quantized(hf_config: transformers.PretrainedConfig, path_or_repo: str) -> None:
     """Says which model to load in place of one that is quantised already."""
-    if not (found := getattr(hf_config, "quantization_config", None)):
-        return
-    method = (found if isinstance(found, dict) else found.to_dict()).get("quant_method", "an unnamed method")
+    if found := getattr(hf_config, "quantization_config", None):
+        method = (found if isinstance(found, dict) else found.to_dict()).get("quant_method", "an unnamed method")
+        _refuse(path_or_repo, str(getattr(method, "value", method)))
+
+
+def _refuse(path_or_repo: str, method: str) -> None:
     name = _QUANTIZED_NAME.sub("", path_or_repo)
     whole = f" (by its name, {name})" if name != path_or_repo else ""
     raise ValueError(
-        f"{path_or_repo} is quantised already, by {getattr(method, 'value', method)}, whose codes are not read: load "
-        f'the model that it was made of{whole}, with quantize="nf4" for 4 bits or quantize="int8" for 8'
+        f"{path_or_repo} is quantised already, by {method}, whose codes are not read: load the model that it was made "
+        f'of{whole}, with quantize="nf4" for 4 bits or quantize="int8" for 8'
     )
 
 
