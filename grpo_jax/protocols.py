@@ -175,7 +175,7 @@ class Surrogate(Protocol):
 
         Args:
           log_ratio: `[B, G, T]`, as the ratio returned it; 0 where a token does not count.
-          advantages: `[B, G, 1]` or `[B, G, T]`.
+          advantages: `[B, G, T]`, 0 where a token does not count or has a weight of 0.
           log_probs: `[B, G, T]`, 0 where a token does not count.
 
         Returns:

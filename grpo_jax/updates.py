@@ -143,6 +143,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """Applies one update, or none at all if the loss, the gradient or what the params would become is not finite.
 
+    It is the norm of the gradient that is asked: one of numbers beyond 1e19, whose squares overflow here and in the
+    second moments of Adam, is refused as well.
     Finite gradients make params that are not where a setting of the optimizer is NaN, such as its weight decay, or a
     step overflows. A refused update leaves params and optimiser state as they were, bit for bit, and
     adds 1 to `state.skipped`. (`optax.apply_if_finite` gives up after some refusals

@@ -10,7 +10,7 @@ from grpo_jax.advantages.estimators import batch_normalised_advantages, group_ad
 from grpo_jax.advantages.spread import check_deviation, from_mean, has_variance, root_mean_square, where_variance
 from grpo_jax.advantages.totals import Weights, as_array, moments, reward_metrics, rewards_of, total_reward
 from grpo_jax.losses import kl_k1
-from grpo_jax.losses.contract import check_not_negative, check_shares
+from grpo_jax.losses.contract import check_not_negative, check_shares, weighted
 from grpo_jax.protocols import Advantage, KLEstimate
 from grpo_jax.types import Array, Experience, Metrics
 
@@ -105,8 +105,9 @@ def reinforce_plus_plus(
         per_step = jnp.where(jnp.arange(T) == last, total[..., None], 0.0)
         if not (isinstance(beta, int | float) and beta == 0):
             kl = token_kl(experience, estimate)
-            per_step = per_step - beta * kl
-            metrics = metrics | moments("cost", beta * jnp.sum(jnp.where(counted, kl, 0.0), axis=-1), scored)
+            cost = weighted(beta, jnp.where(counted, kl, 0.0))
+            per_step = per_step - cost
+            metrics = metrics | moments("cost", jnp.sum(cost, axis=-1), scored)
         returns = _over_counted(per_step, counted, gamma)
         row = (1, -1)  # the tokens of the batch are one group
         centered = from_mean(returns.reshape(row), counted.reshape(row), axis=None)

@@ -66,7 +66,7 @@ def distillation_advantages(beta: float | Array = 1.0, *, gamma: float | Array =
         kl = jnp.where(mask, token_kl(experience, kl_k1), 0.0)
         size = jnp.abs(kl)
         before = (jnp.cumsum(size, axis=-1) - size) / jnp.maximum(jnp.sum(size, axis=-1, keepdims=True), 1e-8)
-        return -beta * kl * (1 + gamma * (1 - before)), {"reverse_kl": Mean(jnp.sum(kl), jnp.sum(mask))}
+        return weighted(beta, -kl * (1 + gamma * (1 - before))), {"reverse_kl": Mean(jnp.sum(kl), jnp.sum(mask))}
 
     return advantage
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.advantages.estimators import group_advantages
-from grpo_jax.losses.contract import check_shares
+from grpo_jax.losses.contract import check_shares, widened
 from grpo_jax.protocols import Advantage
 from grpo_jax.statistics import Mean
 from grpo_jax.types import Array, Experience, Metrics
@@ -37,7 +37,7 @@ def rewards_to_go(rewards: Array, mask: Array, *, gamma: float | Array = 1.0) ->
         total = reward + gamma * later
         return total, total
 
-    by_token = jnp.moveaxis(jnp.where(mask, rewards, 0.0), -1, 0)
+    by_token = jnp.moveaxis(widened(jnp.where(mask, rewards, 0.0)), -1, 0)
     _, to_go = jax.lax.scan(earlier, jnp.zeros_like(by_token[0]), by_token, reverse=True)
     return jnp.moveaxis(to_go, 0, -1)
 

@@ -26,7 +26,8 @@ def reward_metrics(experience: Experience, total: Array, scored: Array, names: S
     """The metrics that every advantage logs.
 
         reward, reward_std                   the total of a completion, after the cost, over completions with a reward
-        zero_variance_groups                 share of groups with a reward whose totals are all equal: advantages of 0
+        zero_variance_groups                 share of groups with a reward whose totals are all equal; where rewards are
+                                             compared within a group, their advantages are 0
         reward/<name>, reward/<name>_std     one reward function, unweighted, over completions that it scored
 
     Deviations are over the whole batch with `ddof=0`; TRL's `reward_std` has `ddof=1`.

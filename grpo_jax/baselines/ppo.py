@@ -21,7 +21,7 @@ from grpo_jax.advantages import Weights, total_reward
 from grpo_jax.baselines.critic import explained_variance, gae, token_rewards, value_loss, values, whitened
 from grpo_jax.freezing import bind
 from grpo_jax.losses import bnpo, entropy_bonus, kl_k1, plus, token_mean
-from grpo_jax.losses.contract import check_not_negative, check_positive, check_shares, masked_sum
+from grpo_jax.losses.contract import check_not_negative, check_positive, check_shares, masked_sum, weighted
 from grpo_jax.policies import Policy, within
 from grpo_jax.protocols import Reward, Sampler, Terms
 from grpo_jax.schedules import Scheduled, at
@@ -90,7 +90,7 @@ def gae_advantages(
             if old_log_probs is None or experience.ref_log_probs is None:
                 raise ValueError("a kl_weight needs a reference policy: init_state(..., reference=True)")
             kl = jnp.where(mask, kl_k1(old_log_probs, experience.ref_log_probs), 0.0)
-            cost, metrics["kl"] = kl_weight * kl, token_mean(kl, mask)
+            cost, metrics["kl"] = weighted(kl_weight, kl), token_mean(kl, mask)
         rewards = token_rewards(total, mask, cost)
         advantages, returns = gae(rewards, old_values, mask, gamma=gamma, gae_lambda=gae_lambda)
         if whiten:

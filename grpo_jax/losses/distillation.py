@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.losses.aggregates import token_mean
-from grpo_jax.losses.contract import check_not_negative, difference, weighted
+from grpo_jax.losses.contract import check_not_negative, difference, weighted, widened
 from grpo_jax.losses.objectives import reinforce
 from grpo_jax.protocols import Aggregate, Loss, Terms, VocabularyDivergence
 from grpo_jax.types import Array, Experience, Metrics, Number, Scores
@@ -200,5 +200,6 @@ def _expectation(log_weight: Array, log_a: Array, log_b: Array) -> Array:
 
 def _with_rest(log_probs: Array) -> Array:
     """`[N, k]` to `[N, k + 1]`: the last is the log-prob of any other token, at least log(1e-8)."""
+    log_probs = widened(log_probs)  # in float16 there is no 1e-8
     rest = jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(log_probs), axis=-1, keepdims=True), 1e-8))
     return jnp.concatenate([log_probs, rest], axis=-1)

@@ -672,6 +672,16 @@ def test_refuses_settings_out_of_range(make, setting):
         make(**setting)
 
 
+def test_a_divergence_of_weight_0_costs_nothing_though_it_is_infinite():
+    experience, _ = experience_with_tokens()
+    cut = experience._replace(ref_log_probs=experience.old_log_probs.at[0, 0, 0].set(-jnp.inf))
+    assert cut.rollout.mask[0, 0, 0]
+    np.testing.assert_array_equal(kl_cost(0.0)(cut), 0.0)
+    np.testing.assert_array_equal(distillation_advantages(0.0)(cut)[0], 0.0)
+    zero = jnp.zeros(())  # traced, as in a grid over weights
+    np.testing.assert_array_equal(reinforce_plus_plus(zero)(cut)[0], reinforce_plus_plus()(cut)[0])
+
+
 @pytest.mark.parametrize("mask", [np.ones(3, bool), np.ones((2, 1), bool)], ids=["of_a_group", "of_a_prompt"])
 def test_refuses_a_mask_of_another_shape(mask):
     with pytest.raises(AssertionError):

@@ -10,6 +10,7 @@ from grpo_jax.losses import (
     cispo,
     covariant_kl,
     distill,
+    distill_top,
     echo,
     gmpo,
     grpo,
@@ -23,13 +24,14 @@ from grpo_jax.losses import (
     policy_loss,
     ppo_clip,
     reinforce,
+    reverse_kl,
     sampled_reverse_kl,
     squared_log_ratio,
     token_mean,
     token_ratio,
     vespo,
 )
-from grpo_jax.types import Scores
+from grpo_jax.types import Likeliest, Scores
 
 NAN, INF = np.nan, np.inf
 
@@ -121,6 +123,20 @@ def test_log_probs_in_16_bits_give_the_loss_of_the_same_numbers_in_32(dtype):
     )
     for loss in (grpo(penalty=k3(0.1)), cispo(weight=off_policy_mask(0.1)), m2po()):
         np.testing.assert_array_equal(both(loss, *narrow)[0], both(loss, *wide)[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+def test_a_teachers_top_in_16_bits_leaves_a_probability_to_the_rest(dtype):
+    experience, scores = inputs()
+    shape = (*experience.rollout.mask.shape, 2)
+    theirs = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.5])), shape).astype(dtype)  # nothing is left, to rounding
+    scores = scores._replace(top_log_probs=jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.25])), shape))
+    narrow, wide = (
+        distill_top(reverse_kl)(scores, experience._replace(teacher_top=Likeliest(jnp.zeros(shape, jnp.int32), x)))[0]
+        for x in (theirs, theirs.astype(jnp.float32))
+    )
+    assert np.isfinite(losses.value(wide))
+    np.testing.assert_array_equal(losses.value(narrow), losses.value(wide))
 
 
 @pytest.mark.parametrize(
