@@ -146,7 +146,7 @@ def train(config: Config) -> Params:
         updates = memory.fit(
             updates, trained, optimizer, own, loss=loss, prompts=config.prompts_per_step, prompt_tokens=width,
             reference=config.beta > 0, params=params, frozen=frozen, score_old=score_old,
-            budget=int(config.memory_gib * 2**30),
+            budget=int(config.memory_gib * 2**30), packed=config.pack,
         )  # fmt: skip
     kept = keeping.begin(running, scaled=dtype == np.float16)
     updates = keeping.scaled(updates) if "loss_scale" in kept else updates

@@ -321,6 +321,7 @@ def fit(
     *,
     prompts: int,
     budget: int,
+    packed: bool = False,
     **settings: Any,
 ) -> Updates:
     """The same updates in the fewest micro-batches with which a step is within the budget.
@@ -332,6 +333,7 @@ def fit(
       sampler: as in `planned`.
       prompts: `B`.
       budget: bytes of the device.
+      packed: whether groups are laid into few rows, so that over a mesh prompts alone are divided.
       settings: as in `planned`.
 
     Raises:
@@ -342,7 +344,7 @@ def fit(
         parts = dataclasses.replace(updates, micro_batches=micro_batches)
         return plan(policy, optimizer, sampler, prompts=prompts, updates=parts, **settings).peak
 
-    mesh, size_of_group = getattr(policy.config, "mesh", None), sampler.group_size
+    mesh, size_of_group = getattr(policy.config, "mesh", None), 1 if packed else sampler.group_size
     micro_batches = fewest_micro_batches(
         peak, prompts // updates.minibatches, budget, mesh=mesh, group_size=size_of_group
     )

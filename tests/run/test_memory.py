@@ -1,6 +1,8 @@
 """The plan of a step's memory, against arrays that exist."""
 
 import dataclasses
+import functools
+import types
 import warnings
 from pathlib import Path
 
@@ -147,6 +149,18 @@ def test_over_a_mesh_micro_batches_leave_no_device_to_compute_what_others_do():
         fewest(12, 3, 3)
     with pytest.raises(ValueError, match=r"6 prompts at a time x 3 completions do not divide over data=1, fsdp=4"):
         fewest(6, 3, 100)
+
+
+def test_over_a_mesh_packed_groups_divide_by_prompts_alone(monkeypatch):
+    mesh = jax.sharding.AbstractMesh((1, 4, 1), sharding.AXES)
+    policy = types.SimpleNamespace(config=types.SimpleNamespace(mesh=mesh))
+    peak = lambda updates: types.SimpleNamespace(peak=8 // updates.micro_batches)  # noqa: E731
+    monkeypatch.setattr(memory, "plan", lambda *_, updates, **settings: peak(updates))
+    fit = functools.partial(memory.fit, Updates(), policy, None, types.SimpleNamespace(group_size=4), prompts=8)
+    assert fit(budget=2).micro_batches == 4
+    assert fit(budget=4, packed=True).micro_batches == 2
+    with pytest.raises(ValueError, match="4 prompts at a time, one a device, take"):
+        fit(budget=2, packed=True)
 
 
 def test_the_most_prompts_over_a_mesh_are_those_that_divide(monkeypatch, capsys):
