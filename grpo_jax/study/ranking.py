@@ -22,7 +22,7 @@ import scipy.stats
 
 from grpo_jax.study.grid import Condition
 from grpo_jax.study.intervals import Interval, bootstrap
-from grpo_jax.study.results import Record, last, per_seed, summarise
+from grpo_jax.study.results import Record, last, per_seed, seeds_of, summarise
 
 RATE = "learning_rate"
 Reduce = Callable[[Sequence[float]], float]  # from a curve to a number
@@ -64,10 +64,18 @@ def _at(condition: Condition, rate: float) -> Condition:
 
 
 def by_rate(rows: Sequence[Record], metric: str, reduce: Reduce = last) -> dict[str, dict[float, np.ndarray]]:
-    """One number per seed: condition -> rate -> `[seeds]`, of the rows of a grid of `at_each_rate`."""
+    """One number per seed: condition -> rate -> `[seeds]`, of the rows of a grid of `at_each_rate`.
+
+    Raises:
+      ValueError: if a condition has other seeds at one rate than at another, as before a grid is finished.
+    """
     found: dict[str, dict[float, np.ndarray]] = {}
+    seeds, of_condition = seeds_of(rows, metric), dict[str, str]()
     for name, values in per_seed(rows, metric, reduce).items():
         condition, _, rate = name.rpartition(" @ ")
+        first = of_condition.setdefault(condition, name)
+        if seeds[name] != seeds[first]:
+            raise ValueError(f"{name!r} has {metric} of the seeds {seeds[name]}, {first!r} of {seeds[first]}")
         found.setdefault(condition, {})[float(rate)] = values
     return found
 
@@ -161,9 +169,14 @@ def sign_flip_p_value(differences: np.ndarray, *, draws: int = 20_000) -> float:
     counted among them (Phipson and Smyth 2010), so that it is never 0.
 
     Args:
-      differences: `[seeds]`.
+      differences: `[seeds]`, at least one.
       draws: at random.
+
+    Raises:
+      ValueError: for no differences, or one that is not finite.
     """
+    if not len(differences) or not np.isfinite(differences).all():
+        raise ValueError(f"a test is of at least one difference, all of them finite, got {list(differences)}")
     n = len(differences)
     if n <= 12:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
@@ -178,7 +191,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (1979): below a level for any at all with at most that probability by chance.
 
     adjusted of the k-th smallest of m = max over j <= k of min(1, (m - j + 1) p_j)
+
+    Raises:
+      ValueError: for what is no probability.
     """
+    if broken := [p for p in p_values if not 0 <= p <= 1]:
+        raise ValueError(f"p-values are from 0 to 1, got {broken[0]}")
     adjusted, highest = [0.0] * len(p_values), 0.0
     for place, i in enumerate(np.argsort(p_values, kind="stable")):
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
@@ -192,7 +210,7 @@ def seeds_needed(
     """The fewest paired seeds at which a true difference is found with this power, by the paired t-test, two-sided.
 
     Args:
-      spread: the sample's deviation of the paired differences.
+      spread: the sample's deviation of the paired differences, at least 0; where it is not known, `most` are needed.
       difference: in the metric's units, above 0.
       power: the probability to find it, between 0 and 1.
       level: of the test; give a corrected one for several comparisons.
@@ -203,6 +221,8 @@ def seeds_needed(
     """
     if not difference > 0 or not 0 < level < power < 1:
         raise ValueError(f"difference is above 0 and 0 < level < power < 1, got {difference}, {level} and {power}")
+    if spread < 0:
+        raise ValueError(f"spread is a deviation, at least 0, got {spread}")
     if not math.isfinite(spread):
         return most
 

@@ -96,11 +96,12 @@ def average(curve: Sequence[float]) -> float:
 def per_seed(
     rows: Sequence[Record], metric: str, reduce: Callable[[Sequence[float]], float] = last
 ) -> dict[str, np.ndarray]:
-    """One number per seed, of the curve of a metric: condition -> `[seeds]`, in the order of the rows.
+    """One number per seed, of the curve of a metric: condition -> `[seeds]`, in the order of the seeds.
 
     Args:
       rows: from `read`.
-      metric: its name. Rows without it, such as those of step 0, have no part in the curve.
+      metric: its name. Rows without it, such as those of step 0, have no part in the curve, which is in the order of
+        steps whatever that of the rows.
       reduce: from a curve to a number, `last` or `average`.
 
     Raises:
@@ -110,12 +111,17 @@ def per_seed(
     return {name: np.array([reduce(curve) for curve in seeds.values()]) for name, seeds in curves.items()}
 
 
+def seeds_of(rows: Sequence[Record], metric: str) -> dict[str, list[int]]:
+    """The seeds that have a metric, in their order: condition -> seeds, as `per_seed` has their numbers."""
+    return {name: list(seeds) for name, seeds in _curves(rows, metric).items()}
+
+
 def _curves(rows: Sequence[Record], metric: str) -> dict[str, dict[int, list[float]]]:
-    """The curve of each seed, by condition."""
-    curves: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
+    """The curve of each seed, by condition in the order of the rows."""
+    curves: dict[str, dict[int, list[float]]] = {row["condition"]: {} for row in rows if metric in row}
+    for row in sorted(rows, key=lambda row: (row["seed"], row.get("step", 0))):
         if metric in row:
-            curves.setdefault(row["condition"], {}).setdefault(row["seed"], []).append(row[metric])
+            curves[row["condition"]].setdefault(row["seed"], []).append(row[metric])
     if not curves:
         measured = sorted({name for row in rows for name in row})
         raise ValueError(f"no row has the metric {metric!r}; there are {measured}")
@@ -147,7 +153,7 @@ def summarise(
     summary: Summary = {}
     for name in names:
         values = per_seed(rows, name, reduce)
-        seeds = {condition: list(curves) for condition, curves in _curves(rows, name).items()}
+        seeds = seeds_of(rows, name)
         for condition, numbers in values.items():
             columns = summary.setdefault(condition, {})
             columns[name] = bootstrap(numbers)

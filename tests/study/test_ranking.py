@@ -117,3 +117,37 @@ def test_a_ranking_compares_seed_by_seed():
     assert ranking.cells(lines, dict.fromkeys(values, 3e-4), "greedy")[0][-1] == "seeds for 0.5"
     with pytest.raises(ValueError, match="greedy of odd is not finite"):
         ranking.rank(rows_of(values | {"odd": start + math.nan}), "greedy", against="base")
+
+
+def test_the_order_of_the_rows_changes_nothing():
+    rows = rows_of({"base": [0.1, 0.5, 0.3, 0.2], "other": [0.2, 0.7, 0.3, 0.5]})
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    assert shuffled != rows
+    assert ranking.rank(shuffled, "greedy", against="base") == ranking.rank(rows, "greedy", against="base")
+
+
+def test_rates_of_other_seeds_have_no_area_seed_by_seed_and_no_best():
+    rows = rows_of({"a @ 0.001": [0.1, 0.2, 0.3], "a @ 0.01": [0.2, 0.3, 0.4], "b @ 0.001": [0.1]})
+    missing = [row for row in rows if (row["condition"], row["seed"]) != ("a @ 0.01", 1)]
+    other = [row for row in missing if (row["condition"], row["seed"]) != ("a @ 0.001", 2)]  # as many, but not the same
+    for f in (ranking.sensitivity, ranking.best_rates):
+        for rows_left in (missing, other):
+            with pytest.raises(ValueError, match=r"'a @ 0.01' has greedy of the seeds \[0, 2\], 'a @ 0.001' of"):
+                f(rows_left, "greedy")
+
+
+@pytest.mark.parametrize("differences", [[], [np.nan, 1.0], [np.inf, 0.5]], ids=str)
+def test_no_p_value_is_made_of_what_was_not_measured(differences):
+    with pytest.raises(ValueError, match="at least one difference, all of them finite"):
+        ranking.sign_flip_p_value(np.array(differences))
+
+
+@pytest.mark.parametrize("p_value", [-0.1, 1.1, np.nan], ids=str)
+def test_holm_corrects_probabilities_alone(p_value):
+    with pytest.raises(ValueError, match="p-values are from 0 to 1"):
+        ranking.holm([0.02, p_value])
+
+
+def test_a_spread_below_0_is_refused():
+    with pytest.raises(ValueError, match="spread is a deviation"):
+        ranking.seeds_needed(-0.1)
