@@ -85,5 +85,5 @@ class ServerSettings:
         return servers.engine_sampler(
             server, write=write, folder=folder, group_size=sampler.group_size, max_tokens=sampler.max_tokens,
             eos_ids=sampler.eos_ids, temperature=float(sampler.temperature), top_k=sampler.top_k,
-            top_p=top_p, min_p=min_p, stop=stop, max_lag=max_lag, timeout=self.server_timeout,
+            top_p=top_p, min_p=min_p, stop=stop, stop_table=sampler.stop, max_lag=max_lag, timeout=self.server_timeout,
         )  # fmt: skip

@@ -8,7 +8,7 @@ stopping.py  strings that end a completion
 turns.py     conversations with an environment on the host
 traced_turns.py   those with a traced one, in one program; turn_decoding.py is what both run
 engines.py   rollouts of an inference engine
-servers.py   vLLM or SGLang behind HTTP as a sampler, with weights pushed as folders
+servers.py   vLLM or SGLang behind HTTP as a sampler, with weights pushed as folders; server_answers.py checks theirs
 """
 
 from grpo_jax.sampling.engines import from_engine

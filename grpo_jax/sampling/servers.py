@@ -8,7 +8,8 @@
     step = make_train_step(policy, optimizer, sampler, loss=losses.grpo(weight=losses.truncated_importance(2.0)),
                            score_old=True, transforms=(measured.sampler_gap(),)).jit()
 
-Token ids go in and token ids with their log-probs come out; no text is encoded or decoded on the way.
+Token ids go in and token ids with their log-probs come out; no text is encoded or decoded on the way. Requests and
+answers are those of vLLM 0.33.0 and SGLang 0.5.23, by their source: neither has been run.
 """
 
 import asyncio
@@ -31,22 +32,19 @@ from grpo_jax.policies import Policy
 from grpo_jax.sampling.blank import BlankSampler
 from grpo_jax.sampling.engines import from_engine
 from grpo_jax.sampling.samplers import PolicySampler, sampler
+from grpo_jax.sampling.server_answers import Asked, Drawn, are_before_the_temperature, checked, is_cut, versions_of
+from grpo_jax.sampling.stopping import StopStrings
 from grpo_jax.truncation import Truncation
 from grpo_jax.types import Number, Params, PRNGKey, Prompts, Rollout
 
 TRANSIENT = (408, 409, 425, 429)  # statuses after which a request is sent again, beside 5xx
 ANSWER_LIMIT = 1 << 28  # bytes of one answer, which may hold a group of long completions with log-probs
+LATER = ("/update_weight_version",)  # routes that older servers lack, and go without
+COLDEST, HOTTEST = 0.01, 2.0  # temperatures: vLLM takes a lower one for 0.01, and refuses a higher one
+
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 Request = tuple[str, dict[str, Any]]  # a route of the server, and the JSON that is posted to it
-
-
-class Drawn(NamedTuple):
-    """A completion as a server returned it."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    truncated: bool
-    prompt_tokens: int | None = None  # that the server says it has read before them
 
 
 class Server(NamedTuple):
@@ -65,6 +63,9 @@ def vllm(url: str, *, model: str, adapters: bool = False) -> Server:
 
     Without that option its log-probs are those before the temperature. Whole models are reloaded in place, for which
     it needs `VLLM_SERVER_DEV_MODE=1`; adapters, `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`.
+
+    What a request leaves out, vLLM takes from the model's `generation_config.json`, penalties for repetition among it;
+    so all is told. Its own end tokens are ignored (`ignore_eos`): those of the sampler are `stop_token_ids`.
 
     Args:
       url: of the server, without `/v1`.
@@ -85,25 +86,35 @@ def vllm(url: str, *, model: str, adapters: bool = False) -> Server:
             "seed": settings["seed"],
             "stop": settings["stop"],
             "stop_token_ids": settings["eos_ids"],
+            "ignore_eos": True,
+            "watermarking": False,
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,
             "logprobs": 0,
             "return_token_ids": True,
+            "return_weight_versions": True,
         }
-        return "/v1/completions", content
+        return "/v1/completions", content | NEUTRAL | {"min_tokens": 0}
 
     def read(answer: Any) -> list[Drawn]:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        read = (answer.get("usage") or {}).get("prompt_tokens")
         return [
-            Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], _is_cut(choice["finish_reason"]), read)
+            Drawn(
+                choice["token_ids"],
+                choice["logprobs"]["token_logprobs"],
+                is_cut(choice["finish_reason"]),
+                ended_by=choice.get("stop_reason"),
+                prompt=choice.get("prompt_token_ids"),
+                prompt_tokens=(answer.get("usage") or {}).get("prompt_tokens"),
+                versions=versions_of(choice.get("weight_versions")),
+            )
             for choice in choices
         ]
 
     def load(folder: str, name: str, earlier: str | None) -> list[Request]:
         if not adapters:
             return [("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}),
-                    ("/reset_prefix_cache", {})]  # fmt: skip
+                    ("/reset_prefix_cache", {}), ("/update_weight_version", {"new_version": name})]  # fmt: skip
         gone = [] if earlier is None else [("/v1/unload_lora_adapter", {"lora_name": earlier})]
         return [("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}), *gone]
 
@@ -115,7 +126,8 @@ def sglang(url: str, *, adapters: bool = False) -> Server:
 
     With that variable its log-probs are those before the temperature. Those that it has are never under top-k, top-p or
     min-p, which are therefore refused. A group is a batch of equal prompts with a seed for each: a seed of several
-    completions would be the seed of each of them.
+    completions would be the seed of each of them. All is told, since it may have been started with preferred settings;
+    its own end tokens it does not ignore without ignoring the sampler's, so that they belong to these.
 
     Args:
       url: of the server.
@@ -126,11 +138,16 @@ def sglang(url: str, *, adapters: bool = False) -> Server:
         sampling_params = {
             "max_new_tokens": settings["max_tokens"],
             "temperature": settings["temperature"],
+            "top_p": settings["top_p"] or 1.0,
+            "top_k": settings["top_k"] or -1,
+            "min_p": settings["min_p"] or 0.0,
             "stop": settings["stop"],
             "stop_token_ids": settings["eos_ids"],
+            "ignore_eos": False,
+            "min_new_tokens": 0,
             "no_stop_trim": True,
             "skip_special_tokens": False,
-        }
+        } | NEUTRAL
         count = settings["group_size"]
         seeds = np.random.default_rng(settings["seed"]).integers(2**31, size=count).tolist()
         content = {
@@ -144,14 +161,25 @@ def sglang(url: str, *, adapters: bool = False) -> Server:
         drawn = []
         for one in answer:
             meta = one["meta_info"]
-            tokens = [token for _, token, *_ in meta["output_token_logprobs"]]
-            log_probs = [value for value, *_ in meta["output_token_logprobs"]]
-            drawn.append(Drawn(tokens, log_probs, _is_cut(meta["finish_reason"]["type"]), meta.get("prompt_tokens")))
+            pairs = [(token, value) for value, token, *_ in meta["output_token_logprobs"]]
+            reason, version = meta["finish_reason"], meta.get("weight_version")
+            drawn.append(
+                Drawn(
+                    [token for token, _ in pairs],
+                    [value for _, value in pairs],
+                    is_cut(reason["type"]),
+                    ended_by=reason.get("matched"),
+                    prompt_tokens=meta.get("prompt_tokens"),
+                    versions=() if version is None else [version],
+                )
+            )
         return drawn
 
     def load(folder: str, name: str, earlier: str | None) -> list[Request]:
         if not adapters:
-            return [("/update_weights_from_disk", {"model_path": folder})]
+            # Not in the server's own format, which may be that of a server that begins with random weights.
+            told = {"model_path": folder, "load_format": "auto", "flush_cache": True, "weight_version": name}
+            return [("/update_weights_from_disk", told)]
         gone = [] if earlier is None else [("/unload_lora_adapter", {"lora_name": earlier})]
         return [("/load_lora_adapter", {"lora_name": name, "lora_path": folder}), *gone]
 
@@ -165,6 +193,7 @@ class EngineSampler:
     server: Server
     drawing: PolicySampler  # the settings; `stop` has the texts that end a completion, which servers find themselves
     stop: tuple[str, ...]
+    stop_table: StopStrings | None
     write: Callable[[Policy, Params, pathlib.Path], None]
     folder: pathlib.Path
     max_lag: int
@@ -173,7 +202,8 @@ class EngineSampler:
     backoff: float
     concurrency: int
     run: str  # of this process, in the names of versions: a server refuses the name of one that it has
-    given: dict[str, Any]  # what the server has: `version`, its `leaves`, and `lag`, the batches drawn since the first
+    given: dict[str, Any]  # what the server has: `version`, its `leaves`, and `lag`, the batches drawn since the first;
+    # and whether its log-probs have been `probed`
     lock: threading.Lock  # held while a batch is drawn, of one version
     on_host: ClassVar[bool] = True
 
@@ -258,20 +288,51 @@ class EngineSampler:
         self, prompts: Sequence[list[int]], *, seeds: Sequence[int], limits: Sequence[int], group_size: int
     ) -> list[list[Drawn]]:
         """Asks for `group_size` completions of each prompt, of at most so many tokens, all together."""
-        loaded = self._name(self.given["version"]) if self.server.adapters else None
         settings = {
             "group_size": group_size, "eos_ids": [*self.eos_ids], "stop": [*self.stop],
             "temperature": 0.0 if self.greedy else self.temperature,
             "top_k": self.drawing.top_k, "top_p": self.drawing.top_p, "min_p": self.drawing.min_p,
         }  # fmt: skip
-        requests = [
-            self.server.generate(prompt, settings | {"seed": seed, "max_tokens": limit}, loaded)
-            for prompt, seed, limit in zip(prompts, seeds, limits, strict=True)
-        ]
+        if not (self.given["probed"] or self.greedy or (self.temperature == 1.0 and self.truncation is None)):
+            self._probe(prompts[:8])
+        each = [{"seed": seed, "max_tokens": limit} for seed, limit in zip(seeds, limits, strict=True)]
+        return self._ask([(prompt, settings | one) for prompt, one in zip(prompts, each, strict=True)])
+
+    def _ask(self, wanted: Sequence[tuple[list[int], Mapping[str, Any]]]) -> list[list[Drawn]]:
+        """Completions under some settings of each prompt, checked."""
+        name = self._name(self.given["version"])
+        loaded, version = (name, None) if self.server.adapters else (None, name)
+        requests = [self.server.generate(prompt, settings, loaded) for prompt, settings in wanted]
         answers = run_async(self._post(requests))
-        return [
-            _read(self.server, answer, len(prompt), group_size) for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        groups = []
+        for (prompt, settings), answer in zip(wanted, answers, strict=True):
+            asked = Asked(
+                prompt, settings["group_size"], settings["max_tokens"], self.eos_ids, settings["stop"],
+                self.stop_table if settings["stop"] else None, version,
+            )  # fmt: skip
+            groups.append(_read(self.server, answer, asked))
+        return groups
+
+    def _probe(self, prompts: Sequence[list[int]]) -> None:
+        """Asks for the likeliest tokens at a low and a high temperature, and refuses log-probs that do not know it.
+
+        vLLM's do not unless it is told so when it starts, and nothing in an answer says which they are.
+        """
+        likeliest = {
+            "group_size": 1, "eos_ids": [*self.eos_ids], "stop": [], "seed": 0, "max_tokens": min(8, self.max_tokens),
+            "top_k": 1, "top_p": None, "min_p": None,
+        }  # fmt: skip
+        cold, hot = (
+            self._ask([(prompt, likeliest | {"temperature": temperature}) for prompt in prompts])
+            for temperature in (COLDEST, HOTTEST)
+        )
+        if are_before_the_temperature([one for (one,) in cold], [one for (one,) in hot]):
+            raise ValueError(
+                f"the log-probs of {self.server.url} are those before the temperature, which is {self.temperature}, "
+                "and before top-k, top-p and min-p: a ratio to them would be wrong. Start vLLM with --logprobs-mode "
+                "processed_logprobs, and SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB"
+            )
+        self.given["probed"] = True
 
     def _name(self, version: int) -> str:
         return f"version_{version}_{self.run}"
@@ -318,10 +379,18 @@ class EngineSampler:
                     async with slots, asyncio.timeout(self.timeout):
                         status, body = await send(client, route, content)
                     reason = f"status {status}: {body[:300].decode(errors='replace')}"
+                    if status in (404, 405) and route in LATER:
+                        return None
+                    answer = _parsed(body)
                     if status < 300:
-                        return json.loads(body) if body.strip() else None
-                    # An attempt whose answer was lost has loaded it.
+                        # vLLM says so where blocks of its cache are still held: they belong to the weights before.
+                        if not isinstance(answer, dict) or answer.get("success") is not False:
+                            return answer
+                        continue
+                    # An attempt whose answer was lost has loaded it, or removed it.
                     if attempt and route.endswith("/load_lora_adapter") and b"already" in body:
+                        return None
+                    if attempt and route.endswith("/unload_lora_adapter") and status in (400, 404):
                         return None
                     if status not in TRANSIENT and status < 500:
                         break
@@ -346,6 +415,7 @@ def engine_sampler(
     top_p: float | None = None,
     min_p: float | None = None,
     stop: Sequence[str] = (),
+    stop_table: StopStrings | None = None,
     max_lag: int = 0,
     timeout: float = 600.0,
     retries: int = 3,
@@ -376,6 +446,7 @@ def engine_sampler(
       top_p: of the probability that is kept.
       min_p: share of the likeliest token's probability.
       stop: strings that end a completion.
+      stop_table: `stop_strings(tokenizer, stop)`, by which a completion is cut that the server ends late.
       max_lag: 0 gives the server new params at every call, 1 at every second one; never those that it has.
       timeout: seconds for a request, with the time that the server has it wait.
       retries: requests after the first that failed.
@@ -383,8 +454,8 @@ def engine_sampler(
       concurrency: the most requests at a time.
 
     Raises:
-      ValueError: for a setting out of range, and for top-k, top-p or min-p with a server whose log-probs are not under
-        them.
+      ValueError: for a setting out of range, for `stop` without its table, and for top-k, top-p or min-p with a server
+        whose log-probs are not under them. When called, for a server whose log-probs do not know the temperature.
     """
     if max_lag < 0 or retries < 0 or concurrency < 1 or not timeout > 0:
         raise ValueError(
@@ -393,6 +464,16 @@ def engine_sampler(
         )
     if not server.url.startswith(("http://", "https://")):
         raise ValueError(f"a server's url begins with http:// or https://, got {server.url!r}")
+    if not COLDEST <= temperature <= HOTTEST:
+        raise ValueError(
+            f"servers draw at temperatures from {COLDEST} to {HOTTEST}, got temperature = {temperature} (vLLM takes a "
+            f"lower one for {COLDEST}, at which a step would not score)"
+        )
+    if (len(stop) > 0) != (stop_table is not None) or isinstance(stop, str) or not all(stop):
+        raise ValueError(
+            f"stop has texts that are not empty, with stop_table=stop_strings(tokenizer, stop), got {stop!r} and "
+            f"{'none' if stop_table is None else 'a table'}"
+        )
     made = EngineSampler(
         server=server,
         write=write,
@@ -407,13 +488,14 @@ def engine_sampler(
             min_p=min_p,
         ),
         stop=tuple(stop),
+        stop_table=None if stop_table is None else StopStrings(*map(np.asarray, stop_table)),
         max_lag=max_lag,
         timeout=timeout,
         retries=retries,
         backoff=backoff,
         concurrency=concurrency,
         run=secrets.token_hex(4),
-        given={"version": 0, "lag": 0, "leaves": []},
+        given={"version": 0, "lag": 0, "leaves": [], "probed": False},
         lock=threading.Lock(),
     )
     if made.truncation is not None and not server.truncates:
@@ -429,34 +511,19 @@ def seeds_of(key: PRNGKey, count: int) -> list[int]:
     return list(np.asarray(jax.random.bits(key, (count,), np.uint32) >> 1).tolist())
 
 
-def _is_cut(reason: str) -> bool:
-    """Whether a completion ended at the limit; one that was aborted is none."""
-    if reason not in ("stop", "length"):
-        raise ValueError(f"a completion ended by {reason!r}, and not by stop or length")
-    return reason == "length"
-
-
-def _read(server: Server, answer: Any, prompt_tokens: int, group_size: int) -> list[Drawn]:
+def _parsed(body: bytes) -> Any:
+    """The JSON of an answer; None for other text, in which vLLM tells of adapters."""
     try:
-        drawn = server.read(answer)
-        _check(drawn, prompt_tokens, group_size)
-        return drawn
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read(server: Server, answer: Any, asked: Asked) -> list[Drawn]:
+    try:
+        return checked(server.read(answer), asked)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RuntimeError(
             f"{server.url} gave no whole completions with token ids and log-probs ({type(error).__name__}: {error}): "
             f"{json.dumps(answer)[:300]}"
         ) from error
-
-
-def _check(drawn: Sequence[Drawn], prompt_tokens: int, group_size: int) -> None:
-    if len(drawn) != group_size:
-        raise ValueError(f"{len(drawn)} completions in place of {group_size}")
-    for one in drawn:
-        if one.prompt_tokens not in (None, prompt_tokens):
-            raise ValueError(
-                f"it read {one.prompt_tokens} tokens for a prompt of {prompt_tokens}: it cuts prompts or adds to them"
-            )
-        if wrong := [token for token in one.tokens if type(token) is not int or not 0 <= token < 2**31]:
-            raise ValueError(f"{wrong[0]!r} is no token id")
-        if not_numbers := [value for value in one.log_probs if type(value) not in (int, float)]:
-            raise ValueError(f"{not_numbers[0]!r} is no log-prob")

@@ -6,8 +6,10 @@ import pytest
 
 from grpo_jax import sampling
 from grpo_jax.run.serving import ServerSettings
+from grpo_jax.testing import tiny_tokenizer
 
-SAMPLER = sampling.sampler(group_size=3, max_tokens=5, eos_ids=(1, 2), temperature=0.8)
+STOP = sampling.stop_strings(tiny_tokenizer(259), ("end",))
+SAMPLER = sampling.sampler(group_size=3, max_tokens=5, eos_ids=(1, 2), temperature=0.8, stop=STOP)
 GIVEN = {"stop": ("end",), "model": "tiny", "tokenizer": None, "folder": "engine"}
 
 

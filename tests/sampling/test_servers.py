@@ -1,6 +1,5 @@
 """Servers as samplers, against one that speaks vLLM's and SGLang's routes and draws with the sampler of the package."""
 
-import dataclasses
 import pathlib
 import weakref
 
@@ -41,7 +40,7 @@ def server_of(kind, engine, **settings):
 
 
 def sampler_of(server, folder, write=hf.save_pretrained, **changes):
-    settings = {"group_size": G, "max_tokens": T, "eos_ids": EOS, "temperature": TEMPERATURE, "backoff": 0.01}
+    settings = {"group_size": G, "max_tokens": T, "eos_ids": EOS, "backoff": 0.01}
     return servers.engine_sampler(server, write=write, folder=folder, **(settings | changes))
 
 
@@ -53,9 +52,9 @@ def copied():
     return jax.tree.map(jnp.copy, PARAMS)
 
 
-def gap(rollout, params):
+def gap(rollout, params, temperature=1.0):
     """The largest difference of the server's log-probs to those of the params; `sampler_kl` tells of the same."""
-    scored = score(POLICY, params, rollout, temperature=TEMPERATURE).log_probs
+    scored = score(POLICY, params, rollout, temperature=temperature).log_probs
     _, metrics = measured.sampler_gap()(Experience(rollout, old_log_probs=scored))
     found = summary(metrics)
     mean = np.mean((rollout.log_probs - scored)[np.asarray(rollout.mask)])
@@ -66,12 +65,12 @@ def gap(rollout, params):
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_the_server_draws_from_the_params_that_it_was_given_and_lags_at_most_as_told(kind, engine, tmp_path):
     (tmp_path / "version_1_killed").mkdir()
-    made = sampler_of(server_of(kind, engine), tmp_path, max_lag=1)
+    made = sampler_of(server_of(kind, engine), tmp_path, max_lag=1, temperature=TEMPERATURE)
     versions = [jax.tree.map(lambda x, n=n: x * (1 + 0.3 * n), PARAMS) for n in range(3)]
     rollouts = [made(POLICY, params, PROMPTS, jax.random.key(n)) for n, params in enumerate(versions)]
     for n, has in enumerate((0, 0, 2)):  # it is given the first and the third
-        assert gap(rollouts[n], versions[has]) < 1e-4
-        assert n == has or gap(rollouts[n], versions[n]) > 0.01
+        assert gap(rollouts[n], versions[has], TEMPERATURE) < 1e-4
+        assert n == has or gap(rollouts[n], versions[n], TEMPERATURE) > 0.01
     (folder,) = tmp_path.iterdir()  # that of a killed run has gone
     assert folder.name.startswith("version_2_")
     assert (rollouts[0].tokens[:, 0] != rollouts[0].tokens[:, 1]).any(-1).all()  # a group differs
@@ -82,7 +81,15 @@ def test_the_server_draws_from_the_params_that_it_was_given_and_lags_at_most_as_
     assert (rollouts[0].tokens != rollouts[1].tokens).any()  # other seeds
     drawing = [one for _, content in engine.asked for one in content.get("sampling_params", [content])]
     settings = [one for one in drawing if "temperature" in one]
-    assert all((one["temperature"], one["stop_token_ids"]) == (TEMPERATURE, list(EOS)) for one in settings)
+    # What is left out a server takes from the model's generation_config.json, or from its own command line.
+    told = {"stop_token_ids": list(EOS), "top_p": 1.0, "min_p": 0.0, "stop": [], "skip_special_tokens": False}
+    told |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    told |= {"min_tokens": 0, "watermarking": False} if kind == "vllm" else {"min_new_tokens": 0}
+    assert all(told.items() <= one.items() for one in settings)
+    # Its log-probs are looked at once, by the likeliest tokens at two temperatures.
+    by_kind = [(one["temperature"], one["top_k"]) for one in settings]
+    assert sorted(by_kind[:4]) == [(0.01, 1)] * 2 + [(2.0, 1)] * 2
+    assert {*by_kind[4:]} == {(TEMPERATURE, -1)}
     prompts = [content.get("prompt") or content.get("input_ids", [None])[0] for _, content in engine.asked]
     assert np.asarray(PROMPTS.tokens)[0, : int(PROMPTS.lengths[0])].tolist() in prompts
 
@@ -142,15 +149,19 @@ def test_a_server_holds_conversations(kind, engine, tmp_path):
     assert sum(path == ("/v1/completions" if kind == "vllm" else "/generate") for path, _ in engine.asked) >= 6
 
 
+@pytest.mark.parametrize("late", [0, 2], ids=["at once", "late"])
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_strings_end_completions_with_the_token_that_completes_them(kind, engine, tmp_path):
+def test_strings_end_completions_with_the_token_that_completes_them(kind, late, engine, tmp_path):
+    """Also where the server returns tokens after it."""
     tokenizer = tiny_tokenizer(259)  # bytes
-    engine.text = tokenizer.decode
+    engine.text, engine.late = tokenizer.decode, late
     made = sampler_of(server_of(kind, engine), tmp_path)
     free = jax.device_get(made(POLICY, PARAMS, PROMPTS, jax.random.key(0)))
     drawn = [token for token in free.tokens[free.mask].tolist() if token not in EOS]
     string = tokenizer.decode([max(drawn, key=drawn.count)])
-    stopping = dataclasses.replace(made, stop=(string,))
+    stopping = sampler_of(
+        server_of(kind, engine), tmp_path, stop=(string,), stop_table=sampling.stop_strings(tokenizer, (string,))
+    )
     rollout = jax.device_get(stopping(POLICY, PARAMS, PROMPTS, jax.random.key(0)))
     stopped = 0
     for place in np.ndindex(2, G):
@@ -185,11 +196,11 @@ def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_t
     engine.faults = [(404, {"error": "no such route"})]
     with pytest.raises(RuntimeError, match=r"/collective_rpc: status 404.*no such route"):
         again(POLICY, copied(), PROMPTS, jax.random.key(0))
-    engine.faults = [(200, {}), (200, {}), (200, {"choices": [{"text": "hello"}]})]
+    engine.faults = [(200, {})] * 3 + [(200, {"choices": [{"text": "hello"}]})] * 2
     with pytest.raises(RuntimeError, match=r"no whole completions with token ids and log-probs \(KeyError"):
         again(POLICY, copied(), PROMPTS, jax.random.key(0))
     choice = {"index": 0, "token_ids": [3], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "abort"}
-    engine.faults = [(200, {}), (200, {}), (200, {"choices": [choice]})]
+    engine.faults = [(200, {})] * 3 + [(200, {"choices": [choice]})] * 2
     with pytest.raises(RuntimeError, match="a completion ended by 'abort', and not by stop or length"):
         again(POLICY, copied(), PROMPTS, jax.random.key(0))
     monkeypatch.setattr(servers, "ANSWER_LIMIT", 1000)
@@ -209,6 +220,63 @@ def drawn_once(server, folder, talks):
     return made(POLICY, PARAMS, make_prompts([[20, 30]], rows=[0]), jax.random.key(0))
 
 
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_log_probs_before_the_temperature_are_refused(kind, engine, tmp_path):
+    """Those of vLLM are, unless `--logprobs-mode processed_logprobs` was given, and nothing in an answer says so."""
+    engine.raw = True
+    for settings in [{"temperature": TEMPERATURE}, {"top_p": 0.9}] if kind == "vllm" else [{"temperature": 1.5}]:
+        made = sampler_of(server_of(kind, engine), tmp_path, **settings)
+        with pytest.raises(ValueError, match=r"before the temperature, which is .* --logprobs-mode processed"):
+            made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    plain = sampler_of(server_of(kind, engine), tmp_path)  # at 1 both are the same
+    assert gap(plain(POLICY, PARAMS, PROMPTS, jax.random.key(0)), PARAMS) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_an_end_of_the_servers_own_is_ignored_or_told(kind, engine, tmp_path):
+    """As `<|eom_id|>` of Llama 3 in SGLang, and whatever `generation_config.json` names in both."""
+    engine.ends = tuple(range(40, 259))
+    made = sampler_of(server_of(kind, engine), tmp_path)
+    if kind == "vllm":
+        rollout = jax.device_get(made(POLICY, PARAMS, PROMPTS, jax.random.key(0)))
+        begins_so = np.isin(rollout.tokens[..., 0], engine.ends)
+        assert begins_so.any()
+        assert (rollout.lengths[begins_so] > 1).all()
+        return
+    with pytest.raises(RuntimeError, match="the server has an end of its own, which belongs to eos_ids, too"):
+        made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_that_was_started_again_is_told_by_the_name_of_its_weights(kind, engine, tmp_path):
+    made = sampler_of(server_of(kind, engine), tmp_path)
+    made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    engine.version = None
+    with pytest.raises(RuntimeError, match=r"drawn by the weights default, and not by version_1_.*started again"):
+        made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+
+
+def test_a_cache_that_was_not_emptied_is_not_drawn_with(engine, tmp_path):
+    """The answer of vLLM is 200 and `success: false` while blocks are held; what they hold is of the weights before."""
+    made = sampler_of(server_of("vllm", engine), tmp_path, retries=1)
+    made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    engine.faults = [(200, {"results": [None]}), (200, {"success": False})]
+    made(POLICY, copied(), PROMPTS, jax.random.key(0))
+    assert [path for path, _ in engine.asked].count("/reset_prefix_cache") == 3
+    engine.faults = [(200, {"results": [None]}), (200, {"success": False}), (200, {"success": False})]
+    with pytest.raises(RuntimeError, match=r"/reset_prefix_cache: status 200.*false"):
+        made(POLICY, copied(), PROMPTS, jax.random.key(0))
+
+
+def test_a_vllm_that_knows_no_versions_of_weights_is_served_without(engine, tmp_path):
+    made = sampler_of(server_of("vllm", engine), tmp_path)
+    choice = {"index": 0, "token_ids": [3, 1], "logprobs": {"token_logprobs": [-1.0, -2.0]}, "finish_reason": "stop"}
+    choices = [choice | {"index": n} for n in range(G)]
+    engine.faults = [(200, ""), (200, ""), (404, {"detail": "Not Found"})] + [(200, {"choices": choices})] * 2
+    rollout = made(POLICY, copied(), PROMPTS, jax.random.key(0))
+    assert rollout.log_probs[..., :2].sum() == -3.0 * G * 2
+
+
 WRONG = {
     "NaN": ({"log_probs": [-1.0, float("nan")]}, "has the log-prob nan"),
     "no log-prob": ({"log_probs": [None, -1.0]}, "None is no log-prob"),
@@ -216,7 +284,11 @@ WRONG = {
     "tokens after the end": ({"tokens": [1, 3]}, "goes on after its end-of-sequence token 1"),
     "text for a token": ({"tokens": ["3", 1]}, "'3' is no token id"),
     "a token below 0": ({"tokens": [-1, 1]}, "-1 is no token id"),
-    "another prompt": ({"prompt_tokens": 3}, "read 3 tokens for a prompt of 2: it cuts prompts or adds to them"),
+    "another prompt": ({"prompt_tokens": 3}, "read 3 tokens for a prompt of 2, or others: it cuts prompts"),
+    "another token": ({"prompt": [20, 31]}, "for a prompt of 2, or others"),
+    "an end of its own": ({"tokens": [3, 30]}, "ended with the token 30 .*, which is none of the end tokens"),
+    "a fault": ({"by": "NaN happened"}, "by 'NaN happened'.*, which is none of the end tokens"),
+    "a short context": ({"tokens": [3, 30], "end": "length"}, "of 2 tokens, cut, where 8 were left: is the context"),
     "too many completions": ({"count": 2}, "2 completions in place of 1"),
 }
 
@@ -225,20 +297,23 @@ WRONG = {
     ("wrong", "kind", "talks"),
     [
         *((wrong, "vllm", True) for wrong in (None, *WRONG)),
-        *((wrong, "sglang", True) for wrong in (None, "NaN", "text for a token", "another prompt")),
+        *((wrong, "sglang", True) for wrong in (None, "NaN", "text for a token", "another prompt", "a fault")),
         *((wrong, "vllm", False) for wrong in (None, "no log-prob", "a token below 0", "another prompt")),
+        *((wrong, "sglang", False) for wrong in ("an end of its own", "a short context")),
     ],
 )
 def test_completions_that_cannot_be_the_policys_are_refused(wrong, kind, talks, engine, tmp_path):
     change, message = WRONG[wrong] if wrong else ({}, "")
-    given = {"tokens": [3, 1], "log_probs": [-1.0, -2.0], "prompt_tokens": 2, "count": 1} | change
+    given = {"tokens": [3, 1], "log_probs": [-1.0, -2.0], "prompt_tokens": 2, "count": 1, "end": "stop"}
+    given |= {"prompt": [20, 30], "by": None} | change
     if kind == "vllm":
         one = {"token_ids": given["tokens"], "logprobs": {"token_logprobs": given["log_probs"]}}
-        choices = [one | {"index": n, "finish_reason": "stop"} for n in range(given["count"])]
-        faults = [{}, {}, {"choices": choices, "usage": {"prompt_tokens": given["prompt_tokens"]}}]
+        one |= {"finish_reason": given["end"], "stop_reason": given["by"], "prompt_token_ids": given["prompt"]}
+        choices = [one | {"index": n} for n in range(given["count"])]
+        faults = [{}, {}, {}, {"choices": choices, "usage": {"prompt_tokens": given["prompt_tokens"]}}]
     else:
         pairs = [[value, token, None] for value, token in zip(given["log_probs"], given["tokens"], strict=True)]
-        meta = {"output_token_logprobs": pairs, "finish_reason": {"type": "stop"}}
+        meta = {"output_token_logprobs": pairs, "finish_reason": {"type": given["end"], "matched": given["by"]}}
         faults = [{}, [{"meta_info": meta | {"prompt_tokens": given["prompt_tokens"]}}] * given["count"]]
     engine.faults = [(200, answer) for answer in faults]  # to the weights, too
     if wrong is None:
@@ -254,8 +329,8 @@ def test_completions_that_cannot_be_the_policys_are_refused(wrong, kind, talks, 
 def test_a_log_prob_too_few_is_told(talks, engine, tmp_path):
     """NumPy would take a single one for all tokens of a turn."""
     choice = {"index": 0, "token_ids": [3, 1], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "stop"}
-    engine.faults = [(200, {}), (200, {}), (200, {"choices": [choice]})]
-    with pytest.raises(ValueError, match="2 tokens and 1 log-probs"):
+    engine.faults = [(200, {})] * 3 + [(200, {"choices": [choice]})] * 2
+    with pytest.raises(RuntimeError, match="2 tokens and 1 log-probs"):
         drawn_once(server_of("vllm", engine), tmp_path, talks)
 
 
@@ -263,7 +338,10 @@ def test_a_log_prob_too_few_is_told(talks, engine, tmp_path):
     ("changes", "message"),
     [
         ({"max_lag": -1}, "max_lag and retries"),
-        ({"temperature": 0}, "temperature is above 0"),
+        ({"temperature": 0}, "temperatures from 0.01 to 2.0"),
+        ({"temperature": 0.001}, r"temperatures from 0.01 to 2.0, got temperature = 0.001"),
+        ({"temperature": 2.5}, "temperatures from 0.01 to 2.0"),
+        ({"stop": ("end",)}, "with stop_table=stop_strings"),
         ({"timeout": 0}, "timeout above 0"),
         ({"top_p": 2.0}, "top_p is above 0 and at most 1, got 2.0"),
     ],
@@ -306,6 +384,6 @@ def test_an_evaluation_is_of_the_params_that_it_is_given_and_gives_them_once(gro
     pushed = [content for path, content in engine.asked if path == "/collective_rpc"]
     assert len(pushed) == 2
     asked = [content["temperature"] for path, content in engine.asked if path == "/v1/completions"]
-    assert asked == [TEMPERATURE] * 2 + [TEMPERATURE if group_size else 0.0] * 6  # twice 3 prompts
+    assert asked == [1.0] * 2 + [1.0 if group_size else 0.0] * 6  # twice 3 prompts
     made(POLICY, newer, PROMPTS, jax.random.key(1))
     assert made.given["lag"] == 0
