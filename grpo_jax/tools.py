@@ -70,7 +70,7 @@ def schemas(functions: Sequence[Tool]) -> list[dict[str, Any]]:
                 f"argument, from which the policy learns of it: {error}"
             ) from error
         for argument in inspect.signature(function).parameters.values():
-            if argument.kind in (argument.POSITIONAL_ONLY, argument.VAR_POSITIONAL):
+            if argument.kind in (argument.POSITIONAL_ONLY, argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
                 raise ValueError(
                     f"the tool {_name(function)} has the argument {argument} without a name, by which calls tell their "
                     "arguments: give it one, or take a list"
@@ -122,10 +122,28 @@ def hermes_calls(text: str) -> list[Call]:
     What stands in `<think>`...`</think>` is no call.
     """
     calls = []
-    for part in _outside_thoughts(text).split("<tool_call>")[1:]:
-        call, closed, _ = part.partition("</tool_call>")
+    _, opened, rest = _outside_thoughts(text).partition("<tool_call>")
+    while opened:
+        call, closed, rest = _closed(rest)
         calls.append(_read(call, "arguments") if closed else Call(error="<tool_call> is not closed"))
+        _, opened, rest = rest.partition("<tool_call>")
     return calls
+
+
+def _closed(text: str) -> tuple[str, bool, str]:
+    """What stands in a call that was opened, whether it is closed, and what follows.
+
+    The tags themselves may stand in an argument, such as a program that prints them: they are part of its JSON.
+    """
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
+    except (ValueError, RecursionError):
+        end = 0
+    rest = text[end:].lstrip()
+    if end and rest.startswith("</tool_call>"):
+        return text[:end], True, rest.removeprefix("</tool_call>")
+    call, closed, _ = text.partition("<tool_call>")[0].partition("</tool_call>")
+    return call, bool(closed), text[len(call) + len(closed) :]
 
 
 def _outside_thoughts(text: str) -> str:
@@ -257,7 +275,7 @@ def called(
                 result = function(**call.arguments)
             if inspect.iscoroutine(result):
                 result = run_async(result, timeout=max(0.0, seconds - (time.monotonic() - began)))
-            text = result if isinstance(result, str) else json.dumps(result, default=str)
+            text = result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)
             raised[call.name] = 0
         except RAISED as error:
             reason = str(error) or ("it took too long" if isinstance(error, TimeoutError) else "")

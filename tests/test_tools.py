@@ -78,6 +78,7 @@ WRONG = {
     hermes('{"name": "add", "arguments": {"a": NaN}}'): "error: the call is not JSON: NaN is none of its numbers",
     hermes('{"name": "add", "arguments": {"a": ' + "9" * 5000 + "}}"): "error: the call is not JSON: Exceeds the limit",
     '<tool_call>{"name": "add"': "error: <tool_call> is not closed",
+    "I call <tool_call>": "error: <tool_call> is not closed",
 }
 
 
@@ -85,6 +86,17 @@ WRONG = {
 def test_wrong_calls_are_answered_with_what_is_wrong(text):
     (said,) = answers(text)
     assert said.startswith(WRONG[text])
+
+
+@pytest.mark.parametrize("mark", ["<tool_call>", "</tool_call>", '</tool_call>"}}</tool_call>', "}}\n</tool_call>"])
+def test_marks_of_calls_in_the_arguments_of_a_call_are_part_of_them(mark):
+    """As in a program that prints them."""
+    said = [f'{{"city": {json.dumps(mark)}, "sky": "grey"}}', "3"]
+    assert answers(hermes(call("weather", city=mark), call("add", a=2))) == said
+
+
+def test_results_are_written_as_they_are_read():
+    assert answers(hermes(call("weather", city="Zürich 🚲"))) == ['{"city": "Zürich 🚲", "sky": "grey"}']
 
 
 class Sky(enum.Enum):
@@ -262,7 +274,15 @@ def placed(number: int, /):
     """
 
 
-@pytest.mark.parametrize("function", [many, placed])
+def named(**numbers: int):
+    """Takes any.
+
+    Args:
+        numbers: by name, of which no schema can tell.
+    """
+
+
+@pytest.mark.parametrize("function", [many, placed, named])
 def test_a_tool_whose_arguments_a_call_cannot_name_is_refused(function):
     """The schemas of transformers would have it, and no call of the policy would be right."""
     with pytest.raises(ValueError, match=rf"the tool {function.__name__} has the argument .*number.* without a name"):
