@@ -488,7 +488,7 @@ def engine_sampler(
             min_p=min_p,
         ),
         stop=tuple(stop),
-        stop_table=None if stop_table is None else StopStrings(*map(np.asarray, stop_table)),
+        stop_table=jax.device_get(stop_table),  # on the host, where answers are looked at
         max_lag=max_lag,
         timeout=timeout,
         retries=retries,
