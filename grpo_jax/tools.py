@@ -460,7 +460,7 @@ def python(**settings: Any) -> Any:
 _AGAIN = """\
 import contextlib as _contextlib, io as _io
 for _code in {before!r}:
-    with _contextlib.redirect_stdout(_io.StringIO()), _contextlib.suppress(Exception, SystemExit):
+    with _contextlib.redirect_stdout(_io.StringIO()), _contextlib.suppress(BaseException):
         exec(compile(_code, "earlier.py", "exec"), globals())
 exec(compile({code!r}, "program.py", "exec"), globals())
 """

@@ -396,6 +396,8 @@ def test_python_runs_in_the_sandbox_and_knows_the_names_of_earlier_calls(python)
         {"role": "tool", "content": "once"},
         {"role": "assistant", "content": hermes(call("python", code="x += 1\n1 / 0"))},
         {"role": "tool", "content": "ZeroDivisionError: division by zero"},
+        {"role": "assistant", "content": hermes(call("python", code="raise KeyboardInterrupt"))},
+        {"role": "tool", "content": "KeyboardInterrupt"},
     ]
     text = hermes(call("python", code="print(x + 1)"), call("python", code="open('/etc/passwd')"))
     said = answers(text, [python], before=before)

@@ -1,6 +1,5 @@
 """What a server answers, and whether it can be the policy's: what is wrong would be learned from in silence."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,22 +93,14 @@ def _checked(one: Drawn, asked: Asked) -> Drawn:
     return one
 
 
-def are_before_the_temperature(cold: Sequence[Drawn], hot: Sequence[Drawn]) -> bool:
-    """Whether the log-probs of the likeliest tokens are the same at a low and a high temperature.
+def are_before_truncation(likeliest: Sequence[Drawn]) -> bool:
+    """Whether log-probs are not those of the distribution that was drawn from, by completions under `top_k=1`.
 
-    Those under a temperature approach 0 as it does, and `-log V` as it grows. They are compared on the tokens that both
-    have, with room for the rounding of a server, and nothing is said where they are near 0 at both.
-
-    Args:
-      cold: completions of some prompts, of the likeliest tokens.
-      hot: of the same prompts.
+    That distribution has one token, or two that are exactly alike, which with logits of 16 bits come now and then; so
+    its log-probs are 0, but for a few.
     """
-    low = high = 0.0
-    for one, other in zip(cold, hot, strict=True):
-        pairs = zip(one.tokens, other.tokens, one.log_probs, other.log_probs, strict=False)
-        for _, _, at_low, at_high in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs):
-            low, high = low - at_low, high - at_high
-    return low > 0.1 and high < 1.2 * low
+    values = [value for one in likeliest for value in one.log_probs]
+    return sum(value < -1e-3 for value in values) > len(values) / 4
 
 
 def versions_of(spans: Sequence[Mapping[str, Any]] | None) -> list[str]:

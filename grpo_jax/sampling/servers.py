@@ -32,7 +32,7 @@ from grpo_jax.policies import Policy
 from grpo_jax.sampling.blank import BlankSampler
 from grpo_jax.sampling.engines import from_engine
 from grpo_jax.sampling.samplers import PolicySampler, sampler
-from grpo_jax.sampling.server_answers import Asked, Drawn, are_before_the_temperature, checked, is_cut, versions_of
+from grpo_jax.sampling.server_answers import Asked, Drawn, are_before_truncation, checked, is_cut, versions_of
 from grpo_jax.sampling.stopping import StopStrings
 from grpo_jax.truncation import Truncation
 from grpo_jax.types import Number, Params, PRNGKey, Prompts, Rollout
@@ -252,10 +252,16 @@ class EngineSampler:
 
         Raises:
           RuntimeError: if the server cannot be reached or does not answer as it should, after all attempts.
-          ValueError: under jit; for completions that cannot be the policy's, see `from_engine`.
+          ValueError: under jit; in a run of several processes; for completions that cannot be the policy's, see
+            `from_engine`.
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, prompts, key))):
             raise ValueError("a server cannot be called from a program: call `step.collect` without jit")
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"a server is given the weights by one process, and this run has {jax.process_count()}: use the "
+                "devices of one"
+            )
         tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths).tolist()
         with self.lock:
             self.refresh(policy, params)
@@ -293,7 +299,8 @@ class EngineSampler:
             "temperature": 0.0 if self.greedy else self.temperature,
             "top_k": self.drawing.top_k, "top_p": self.drawing.top_p, "min_p": self.drawing.min_p,
         }  # fmt: skip
-        if not (self.given["probed"] or self.greedy or (self.temperature == 1.0 and self.truncation is None)):
+        same = self.temperature == 1.0 and self.truncation is None  # before them and after
+        if self.server.truncates and not (self.given["probed"] or self.greedy or same):
             self._probe(prompts[:8])
         each = [{"seed": seed, "max_tokens": limit} for seed, limit in zip(seeds, limits, strict=True)]
         return self._ask([(prompt, settings | one) for prompt, one in zip(prompts, each, strict=True)])
@@ -314,23 +321,20 @@ class EngineSampler:
         return groups
 
     def _probe(self, prompts: Sequence[list[int]]) -> None:
-        """Asks for the likeliest tokens at a low and a high temperature, and refuses log-probs that do not know it.
+        """Asks for the likeliest tokens and refuses log-probs that are not of the distribution which has them alone.
 
-        vLLM's do not unless it is told so when it starts, and nothing in an answer says which they are.
+        vLLM's are those before the temperature and truncation unless it is told otherwise when it starts, and nothing
+        in an answer says which they are.
         """
         likeliest = {
             "group_size": 1, "eos_ids": [*self.eos_ids], "stop": [], "seed": 0, "max_tokens": min(8, self.max_tokens),
-            "top_k": 1, "top_p": None, "min_p": None,
+            "temperature": self.temperature, "top_k": 1, "top_p": None, "min_p": None,
         }  # fmt: skip
-        cold, hot = (
-            self._ask([(prompt, likeliest | {"temperature": temperature}) for prompt in prompts])
-            for temperature in (COLDEST, HOTTEST)
-        )
-        if are_before_the_temperature([one for (one,) in cold], [one for (one,) in hot]):
+        if are_before_truncation([one for (one,) in self._ask([(prompt, likeliest) for prompt in prompts])]):
             raise ValueError(
                 f"the log-probs of {self.server.url} are those before the temperature, which is {self.temperature}, "
-                "and before top-k, top-p and min-p: a ratio to them would be wrong. Start vLLM with --logprobs-mode "
-                "processed_logprobs, and SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB"
+                "and before top-k, top-p and min-p, so that a ratio to them would be wrong: start vLLM with "
+                "--logprobs-mode processed_logprobs"
             )
         self.given["probed"] = True
 
@@ -454,8 +458,9 @@ def engine_sampler(
       concurrency: the most requests at a time.
 
     Raises:
-      ValueError: for a setting out of range, for `stop` without its table, and for top-k, top-p or min-p with a server
-        whose log-probs are not under them. When called, for a server whose log-probs do not know the temperature.
+      ValueError: for a setting out of range, for `stop` without its table, for top-k, top-p or min-p with a server
+        whose log-probs are not under them, and for top-p with min-p. When called, for a vLLM whose log-probs are those
+        before the temperature.
     """
     if max_lag < 0 or retries < 0 or concurrency < 1 or not timeout > 0:
         raise ValueError(
@@ -498,6 +503,11 @@ def engine_sampler(
         given={"version": 0, "lag": 0, "leaves": [], "probed": False},
         lock=threading.Lock(),
     )
+    if top_p is not None and min_p is not None:
+        raise ValueError(
+            "vLLM keeps by min_p before top_p, and a step the other way round, so that the tokens under top_p = "
+            f"{top_p} and min_p = {min_p} are not the same: give one of them"
+        )
     if made.truncation is not None and not server.truncates:
         raise ValueError(
             f"the server's log-probs are not under top_k = {top_k}, top_p = {top_p} and min_p = {min_p}, under which a "

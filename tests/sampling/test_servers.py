@@ -86,10 +86,11 @@ def test_the_server_draws_from_the_params_that_it_was_given_and_lags_at_most_as_
     told |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     told |= {"min_tokens": 0, "watermarking": False} if kind == "vllm" else {"min_new_tokens": 0}
     assert all(told.items() <= one.items() for one in settings)
-    # Its log-probs are looked at once, by the likeliest tokens at two temperatures.
+    # The log-probs of vLLM are looked at once, by the likeliest tokens.
     by_kind = [(one["temperature"], one["top_k"]) for one in settings]
-    assert sorted(by_kind[:4]) == [(0.01, 1)] * 2 + [(2.0, 1)] * 2
-    assert {*by_kind[4:]} == {(TEMPERATURE, -1)}
+    probes = 2 if kind == "vllm" else 0
+    assert by_kind[:probes] == [(TEMPERATURE, 1)] * probes
+    assert {*by_kind[probes:]} == {(TEMPERATURE, -1)}
     prompts = [content.get("prompt") or content.get("input_ids", [None])[0] for _, content in engine.asked]
     assert np.asarray(PROMPTS.tokens)[0, : int(PROMPTS.lengths[0])].tolist() in prompts
 
@@ -209,6 +210,9 @@ def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_t
         again(POLICY, copied(), PROMPTS, jax.random.key(0))
     with pytest.raises(ValueError, match=r"call `step\.collect` without jit"):
         jax.jit(lambda params: made(POLICY, params, PROMPTS, jax.random.key(0)))(PARAMS)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="by one process, and this run has 2: use the devices of one"):
+        made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
 
 
 def drawn_once(server, folder, talks):
@@ -220,15 +224,14 @@ def drawn_once(server, folder, talks):
     return made(POLICY, PARAMS, make_prompts([[20, 30]], rows=[0]), jax.random.key(0))
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_log_probs_before_the_temperature_are_refused(kind, engine, tmp_path):
+@pytest.mark.parametrize("settings", [{"temperature": TEMPERATURE}, {"top_p": 0.9}], ids=["temperature", "top_p"])
+def test_log_probs_before_the_temperature_are_refused(settings, engine, tmp_path):
     """Those of vLLM are, unless `--logprobs-mode processed_logprobs` was given, and nothing in an answer says so."""
     engine.raw = True
-    for settings in [{"temperature": TEMPERATURE}, {"top_p": 0.9}] if kind == "vllm" else [{"temperature": 1.5}]:
-        made = sampler_of(server_of(kind, engine), tmp_path, **settings)
-        with pytest.raises(ValueError, match=r"before the temperature, which is .* --logprobs-mode processed"):
-            made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
-    plain = sampler_of(server_of(kind, engine), tmp_path)  # at 1 both are the same
+    made = sampler_of(server_of("vllm", engine), tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"before the temperature, which is .* --logprobs-mode processed_logprobs"):
+        made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    plain = sampler_of(server_of("vllm", engine), tmp_path)  # at 1 both are the same
     assert gap(plain(POLICY, PARAMS, PROMPTS, jax.random.key(0)), PARAMS) < 1e-4
 
 
@@ -357,7 +360,11 @@ def test_settings_out_of_range_are_refused(changes, message, tmp_path):
 def test_a_truncation_that_the_log_probs_of_sglang_do_not_know_is_refused(changes, tmp_path):
     with pytest.raises(ValueError, match="the server's log-probs are not under top_k"):
         sampler_of(servers.sglang("http://localhost:1"), tmp_path, **changes)
-    assert sampler_of(servers.vllm("http://localhost:1", model="tiny"), tmp_path, **changes).truncation is not None
+    server = servers.vllm("http://localhost:1", model="tiny")
+    assert sampler_of(server, tmp_path, **changes).truncation is not None
+    if "top_k" not in changes:
+        with pytest.raises(ValueError, match="vLLM keeps by min_p before top_p, and a step the other way round"):
+            sampler_of(server, tmp_path, **({"top_p": 0.9, "min_p": 0.1} | changes))
 
 
 @pytest.mark.parametrize("group_size", [None, G])

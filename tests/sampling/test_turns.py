@@ -403,6 +403,13 @@ def test_a_program_cannot_hold_a_conversation_of_the_host():
         jax.jit(lambda params: made(DECODER, params, PROMPTS, jax.random.key(0)))(params_of("decoder"))
 
 
+def test_conversations_are_those_of_one_process(monkeypatch):
+    made = conversations(sampler_of(), answer, TOKENIZER, ROWS.rows, max_turns=2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="held by one process, and this run has 2: use the devices of one, or an envi"):
+        made(DECODER, None, PROMPTS, jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
