@@ -17,7 +17,6 @@ import numpy as np
 from grpo_jax import sampling
 from grpo_jax.freezing import bind
 from grpo_jax.models import hf
-from grpo_jax.scoring import score
 from grpo_jax.types import Prompts
 
 
@@ -32,8 +31,7 @@ def drawer(policy, group_size, max_tokens, eos_ids, likeliest):
         if not likeliest:
             made = sampling.sampler(group_size=group_size, temperature=temperature, **limits)
             return made(policy, params, prompts, jax.random.key(seed))
-        drawn = sampling.greedy(**limits)(policy, params, prompts, jax.random.key(seed))
-        return drawn._replace(log_probs=score(policy, params, drawn, temperature=temperature).log_probs)
+        return sampling.greedy(**limits)(policy, params, prompts, jax.random.key(seed))
 
     return draw
 
@@ -99,8 +97,7 @@ class Engine(http.server.BaseHTTPRequestHandler):
         for one in range(settings["n"] if vllm else len(prompts)):
             # One seed is for all completions of vLLM; SGLang draws the same ones for the same seed.
             seed, g = (settings["seed"], one) if vllm else (of_each[one]["sampling_seed"], 0)
-            divisor = 1.0 if server.raw or not temperature else temperature
-            drawn = jax.device_get(draw(params, tokens, np.full(1, len(prompt), np.int32), seed, divisor))
+            drawn = jax.device_get(draw(params, tokens, np.full(1, len(prompt), np.int32), seed, temperature))
             n = min(limit, drawn.lengths[0, g])
             ids, log_probs = drawn.tokens[0, g, :n].tolist(), drawn.log_probs[0, g, :n].tolist()
             if vllm and settings["top_k"] == 1 and not server.raw:  # of the distribution that only has that token

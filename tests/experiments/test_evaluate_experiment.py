@@ -213,7 +213,8 @@ def test_a_server_writes_what_the_model_does(files, finished, tmp_path):
             config, output=tmp_path, filtered=None, group_size=0, server=server.url, server_model="tiny"
         ))  # fmt: skip
         routes = [path for path, _ in server.asked]
-        assert routes == ["/collective_rpc", "/reset_prefix_cache", *["/v1/completions"] * 7]
+        weights = ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
+        assert routes == [*weights, *["/v1/completions"] * 7]
     assert found == {"greedy": pytest.approx(summaries["greedy"])}
 
 
