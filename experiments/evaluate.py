@@ -15,7 +15,7 @@ model is what the run began from.
 with rewards of the signature that TRL uses, as in `grpo.py`. The first reward function, or
 the task's verifier, says what is right: from `--threshold` on.
 
-Into the folder `--output`, over what is there: `greedy.jsonl` and `samples.jsonl`, a prompt a line
+Into the folder `--output`, in place of an earlier evaluation's: `greedy.jsonl` and `samples.jsonl`, a prompt a line
 with its completions, each reward and the pass rate; `summary.json`, with the settings.
 With `--tools` or `--environment`, as in `grpo.py`, each completion is a conversation; its item has the `turns`, of
 the policy and of the environment.
@@ -160,6 +160,8 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         for name, sampler in samplers.items()
     }  # fmt: skip
     scored, summaries = {}, {}
+    for written in ("greedy.jsonl", "samples.jsonl", "summary.json"):  # of an earlier evaluation, of another model
+        (config.output / written).unlink(missing_ok=True)
     for name, evaluate in evaluates.items():
         sampled = name == "samples"
         scored[name] = evaluate(params, seed=config.seed)
@@ -174,7 +176,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         print(f"{name}, {len(scored[name])} prompts:\n{report(summary)}")
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     content = {"config": settings} | {name: metrics.plain(summary) for name, summary in summaries.items()}
-    (config.output / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.write_text(config.output / "summary.json", json.dumps(content, indent=2) + "\n")
     print(f"items and summary: {config.output}")
     if config.filtered is not None:
         rates = items.pass_rates(scored["samples"])

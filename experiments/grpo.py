@@ -41,7 +41,7 @@ from grpo_jax.run import completions, digests, inputs, keeping, measured, memory
 from grpo_jax.run.conversations import ConversationSettings
 from grpo_jax.run.drawing import SamplingSettings
 from grpo_jax.run.evaluating import EvaluationSettings
-from grpo_jax.run.names import resolve
+from grpo_jax.run.names import named_in, resolve
 from grpo_jax.run.objective import ObjectiveSettings
 from grpo_jax.run.precision import WithFloat16, compute_dtype
 from grpo_jax.run.rewarding import RewardSettings
@@ -165,7 +165,7 @@ def train(config: Config) -> Params:
     )  # fmt: skip
     began_with = digests.of_run(
         tokenizer, bind(params, frozen), prompts=prompts.prompts, held_out=held_out.prompts, rows=prompts.rows,
-        held_out_rows=held_out.rows, eos_ids=sampler.eos_ids, code=[*functions, *config.verifiers, *config.partners],
+        held_out_rows=held_out.rows, eos_ids=sampler.eos_ids, code=[*functions, *config.verifiers, *named_in(config)],
     )  # fmt: skip
     key = jax.random.key(config.seed)
     state = init_state(params, optimizer, key, frozen=frozen, reference=config.beta > 0, extra=kept or ())

@@ -138,19 +138,27 @@ class Recipe:
         return self.to_advantages(*arguments)
 
     @property
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW at the learning rate of the source; what that does not state is optax's default.
+    def rate(self) -> Callable[[Array | int], Array]:
+        """The learning rate by the number of an update: constant after the warm-up, if there is one.
 
         Raises:
           ValueError: if the source states no learning rate.
         """
         if self.learning_rate is None:
             raise ValueError(f"{self.source} states no learning rate: dataclasses.replace(recipe, learning_rate=...)")
-        rate: Any = self.learning_rate
-        if self.warmup_rollouts is not None:
-            rate = learning_rates.learning_rate(
-                rate, warmup_steps=self.warmup_rollouts, updates_per_step=self.updates.count
-            )
+        return learning_rates.learning_rate(
+            self.learning_rate, warmup_steps=self.warmup_rollouts or 0, updates_per_step=self.updates.count
+        )
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW at the learning rate of the source; what that does not state is optax's default.
+
+        Raises:
+          ValueError: if the source states no learning rate.
+        """
+        rate: Any = self.rate  # which misses a learning rate that is not stated
+        rate = self.learning_rate if self.warmup_rollouts is None else rate
         return optax.adamw(
             rate, **_stated({"b1": self.b1, "b2": self.b2, "eps": self.adam_eps, "weight_decay": self.weight_decay})
         )

@@ -1,12 +1,14 @@
 """A language model as a judge, behind an HTTP endpoint with the OpenAI chat interface."""
 
 import asyncio
+import email.utils
 import json
 import logging
 import math
 import os
 import re
 import secrets
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ T = TypeVar("T")
 _LOGGER = logging.getLogger(__name__)
 ANSWER_LIMIT = 1 << 20  # bytes of one answer
 TRANSIENT = (408, 409, 425, 429)  # statuses after which a request is sent again, beside 5xx
+LONGEST_WAIT = 60.0  # seconds that a service may ask for, as in OpenAI's client
 REFUSED = (400, 413, 422)  # statuses that one request can cause, such as a completion that is too long for the judge
 
 
@@ -40,8 +43,9 @@ def chat(
     """The answers of a language model to questions, many at a time.
 
     A request is sent again after `backoff`, `2 * backoff`, `4 * backoff`, ... seconds if it timed out, got no
-    connection, a malformed answer, or the status 408, 409, 425, 429 or 5xx. Redirects are not followed: they would take
-    the API key and the completions elsewhere.
+    connection, a malformed answer, or the status 408, 409, 425, 429 or 5xx; later where the service says so by
+    `Retry-After`, in seconds or as a date, and not at all where that is in more than 60 seconds. Redirects are not
+    followed: they would take the API key and the completions elsewhere.
 
     Args:
       url: of the service, to which `/chat/completions` is added, such as `http://localhost:8000/v1`.
@@ -75,8 +79,8 @@ def chat(
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def send(client: Any, question: str) -> tuple[int, bytes]:
-        """The status and the body of one answer, within one deadline for both."""
+    async def send(client: Any, question: str) -> tuple[int, bytes, float]:
+        """The status and the body of one answer, within one deadline for both, and the seconds that it asks for."""
         content = {
             "model": model,
             "messages": [{"role": "user", "content": question}],
@@ -92,19 +96,20 @@ def chat(
                 body += chunk
                 if len(body) > ANSWER_LIMIT:
                     raise ValueError(f"the answer has more than {ANSWER_LIMIT} bytes")
-            return response.status_code, body
+            return response.status_code, body, _seconds(response.headers.get("Retry-After"))
 
     async def answer(client: Any, slots: asyncio.Semaphore, question: str) -> tuple[str | None, str]:
         """The judge's text, or None and the reason."""
         import httpx2
 
-        reason = ""
+        reason, asked = "", 0.0
         for attempt in range(retries + 1):
             if attempt:
-                await asyncio.sleep(backoff * 2 ** (attempt - 1))
+                await asyncio.sleep(max(backoff * 2 ** (attempt - 1), asked))
+            asked = 0.0
             try:
                 async with slots:
-                    status, body = await send(client, question)
+                    status, body, asked = await send(client, question)
                 if status in REFUSED:
                     return None, f"refused with status {status}: {body[:200]!r}"
                 if not (200 <= status < 300 or status in TRANSIENT or status >= 500):
@@ -112,6 +117,8 @@ def chat(
                 if status < 300:
                     return _content(body), ""
                 reason = f"status {status}"
+                if asked > LONGEST_WAIT:
+                    return None, f"{reason}, which asks to wait for {asked:.0f} s"
             except PermissionError as error:
                 raise ValueError(str(error)) from error
             except (httpx2.HTTPError, OSError, ValueError, RecursionError) as error:
@@ -272,6 +279,18 @@ def _parsed(text: str, parse: Callable[[str], T | None]) -> tuple[T | None, str]
         return value, ""
     except Exception as error:
         return None, f"parse raised {type(error).__name__}: {error}, on {text[-200:]!r}"
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Seconds from now that a `Retry-After` names, itself or as a date; 0 for none, a past one and what is neither."""
+    if retry_after is None:
+        return 0.0
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", retry_after.strip()):
+        return float(retry_after)
+    try:
+        return max(email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return 0.0
 
 
 def _content(body: bytes) -> str | None:

@@ -62,7 +62,8 @@ def python_tests(
       it does not define are the code's (`assert add(1, 2) == 3`), or imported (`from solution import add`, or `*`).
     - Or pairs of what a program reads and what it prints, `[(stdin, stdout), ...]`, or as APPS, TACO, CodeContests and
       DeepCoder write them (`program_tests.pairs_of`), as a string of JSON too: for each the code is run as a program,
-      and what it prints must be that, but for spaces at the ends of lines and empty lines at the end.
+      which has to end with status 0, and what it prints must be that, but for spaces at the ends of lines and empty
+      lines at the end.
 
     Code and tests never share a process. Programs' output is compared here. Tests in
     Python run in a sandbox of their own, and call the code's functions through a pipe that
@@ -315,12 +316,14 @@ class _Runner(NamedTuple):
             with _file(code) as source, _file(given) as stdin, _file() as errors:
                 with self.process(["program", source.fileno()], stdin=stdin, stderr=errors) as process:
                     said = _listen(process, left, self.output)
+                    left -= said.seconds
+                    status, waited = _status(process, left) if said.end == "closed" else (None, 0.0)
                 if not said.ready:
                     return _lost(errors)
-            left -= said.seconds
-            if said.end == "late":
+            left -= waited
+            if said.end == "late" or (said.end == "closed" and status is None):
                 return Outcome(None, "timeout", "the tests took longer than their limit")
-            passed += said.end == "closed" and _lines(said.text) == _lines(wanted)
+            passed += status == 0 and _lines(said.text) == _lines(wanted)
         return Outcome(passed / len(pairs))
 
     def run_asserts(self, code: str, tests: str) -> Outcome:
@@ -426,6 +429,18 @@ def _listen(process: subprocess.Popen[bytes], timeout: float, limit: int) -> _Sa
                 end = "flood" if chunk else "closed"
     ready = first.decode(errors="replace").partition(" ")[2]
     return _Said(ready, received.decode(errors="replace"), end, time.monotonic() - since)
+
+
+def _status(process: subprocess.Popen[bytes], limit: float) -> tuple[int | None, float]:
+    """The exit status of a process that has closed its output, None if it goes on for too long, and the seconds."""
+    since, pause = time.monotonic(), 1e-4
+    # Not reaped here, so that its number stays its own until its group is killed.
+    while (ended := os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None:
+        if time.monotonic() - since >= limit:
+            return None, limit
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    return ended.si_status, time.monotonic() - since
 
 
 def _lines(text: str) -> list[str]:

@@ -69,11 +69,6 @@ class ConversationSettings(PromptSettings):
             return [*getattr(self.respond, "tools", ())]
         return [resolve(name, "grpo_jax.tools") for name in self.tools]
 
-    @property
-    def partners(self) -> list[Callable[..., Any]]:
-        """The user's functions that the policy talks with: the environment, or tools."""
-        return self.functions if self.environment is None else [resolve(self.environment)]
-
     @functools.cached_property
     def respond(self) -> Respond:
         """The environment by its name."""

@@ -11,6 +11,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def of_run(
     rows: Sequence[Mapping[str, Any]] | None = None,
     held_out_rows: Sequence[Mapping[str, Any]] = (),
     eos_ids: Sequence[int] | None = None,
-    code: Sequence[Callable[..., Any]] = (),
+    code: Sequence[Callable[..., Any] | ModuleType] = (),
 ) -> dict[str, str]:
     """Of all inputs of a run, by names that a message can use.
 
@@ -88,7 +89,8 @@ def of_run(
       rows: of the prompts, with all that rewards see; None where nothing but the prompts is learned from.
       held_out_rows: those to evaluate on.
       eos_ids: the tokens that end a completion.
-      code: functions of the user's, such as rewards, of whose files a change is told; this package's are left out.
+      code: functions of the user's, such as rewards, and modules, of whose files a change is told; this package's are
+        left out.
     """
     found = {
         "the data to train on": of_json(prompts),
@@ -105,9 +107,10 @@ def of_run(
     return found | of_code(code)
 
 
-def of_code(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
-    """Of the files that functions are written in, by names that begin with `CODE`; none of this package."""
-    files = {getattr(sys.modules.get(getattr(f, "__module__", "")), "__file__", None) for f in functions}
+def of_code(code: Iterable[Callable[..., Any] | ModuleType]) -> dict[str, str]:
+    """Of the files of modules and of functions, by names that begin with `CODE`; none of this package."""
+    modules = [f if isinstance(f, ModuleType) else sys.modules.get(getattr(f, "__module__", "")) for f in code]
+    files = {getattr(module, "__file__", None) for module in modules}
     own = pathlib.Path(__file__).parents[1]
     found: dict[str, Any] = {}
     for path in sorted(pathlib.Path(file) for file in files if file is not None):

@@ -7,6 +7,7 @@ bound("cispo(max_ratio=4)", "grpo_jax.losses")         # the maker with these ar
 """
 
 import ast
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -14,6 +15,7 @@ import pathlib
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 Arguments = tuple[list[Any], dict[str, Any]]
@@ -67,6 +69,20 @@ def required(function: Callable[..., Any]) -> list[str]:
     """The parameters that have no default."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def named_in(settings: Any) -> list[ModuleType]:
+    """The modules that settings name as `module:function`, for `digests.of_run`: all code that a user has put in.
+
+    What a maker returns may be a function of another module.
+
+    Args:
+      settings: a dataclass of names that `resolve` or `bound` have found.
+    """
+    values = [getattr(settings, field.name) for field in dataclasses.fields(settings)]
+    texts = [text for value in values for text in (value if isinstance(value, tuple | list) else [value])]
+    named = [text.partition("(")[0].rpartition(":")[0] for text in texts if isinstance(text, str)]
+    return [sys.modules[module] for module in dict.fromkeys(named) if module in sys.modules]
 
 
 def _find(name: str, packages: Sequence[str]) -> tuple[Callable[..., Any], Arguments | None]:

@@ -285,6 +285,8 @@ def test_the_command_line_evaluates_and_shows_the_samples(files, tmp_path):
         "--chat", "--group-size", "4", "--max-tokens", "6", "--bucket", "32", "--batch-size", "4",
         "--compute-dtype", "float32",
     ]  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "greedy.jsonl").write_text("of an earlier evaluation")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pass@2" in done.stdout

@@ -21,7 +21,7 @@ from inference_server import serving
 from grpo_jax import testing
 from grpo_jax.models import hf, lora, sharding
 from grpo_jax.models.settings import WeightSettings
-from grpo_jax.run import checkpoint, metrics
+from grpo_jax.run import checkpoint, digests, metrics
 from grpo_jax.train_step import Step
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -490,6 +490,31 @@ def test_a_mesh_is_asked_for_where_there_are_several_processes(files, tmp_path, 
 def test_a_wrong_number_of_rewards_is_told(files, tmp_path):
     with pytest.raises(ValueError, match=r"too_few returned 1 values for 4 completions"):
         grpo.train(settings(files, tmp_path, reward=("my_rewards:too_few",), stop_after_failed=1))
+
+
+def test_the_files_of_all_that_is_named_are_digested(files, tmp_path, monkeypatch):
+    names = ("loss_of_mine", "advantage_of_mine", "transform_of_mine", "maker_of_mine", "steps_of_mine")
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(
+            "from grpo_jax.losses import grpo\nfrom grpo_jax.rewards import exact_answer\n"
+            "def advantage(rewards, mask): return rewards\n"
+            "def transform(experience): return experience, {}\n"
+            "def grade(prompts, steps, **kwargs): return [[1.0 for step in cut] for cut in steps]\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    class Digested(Exception): ...
+
+    def of_run(*arguments, code, **inputs):
+        raise Digested(*digests.of_code(code))
+
+    monkeypatch.setattr(grpo.digests, "of_run", of_run)
+    named = {"loss": "loss_of_mine:grpo", "advantage": "advantage_of_mine:advantage"}
+    named |= {"transform": ("transform_of_mine:transform",), "reward": ("maker_of_mine:exact_answer()",)}
+    named |= {"step_reward": "steps_of_mine:grade"}
+    with pytest.raises(Digested) as found:
+        grpo.train(settings(files, tmp_path / "run", **named))
+    assert {*found.value.args} == {f"the code of {name}.py" for name in names}
 
 
 def test_a_malformed_line_is_refused_with_its_number(files, tmp_path):

@@ -80,7 +80,10 @@ def test_the_format_has_its_weight_and_what_a_reward_logs_is_among_the_metrics(t
 def test_gsm8k_trains_under_a_recipe_whose_reference_is_renewed_and_goes_on(tmp_path, capsys):
     config = gsm8k.smoke(gsm8k.Config(run_dir=tmp_path / "run", recipe="r1"))
     results = gsm8k.train(config)
-    assert [line["step"] for line in metrics.read(tmp_path / "run")] == list(range(4))
+    lines = metrics.read(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(4))
+    rate = gsm8k.make_recipe(config).rate
+    assert [line["learning_rate"] for line in lines[:3]] == [pytest.approx(float(rate(2 * n))) for n in range(3)]
     assert {"greedy/test/accuracy", "test/pass@2"} <= set(results)
     said = capsys.readouterr().out
     assert "finite" not in said

@@ -136,6 +136,34 @@ def test_each_wait_is_twice_the_one_before(monkeypatch):
     assert waits == [0.25, 0.5, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("header", "waits"),
+    [
+        ("2", [2.0, 2.0, 2.0]),
+        ("0.5", [0.5, 0.5, 1.0]),
+        ("61", []),
+        ("-5", [0.25, 0.5, 1.0]),
+        ("soon", [0.25, 0.5, 1.0]),
+        ("1e9", [0.25, 0.5, 1.0]),
+        ("Thu, 01 Jan 1970 00:01:00 GMT", [20.0, 20.0, 20.0]),
+        ("Thu, 01 Jan 1970 00:00:01 GMT", [0.25, 0.5, 1.0]),
+        ("Thu, 01 Jan 99999 00:00:01 GMT", [0.25, 0.5, 1.0]),
+    ],
+)
+def test_a_service_is_asked_again_when_it_says_so(monkeypatch, header, waits):
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr(judging.asyncio, "sleep", sleep)
+    monkeypatch.setattr(judging.time, "time", lambda: 40.0)
+    with Service(lambda request, number: (429, b"", {"Retry-After": header})) as service:
+        assert grade(service, ["x"], retries=3, backoff=0.25) == [None]
+    assert slept == waits
+    assert len(service.requests) == 1 + len(waits)
+
+
 def test_a_judge_that_hangs_is_given_up_and_one_that_is_not_there_too():
     release = threading.Event()
 

@@ -1,12 +1,14 @@
 """Functions by their names: modules of the working directory, makers with literal arguments, errors of one line."""
 
+import dataclasses
 import math
 import re
+import sys
 
 import pytest
 
 from grpo_jax.advantages import group_advantages
-from grpo_jax.run.names import resolve
+from grpo_jax.run.names import named_in, resolve
 
 MODULE = """
 class Of:
@@ -79,6 +81,21 @@ def test_what_is_wrong_with_a_name_is_one_line(folder, name, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         resolve(name)
     assert "\n" not in str(caught.value)
+
+
+def test_the_modules_that_settings_name(folder):
+    @dataclasses.dataclass
+    class Config:
+        loss: str = "named_functions:scaled(by=2)"
+        reward: tuple[str, ...] = ("math:sqrt", "named_functions:Of.method")
+        advantage: str = "group_advantages"
+        server: str | None = "http://localhost:8000"
+        coordinator: str = "host:1234"
+        environment: str | None = None
+        steps: int = 3
+
+    named = resolve(Config.loss).__module__
+    assert named_in(Config()) == [sys.modules[named], math]
 
 
 def test_what_a_module_or_a_maker_raises_passes_through(folder):
