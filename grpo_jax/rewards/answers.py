@@ -63,7 +63,7 @@ def answers_of(
 
 
 def gold_text(value: Any) -> str | None:
-    """A gold answer as text, without the white space around it; None where there is none: null, NaN, infinity.
+    """A gold answer as text, without the white space around it; None where there is none: null, `nan`, infinity.
 
     A whole number has no `.0`, which it gets where a column of whole numbers has a null.
 
@@ -75,7 +75,8 @@ def gold_text(value: Any) -> str | None:
     if getattr(value, "ndim", 0) or (isinstance(value, Mapping | Sequence | Set) and not isinstance(value, str)):
         raise ValueError(f"a gold answer is text or a number, got a {type(value).__name__}: {value!r:.200}")
     whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return str(int(value) if whole else value).strip()
+    text = str(int(value) if whole else value).strip()
+    return None if text.casefold() == "nan" else text  # as tables write what is missing
 
 
 def _stripped(answer: str | None) -> str | None:

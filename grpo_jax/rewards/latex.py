@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from grpo_jax.rewards.surroundings import REACH, stands_alone
-from grpo_jax.rewards.units import SCALES, changes_meaning, is_unit, unit_of
+from grpo_jax.rewards.units import SCALES, canonical_unit, changes_meaning, is_unit, unit_of
 
 
 class Reading(NamedTuple):
@@ -29,6 +29,7 @@ class Reading(NamedTuple):
     base: int | None = None  # of a number such as 2516_8
     words: bool = False  # it is text, and not mathematics
     option: str = ""  # the letter of the choice that it is, as in (B) 10
+    whole: str = ""  # all that was written, as `text`: of a gold answer also what is not its mathematics
 
 
 # -------------------------------------------------------------------- finding the answer
@@ -42,10 +43,18 @@ _NEGATION = re.compile(
     rf"{_NOT}|\b(?:wrong|incorrect|false|unlike|if|whether|suppose|assume|assuming|doubt|unless|hardly|guess)\b",
     re.IGNORECASE,
 )
+_SAID = r"(?:it|this|that|(?:the|our|my)\s+(?:final\s+|correct\s+)?(?:answer|result|value|number))"
+_SUPPOSED = re.compile(  # before a box: "if the answer were", "suppose it is"
+    rf"\b(?:if|whether|suppose|supposing|assume|assuming)\s+(?:that\s+)?{_SAID}\s+(?:is|was|were|be|equals)[\s:$(\\\[]*$",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(rf"\b(?:is|was|could|can|might)\s+{_SAID}(?:\s+be)?[\s:$(\\\[]*$", re.IGNORECASE)
+_QUESTION = re.compile(r"[\s$*]*(?:\\[)\]])?[\s$*]*\?")
 _BOX = r"\\+(?:boxed|fbox)"
 _BRACE = re.compile(rf"{_BOX}\s*\{{|{_BOX}(?:\s*(\d+(?:\.\d+)?)|\s+([a-zA-Z])\b)|\\.|[{{}}]", re.DOTALL)
 _JOINED = re.compile(
-    r"[\s$]*(?:\\[)\]])?[\s$]*(?:[,;]|(?:[,;]\s*)?(?:\\text\{\s*)?(?:and|or|&)(?:\s*\})?)[\s$]*(?:\\[(\[])?[\s$]*"
+    r"[\s$]*(?:\\[)\]])?[\s$]*(?:[,;]|(?:[,;]\s*)?\(?(?:\\text\{\s*)?(?:and|or|&)(?:\s+(?:maybe|perhaps|possibly))?(?:\s*\})?)"
+    r"[\s$]*(?:\\[(\[])?[\s$]*"
 )
 _ENVIRONMENT = re.compile(  # of bounded length, so that many that are not closed take linear time
     r"\$\$([^$]{1,500})\$\$|\\\[((?:[^\\]|\\[^\]]){1,500})\\\]"
@@ -60,8 +69,10 @@ _UNIT_AFTER = re.compile(
 _SCALE_WORDS = [[word] for word in SCALES]
 _ANNOUNCED = re.compile(  # between "answer" and its LaTeX
     r"(?:[\s*_:=]|\b(?:is|was|equals|be|(?:will|must|is equal to)(?:\s+be)?|then|therefore|thus|hence|so|simply"
-    r"|just|exactly|approximately|to\s+(?:the|this|your)\s+(?:problem|question|exercise)|[a-zA-Z]\s*=)(?![a-zA-Z])){0,60}"
+    r"|just|exactly|approximately|[a-zA-Z]\s*=|(?:to|of|for)\s+(?:(?:the|this|your)\s+)?"
+    r"(?:problem|question|exercise|part)(?:\s+\(?[a-z0-9]{1,2}\)?)?)(?![a-zA-Z])){0,60}"
 )
+_VERB = re.compile(r"\b(?:can|could|cannot|to|will|would|should|must|we|you|they|who)\s*$", re.IGNORECASE)
 _CLAUSE = re.compile(r"[.;:!?\n]|,(?!\s*that\b)")
 
 
@@ -71,31 +82,49 @@ def final_answer(text: str) -> Reading | None:
     Boxes that only `,`, `;`, `and` or `or` join are one answer: `\boxed{1} and \boxed{2}` is
     `1, 2`. A box within a box is part of it. None where there is no answer, the last box is not closed, more than
     the box is written (`2\boxed{5}`, `\boxed{5}^2`, "half of \boxed{5}", see `surroundings`), the answer is denied
-    ("not $5$", "\boxed{5} is wrong"), or it is unreadable. Between "answer" and its LaTeX stand only words such as "is"
-    and "therefore", `:`, `=` or `x =`, and nothing is denied, supposed or doubted in that clause.
+    ("not $5$", "\boxed{5} is wrong"), supposed or asked ("is it \boxed{5}?"). What is unreadable is text. Between
+    "answer" and its LaTeX stand only words such as "is" and "therefore", `:`, `=` or `x =`, and nothing is denied,
+    supposed or doubted in that clause.
     """
     boxes = list(_boxes(text))
     latex = _last(text, boxes) if boxes else _announced(text)
-    return None if latex is None else read(latex)
+    whole = "" if latex is None else _whole(latex)
+    if latex is None or not whole:
+        return None
+    return (read(latex) or Reading(r"\text{}", whole, words=True))._replace(whole=whole)
 
 
 def gold_answer(gold: str) -> Reading | None:
     r"""The gold answer: what follows its last `####`, its last `\boxed{}`, or all of it where it is bare mathematics.
 
     Of a sentence it is the LaTeX that "answer" announces, the only LaTeX, the number that "answer is" announces, or
-    the only number. Several numbers with units are text (12 hours 30 minutes). None where it cannot be told.
+    the only number. A phrase with several numbers (July 4, 1776) is text. None where it cannot be told.
     """
     gold = gold.rpartition("####")[2].strip()
+    if not re.search(r"(?<!\\)\$(?!\.?\d)", gold):
+        gold = re.sub(r"(?<!\\)\$", r"\\$", gold)  # $5 and $6 are amounts
+    whole = _whole(gold)
+    reading = _gold(gold)
+    if reading is None and (announced := _GOLD_ANNOUNCED.match(unwrapped(gold))):
+        reading = _gold(unwrapped(gold)[announced.end() :])
+    if reading is None and _PHRASE.fullmatch(gold):
+        reading = Reading(gold, whole.casefold(), words=True)
+    return None if reading is None or not whole else reading._replace(whole=whole)
+
+
+def _gold(gold: str) -> Reading | None:
     boxes = list(_boxes(gold))
     if boxes:
         latex = _last(gold, boxes)
         return None if latex is None else read(latex, gold=True)
     bare = unwrapped(gold)
     environments = list(_ENVIRONMENT.finditer(bare))
-    if not environments and not _is_sentence(bare):
+    if not environments and not _is_sentence(_rewritten(bare)):
         return read(gold, gold=True)
     if not environments:
         numbers = [match[1] for match in _ANSWER_IS.finditer(bare)][-1:] or _NUMERAL.findall(bare)
+        if measures := _measures(bare):
+            return Reading(bare, measures, words=True)
         if not _ANSWER_IS.search(bare) and _COMPOUND.fullmatch(bare):
             return Reading(bare, re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", bare).casefold(), words=True)
         if _ANSWER_IS.search(bare):
@@ -134,8 +163,12 @@ def _boxes(text: str) -> Iterator[tuple[int, int, str | None]]:
 
 def _last(text: str, boxes: list[tuple[int, int, str | None]]) -> str | None:
     start, end, content = boxes[-1]
-    if _NEGATED.search(text[max(start - REACH, 0) : start]):
+    before = text[max(start - REACH, 0) : start]
+    if _NEGATED.search(before) or _SUPPOSED.search(before) or (_ASKED.search(before) and _QUESTION.match(text, end)):
         return None
+    while len(boxes) > 1 and boxes[-2][1:] == (start, content):  # said again and again
+        boxes = boxes[:-1]
+        start = boxes[-1][0]
     contents = [_alone(text, start, content, text[end : end + REACH])]
     for earlier_start, earlier_end, earlier in reversed(boxes[:-1]):
         if not _JOINED.fullmatch(text[earlier_end:start][:40]):
@@ -175,6 +208,7 @@ def _announced(text: str) -> str | None:
         if (
             not announced
             or _NEGATION.search(clause)
+            or (_VERB.search(clause) and not re.search(r"[a-z:=]", announced.group()))
             or after.lstrip().startswith("?")
             or not stands_alone("", f"$ {after}")
         ):
@@ -235,19 +269,48 @@ _CHARACTERS = str.maketrans(
             "±": r"\pm ",
         },
         **{
-            "²": "^2",
-            "³": "^3",
             "½": r"\frac{1}{2}",
             "¼": r"\frac{1}{4}",
             "¾": r"\frac{3}{4}",
             "⁄": "/",
             "√": r"\sqrt ",
+            "∈": r"\in ",
         },
     }
 )
+_RAISED, _LOWERED = "⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "₋₊₀₁₂₃₄₅₆₇₈₉"
+_PLAIN = str.maketrans(_RAISED + _LOWERED, "-+0123456789" * 2)
+_SCRIPT = re.compile(rf"([{_RAISED}]+)|([{_LOWERED}]+)")
+_NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp"
+_SIZES = "tiny|small|normalsize|large|Large|LARGE|huge|Huge|textstyle|scriptstyle"
 _WRITTEN = [
     (re.compile(pattern), form)
     for pattern, form in (  # other ways to write the same
+        (r"\\sqrt\s*\(([^(){}]*)\)(?!\s*\^)", r"\\sqrt{\1}"),
+        (r"∛\s*(?:(\d+)|\(([^()]*)\))", r"\\sqrt[3]{\1\2}"),
+        (rf"\\(?:{_SIZES})(?![a-zA-Z])\s*", ""),
+        (r"\\degree(?![a-zA-Z])", r"^\\circ "),
+        (r"\\text\s*\{\s*\^\\circ\s*\}", r"^\\circ "),
+        (r"\\langle(?![a-zA-Z])", "("),
+        (r"\\rangle(?![a-zA-Z])", ")"),
+        (r"(?<=\d)['’](?=\d{3}(?!\d))", ""),
+        # as programs write it
+        (r"(?<=[\w)\]])\s*\*\*\s*(?=[\w({-])", "^"),
+        (r"\^\s*([-+]?\d{2,}|[-+]\d|[-+]?[a-zA-Z0-9]*\([^(){}]*\))", r"^{\1}"),
+        (r"(?<![\\a-zA-Z])sqrt\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"),
+        (rf"(?<![\\a-zA-Z])({_NAMES})(?=\s*\(|\s*\^|\s+(?:\d|[a-z]\b))", r"\\\1"),
+        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+        (r"(?<![<>=!])>=", r"\\ge "),
+        (r"(?<![<>=!])<=(?!>)", r"\\le "),
+        (r"!=", r"\\ne "),
+        (
+            r"^\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?:\\mid(?![a-z])|\\vert(?![a-z])|[:|])"
+            r"([^,{}]*(?:[<>]|\\(?:le|ge|lt|gt|ne)q?(?![a-z]))[^,{}]*)\\\}$",
+            r"\1",
+        ),
+        (r"^(?:\\text\s*\{)?\s*[Aa]ll real(?: numbers)?\s*\}?$", r"\\mathbb{R}"),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r" \\times "),
+        (r"(^[-+]?|[(\[,]\s*[-+]?)(?:inf|oo)(?=\s*(?:[)\],]|$))", r"\1\\infty "),
         (r"\\text\s*\{\s*(\\?\$)\s*\}", r"\1"),
         (r"(^|[=(,\[]\s*)–(?=\s*[\d\\a-z.])", r"\1-"),
         (r"(?<=\d)\{,\}(?=(?:\d{1,2}|\d{4,})(?!\d))", "."),
@@ -273,14 +336,26 @@ _NUMERAL = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)
 _ANSWER_IS = re.compile(
     rf"\banswer\s*(?:is|was|:|=)\s*:?\s*\$?({_NUMERAL.pattern})(?!\s*(?:or|and|to)\b)", re.IGNORECASE
 )
+_GOLD_ANNOUNCED = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\s*:?|:|=)\s+(?!not\b)", re.IGNORECASE)
+_PHRASE = re.compile(  # at most 12 words, and none of a sentence
+    r"(?!.*\b(?:is|are|was|were|we|i|he|she|they|it|there|has|have|had|gets?|find|found|so|therefore|thus|hence|answer|not|never|neither|nor)\b)"
+    r"[^\n.;!?]{1,100}(?:\.\d[^\n.;!?]{0,60}){0,4}\.?",
+    re.IGNORECASE,
+)
+_MEASURE = r"\d+(?:\.\d+)?\s*[a-zA-Z]+\.?"
+_MEASURES = re.compile(rf"{_MEASURE}(?:\s*,?\s*(?:and\s+)?{_MEASURE}){{1,3}}")
 _COMPOUND = re.compile(r"(?:\d+(?:\.\d+)? [a-z]+\.?,? ?){2,}|-?\w+\s*\(\s*mod\s+\w+\s*\)", re.IGNORECASE)
 _DELIMITED = [(r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"), ("**", "**")]
 _ENDING = re.compile(r"(?:\\[,;:! ]|\\q?quad|(?<!\.)\.(?!\.)|[,;:]|\s|(?<!\\)~)+$")
 _TEXT = r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname)\s*\{"
+_ONLY_TEXT = re.compile(rf"{_TEXT}((?=.*(?:[$\\{{^*]|sqrt|\bpi\b)).*)\}}", re.DOTALL)
 _CURRENCY = re.compile(
-    r"(?:\b(?:US|AU|CA))?(?:\\?\$|\\euro\b|\\pounds\b|[€£¥₹])\s*(?=[-+]?[\d.])|(?<=\d)\s*(?:\\?\$|[€£¥₹])$"
+    r"(?:\b(?:US|AU|CA))?(?:\\?\$|\\euro\b|\\pounds\b|[€£¥₹])\s*(?=[-+]?[\d.])"
+    r"|^(?:\\text\s*\{)?\s*(?:USD|EUR|GBP|INR|JPY|Rs\.?)\s*\}?\s*(?=[-+]?[\d.])"
+    r"|(?<=\d)(?:\s|~|\\[,;:! ])*(?:\\?\$|[€£¥₹])$"
 )
-_CURRENCIES = {"$": "dollar", "€": "euro", "euro": "euro", "£": "pound", "pounds": "pound", "¥": "yen", "₹": "rupee"}
+_CURRENCIES = {"USD": "dollar", "EUR": "euro", "GBP": "pound", "INR": "rupee", "JPY": "yen", "Rs": "rupee"}
+_CURRENCIES |= {"$": "dollar", "€": "euro", "euro": "euro", "£": "pound", "pounds": "pound", "¥": "yen", "₹": "rupee"}
 _DEGREE = r"\^\s*\{?\s*\\circ\s*\}?"
 _SPACED = re.compile(r"(?<![\d.,\\])\d{1,3}(?:(?:\\[,;:! ]|\{,\}|,\s*\\!|\{\\,\}|~| )\s*\d{3})+(?!\d)")
 _DECIMAL = re.compile(r"([-+]?)\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?")
@@ -288,7 +363,15 @@ _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _EXPONENT = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,4})(?!\w)")
 _SIGN_ROOT = re.compile(r" +(\d+)")  # what a person reads below the root in √23
 _REPEATING = re.compile(r"(\d{1,20})?\.(\d{0,20})\\(?:overline|bar|dot)\s*\{(\d{1,20})\}")
-_MIXED = re.compile(r"([-+]?)\s*(\d+)(?:\s+(\d+)\s*/\s*(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})\s*(\\?%)?")
+_MIXED = re.compile(r"([-+]?)\s*(\d+)(?:(?:\s|~|\\[,;: ])+(\d+)\s*/\s*(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})\s*(\\?%)?")
+_FRACTION = re.compile(r"([-+]?)\s*(\d{1,20})?\s*\\frac\{(\d{1,20})\}\{(\d{1,20})\}")
+_ROUNDED = re.compile(
+    r"(.*(?:\\(?:frac|sqrt|pi|ln|log|sin|cos|tan|cdot|times)|[/^]).*?)\s*\\approx(?![a-z])\s*[-+]?[\d.,]+%?"
+)
+_ENVIRONMENTS = re.compile(
+    r"\\begin\{(aligned|align\*?|gathered|split|cases|array|equation\*?)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL
+)
+_NO_NUMBER = re.compile(r"\d\s*['’]|(?<![\w^{])\d+_|\\?%\s*\\?%|\\[hv]?phantom(?![a-z])")
 _LEADING = re.compile(r"(?:[a-zA-Z]\s*)?(?:\\approx|\\sim)(?![a-zA-Z])\s*|[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 _TEXT_AT_END = re.compile(
     rf"((?:\s|~|\\[,;:! ]|\\q?quad|[-/]|\\cdot)*){_TEXT}([^{{}}]*)\}}\s*(\^\s*(?:-?\d|\{{-?\d\}}))?$"
@@ -298,19 +381,24 @@ _DEGREES = re.compile(r"(\\circ\s*\}?)\s*([CF])$")
 _NAMED_BASES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 _BASES = {name: number for number, name in enumerate(_NAMED_BASES.split())}
 _BASE = re.compile(
-    rf"([-+]?)\s*\(?\s*([0-9A-Za-z]+)(?:\.([0-9A-Za-z]+))?\s*\)?\s*(?:_\s*\{{?\s*(?:{_TEXT})?\s*(\w+?)\s*\}}{{0,2}}"
+    rf"([-+]?)\s*\(?\s*([0-9A-Za-z]+)(?:\.([0-9A-Za-z]+))?\s*\)?\s*"
+    rf"(?:_\s*\{{?\s*(?:{_TEXT})?\s*\(?(?:base[\s~-]*\}}?\s*)?(\w+?)\)?\s*\}}{{0,2}}"
     rf"|(?:{_TEXT})?\s*\(?\s*(?:in\s+)?base[\s~-]*\}}?\s*(\w+)\)?\s*\}}?)"
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z .'’-]*")
 _OPTION = re.compile(  # (B) 10, B. 10, B) 10; not (A)+1 or (A) (B)
-    r"\(?\s*([A-J])\s*[).](?:\\[,;:! ]|\\q?quad(?![a-z])|~|\s)+(?![\^_*/=+])(\S.*)", re.DOTALL
+    r"(?:(?i:option|choice)\s)?\s*\(?\s*([A-J])\s*[).:](?:\\[,;:! ]|\\q?quad(?![a-z])|~|\s)+(?![\^_*/=+])(\S.*)",
+    re.DOTALL,
 )
+_LETTER = re.compile(r"(?i:option|choice)\s*\(?([A-J])[).]?")
 _OTHER_OPTION = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 
 
 def read(latex: str, *, gold: bool = False) -> Reading | None:
     """The reading of an answer in LaTeX, or of what stands behind the letter of a choice; see `_read`."""
     plain = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r"\1", unwrapped(latex.translate(_CHARACTERS)))
+    if letter := _LETTER.fullmatch(plain):
+        return Reading(letter[1], letter[1], option=letter[1])
     choice = _OPTION.fullmatch(plain)
     if choice is None or _OTHER_OPTION.search(choice[2]):
         return _read(latex, gold=gold)
@@ -323,14 +411,10 @@ def _read(latex: str, *, gold: bool) -> Reading | None:
     A number beside words that may change it, for all that is known, is text. Of a gold answer, which is not written to
     please, words are taken for its unit unless they are known to change it.
     """
-    answer = unwrapped(latex.translate(_CHARACTERS))
-    for pattern, form in _WRITTEN:
-        answer = pattern.sub(form, answer)
-    text = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r"\1", answer)
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
-    text = re.sub(r"(?:\\[,;:!]|\\q?quad|~|\s)+", " ", text)
-    text = re.sub(r"\\pmod\s*(?:\{(\w+)\}|(\w))|\(\s*mod\s+(\w+)\s*\)", r"(mod\1\2\3)", text)
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    answer = _rewritten(latex)
+    text = _text(answer)
+    if measures := _measures(re.sub(rf"{_TEXT}([^{{}}]*)\}}", r" \1 ", answer)):
+        return Reading(answer, measures, words=True)
     if based := _based(answer):
         return based
     answer = re.sub(rf"{_TEXT}\s*([\d.,]+)\s*\}}", r"\1", answer)  # text that is a number: a person reads the digits
@@ -339,7 +423,13 @@ def _read(latex: str, *, gold: bool) -> Reading | None:
     words = re.sub(rf"{_TEXT}|[{{}}()]", "", answer).strip()
     if _WORD.fullmatch(words) and (len(words) > 3 or (answer != words and len(words) > 1)):
         return Reading(answer, " ".join(words.casefold().split()), words=True)
-    answer = _LEADING.sub("", answer, count=1)
+    if leading := _LEADING.match(answer):
+        answer = answer[leading.end() :]
+    if rounded := _ROUNDED.fullmatch(answer):  # an exact number, and what it is about
+        answer = rounded[1]
+    answer = re.sub(r"\\approx(?![a-z])", "=", answer)
+    if _NO_NUMBER.search(answer):
+        return Reading(answer, text.casefold(), words=True)
     currency = _CURRENCY.search(answer)
     answer = _CURRENCY.sub("", answer)
     answer = _SPACED.sub(lambda match: re.sub(r"\D", "", match.group()), answer)
@@ -362,8 +452,56 @@ def _read(latex: str, *, gold: bool) -> Reading | None:
     if mixed := _MIXED.fullmatch(answer):
         sign, whole, *parts, percent = mixed.groups(default=None)
         above, below = (part for part in parts if part is not None)
-        answer = rf"{sign}({whole}+\frac{{{above}}}{{{below}}}){percent or ''}"
+        answer = rf"{sign}({whole}+\frac{{{above}}}{{{below}}})"
+        if percent:  # of which the parser does not take what stands in parentheses
+            answer = rf"{sign}\frac{{{int(whole or 0) * int(below) + int(above)}}}{{{below}}}\%"
     return Reading(answer, text, unit) if answer else None
+
+
+def _rewritten(latex: str) -> str:
+    """LaTeX in which other ways to write the same are one."""
+    scripts = _SCRIPT.sub(
+        lambda m: f"^{{{m[1].translate(_PLAIN)}}}" if m[1] else f"_{{{m[2].translate(_PLAIN)}}}", latex
+    )
+    answer = unwrapped(scripts.translate(_CHARACTERS))
+    text = _ONLY_TEXT.fullmatch(answer)
+    if text and min(itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in text[1]), default=0) >= 0:
+        answer = unwrapped(text[1])  # mathematics in it
+    if environment := _ENVIRONMENTS.fullmatch(answer):
+        answer = _rows(environment[2]) or answer
+    for pattern, form in _WRITTEN:
+        answer = pattern.sub(form, answer)
+    return answer
+
+
+def _rows(inside: str) -> str:
+    """What the rows of an environment say, joined by commas; empty where they are no list of equations or numbers."""
+    rows = [row.strip(" ,;\n\t") for row in re.split(r"\\\\(?:\[[^\]]*\])?", inside)]
+    rows = [re.sub(r"\s*&\s*(?=[=<>\\])|(?<==)\s*&\s*", " ", row) for row in rows if row]
+    plain = all("&" not in row and r"\begin" not in row and row.count("=") <= 1 for row in rows)
+    return ", ".join(rows) if plain and (len(rows) == 1 or all("=" in row for row in rows)) else ""
+
+
+def _text(answer: str) -> str:
+    """An answer without markup and spacing."""
+    text = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r"\1", answer)
+    text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
+    text = re.sub(r"(?:\\[,;:!]|\\q?quad|~|\s)+", " ", text)
+    text = re.sub(r"\\pmod\s*(?:\{(\w+)\}|(\w))|\(\s*mod\s+(\w+)\s*\)", r"(mod\1\2\3)", text)
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+
+
+def _whole(latex: str) -> str:
+    return _text(_rewritten(latex))
+
+
+def _measures(text: str) -> str:
+    """Several numbers with known units, as in `1 hour 30 minutes`, by the units' names; empty for anything else."""
+    if len(text) > REACH or not _MEASURES.fullmatch(text.strip()):
+        return ""
+    found = re.findall(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", text)
+    units = [canonical_unit(word) for _, word in found]
+    return " ".join(f"{number} {unit}" for (number, _), unit in zip(found, units, strict=True)) if all(units) else ""
 
 
 def unwrapped(answer: str) -> str:
@@ -443,9 +581,14 @@ def _without_words(answer: str, *, strict: bool) -> tuple[str, str] | None:
         answer = answer[:cut].rstrip()
     if scale > 1:
         number = _DECIMAL.fullmatch(answer.strip())
-        if not number or not (number[2] or number[3]):
+        fraction = _FRACTION.fullmatch(answer.strip())
+        if fraction and int(fraction[4]):
+            value = (int(fraction[2] or 0) + Fraction(int(fraction[3]), int(fraction[4]))) * scale
+            number = fraction
+        elif number and (number[2] or number[3]):
+            value = Fraction((number[2] or "0").replace(",", "") + (number[3] or "")) * scale
+        else:
             return None
-        value = Fraction((number[2] or "0").replace(",", "") + (number[3] or "")) * scale
         digits = (
             str(value.numerator) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
         )

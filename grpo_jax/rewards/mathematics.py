@@ -6,10 +6,13 @@ from typing import Any
 
 from grpo_jax.rewards.answers import gold_text
 from grpo_jax.rewards.calling import reading
-from grpo_jax.rewards.completions import text_of
+from grpo_jax.rewards.completions import after_thoughts, text_of
+from grpo_jax.rewards.formats import marks_of, opened_by
 from grpo_jax.rewards.latex import Reading, final_answer, gold_answer
 from grpo_jax.rewards.pool import WorkerPool, in_worker_processes
 from grpo_jax.rewards.units import same_unit
+
+THOUGHTS = marks_of(["think"])
 
 
 def accuracy(
@@ -25,10 +28,11 @@ def accuracy(
 ) -> Callable[..., list[float | None]]:
     r"""1 where the completion's answer equals the gold one as mathematics, else 0 (math-verify 0.9).
 
-    The completion's answer is its last `\boxed{}`, or else the last LaTeX environment that the
-    word "answer" announces. Boxes that only `,`, `;`, `and` or `or` join are one answer: `\boxed{1} and
-    \boxed{2}` is the set {1, 2}, and `\boxed{4}. \boxed{5}` is 5. An answer that the text denies ("not $5$")
-    is none. The gold answer is what follows `####`, its last box, or all of it where it is bare
+    Of a completion that thinks, only what follows the last `</think>` is read, and nothing where a `<think>`, its own
+    or the prompt's, is not closed (TRL's function reads thoughts, too). Its answer is its last `\boxed{}`, or else the
+    last LaTeX environment that the word "answer" announces. Boxes that only `,`, `;`, `and` or `or` join are one
+    answer: `\boxed{1} and \boxed{2}` is the set {1, 2}, and `\boxed{4}. \boxed{5}` is 5. An answer that the text denies
+    ("not $5$") is none. The gold answer is what follows `####`, its last box, or all of it where it is bare
     mathematics, a number with a unit or a word; of a sentence the only LaTeX or the only number.
 
     Both are read as a person reads them (`rewards.latex`): `\frac12`, `2\sqrt2`, `1\,234`, `1\frac12`, `\$36`,
@@ -40,13 +44,14 @@ def accuracy(
     be equal. `(B) 10` and `B. 10` are the choice `B`, and 10.
     Then math-verify compares them as numbers, sets, intervals, matrices, relations or formulas; `\frac{1}{2}`, `0.5`
     and `\frac{2}{4}` are one answer, `1<x<2` is `2>x>1` and the interval `(1,2)`, and `i` is the imaginary unit where
-    there is no other letter. Words are compared as text, without case. Otherwise the rule is that of TRL's
+    there is no other letter. A list without brackets has no order, but beside a tuple, a vector or `a=1, b=2`, and as
+    many items as the gold one. Words are compared as text, without case. Otherwise the rule is that of TRL's
     `accuracy_reward`.
 
     An answer that is missing, unreadable or cannot be parsed scores 0, and so does one whose parsing takes longer than
     `timeout` or more than `memory`. Where the gold answer cannot be told, the item is masked; where it
-    can but cannot be parsed (`\langle 1,2\rangle`), the same text scores 1 and any other 0.
-    A fault of the verifier masks (see `in_worker_processes`).
+    can but cannot be parsed, or is a phrase with numbers (July 4, 1776), the same text scores 1 and any other 0.
+    The text of the whole gold answer is right in any case. A fault of the verifier masks (see `in_worker_processes`).
 
     Args:
       column: the data set's column of gold answers; by default that of `--answer-column` where the rows were read
@@ -87,15 +92,21 @@ def accuracy(
     golds = ("solution", "answer") if column is None else (column,)
 
     def reward(
-        prompts: Sequence[Any], completions: Sequence[Any], gold_column: str | None = None, **columns: Any
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        gold_column: str | None = None,
+        prompt_tail: Sequence[str | None] | None = None,
+        **columns: Any,
     ) -> list[float | None]:
         names = golds if gold_column is None or column is not None else (gold_column,)
         present = next((name for name in names if name in columns), None)
         if present is None:
             raise ValueError(f"the accuracy reward needs a column {' or '.join(names)} with the gold answers")
-        answers = [final_answer(text_of(completion)[-characters:]) for completion in completions]
-        texts = map(gold_text, columns[present])
-        wanted = [None if gold is None else gold_answer(gold) for gold in texts]
+        tails = prompt_tail or [None] * len(completions)
+        texts = [opened_by(tail or "", THOUGHTS) + text_of(c) for tail, c in zip(tails, completions, strict=True)]
+        answers = [final_answer((after_thoughts(text) or "")[-characters:]) for text in texts]
+        golds_given = map(gold_text, columns[present])
+        wanted = [None if gold is None else gold_answer(gold) for gold in golds_given]
         return judge(
             prompts,
             ["" if answer is None else answer.latex for answer in answers],
@@ -115,6 +126,8 @@ def verdict(answer: Reading | None, gold: Reading | None) -> float | None:
     ours, theirs = answer.option or answer.text, gold.option or gold.text
     if (answer.option or gold.option) and len(ours) == len(theirs) == 1 and (ours + theirs).isupper():
         return float(ours == theirs)  # letters of choices
+    if answer.whole == gold.whole or (gold.words and answer.whole.casefold() == gold.whole.casefold()):
+        return 1.0
     if answer.text in (gold.text, gold.text.removesuffix(f"_{gold.base}")):
         return 1.0
     if gold.base:
@@ -123,8 +136,11 @@ def verdict(answer: Reading | None, gold: Reading | None) -> float | None:
         return float(gold.words and answer.words and answer.text.casefold() == gold.text.casefold())
     if any(side.words and any(map(str.isdecimal, side.text)) for side in (answer, gold)):
         return 0.0  # a number beside words that may change it
-    if answer.latex.isalpha() and gold.latex.isalpha() and len(answer.latex) > 1:
-        return float(answer.latex.casefold() == gold.latex.casefold())  # words, and no products
+    words = answer.words or gold.words or (answer.latex.isalpha() and gold.latex.isalpha())
+    if words and answer.text.isalpha() and gold.text.isalpha() and len(answer.text) > 1:
+        return float(answer.text.casefold() == gold.text.casefold())  # words, and no products
+    if answer.latex == gold.latex and not any(side.words for side in (answer, gold)):
+        return 1.0  # which the parser may not know, such as \frac{1\pm\sqrt{5}}{2}
     letters, wanted = _letters(answer.latex), _letters(gold.latex)
     if {letter for letter in letters - wanted if letter.swapcase() in wanted - letters}:
         return 0.0  # x and X
@@ -133,8 +149,13 @@ def verdict(answer: Reading | None, gold: Reading | None) -> float | None:
 
 
 def _letters(latex: str) -> set[str]:
-    """The letters of variables."""
-    return set(filter(str.isalpha, re.sub(r"\\[a-zA-Z]+\s*", "", latex)))
+    """The letters of variables, of which Greek ones are commands."""
+    greek = {_GREEK[name] for name in re.findall(r"\\([a-zA-Z]+)", latex) if name in _GREEK}
+    return greek | set(filter(str.isalpha, re.sub(r"\\[a-zA-Z]+\s*", "", latex)))
+
+
+_NAMES = ("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega")
+_GREEK = dict(zip(_NAMES, "ΓΔΘΛΞΠΣΥΦΨΩ", strict=True)) | dict(zip(map(str.lower, _NAMES), "γδθλξπσυφψω", strict=True))
 
 
 def _connectives(latex: str) -> set[str]:

@@ -44,7 +44,10 @@ def accuracy(completion: str, gold: str | None, verdict: float | None, tolerance
         bare = [parsed(latex.replace("\\%", "").replace("%", "")) for latex in (gold, completion)]
         if all(bare) and verify(*bare, float_rounding=decimals, timeout_seconds=None):
             return 1.0
-    gold, completion = _as_intervals(gold, completion)
+    gold, completion = (_PERCENT.sub(r"\\frac{\1}{\g<2>00}", latex) for latex in (gold, completion))
+    gold, completion = _in_order(*_as_intervals(gold, completion))
+    if _counts_apart(gold, completion):
+        return 0.0
     expected = parsed(gold)
     answer = parsed(completion) if completion else []
     if not expected or not answer or _contradicts(completion):
@@ -92,6 +95,81 @@ def _as_intervals(gold: str, completion: str) -> tuple[str, str]:
         theirs if theirs and _INTERVALS.fullmatch(completion) else gold,
         ours if ours and _INTERVALS.fullmatch(gold) else completion,
     )
+
+
+_PERCENT = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}\s*\\?%")  # the parser takes no sign after a fraction
+
+
+def _in_order(gold: str, completion: str) -> tuple[str, str]:
+    """Both as tuples, where one side has an order (a tuple, a vector, values by names) and the other only lists values.
+
+    The parser takes a list without brackets for a set, which is equal to a tuple of the same values in any order.
+    """
+    sides = (gold, completion)
+    vectors, tuples = [_vector(side) for side in sides], [_bracketed(side) for side in sides]
+    named = [_named(side) for side in sides]
+    lists = [[] if name else _items(side) for name, side in zip(named, sides, strict=True)]
+    ordered = [vector or row or name for vector, row, name in zip(vectors, tuples, named, strict=True)]
+    found: list[list[str]] = [[], []]
+    if any(lists) and any(ordered):
+        found = [row or items for row, items in zip(ordered, lists, strict=True)]
+    elif any(vectors) and any(tuples):
+        found = [vector or row for vector, row in zip(vectors, tuples, strict=True)]
+    if not all(found) or any(re.search(r"[=(]", item) for items in found for item in items):
+        return sides
+    return f"({','.join(found[0])})", f"({','.join(found[1])})"
+
+
+_VECTOR = re.compile(
+    r"\\begin\{([pb]matrix)\}((?:(?!\\(?:begin|end))[^&])*|(?:(?!\\(?:begin|end)|\\\\).)*)\\end\{\1\}", re.DOTALL
+)
+
+
+def _vector(latex: str) -> list[str]:
+    vector = _VECTOR.fullmatch(latex.strip())
+    return [item.strip() for item in re.split(r"&|\\\\", vector[2]) if item.strip()] if vector else []
+
+
+def _bracketed(latex: str) -> list[str]:
+    """The items of a tuple or a list in brackets."""
+    bare = re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", latex).strip()
+    whole = bare[:1] + bare[-1:] in ("()", "[]") and len(_split(bare)) == 1
+    return items if whole and len(items := _split(bare[1:-1])) > 1 else []
+
+
+def _named(latex: str) -> list[str]:
+    """The values of `a=1, b=2`, where the names differ."""
+    pairs = [re.fullmatch(r"\s*([a-zA-Z](?:_\{?\w+\}?)?)\s*=([^=]+)", item) for item in _items(latex)]
+    known = [pair for pair in pairs if pair]
+    return [pair[2] for pair in known] if pairs and len({pair[1] for pair in known}) == len(pairs) else []
+
+
+_NO_LIST = re.compile(r"\d,\d{3}(?!\d)|\\(?:pm|mp|l?dots|text|lor|land|cup)(?![a-zA-Z])|\b(?:and|or)\b")
+
+
+def _items(latex: str) -> list[str]:
+    """The items of a list without brackets; none of anything else, such as a number with thousands separators."""
+    items = [] if _NO_LIST.search(latex.replace(r"\!", "")) else _split(latex)
+    return items if len(items) > 1 else []
+
+
+def _split(latex: str) -> list[str]:
+    """The parts between commas that are in no brackets."""
+    parts, depth = [""], 0
+    for token in re.findall(r"\\[a-zA-Z]+|\\.|.", latex, re.DOTALL):
+        depth += (token in ("(", "[", "{", r"\{")) - (token in (")", "]", "}", r"\}"))
+        if token == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
+
+
+def _counts_apart(gold: str, completion: str) -> bool:
+    """Whether lists without brackets have different numbers of items, which as sets could be equal."""
+    single = [not _NO_LIST.search(latex) and not re.search(r"[,;{}()\[\]]", latex) for latex in (gold, completion)]
+    counts = [len(_items(latex)) or int(one) for latex, one in zip((gold, completion), single, strict=True)]
+    return all(counts) and counts[0] != counts[1]
 
 
 def _union(latex: str) -> str:
