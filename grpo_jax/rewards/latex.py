@@ -365,9 +365,8 @@ _SIGN_ROOT = re.compile(r" +(\d+)")  # what a person reads below the root in √
 _REPEATING = re.compile(r"(\d{1,20})?\.(\d{0,20})\\(?:overline|bar|dot)\s*\{(\d{1,20})\}")
 _MIXED = re.compile(r"([-+]?)\s*(\d+)(?:(?:\s|~|\\[,;: ])+(\d+)\s*/\s*(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})\s*(\\?%)?")
 _FRACTION = re.compile(r"([-+]?)\s*(\d{1,20})?\s*\\frac\{(\d{1,20})\}\{(\d{1,20})\}")
-_ROUNDED = re.compile(
-    r"(.*(?:\\(?:frac|sqrt|pi|ln|log|sin|cos|tan|cdot|times)|[/^]).*?)\s*\\approx(?![a-z])\s*[-+]?[\d.,]+%?"
-)
+_EXACT = re.compile(r"\\(?:frac|sqrt|pi|ln|log|sin|cos|tan|cdot|times)(?![a-z])|[/^]")
+_ABOUT = re.compile(r"\s*[-+]?[\d.,]+%?")
 _ENVIRONMENTS = re.compile(
     r"\\begin\{(aligned|align\*?|gathered|split|cases|array|equation\*?)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL
 )
@@ -425,8 +424,9 @@ def _read(latex: str, *, gold: bool) -> Reading | None:
         return Reading(answer, " ".join(words.casefold().split()), words=True)
     if leading := _LEADING.match(answer):
         answer = answer[leading.end() :]
-    if rounded := _ROUNDED.fullmatch(answer):  # an exact number, and what it is about
-        answer = rounded[1]
+    exact, _, about = answer.rpartition(r"\approx")
+    if _ABOUT.fullmatch(about) and _EXACT.search(exact):
+        answer = exact.rstrip()
     answer = re.sub(r"\\approx(?![a-z])", "=", answer)
     if _NO_NUMBER.search(answer):
         return Reading(answer, text.casefold(), words=True)
