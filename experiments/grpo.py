@@ -56,8 +56,7 @@ from grpo_jax.updates import Updates, init_state
 MAY_CHANGE = (  # of a run that is resumed
     *("steps", "save_every", "export", "export_dtype", "export_every", "show_every", "tensorboard", "wandb", "profile"),
     *("stop_after_skipped", "stop_after_failed", "reward_timeout", "answer_timeout", "environment_workers"),
-    *("server", "server_model", "server_timeout"),
-    *("evaluate_every", "eval_batch", "held_out", "held_out_every"),
+    *("server", "server_model", "server_timeout", "evaluate_every", "eval_batch", "held_out", "held_out_every"),
     *("data", "eval_data"),  # what is in them may not
     *("micro_batches", "memory_gib", "slots", "mesh", "coordinator", "processes", "process_id"),  # equal to rounding
 )
@@ -178,9 +177,8 @@ def train(config: Config) -> Params:
         step, state = overlap.ahead(whole_step, batch, state, width=width, depth=config.overlap)
 
     def export(name: str) -> None:
-        with loop.exporting(name) as folder:
-            about = {"base_model": config.model, "tokenizer": tokenizer, "eos_ids": sampler.eos_ids}
-            config.save(policy, loop.state, folder, **about)
+        with loop.exporting(name) as path:
+            config.save(policy, loop.state, path, base_model=config.model, tokenizer=tokenizer, eos_ids=sampler.eos_ids)
 
     def evaluate_and_keep_the_best() -> None:
         loop.log(evaluate(bind(loop.state.params, frozen), rewards.TrainerState(loop.step, config.steps)))
@@ -195,8 +193,7 @@ def train(config: Config) -> Params:
     ) as loop:  # fmt: skip
         del state
         multiple = config.completion_bucket
-        # To compile, once the lengths of a batch are known; compilers of several processes may wait for each other.
-        more_shapes = config.pack and not config.overlap and jax.process_count() == 1
+        more_shapes = config.pack and not config.overlap and jax.process_count() == 1  # to compile; several may block
         for n in loop:
             if n % config.evaluate_every == 0:
                 evaluate_and_keep_the_best()
