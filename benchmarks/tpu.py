@@ -185,7 +185,8 @@ def markdown(lines: list[Line]) -> str:
         "## `learn` beside the least",
         report.table((*names, "products", "received"), map(_beside_least, rows)),
         "Products of the program beside those with weights, forward, in the recomputation and twice backward, without "
-        "attention. Received beside the weights of layers twice, head and embedding once and all gradients once, in "
+        "attention; those whose result the backward pass does not read are not computed again. Received beside the "
+        "weights of layers twice, head and embedding once and all gradients once, in "
         "bfloat16, and the sum of their parts over `data`; over `tensor` activations are summed as well, which has no "
         "such count.",
     ]

@@ -3,7 +3,7 @@
 python experiments/ablations/rank_all.py --estimate     # how long each takes here
 python experiments/ablations/rank_all.py                # killed, the same command goes on where it was
 
-What came of the first: `docs/pages/results/ablations.md`. The others have no results yet.
+What came of the KL term and the objectives: `docs/pages/results/ablations.md`. The other two have no results yet.
 """
 
 import advantages
