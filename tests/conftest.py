@@ -6,6 +6,7 @@ of this file.
 
 import gc
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -13,16 +14,32 @@ import jax
 import pytest
 from compiling import QUICKLY
 
+from grpo_jax.programs import give_back_freed
 from grpo_jax.rewards.sandbox import bubblewrap
 
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
 
+_KEPT = 2 * 1024**3  # bytes of a process from which on its compiled programs are let go
+
+
+def _resident():
+    """Bytes of memory that this process holds; infinite where the system does not tell."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:
+        return float("inf")
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
 
 def pytest_configure(config):
-    """One folder of compiled programs for all workers and for the runs that tests start."""
+    """One folder of compiled programs for all workers and for the runs that tests start.
+
+    Programs do without the lines of Python that made them: writing these down took an eighth of compiling.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+    os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
 
 
 def pytest_collection_finish():
@@ -49,7 +66,14 @@ def sandbox():
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Compiled programs of a finished file are let go: over all files they would take gigabytes."""
+    """Compiled programs are let go between files where they take much: over all files it would be gigabytes.
+
+    Until then they stay: the small programs of single operations are the same in most files, and to look for garbage
+    takes a fifth of a second.
+    """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if _resident() > _KEPT:
+        gc.collect()
+        jax.clear_caches()
+        gc.collect()
+        give_back_freed()

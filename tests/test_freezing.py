@@ -139,7 +139,7 @@ def test_training_with_frozen_parameters_equals_whole_training_without_their_cha
 @pytest.mark.parametrize("kind", POLICIES)
 def test_a_partition_is_bound_to_the_same_arrays(kind):
     policy, pattern = POLICIES[kind]
-    whole = policy.init(jax.random.key(0))
+    whole = jax.jit(policy.init)(jax.random.key(0))
     params, frozen = partition(whole, pattern)
     assert 0 < len(jax.tree.leaves(frozen)) < len(jax.tree.leaves(whole))
     bound = bind(params, frozen)

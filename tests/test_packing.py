@@ -65,9 +65,9 @@ def test_every_token_has_one_place_in_one_row_of_its_group(lengths, multiple):
     assert (R, W) in known
     assert W % multiple == 0
     assert R * W < G * 40
-    segments = np.asarray(packed.segments)
+    packed = jax.device_get(packed)  # a slice of a jax.Array is a program for each length
     for b, g in np.ndindex(lengths.shape):
-        places = np.flatnonzero(segments[b] == g)
+        places = np.flatnonzero(packed.segments[b] == g)
         np.testing.assert_array_equal(places, packed.places[b, g, : lengths[b, g]])
         np.testing.assert_array_equal(packed.tokens[b].reshape(-1)[places], g * 40 + np.arange(lengths[b, g]))
         assert len(set(places // W)) <= 1
@@ -137,7 +137,7 @@ def test_packed_completions_have_the_same_scores_and_gradients(family, multiple)
     if family == "qwen2_window":
         config = dataclasses.replace(config, windows=(3,) * config.num_layers)
     policy = models.decoder(config)
-    params, teacher = policy.init(jax.random.key(0)), policy.init(jax.random.key(1))
+    params, teacher = (jax.jit(policy.init)(jax.random.key(seed)) for seed in (0, 1))
     rollout = experience().rollout
     top_tokens = jax.random.randint(jax.random.key(3), (B, G, T, 2), 0, 20)
     weights = jax.random.normal(jax.random.key(2), (B, G, T))
@@ -173,12 +173,12 @@ def test_a_tree_has_each_beginning_once_and_its_tokens_see_their_ancestors(token
     beginnings = [
         {tuple(tokens[b, g, : t + 1]) for g in range(5) for t in range(lengths[b, g])} for b in range(len(tokens))
     ]
-    grown = packing.tree(rollout, multiple=1)
+    grown = jax.device_get(packing.tree(rollout, multiple=1))
     if grown is None:
         assert max(map(len, beginnings)) > packing.shapes(5, 6, multiple=1)[0][0] * 6
         return
     for b, known in enumerate(beginnings):
-        segments, last = np.asarray(grown.segments[b, 0]), np.asarray(grown.descendants[b, 0])
+        segments, last = grown.segments[b, 0], grown.descendants[b, 0]
         assert np.count_nonzero(segments >= 0) == len(known)
         begins = {}  # what stands at a place, with all before it
         for g in range(5):
@@ -211,7 +211,7 @@ def binary_tree(B, depth, turn):
 
 def test_a_tree_of_depth_four_has_the_scores_and_gradients_of_its_rows():
     policy = testing.tiny_policy("llama")
-    params, rollout = policy.init(jax.random.key(0)), binary_tree(B=2, depth=4, turn=3)
+    params, rollout = jax.jit(policy.init)(jax.random.key(0)), binary_tree(B=2, depth=4, turn=3)
     weights = jax.random.normal(jax.random.key(2), rollout.tokens.shape)
 
     def loss(params, packed):
@@ -259,7 +259,7 @@ def test_a_step_learns_the_same_from_less_padding(layout):
     learn = jit(
         make_learn(policy, optimizer, loss=losses.grpo(penalty=losses.k3(0.04)), updates=Updates(micro_batches=2))
     )
-    params = policy.init(jax.random.key(0))
+    params = jax.jit(policy.init)(jax.random.key(0))
     state = init_state(params, optimizer, jax.random.key(3), reference=True)
     (expected, metrics), (actual, of_given) = (
         learn(state, experience._replace(ref_log_probs=None)) for experience in (whole, given)

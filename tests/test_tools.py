@@ -479,7 +479,7 @@ def test_a_conversation_with_tools_in_the_tokens_of_its_template():
     policy = tiny_policy(vocab_size=len(tokenizer), max_position_embeddings=2048)
     made = sampling.conversations(sampler, respond, tokenizer, prompts.rows, max_turns=2, between=between)
     batch = prompts.batch(0, 0, size=1, multiple=64)
-    rollout = jax.device_get(made(policy, policy.init(jax.random.key(0)), batch, jax.random.key(1)))
+    rollout = jax.device_get(made(policy, jax.jit(policy.init)(jax.random.key(0)), batch, jax.random.key(1)))
     for tokens, mask in zip(rollout.tokens[0], rollout.mask[0], strict=True):
         first = int(np.argmin(mask))
         following = tokens[first : first + int(np.argmax(mask[first:]))]

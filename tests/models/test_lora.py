@@ -37,12 +37,16 @@ def base(family="qwen3", dtype=jnp.float32):
     return policy, jax.jit(policy.init)(jax.random.key(0))
 
 
+@jax.jit
+def moved(adapters, key):
+    noise = iter(jax.random.split(key, 99))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), adapters)
+
+
 def random_adapters(policy, params, seed=1, **settings):
     """Adapters in the middle of a run: `lora_b` is not 0."""
     adapters, frozen = lora.adapt(policy, params, key=jax.random.key(seed), **{"rank": 4} | settings)
-    noise = iter(jax.random.split(jax.random.key(seed + 1), 99))
-    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), adapters)
-    return moved, frozen
+    return moved(adapters, jax.random.key(seed + 1)), frozen
 
 
 def rollout_of(seed=0, B=2, G=3, T=6):

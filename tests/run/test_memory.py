@@ -40,16 +40,16 @@ def nbytes(tree):
 
 
 def test_what_is_kept_has_the_size_of_the_arrays(planned):
-    params = POLICY.init(jax.random.key(0))
+    params = jax.jit(POLICY.init)(jax.random.key(0))
     state = init_state(params, OPTIMIZER, jax.random.key(0), reference=True)
     prompts = testing.random_prompts(0, 4, 9)
     assert planned.parameters == nbytes(state.params)
     assert planned.optimizer == nbytes(state.opt_state)
     assert planned.reference == nbytes(state.ref_params)
-    cast = jax.tree.leaves(POLICY.cast(params))
+    cast = jax.tree.leaves(jax.jit(POLICY.cast)(params))
     assert planned.cast == nbytes([x for x in cast if x.dtype == jnp.bfloat16]) < planned.parameters
     assert planned.weights == nbytes(cast) - nbytes(params["embed_tokens"]) // 2 > planned.cast
-    assert planned.prompt_cache == nbytes(POLICY.prefill(params, prompts.tokens, prompts.lengths))
+    assert planned.prompt_cache == nbytes(jax.jit(POLICY.prefill)(params, prompts.tokens, prompts.lengths))
     assert planned.completion_cache == nbytes(POLICY.init_cache(4, 2, 16))
     assert planned.logits == 2 * 4 * 2 * 16 * POLICY.config.vocab_size * 4
     kept = planned.parameters + planned.optimizer + planned.reference

@@ -15,7 +15,7 @@ B, G, T, EOS = 3, 4, 6, (2, 5)
 @pytest.fixture(scope="module")
 def sampled():
     policy = testing.tiny_policy("qwen2", vocab_size=9)
-    params = policy.init(jax.random.key(0))
+    params = jax.jit(policy.init)(jax.random.key(0))
     prompts = testing.random_prompts(0, B, 5, vocab_size=9)
     return (
         policy,

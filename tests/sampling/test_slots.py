@@ -35,7 +35,7 @@ def model(kind):
         return from_logits_fn(logits), params
     fields = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0} if kind == "qwen2_window" else {}
     policy = testing.tiny_policy("qwen2", vocab_size=9, **fields)
-    return policy, policy.init(jax.random.key(0))
+    return policy, jax.jit(policy.init)(jax.random.key(0))
 
 
 prompts = testing.random_prompts(0, B, 6, vocab_size=9)
