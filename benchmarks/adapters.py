@@ -2,7 +2,7 @@
 
     python -m benchmarks.adapters steps          # whole weights, adapters, adapters over int8 and nf4, on W1 and small,
                                                  # beside TRL with whole weights and with peft's, where it is installed
-    python -m benchmarks.adapters fits           # 0.5B to 7B: the peak of a step, and the devices that it fits
+    python -m benchmarks.adapters fits           # 0.5B to 7B: the peak of a step, and with which micro-batches it fits
 
 `steps` runs the variants in turn, so that what else the machine does falls on all of them. Of TRL, which takes
 micro-batches of 8 completions, `learn` is all that is not generation; its bytes are not counted. `fits` runs nothing:
@@ -10,12 +10,13 @@ the programs are compiled, for the backend that it runs on, from the sizes of Qw
 """
 
 import contextlib
+import functools
 import importlib.util
 import pathlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -128,39 +129,58 @@ def _rewarded(experience: Experience, rng: np.random.Generator) -> Experience:
 
 
 def fits() -> Iterator[dict[str, Any]]:
-    """GB of a step of 8 prompts x 8 completions, 512 + 512 tokens, in bfloat16, learned one prompt at a time."""
+    """GB of a step of 8 prompts x 8 completions, 512 + 512 tokens, in bfloat16, learned one prompt at a time.
+
+    Beside it the fewest micro-batches with which it fits each device.
+    """
     for size, model in QWEN.items():
         for name, weights in VARIANTS.items():
             if weights.quantize == "int8":
                 continue
-            settings: Mapping[str, Any] = {
-                "dtype": jnp.bfloat16, "param_dtype": weights.param_dtype(jnp.bfloat16),
-                "layers_apart": False,  # which holds a copy of the layers, on CPUs
-            }  # fmt: skip
-            policy = models.decoder(models.from_hf_config(cells.hf_config(model), **settings))
-            params, frozen = weights.shapes(policy)
-            plan = memory.plan(
-                policy,
-                optax.adamw(1e-6),
-                sampling.sampler(group_size=FITS["group"], max_tokens=FITS["completion_tokens"], eos_ids=()),
-                loss=losses.grpo(),
-                prompts=FITS["prompts"],
-                prompt_tokens=FITS["prompt_tokens"],
-                reference=False,
-                params=params,
-                frozen=frozen,
-                updates=Updates(micro_batches=FITS["prompts"]),
-            )
-            kept = plan.parameters + plan.frozen + plan.optimizer
+            plan = functools.cache(functools.partial(planned, model, weights))
+            finest = plan(FITS["prompts"])
+            kept = finest.parameters + finest.frozen + finest.optimizer
             yield {
                 "model": size,
                 "variant": name,
                 "kept GB": round(kept / 1e9, 1),
-                "collect GB": round(plan.sampling / 1e9, 1),
-                "learn GB": round(plan.learning / 1e9, 1),
-                "peak GB": round(plan.peak / 1e9, 1),
-                "fits": ", ".join(str(device) for device in DEVICES if plan.peak <= device * 1e9) or "none",
+                "collect GB": round(finest.sampling / 1e9, 1),
+                "learn GB": round(finest.learning / 1e9, 1),
+                "peak GB": round(finest.peak / 1e9, 1),
+                **{f"{device} GB": fewest(plan, int(device * 1e9)) for device in DEVICES},
             }
+
+
+def fewest(plan: Callable[[int], memory.Plan], budget: int) -> int | str:
+    """The fewest micro-batches within a budget, by halves from one prompt at a time: fewer of them never take less."""
+    parts = FITS["prompts"]
+    if plan(parts).peak > budget:
+        return "no"
+    while parts > 1 and plan(parts // 2).peak <= budget:
+        parts //= 2
+    return parts
+
+
+def planned(model: Model, weights: WeightSettings, parts: int) -> memory.Plan:
+    """The plan of a step in so many micro-batches."""
+    settings: Mapping[str, Any] = {
+        "dtype": jnp.bfloat16, "param_dtype": weights.param_dtype(jnp.bfloat16),
+        "layers_apart": False,  # which holds a copy of the layers, on CPUs
+    }  # fmt: skip
+    policy = models.decoder(models.from_hf_config(cells.hf_config(model), **settings))
+    params, frozen = weights.shapes(policy)
+    return memory.plan(
+        policy,
+        optax.adamw(1e-6),
+        sampling.sampler(group_size=FITS["group"], max_tokens=FITS["completion_tokens"], eos_ids=()),
+        loss=losses.grpo(),
+        prompts=FITS["prompts"],
+        prompt_tokens=FITS["prompt_tokens"],
+        reference=False,
+        params=params,
+        frozen=frozen,
+        updates=Updates(micro_batches=parts),
+    )
 
 
 def main(what: str) -> None:
