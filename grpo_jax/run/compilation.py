@@ -1,10 +1,13 @@
 """Compiled programs: kept between runs, and counted within one; and what compiling them has freed, given back."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax._src import compilation_cache  # nothing public tells where a program is kept
 
 from grpo_jax.programs import give_back_freed
 
@@ -15,7 +18,8 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> pa
     """Keeps what XLA compiles in a folder, so that the next run of the same programs starts at once.
 
     Tracing is still done. Where JAX has such a folder already, from `JAX_COMPILATION_CACHE_DIR`
-    or its configuration, that one stays.
+    or its configuration, that one stays. A file that cannot be read, as one that a full disk has cut, is taken away, so
+    that the program is kept anew; JAX alone warns of it at every start.
 
     Args:
       folder: where to; `grpo_jax/programs` in the user's cache folder if not given.
@@ -24,12 +28,29 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> pa
       The folder in use.
     """
     if known := jax.config.values["jax_compilation_cache_dir"]:
+        _take_away_what_is_cut(pathlib.Path(known))
         return pathlib.Path(known)
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     folder = caches / "grpo_jax" / "programs" if folder is None else pathlib.Path(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    _take_away_what_is_cut(folder)
     return folder
+
+
+@functools.cache
+def _take_away_what_is_cut(folder: pathlib.Path) -> None:
+    jax_internals: Any = compilation_cache
+    read = jax_internals.get_executable_and_time
+
+    def reading(cache_key: str, *arguments: Any) -> Any:
+        try:
+            return read(cache_key, *arguments)
+        except Exception:
+            (folder / f"{cache_key}-cache").unlink(missing_ok=True)
+            raise  # JAX warns, compiles and keeps the program
+
+    jax_internals.get_executable_and_time = reading
 
 
 def count_compilations() -> Callable[[], int]:

@@ -33,7 +33,9 @@ def even(prompts, completions, answer, **kwargs):
     assert all(a.isdigit() for a in answer), answer
     return [float(len(c) % 2 == 0) for c in completions]
 
-def vowels(completions):
+def vowels(completions, tests=(), **columns):
+    for one in tests:
+        one.clear()  # what a reward does to its arguments, no other sees, nor the file of rows that are kept
     return [float(sum(c in "aeiou" for c in completion)) for completion in completions]
 
 def best_of_four(completions):
@@ -103,7 +105,7 @@ def test_chats_of_a_base_model_end_with_the_templates_turn(files, tmp_path, monk
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     testing.tiny_checkpoint(folder / "model")
-    rows = [{"question": f"What is {i} plus 1?", "answer": f"{i} + 1\n#### {i + 1}"} for i in range(7)]
+    rows = [{"question": f"What is {i} plus 1?", "answer": f"{i} + 1\n#### {i + 1}", "tests": [i]} for i in range(7)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "verifiers.py").write_text(REWARDS)
     return folder

@@ -124,6 +124,19 @@ def _working_folder(files, monkeypatch):
     monkeypatch.chdir(files)
 
 
+def test_a_tokenizer_larger_than_the_model_is_refused_before_the_model_is_loaded(files, tmp_path, monkeypatch):
+    model = shutil.copytree(files / "model", tmp_path / "model")
+    fields = json.loads((model / "config.json").read_text()) | {"vocab_size": 8}
+    (model / "config.json").write_text(json.dumps(fields))
+    monkeypatch.setattr(hf, "load_pretrained", lambda *arguments, **settings: pytest.fail("the model was loaded"))
+    for run in (
+        lambda: grpo.train(settings(files, tmp_path / "a", model=str(model))),
+        lambda: sft.train(sft.Config(model=str(model), data=files / "pairs.jsonl", run_dir=tmp_path / "b")),
+    ):
+        with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens and .* only 8"):
+            run()
+
+
 def settings(files, run_dir, **changes):
     return grpo.Config(**{
         "model": str(files / "model"),
@@ -703,6 +716,19 @@ def test_demonstrations_are_read_as_prompts_are(files, base, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"rows.jsonl:{message}"):
             read(plain, plain | bad)
+
+
+def test_thinking_and_the_date_reach_the_template_in_both_scripts(files, base, tmp_path):
+    model, _, _ = base
+    tokenizer = hf.load_tokenizer(model)
+    tokenizer.chat_template = "{{ date_string }} {{ enable_thinking }} " + tokenizer.chat_template
+    row = {"prompt": "a", "completion": "b"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    about = {"chat": True, "thinking": False, "date_string": "26 Jul 2024"}
+    _, ((shown, _),), _ = sft.read(sft.Config(model=str(model), data=tmp_path / "rows.jsonl", **about), tokenizer)
+    asked = settings(files, tmp_path, prompt_column="prompt", **about).encode(tokenizer, [row]).prompts[0]
+    for ids in (shown, asked):
+        assert tokenizer.decode(ids).startswith("26 Jul 2024 False ")
 
 
 def test_supervised_learning_refuses_a_completion_that_does_not_fit(files, tmp_path):

@@ -501,6 +501,7 @@ GYM_ATTACKS = {
     "the reader of right answers": ["setattr(__import__('ast'), 'literal_eval', lambda text: {})"],
     "builtins without quotes": ["eval(chr(95))", "exec(chr(49))", "globals()", "open(chr(47))", "print(1)"],
     "attributes": ["(1).__class__", "x.func", "1.0.real", "1.0. real", "1 .real", "x. func"],
+    "processes": ["__import__('os').fork()", "__import__('subprocess').Popen(['sleep', '1000'])", "os.fork()"],
     "code": ["lambda: 24", "[c for c in ()]", "(y := 24)", "sympify('24')", "lambdify(x, x)", "f'{24}'", "preview(x)"],
 }
 

@@ -1,6 +1,7 @@
 """Programs are kept between processes and counted within one."""
 
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -40,6 +41,14 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
     again, hits = compile_in_a_process(XDG_CACHE_HOME=str(tmp_path))
     assert again == folder
     assert hits > 0
+
+
+def test_a_program_whose_file_was_cut_is_kept_anew(tmp_path):
+    folder, _ = compile_in_a_process(XDG_CACHE_HOME=str(tmp_path))
+    for file in pathlib.Path(folder).glob("*-cache"):
+        file.write_bytes(file.read_bytes()[:-20])
+    assert compile_in_a_process(XDG_CACHE_HOME=str(tmp_path))[1] == 0
+    assert compile_in_a_process(XDG_CACHE_HOME=str(tmp_path))[1] > 0
 
 
 def test_the_users_own_folder_stays(tmp_path):

@@ -35,17 +35,19 @@ def test_values_that_are_no_json_have_digests_that_are_the_same_in_every_process
 
 
 def test_a_run_with_other_answers_or_ends_is_refused_and_a_date_in_the_template_is_told():
-    def of(prompts=((1, 2),), answer=1, eos_ids=(0, 2)):
+    def of(prompts=((1, 2),), answer=1, eos_ids=(0, 2), held_out=((5, 6),)):
         rows = [{"prompt": "a", "answer": answer}]
         return digests.of_run(
-            testing.tiny_tokenizer(), {"w": np.ones(2)}, prompts=prompts, rows=rows, held_out_rows=rows, eos_ids=eos_ids
-        )
+            testing.tiny_tokenizer(), {"w": np.ones(2)}, prompts=prompts, held_out=held_out, rows=rows,
+            held_out_rows=rows, eos_ids=eos_ids,
+        )  # fmt: skip
 
     digests.check(of(), of())
     columns = "the answers and other columns of the data to"
     for changed, message in (
         ({"answer": 2}, f"{columns} train on, {columns} evaluate on. Settings"),
         ({"eos_ids": (0,)}, "the tokens that end a completion. Settings"),
+        ({"held_out": ((6, 5),)}, "the data to evaluate on"),
         (
             {"prompts": ((1, 3),)},
             "is another one (or the chat template writes today's date: name the day with --date-st",

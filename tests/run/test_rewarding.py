@@ -14,6 +14,12 @@ from grpo_jax.testing import tiny_tokenizer
 from grpo_jax.types import Experience, Rollout
 
 MODULE = """
+import time
+
+def slow(prompts, completions, **columns):
+    time.sleep(0.3)
+    return [1.0] * len(completions)
+
 def right(prompts, completions, **columns):
     return [1.0] * len(completions)
 
@@ -38,12 +44,24 @@ def _module(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "rewarded", raising=False)
 
 
-def test_a_held_out_verifier_that_fails_costs_a_batch_and_is_counted():
-    config = RewardSettings(reward=("rewarded:right",), held_out=("rewarded:strict",), held_out_every=2)
-    reward = config.make_reward(ROWS, tiny_tokenizer(), eos_ids=(1,))
+def two_completions():
     tokens = np.full((1, 2, 3), 5, np.int32)
     lengths, held = np.full((1, 2), 3, np.int32), np.ones((1, 2, 3), bool)
-    rollout = Rollout(make_prompts([[5, 6]], [0]), tokens, lengths, held, held * -1.0, held[..., 0])
+    return Rollout(make_prompts([[5, 6]], [0]), tokens, lengths, held, held * -1.0, held[..., 0])
+
+
+def test_a_reward_that_takes_longer_than_the_timeout_is_told():
+    config = RewardSettings(reward=("rewarded:slow",), reward_timeout=0.1)
+    reward = config.make_reward(ROWS, tiny_tokenizer(), eos_ids=(1,))
+    with pytest.warns(RuntimeWarning, match="the reward slow has been at work"):
+        given, mask, _ = reward(two_completions(), rewards.TrainerState(0, 4))
+    assert given.tolist() == [[[1.0], [1.0]]]
+    assert mask.all()
+
+
+def test_a_held_out_verifier_that_fails_costs_a_batch_and_is_counted():
+    config = RewardSettings(reward=("rewarded:right",), held_out=("rewarded:strict",), held_out_every=2)
+    reward, rollout = config.make_reward(ROWS, tiny_tokenizer(), eos_ids=(1,)), two_completions()
     with pytest.warns(RuntimeWarning, match="strict failed on a batch of 2 completions"):
         given, mask, metrics = reward(rollout, rewards.TrainerState(0, 4))
     assert given.tolist() == [[[1.0], [1.0]]]

@@ -257,6 +257,22 @@ def test_an_exception_of_a_reward_passes_through():
         spin(rows=ROWS[:2], functions=[broken])
 
 
+def test_failures_in_evaluation_and_in_training_are_counted_apart():
+    def down(completions, **columns):
+        raise LookupError("the verifier is down")
+
+    evaluate = make_mean_rewards(SPINNER, GREEDY, TOKENIZER, ROWS[:2], [down], stop_after_failed=2)
+    training = rewards.skip_failed_batches(down, batches=2)
+    with pytest.warns(RuntimeWarning, match="down failed"):
+        training(prompts=["p"], completions=["x"])
+    with pytest.warns(RuntimeWarning, match="down failed"):
+        evaluate(PARAMS, rewards.TrainerState(0, 1))  # the first failure of its own
+    with pytest.raises(LookupError):
+        training(prompts=["p"], completions=["x"])
+    with pytest.raises(LookupError):
+        evaluate(PARAMS, rewards.TrainerState(1, 1))
+
+
 def agreeing(completions):
     return [1.0] * len(completions)
 
