@@ -123,7 +123,9 @@ def test_keeping_activations_takes_more(planned):
 
 
 def test_the_fewest_micro_batches_and_the_most_prompts_that_fit():
-    bytes_of = lambda parts: 100 + 960 // parts  # noqa: E731
+    def bytes_of(parts):
+        return 100 + 960 // parts
+
     assert memory.fewest_micro_batches(bytes_of, 12, 2000) == 1
     assert memory.fewest_micro_batches(bytes_of, 12, 400) == 4  # 3 takes 420
     assert memory.fewest_micro_batches(bytes_of, 12, 180) == 12
@@ -138,7 +140,11 @@ def test_over_a_mesh_micro_batches_leave_no_device_to_compute_what_others_do():
 
     def fewest(prompts, group_size, budget):
         taken.clear()
-        bytes_of = lambda parts: taken.append(parts) or prompts // parts  # noqa: E731
+
+        def bytes_of(parts):
+            taken.append(parts)
+            return prompts // parts
+
         return memory.fewest_micro_batches(bytes_of, prompts, budget, mesh=mesh, group_size=group_size)
 
     assert fewest(12, 3, 5) == 3  # 3, 2 and 1 prompts of 3 completions do not divide over 4
@@ -154,8 +160,11 @@ def test_over_a_mesh_micro_batches_leave_no_device_to_compute_what_others_do():
 def test_over_a_mesh_packed_groups_divide_by_prompts_alone(monkeypatch):
     mesh = jax.sharding.AbstractMesh((1, 4, 1), sharding.AXES)
     policy = types.SimpleNamespace(config=types.SimpleNamespace(mesh=mesh))
-    peak = lambda updates: types.SimpleNamespace(peak=8 // updates.micro_batches)  # noqa: E731
-    monkeypatch.setattr(memory, "plan", lambda *_, updates, **settings: peak(updates))
+
+    def plan_of(*arguments, updates, **settings):
+        return types.SimpleNamespace(peak=8 // updates.micro_batches)
+
+    monkeypatch.setattr(memory, "plan", plan_of)
     fit = functools.partial(memory.fit, Updates(), policy, None, types.SimpleNamespace(group_size=4), prompts=8)
     assert fit(budget=2).micro_batches == 4
     assert fit(budget=4, packed=True).micro_batches == 2
