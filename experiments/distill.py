@@ -48,7 +48,7 @@ from grpo_jax.models import hf, quantized
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Advantage, Loss, VocabularyDivergence
 from grpo_jax.run import digests, inputs, ranges, resuming, teacher_files
-from grpo_jax.run.names import resolve
+from grpo_jax.run.names import named_in, resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
 from grpo_jax.schedules.reference import sync_reference
@@ -161,7 +161,9 @@ def train(config: Config) -> Params:
         renew = functools.partial(sync_reference, every=config.renew_every, mixture=share)
         step = followed_by(step, lambda state, experience: renew(state))
     step = step.jit()
-    began_with = digests.of_run(tokenizer, bind(params, frozen), prompts=pairs or prompts.prompts, eos_ids=eos_ids)
+    began_with = digests.of_run(
+        tokenizer, bind(params, frozen), prompts=pairs or prompts.prompts, eos_ids=eos_ids, code=named_in(config)
+    )
     began_with["the prompts of the teacher"] = digests.of_json(hinted or [])
     state = init_state(params, optimizer, jax.random.key(config.seed), frozen=frozen, reference=its_own)
     if not its_own:

@@ -20,7 +20,7 @@ from grpo_jax.models import hf
 from grpo_jax.policies import Policy
 from grpo_jax.protocols import Reward
 from grpo_jax.run import digests, inputs
-from grpo_jax.run.names import resolve
+from grpo_jax.run.names import named_in, resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.tasks import modular_sums
 from grpo_jax.types import Params, PRNGKey, Prompts
@@ -205,7 +205,7 @@ def pretrained(config: ProblemSettings) -> Problem:
         preference=reward(preference),
         judge=reward(*judges) if judges else None,
         text=tokenizer.decode,
-        digests=digests.of_run(tokenizer, prompts=encoded, rows=rows, eos_ids=eos_ids),
+        digests=digests.of_run(tokenizer, prompts=encoded, rows=rows, eos_ids=eos_ids, code=named_in(config)),
         student=None if config.student is None else functools.partial(load_pretrained, config.student),
         tokenizer=tokenizer,
     )

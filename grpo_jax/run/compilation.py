@@ -46,7 +46,7 @@ def _take_away_what_is_cut(folder: pathlib.Path) -> None:
     def reading(cache_key: str, *arguments: Any) -> Any:
         try:
             return read(cache_key, *arguments)
-        except Exception:
+        except Exception:  # of its compression, of XLA, of an older format: the file is of no use
             (folder / f"{cache_key}-cache").unlink(missing_ok=True)
             raise  # JAX warns, compiles and keeps the program
 

@@ -7,6 +7,7 @@ bound("cispo(max_ratio=4)", "grpo_jax.losses")         # the maker with these ar
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -81,7 +82,10 @@ def named_in(settings: Any) -> list[ModuleType]:
     """
     values = [getattr(settings, field.name) for field in dataclasses.fields(settings)]
     texts = [text for value in values for text in (value if isinstance(value, tuple | list) else [value])]
-    named = [text.partition("(")[0].rpartition(":")[0] for text in texts if isinstance(text, str)]
+    named = []
+    for text in texts:
+        with contextlib.suppress(ValueError):  # of other settings, such as the address of a server
+            named += [_parse(text, None)[0]] if isinstance(text, str) else []
     return [sys.modules[module] for module in dict.fromkeys(named) if module in sys.modules]
 
 

@@ -59,6 +59,21 @@ def test_the_smoke_mode_moves_the_model_towards_its_teacher_and_exports_it(tmp_p
         distill.train(config)
 
 
+def test_a_change_of_a_divergences_code_is_told_when_a_run_goes_on(tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def seen(*arguments, code, **settings):
+        raise Seen([module.__name__ for module in code])
+
+    (tmp_path / "my_divergence.py").write_text("from grpo_jax.losses import reverse_kl as mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(distill.digests, "of_run", seen)
+    config = dataclasses.replace(distill.smoke(distill.Config(run_dir=tmp_path)), divergence="my_divergence:mine")
+    with pytest.raises(Seen, match="my_divergence"):
+        distill.train(config)
+
+
 def test_the_prompts_of_a_smoke_run_are_always_those_of_the_script(tmp_path):
     for _ in range(2):
         config = distill.smoke(distill.Config(run_dir=tmp_path))

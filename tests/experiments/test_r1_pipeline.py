@@ -337,6 +337,10 @@ def model_config(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
+def test_a_change_of_the_verifiers_code_is_told_when_a_run_goes_on(model_config):
+    assert "the code of pipeline_rewards.py" in problems.pretrained(model_config).digests
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("settings", [{"chat": True}, {"start": "cold_start", "mix": True}], ids=["chat", "mix"])
 def test_a_model_goes_through_the_four_stages_and_goes_on(model_config, settings, capsys):

@@ -89,7 +89,7 @@ def test_the_modules_that_settings_name(folder):
         loss: str = "named_functions:scaled(by=2)"
         reward: tuple[str, ...] = ("math:sqrt", "named_functions:Of.method")
         advantage: str = "group_advantages"
-        server: str | None = "http://localhost:8000"
+        server: str | None = "http://localhost"  # no function of the module http
         coordinator: str = "host:1234"
         environment: str | None = None
         steps: int = 3

@@ -354,9 +354,8 @@ def _module(target: str, layers: str, layer: int, nested: bool) -> str:
 
 def _is_targeted(target: str, config: dict[str, Any]) -> bool:
     """Whether adapters of experts, whose tensors do not say so, are this target's; those of others say so."""
-    name = f"model.layers.0.{target}"
-    return not target.startswith(_OF_EXPERTS) or any(
-        name == x or name.endswith(f".{x}") for x in config.get("target_parameters") or ()
+    return not target.startswith(_OF_EXPERTS) or _matches(
+        config.get("target_parameters") or [], f"model.layers.0.{target}"
     )
 
 
