@@ -1,6 +1,7 @@
 """From a source of rows to prompts that a run can use: the rows that rewards see beside the tokens of their prompts."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,7 +58,7 @@ def read_problems(
       prompt_column: where the prompt is, text or chat messages. `outer.inner` names a nested field, here and below.
       answer_column: where the answer is; by default `answer`, if `answer_after` is given. Verifiers that look for gold
         answers in several columns, such as `rewards.accuracy`, then read this one.
-      answer_after: the answer is the text after the last of these marks, such as `####` in GSM8K.
+      answer_after: the answer is the text after the last of these marks, such as `####` in GSM8K; not empty.
       columns: what else every row must have.
       rename: `{old: new}` names of columns, for reward functions that expect others; the old ones stay, unless they are
         new names, too, as where two columns change places. One that has the new name already is replaced.
@@ -66,9 +67,12 @@ def read_problems(
 
     Raises:
       ValueError: with source and row, for a row without one of these columns, a prompt that is neither text nor
-        messages, prompts of both kinds, an answer that is no text or number, an empty one, or one without the mark;
-        for two columns that would be renamed to one.
+        messages, a blank one, one whose text is a written-out list of messages, prompts of both kinds, an answer that
+        is no text or number, an empty one, `nan`, or one without the mark; for two columns that would be renamed to
+        one.
     """
+    if answer_after == "":
+        raise ValueError("--answer-after is the mark before the answer, such as '####', and not empty")
     rename = rename or {}
     answer_column = answer_column or ("answer" if answer_after else None)
     renamed = {new: old for old, new in rename.items()}
@@ -82,6 +86,8 @@ def read_problems(
         row.update({new: field(row, old) for old, new in rename.items()})
         prompt = row[prompt_column] = field(row, prompt_column)
         _check_prompt(prompt, prompt_column, where)
+        if isinstance(prompt, str) and not prompt.strip():
+            raise ValueError(f"{where}: {prompt_column} is empty: {prompt!r}")
         if isinstance(prompt, str) != isinstance(rows[0][prompt_column], str):
             kinds = ["messages", "text"]
             raise ValueError(
@@ -214,8 +220,16 @@ def has_chats(
     return chat or system is not None or any(not isinstance(field(row, prompt_column), str) for row in rows)
 
 
+_WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
+
+
 def _check_prompt(prompt: Any, column: str, where: str) -> None:
     if isinstance(prompt, str):
+        if _WRITTEN_OUT.match(prompt):
+            raise ValueError(
+                f"{where}: {column} is text that writes out a list of chat messages: give the list itself, in JSON or "
+                f"Parquet; got {_short(prompt)}"
+            )
         return
     if not isinstance(prompt, list | tuple) or not prompt:
         raise ValueError(f"{where}: {column} is text or a list of chat messages, got {_short(prompt)}")
@@ -226,18 +240,21 @@ def _check_prompt(prompt: Any, column: str, where: str) -> None:
             )
 
 
+_MISSING = ("", "nan")  # as tables write it, and as rewards read it (`rewards.answers.gold_text`)
+
+
 def _answer(answer: Any, column: str, after: str | None, where: str) -> str | int | float:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"{where}: {column} is text or a number, got {_short(answer)}")
-    if isinstance(answer, str) and not answer.strip():
-        raise ValueError(f"{where}: {column} is empty: {answer!r}")
+    if isinstance(answer, str) and answer.strip().casefold() in _MISSING:
+        raise ValueError(f"{where}: {column} is {'empty' if not answer.strip() else 'missing'}: {answer!r}")
     if after is None:
         return answer
     if not isinstance(answer, str):
         raise ValueError(f"{where}: {column} is {answer!r}, no text that could hold the mark {after!r}")
     if after not in answer:
         raise ValueError(f"{where}: {column} has no mark {after!r}: {_short(answer)}")
-    if not (kept := answer.rpartition(after)[2].strip()):
+    if (kept := answer.rpartition(after)[2].strip()).casefold() in _MISSING:
         raise ValueError(f"{where}: {column} has nothing after the mark {after!r}: {_short(answer)}")
     return kept
 

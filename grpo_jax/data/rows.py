@@ -12,7 +12,7 @@ import os
 import pathlib
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -95,7 +95,8 @@ def read_jsonl(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> lis
     """Reads one JSON object per line; empty lines are skipped.
 
     NaN and infinity, which JSON does not have and Python writes all the same, and numbers that are too large for a
-    float are refused in `columns`; elsewhere they are null, with a warning.
+    float are refused in `columns`; elsewhere they are null, with a warning. An object with one name twice is refused,
+    and so is one that is nested more than 100 deep.
 
     Args:
       path: of the file, UTF-8 with or without a byte-order mark.
@@ -206,13 +207,15 @@ def _csv_rows(path: str | os.PathLike[str], columns: Sequence[str]) -> list[Row]
 def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> list[Row]:
     """Reads a Parquet file. NaN and infinity, which JSON does not have, are null: so some writers say it.
 
+    Arrow gives every call of a tool the arguments of all others, as null; those that are null are left out.
+
     Args:
       path: of the file.
       columns: what every row must have, and not as null.
 
     Raises:
       ValueError: at the first bad row, with file and row number, from 1; if the file is
-        not Parquet, or has no row.
+        not Parquet, has two columns of one name, or has no row.
       ImportError: without the extra `data`.
     """
     try:
@@ -222,10 +225,14 @@ def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> l
         raise ImportError("reading Parquet needs pyarrow: pip install 'grpo-jax[data]'") from error
     with open(path, "rb") as file:  # so that a file that is not there is told as for the other kinds
         try:
-            found = [row for batch in pyarrow.parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist()]
+            table = pyarrow.parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{path}: two columns are called {twice[0]}; rename one of them")
+            found = [row for batch in table.iter_batches() for row in batch.to_pylist()]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not Parquet: {error}") from None
-    return list(_checked(found, columns, f"{path}"))
+    return list(_checked(map(_without_filling, found), columns, f"{path}"))
 
 
 def read_hugging_face(
@@ -239,7 +246,7 @@ def read_hugging_face(
 
     A folder that `save_to_disk` wrote is read by `load_from_disk`; without splits it is the split `train`.
     `datasets` fills a field that a row lacks with None, and NaN and infinity are None, too: name in `columns` what must
-    be there.
+    be there. Arguments of a tool's call that are None are left out.
 
     Args:
       source: id of the data set, such as `openai/gsm8k`, or a folder.
@@ -249,7 +256,7 @@ def read_hugging_face(
 
     Raises:
       ValueError: at the first bad row, with its number, from 1; where a split must be
-        named; and whatever `datasets` raises itself.
+        named; for files that `datasets` cannot read; and whatever it raises itself.
       ImportError: without the extra `data`.
     """
     try:
@@ -262,22 +269,38 @@ def read_hugging_face(
         saved: Any = datasets.load_from_disk(os.fspath(source))
         splits = saved if isinstance(saved, dict) else {"train": saved}
     else:
-        splits = datasets.load_dataset(os.fspath(source), subset)
+        try:
+            splits = datasets.load_dataset(os.fspath(source), subset)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{source}: {error.__cause__ or error}") from error
     if split is None and len(splits) == 1:
         (split,) = splits
     if split not in splits:
         raise ValueError(f"{source} has the splits {', '.join(splits)}; name one of them, got {split!r}")
-    return list(_checked(splits[split].to_list(), columns, f"{source}[{split}]"))
+    return list(_checked(map(_without_filling, splits[split].to_list()), columns, f"{source}[{split}]"))
 
 
-def _checked(rows: Sequence[Row], columns: Sequence[str], source: str) -> Iterator[Row]:
-    if not rows:
-        raise ValueError(f"{source}: there are no rows")
+def _without_filling(row: Row) -> Row:
+    """The row without the nulls by which Arrow makes the arguments of all calls of tools one type."""
+
+    def without(value: Any, *, inside: bool) -> Any:
+        if isinstance(value, dict):
+            kept = {name: inner for name, inner in value.items() if not inside or inner is not None}
+            return {name: without(inner, inside=inside or name == "tool_calls") for name, inner in kept.items()}
+        return [without(inner, inside=inside) for inner in value] if isinstance(value, list) else value
+
+    return {name: without(column, inside=False) for name, column in row.items()}
+
+
+def _checked(rows: Iterable[Row], columns: Sequence[str], source: str) -> Iterator[Row]:
+    number = 0
     for number, row in enumerate(rows, start=1):
         where = f"{source}: row {number}"
         finite = _finite_row(row, columns, where)
         _check_columns(finite, columns, where)
         yield _ReadRow(finite, where)
+    if not number:
+        raise ValueError(f"{source}: there are no rows")
 
 
 def _finite_row(row: Row, columns: Sequence[str], where: str) -> Row:
@@ -325,7 +348,10 @@ def _parsed(content: bytes, where: str) -> tuple[Any, bool]:
         return value
 
     try:
-        value = json.loads(content.decode("utf-8-sig"), parse_constant=number, parse_float=number)
+        text = content.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=_object)
+        if content.count(b"[") + content.count(b"{") > _DEEPEST and _is_deep(value):
+            raise RecursionError
         if b"\\u" in content:  # half of a pair, which no UTF-8 and so no tokenizer can say
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -336,6 +362,26 @@ def _parsed(content: bytes, where: str) -> tuple[Any, bool]:
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}: {content[:80]!r}") from None
     return value, finite
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What Python's reader makes of an object, but for names that are there twice, of which it keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+_DEEPEST = 100  # beyond some hundreds, Python cannot copy a value, write it or compare it
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        objects = [outer.values() if isinstance(outer, dict) else outer for outer in level]
+        level = [inner for outer in objects for inner in outer if isinstance(inner, dict | list)]
+    return bool(level)
 
 
 def _values(column: Any) -> Iterator[Any]:

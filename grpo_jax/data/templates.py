@@ -50,6 +50,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
     Args:
       tokenizer: with a chat template.
       messages: of `role` and `content`; an assistant's that calls tools has `tool_calls`, and may have no content.
+        Other fields that are None are left out: a table has them in every message if one has them.
       template: arguments of the chat template, such as `enable_thinking=False`; None is not given. `date_string` is
         also what the template's `strftime_now` gives, in whatever format it asks for the date.
 
@@ -81,7 +82,8 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
         except Exception as error:  # jinja2's, and whatever a template raises
             raise ValueError(f"the chat template refuses {_short(messages)}: {error}") from error
 
-    messages = [{"content": None} | dict(message) if message.get("tool_calls") else message for message in messages]
+    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    messages = [{"content": None} | message if message.get("tool_calls") else message for message in messages]
     text = apply(messages)
     if lost := [name for message in messages for name in _called(message) if name not in text]:
         raise ValueError(f"the chat template does not write the call of {lost[0]} in {_short(messages)}")

@@ -136,6 +136,11 @@ def test_chats_are_told_by_the_settings_or_by_the_rows():
         ({"prompt": [{"role": "user", "content": "a"}]}, "prompt is messages, and text in the first row"),
         ({"answer": ["2"]}, "answer is text or a number, got ['2']"),
         ({"answer": " "}, "answer is empty: ' '"),
+        ({"answer": "NaN"}, "answer is missing: 'NaN'"),
+        ({"prompt": ""}, "prompt is empty: ''"),
+        ({"prompt": " \n"}, "prompt is empty: ' \\n'"),
+        ({"prompt": '[{"role": "user", "content": "a"}]'}, "prompt is text that writes out a list of chat messages"),
+        ({"prompt": "[{'content': 'a', 'role': 'user'}]"}, "prompt is text that writes out a list of chat messages"),
         (
             {"prompt": [{"role": "", "content": "a"}]},
             "a message of prompt has a role and a content, both text; got {'role'",
@@ -155,6 +160,7 @@ def test_a_bad_row_is_refused_with_its_file_and_number(tmp_path, row, message):
     ("answer", "message"),
     [
         ("2", "answer has no mark '####': '2'"),
+        ("so 2 #### nan", "answer has nothing after the mark '####': 'so 2 #### nan'"),
         ("so 2 ####  ", "answer has nothing after the mark '####': 'so 2 ####  '"),
         (2, "answer is 2, no text that could hold the mark '####'"),
         ("x" * 10_000, "answer has no mark '####': 'xxx"),
@@ -165,6 +171,11 @@ def test_an_answer_without_its_mark_is_refused_with_file_and_row(tmp_path, answe
     with pytest.raises(ValueError, match=re.escape(f"{path}:2: {message}")) as error:
         read_problems(path, answer_after="####")
     assert len(str(error.value)) < 500
+
+
+def test_an_empty_mark_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--answer-after is the mark before the answer, such as '####', and not empty"):
+        read_problems(write(tmp_path, [{"prompt": "a", "answer": "1"}]), answer_after="")
 
 
 def test_numbers_are_answers_as_they_are(tmp_path):

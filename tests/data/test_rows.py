@@ -1,6 +1,7 @@
 """Rows as they are read, and errors that name the file and the row."""
 
 import codecs
+import copy
 import csv
 import gzip
 import io
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.data import read_csv, read_hugging_face, read_jsonl, read_parquet, read_rows
+from grpo_jax.run.digests import of_rows
 
 # ---------------------------------------------------------------------------- rows
 
@@ -57,6 +59,9 @@ def test_any_text_is_read_as_it_was_written(tmp_path_factory, rows):
         ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
         (r'{"prompt": "a\ud83db"}', r"not JSON of whole characters: \ud83d is half of a surrogate pair"),
         (r'{"prompt": "a", "x": {"y": ["\udc00"]}}', r"not JSON of whole characters: \udc00 is half of a surrogate"),
+        ('{"prompt": "a", "answer": 1, "prompt": "b"}', "not JSON: an object has 'prompt' twice"),
+        ('{"prompt": "a", "x": [{"y": 1, "y": 1}]}', "not JSON: an object has 'y' twice"),
+        ('{"prompt": "a", "x": ' + '{"y":' * 100 + "1" + "}" * 101, "not JSON that can be read: nested too deep"),
         ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON that can be read: nested too deep"),
         (b'{"prompt": "\xff"}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
         ('["a", "b"]', "a row is an object, got"),
@@ -73,6 +78,14 @@ def test_a_bad_row_is_refused_with_its_file_and_line(tmp_path, line, message):
     path = write(tmp_path, b'{"prompt": "a", "answer": 1}\n\n' + line + b'\n{"prompt": "b", "answer": 2}\n')
     with pytest.raises(ValueError, match=re.escape(f"{path}:3: {message}")):
         read_jsonl(path, ["prompt", "answer"])
+
+
+def test_what_is_nested_less_deep_can_be_copied_for_rewards_and_digested(tmp_path):
+    deep = '{"prompt": "a", "x": ' + "[" * 99 + "NaN" + "]" * 99 + "}"
+    with pytest.warns(UserWarning, match="is read as null"):
+        (row,) = read_jsonl(write(tmp_path, deep + "\n"))
+    assert json.dumps(copy.deepcopy(row)) == deep.replace("NaN", "null")
+    assert of_rows([row])
 
 
 def test_a_column_that_is_false_or_empty_is_there(tmp_path):
@@ -204,6 +217,26 @@ def test_a_bad_row_of_parquet_is_refused_with_its_file_and_number(tmp_path, colu
         read_parquet(path, ["prompt"])
 
 
+def test_two_columns_of_parquet_with_one_name_are_refused(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["q", "q"]), path)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: two columns are called q")):
+        read_parquet(path)
+
+
+def test_arguments_that_arrow_adds_to_the_calls_of_tools_are_left_out(tmp_path):
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": [2]}}}]
+    prompt = [
+        {"role": "user", "content": "w?"},
+        *({"role": "assistant", "content": "so", "tool_calls": [call]} for call in calls),
+    ]
+    path = write_parquet(tmp_path / "rows.parquet", {"prompt": [prompt], "note": [None], "x": [{"y": None}]})
+    (row,) = read_parquet(path)
+    assert [message["tool_calls"] for message in row["prompt"][1:]] == [[call] for call in calls]
+    assert row["note"] is None and row["x"] == {"y": None}  # of what is no call, null may be a value
+
+
 def test_text_of_parquet_that_is_no_utf_8_is_refused_with_its_file(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     prompts = pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())
@@ -271,6 +304,14 @@ def test_a_split_that_is_not_there_or_not_named_is_refused(offline, split):
     write_dataset(offline, train=[{"prompt": "a"}], test=[{"prompt": "b"}])
     with pytest.raises(ValueError, match=re.escape(f"has the splits train, test; name one of them, got {split!r}")):
         read_hugging_face(offline, split=split)
+
+
+def test_a_folder_with_a_file_that_cannot_be_read_is_an_error_of_input(offline):
+    write_dataset(offline, train=[{"prompt": "a"}])
+    (path,) = offline.rglob("train*")
+    path.write_text('{"prompt": "a"}\n{"prompt"\n')
+    with pytest.raises(ValueError, match=re.escape(f"{offline}: ") + ".*JSON"):
+        read_hugging_face(offline)
 
 
 def test_a_field_that_a_row_lacks_does_not_become_none(offline):

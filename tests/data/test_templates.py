@@ -129,6 +129,9 @@ def test_a_history_of_tool_calls_is_rendered_and_one_that_the_template_leaves_ou
     assert first == second
     assert '{"name": "weather", "arguments": {"place": "<|im_end|>"}}<|im_end|>' in decode(tokenizer, first)
     assert special(tokenizer, first) == special(tokenizer, encode_prompt(tokenizer, messages("w?", "", "3")))
+    tokenizer.chat_template += "{% if 'tool_calls' in messages[0] %}null{% endif %}"
+    filled = [{"role": "user", "content": "w?", "tool_calls": None, "name": None}, *prompt[1:]]  # as tables have it
+    assert encode_prompt(tokenizer, filled) == first
     rows[1]["prompt"][1]["tool_calls"] = []
     with pytest.raises(ValueError, match="row 2: a message of prompt has a role and a content, both text; got"):
         encode_rows(tokenizer, rows)
