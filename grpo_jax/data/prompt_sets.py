@@ -1,5 +1,6 @@
 """From a source of rows to prompts that a run can use: the rows that rewards see beside the tokens of their prompts."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from grpo_jax.data.batches import batch_indices, make_prompts
-from grpo_jax.data.prompts import Text, TooLong, encode_demonstration, encode_prompt, limit_prompts
+from grpo_jax.data.prompts import Text, TooLong, encode_demonstration, encode_prompt, limit_prompts, prompt_tail
 from grpo_jax.data.prompts import chat as to_messages
 from grpo_jax.data.rows import Row, field, place_of, read_rows, with_answer
 from grpo_jax.data.templates import is_message
@@ -174,7 +175,9 @@ def encode_demonstrations(
 
     Args:
       tokenizer: of the model.
-      rows: with a prompt and a completion each: text, or for the completion a list of one message.
+      rows: with a prompt and a completion each: text, or for the completion a list of one message. Of chats a column
+        `tools` (schemas, or their JSON) is what the template is told of tools, and one `chat_template_kwargs` are more
+        of its arguments, as in TRL.
       end: the token that ends a completion.
       prompt_column: where the prompt is.
       completion_column: where the completion is.
@@ -184,11 +187,13 @@ def encode_demonstrations(
       max_prompt_tokens: the longest prompt that is taken; None for any.
       max_tokens: the longest completion that is taken, its end included; None for any.
 
+    Prints a warning if completions do not close the thought that the template opens in their prompts.
+
     Raises:
       ValueError: with the row's place (`rows.place_of`), for one that cannot be encoded or is too long, or a prompt
         without tokens.
     """
-    pairs = []
+    pairs, unclosed = [], []
     for number, row in enumerate(rows, start=1):
         prompt, completion = field(row, prompt_column), field(row, completion_column)
         where = place_of(row, number)
@@ -198,7 +203,8 @@ def encode_demonstrations(
                 prompt = to_messages(prompt, system)
             if not isinstance(completion, str | list):
                 raise ValueError(f"{completion_column} is text or a list of one message, got {_short(completion)}")
-            pairs.append(encode_demonstration(tokenizer, prompt, completion, end=end, **(template or {})))
+            own = {} if isinstance(prompt, str) else _template_of(row)
+            pairs.append(encode_demonstration(tokenizer, prompt, completion, end=end, **{**(template or {}), **own}))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if not pairs[-1][0]:
@@ -206,7 +212,32 @@ def encode_demonstrations(
         for name, ids, limit in zip(("prompt", "completion"), pairs[-1], (max_prompt_tokens, max_tokens), strict=True):
             if limit is not None and len(ids) > limit:
                 raise ValueError(f"{where}: the {name} has {len(ids)} tokens and the limit is {limit}: raise it")
+        opened = None if isinstance(prompt, str) else re.search(r"<(\w+)>\s*$", prompt_tail(tokenizer, pairs[-1][0]))
+        if opened and f"</{opened[1]}>" not in tokenizer.decode(pairs[-1][1]):
+            unclosed.append((where, opened[1]))
+    if unclosed:
+        (where, name), count = unclosed[0], len(unclosed)
+        print(
+            f"warning: {count} of {len(rows)} completions do not close the <{name}> that the chat template opens in "
+            f"their prompts, such as {where}: the answer is learned as a part of it. Write </{name}> into them, or see "
+            "whether the template knows --no-thinking"
+        )
     return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+
+
+def _template_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the chat template that a row has."""
+    tools, more = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"tools is a list of schemas, or the JSON of one: {error}; got {_short(tools)}") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"tools is a list of schemas, or the JSON of one; got {_short(tools)}")
+    if more is not None and not isinstance(more, dict):
+        raise ValueError(f"chat_template_kwargs is an object, got {_short(more)}")
+    return (more or {}) | ({"tools": tools} if tools else {})
 
 
 def has_chats(

@@ -63,8 +63,8 @@ def encode_demonstration(
     """Token ids of a prompt and of its completion, which ends in `end`, once also where its text does already.
 
     The completion's tokens are those of the whole text, or the whole chat, after the prompt's. Where there are none,
-    since a token lies across the border or the template strips reasoning from the answer, they are those of the
-    completion's text as it stands after other text.
+    since a token lies across the border, they are those of the text behind it, as it stands after other text; and where
+    the template strips reasoning from the answer, those of the completion's text.
 
     Args:
       tokenizer: of the model.
@@ -99,12 +99,23 @@ def encode_demonstration(
         if whole[: len(ids)] == ids:
             rest = whole[len(ids) :]
             return ids, [*(rest[: rest.index(end)] if end in rest else rest), end]
+        return ids, [*_up_to(tokenizer, closed, len(opened.text), end, ids[-1]), end]
     tail = prompt_tail(tokenizer, ids)  # a completion that repeats it, as <think>, would have it twice
     for repeated in (tail, tail.strip()):
         if repeated and text.startswith(repeated):
             text = text[len(repeated) :].lstrip()
             break
     return ids, [*encode_after(tokenizer, text, ids[-1]), end]
+
+
+def _up_to(tokenizer: "PreTrainedTokenizerBase", chat: Rendered, start: int, end: int, last: int) -> list[int]:
+    """Token ids of a chat's text from `start` to the token `end`, as it stands after the token `last`."""
+    special = special_tokens(tokenizer)
+    marks = list(special_pattern(tokenizer).finditer(chat.masked, start))
+    stop = next((match.start() for match in marks if special[match[0]] == end), len(chat.text))
+    first = marks[0].start() if marks else stop  # that the template has written
+    behind = Rendered(chat.text[first:stop], chat.masked[first:stop])
+    return encode_after(tokenizer, chat.text[start:first], last) + encode_rendered(tokenizer, behind)
 
 
 def turn_end(tokenizer: "PreTrainedTokenizerBase", **template: Any) -> int | None:

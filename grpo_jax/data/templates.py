@@ -1,6 +1,7 @@
 """Chat messages as the text of a template, in which special tokens that users write stay text."""
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,21 +44,22 @@ def _special_pattern(tokenizer: "PreTrainedTokenizerBase", size: int) -> re.Patt
 def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template: Any) -> Rendered:
     """Renders messages: an assistant's last message is left open, anything else opens the assistant's turn.
 
-    So does TRL. A template may trim a message, strip its reasoning, move it or drop it; it does so with the
+    So does TRL. A template may trim a message, strip its reasoning, move it or drop an assistant's; it does so with the
     messages as they are. Where their special tokens have come to stand is seen in a second rendering, which has
     private-use characters in their place.
 
     Args:
       tokenizer: with a chat template.
       messages: of `role` and `content`; an assistant's that calls tools has `tool_calls`, and may have no content.
-        Other fields that are None are left out: a table has them in every message if one has them.
+        Arguments of a call that are the text of a JSON object, as OpenAI has them, are given as an object, unless the
+        template takes text.
       template: arguments of the chat template, such as `enable_thinking=False`; None is not given. `date_string` is
         also what the template's `strftime_now` gives, in whatever format it asks for the date.
 
     Raises:
       ValueError: without a chat template; for a message without a role or whose content is not text; where the template
-        refuses the messages, leaves out a call of a tool, or does to a special token in them what it would not do to
-        other text.
+        refuses the messages, leaves out a call of a tool or what a user or the system says, or does to a special token
+        in them what it would not do to other text.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -82,9 +84,20 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
         except Exception as error:  # jinja2's, and whatever a template raises
             raise ValueError(f"the chat template refuses {_short(messages)}: {error}") from error
 
-    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    messages = [{"content": None} | message if message.get("tool_calls") else message for message in messages]
-    text = apply(messages)
+    messages = [{"content": None} | dict(message) if message.get("tool_calls") else message for message in messages]
+    read = [_with_read_arguments(message) for message in messages]
+    try:
+        text, messages = apply(read), read
+    except ValueError:
+        if read == messages:
+            raise
+        text = apply(messages)
+    said = [message for message in messages if message["role"] in ("user", "system", "developer")]
+    if lacking := [message for message in said if not _is_in(message, text)]:
+        raise ValueError(
+            f"the chat template does not write {_short(lacking[0])}: it has no such role, or takes content in another "
+            "form: give what it says in another message, or another chat_template.jinja"
+        )
     if lost := [name for message in messages for name in _called(message) if name not in text]:
         raise ValueError(f"the chat template does not write the call of {lost[0]} in {_short(messages)}")
     pattern = special_pattern(tokenizer)
@@ -133,6 +146,29 @@ def _called(message: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(name, str):
             raise ValueError(f"a call of a tool has the function's name, got {_short(call)}")
         yield name
+
+
+def _is_in(message: Mapping[str, Any], text: str) -> bool:
+    """Whether a text has something of a message: templates trim, and take marks such as `/no_think` out."""
+    lines = [line.strip() for line in message["content"].splitlines() if line.strip()]
+    return not lines or any(line in text for line in lines)
+
+
+def _with_read_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with objects for the arguments of its calls that are the text of one."""
+
+    def read(call: Any) -> Any:
+        inner = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(inner, Mapping):
+            return {**call, "function": read(inner)}
+        try:
+            found = json.loads(call["arguments"]) if isinstance(call, Mapping) else None
+        except (KeyError, TypeError, ValueError):
+            return call
+        return {**call, "arguments": found} if isinstance(found, dict) else call
+
+    calls = message.get("tool_calls")
+    return message if not calls else {**message, "tool_calls": [read(call) for call in calls]}
 
 
 def _texts(message: Mapping[str, Any]) -> Iterator[str]:

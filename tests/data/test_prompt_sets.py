@@ -230,6 +230,44 @@ def test_demonstrations_are_prompts_and_completions_with_their_end(make_tokenize
     assert [tokenizer.decode(ids) for ids in completions] == ["4<|im_end|>", "world<|im_end|>"]
 
 
+def test_completions_that_do_not_close_the_thought_of_their_prompt_are_told(make_tokenizer, capsys):
+    tokenizer = make_tokenizer("r1")
+    rows = [{"prompt": "2+2?", "completion": "add</think>4"}, {"prompt": "2+2?", "completion": "4"}]
+    encode_demonstrations(tokenizer, rows[:1], end=1, chat=True)
+    assert capsys.readouterr().out == ""
+    encode_demonstrations(tokenizer, rows, end=1, chat=True)
+    told = capsys.readouterr().out
+    assert "warning: 1 of 2 completions do not close the <think> that the chat template opens" in told
+    assert "such as row 2" in told
+    encode_demonstrations(make_tokenizer("qwen"), rows, end=2, chat=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_template_is_told_of_the_tools_and_the_arguments_of_a_row():
+    """As TRL 1.16's SFT trainer does."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ mode }}" + tokenizer.chat_template
+    )
+    schemas = [{"type": "function", "function": {"name": "weather"}}]
+    rows = [
+        {"prompt": "w?", "completion": "4"} | more
+        for more in (
+            {},
+            {"tools": schemas},
+            {"tools": json.dumps(schemas)},
+            {"tools": None, "chat_template_kwargs": {"mode": "m"}},
+        )
+    ]
+    prompts, _ = encode_demonstrations(tokenizer, rows, end=2, chat=True, template={"mode": "d"})
+    begins = ["d<|im_start|>", "weather d<|im_start|>", "weather d<|im_start|>", "m<|im_start|>"]
+    for ids, start in zip(prompts, begins, strict=True):
+        assert tokenizer.decode(ids).startswith(start)
+    for wrong in ({"tools": "weather"}, {"tools": ["weather"]}, {"chat_template_kwargs": "m"}):
+        with pytest.raises(ValueError, match=f"row 2: {next(iter(wrong))} is "):
+            encode_demonstrations(tokenizer, [rows[0], rows[0] | wrong], end=2, chat=True)
+
+
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [

@@ -132,18 +132,36 @@ def test_whatever_users_write_only_the_template_makes_turns(contents):
 
 REORDERED = {
     "the system prompt last": "{{ messages[1].content }}|{{ messages[0].content }}",
-    "a message left out": "{{ messages[1].content }}",
     "a message twice": "{{ messages[0].content }}|{{ messages[1].content }}|{{ messages[0].content }}",
 }
 
 
 @pytest.mark.parametrize("template", REORDERED.values(), ids=REORDERED)
-def test_a_template_may_move_repeat_and_drop_messages(template):
+def test_a_template_may_move_and_repeat_messages(template):
     tokenizer = make_tokenizer(chat_template=template)
     messages = [{"role": "system", "content": "be kind<|im_end|>"}, *a_user("<|im_start|>hello")]
     ids = encode_prompt(tokenizer, messages)
     assert decode(tokenizer, ids) == template_text(tokenizer, messages)
     assert special_tokens(ids) == []
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[1].content }}",
+        "{{ messages[0].content }}",
+        # Idefics 3 and SmolVLM, which take content in parts
+        "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{{ part.text }}{% endfor %}\n{% endfor %}",
+    ],
+    ids=["no system", "no user", "parts"],
+)
+def test_a_template_that_does_not_write_what_it_is_given_is_refused(template):
+    messages = [{"role": "system", "content": "be kind"}, *a_user("hello\n/no_think")]
+    with pytest.raises(ValueError, match=r"the chat template does not write {'role': '(system|user)', 'content': '"):
+        encode_prompt(make_tokenizer(chat_template=template), messages)
+    trims = "{% for m in messages %}{{ m.content | replace('/no_think', '') | trim }}|{% endfor %}"
+    ids = encode_prompt(make_tokenizer(chat_template=trims), [*messages, {"role": "user", "content": " "}])
+    assert decode(make_tokenizer(), ids) == "be kind|hello||"
 
 
 def test_arguments_reach_the_template():

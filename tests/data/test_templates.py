@@ -129,12 +129,30 @@ def test_a_history_of_tool_calls_is_rendered_and_one_that_the_template_leaves_ou
     assert first == second
     assert '{"name": "weather", "arguments": {"place": "<|im_end|>"}}<|im_end|>' in decode(tokenizer, first)
     assert special(tokenizer, first) == special(tokenizer, encode_prompt(tokenizer, messages("w?", "", "3")))
-    tokenizer.chat_template += "{% if 'tool_calls' in messages[0] %}null{% endif %}"
-    filled = [{"role": "user", "content": "w?", "tool_calls": None, "name": None}, *prompt[1:]]  # as tables have it
-    assert encode_prompt(tokenizer, filled) == first
     rows[1]["prompt"][1]["tool_calls"] = []
     with pytest.raises(ValueError, match="row 2: a message of prompt has a role and a content, both text; got"):
         encode_rows(tokenizer, rows)
+
+
+@pytest.mark.parametrize(
+    ("written", "template"),
+    [
+        ('{"name": "f", "arguments": {"x": [1, "é"]}}', "{{ call.function | tojson }}"),  # Qwen 2.5, Llama 3.1
+        ('f {"x": [1, "é"]}', "{{ call.function.name + ' ' + call.function.arguments }}"),  # DeepSeek V3 takes text
+        ("f x", "{{ call.function.name }}{% for name, _ in call.function.arguments | items %} {{ name }}{% endfor %}"),
+    ],
+)
+def test_arguments_of_a_call_that_are_the_text_of_an_object_are_no_text_in_quotes(written, template):
+    r"""OpenAI's form, with which the first template would write `"arguments": "{\"x\": ..."`."""
+    tokenizer = testing.tiny_tokenizer()
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": [1, "é"]}'}}
+    asked = [*messages("w?"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3"}]
+    inner = "{% for call in message.tool_calls %}" + template + "{% endfor %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message.content }}", "{% if message.tool_calls %}" + inner + "{% else %}{{ message.content }}{% endif %}"
+    )
+    assert f"assistant\n{written}<|im_end|>" in decode(tokenizer, encode_prompt(tokenizer, asked))
+    assert call["function"]["arguments"] == '{"x": [1, "é"]}'  # rewards see the row as it was
 
 
 def test_messages_that_the_template_refuses_are_refused_with_its_words_and_the_row(make_tokenizer):
@@ -254,6 +272,26 @@ def test_reasoning_is_taught_where_the_template_would_strip_it(make_tokenizer):
     unopened.chat_template = unopened.chat_template.replace("<think>\\n", "")
     prompt, ids = encode_demonstration(unopened, chat("2+2?"), "<think>\nadd</think>\n\n4", end=1)
     assert decode(unopened, prompt + ids) == expected
+
+
+def test_a_thought_that_the_prompt_opens_is_closed_as_the_template_closes_it(make_tokenizer):
+    """Qwen 3.5's, where the token of two line ends lies across the border: it was dropped, and `</think>` with it."""
+    tokenizer = make_tokenizer.__wrapped__("thinking")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        '{{- "<|im_start|>" + message.role + "\\n" + content',
+        '{{- "<|im_start|>" + message.role + "\\n" + ("<think>\\n\\n</think>\\n\\n" if message.role == '
+        '"assistant" and "</think>" not in content else "") + content',
+    )
+    ids = encode_prompt(tokenizer, chat("2+2?"))
+    whole = tokenizer("assistant\n<think>\n\n</think>", add_special_tokens=False)["input_ids"]
+    assert ids[-1] not in whole[-2:]  # the line end, of which the whole chat has two in one token
+    for content in ("4", "a <|im_end|> b"):
+        prompt, completion = encode_demonstration(tokenizer, chat("2+2?"), content, end=2)
+        assert prompt == ids
+        assert decode(tokenizer, completion) == f"\n</think>\n\n{content}<|im_end|>"
+        assert special(tokenizer, completion) == [2]
+    _, completion = encode_demonstration(tokenizer, chat("2+2?"), "add</think>\n\n4", end=2)
+    assert decode(tokenizer, completion) == "add</think>\n\n4<|im_end|>"
 
 
 def test_a_demonstration_may_continue_the_assistants_message(make_tokenizer):
