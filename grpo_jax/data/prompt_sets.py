@@ -12,7 +12,7 @@ from grpo_jax.data.batches import batch_indices, make_prompts
 from grpo_jax.data.prompts import Text, TooLong, encode_demonstration, encode_prompt, limit_prompts, prompt_tail
 from grpo_jax.data.prompts import chat as to_messages
 from grpo_jax.data.rows import Row, field, place_of, read_rows, with_answer
-from grpo_jax.data.templates import is_message
+from grpo_jax.data.templates import is_message, tell_unusual
 from grpo_jax.types import Prompts
 
 if TYPE_CHECKING:
@@ -126,9 +126,14 @@ def encode_rows(
 ) -> PromptSet:
     """The rows with their prompts as tokens, less those that are too long under `drop`.
 
+    Warns of prompts that end with the assistant's answer, of roles that models do not know, and of arguments that the
+    chat template does not read.
+
     Args:
       tokenizer: of the model.
-      rows: with a prompt each; they stay as they are.
+      rows: with a prompt each; they stay as they are. Of chats a column `tools` of schemas, or of their JSON, is what
+        the template is told of tools, unless `template` tells it of others, and one `chat_template_kwargs` are more of
+        its arguments (TRL 1.16 reads them in its SFT trainer and not in its GRPO trainer).
       prompt_column: where the prompt is.
       chat: put a prompt that is text through the chat template, as a user's message.
       system: a system message before each prompt, which has none of its own; implies `chat`.
@@ -140,16 +145,21 @@ def encode_rows(
       ValueError: with the row's place (`rows.place_of`), for a prompt that cannot be encoded, has no tokens or is too
         long.
     """
-    prompts = []
+    prompts: list[list[int]] = []
+    chats: list[Any] = []
     for number, row in enumerate(rows, start=1):
         prompt: Text = field(row, prompt_column)
         _check_prompt(prompt, prompt_column, place_of(row, number))
         try:
             if chat or system is not None:
                 prompt = to_messages(prompt, system)
-            prompts.append(encode_prompt(tokenizer, prompt, **(template or {})))
+            own = {} if isinstance(prompt, str) else _template_of(row)
+            chats += [] if isinstance(prompt, str) else [prompt]
+            prompts.append(encode_prompt(tokenizer, prompt, **own | _given(template)))
         except ValueError as error:
             raise ValueError(f"{place_of(row, number)}: {error}") from error
+    if rows:
+        tell_unusual(tokenizer, chats, template or {}, of=len(rows))
     limit = max(map(len, prompts), default=0) if max_prompt_tokens is None else max_prompt_tokens
     places = [place_of(row, number) for number, row in enumerate(rows, start=1)]
     kept = limit_prompts(prompts, limit, too_long=too_long, places=places)
@@ -175,9 +185,8 @@ def encode_demonstrations(
 
     Args:
       tokenizer: of the model.
-      rows: with a prompt and a completion each: text, or for the completion a list of one message. Of chats a column
-        `tools` (schemas, or their JSON) is what the template is told of tools, and one `chat_template_kwargs` are more
-        of its arguments, as in TRL.
+      rows: with a prompt and a completion each: text, or for the completion a list of one message; `tools` and
+        `chat_template_kwargs` as in `encode_rows`.
       end: the token that ends a completion.
       prompt_column: where the prompt is.
       completion_column: where the completion is.
@@ -203,8 +212,13 @@ def encode_demonstrations(
                 prompt = to_messages(prompt, system)
             if not isinstance(completion, str | list):
                 raise ValueError(f"{completion_column} is text or a list of one message, got {_short(completion)}")
+            if isinstance(completion, str) and _WRITTEN_OUT.match(completion):
+                raise ValueError(
+                    f"{completion_column} is text that writes out a list of messages: give the list itself; got "
+                    f"{_short(completion)}"
+                )
             own = {} if isinstance(prompt, str) else _template_of(row)
-            pairs.append(encode_demonstration(tokenizer, prompt, completion, end=end, **{**(template or {}), **own}))
+            pairs.append(encode_demonstration(tokenizer, prompt, completion, end=end, **own | _given(template)))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if not pairs[-1][0]:
@@ -223,6 +237,10 @@ def encode_demonstrations(
             "whether the template knows --no-thinking"
         )
     return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+
+
+def _given(template: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (template or {}).items() if value is not None}
 
 
 def _template_of(row: Mapping[str, Any]) -> dict[str, Any]:

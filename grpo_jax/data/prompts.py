@@ -74,8 +74,8 @@ def encode_demonstration(
       template: arguments of the chat template.
 
     Raises:
-      ValueError: as `encode_prompt`; for a completion of messages that is not one of the assistant, or whose prompt
-        is text.
+      ValueError: as `encode_prompt`; for an empty completion, and one of messages that is not one of the assistant, or
+        whose prompt is text.
     """
     ids = encode_prompt(tokenizer, prompt, **template)
     if isinstance(prompt, str):
@@ -83,12 +83,16 @@ def encode_demonstration(
             raise ValueError(
                 "the completion is chat messages, but the prompt is text: make the prompt messages as well"
             )
+        if not completion.strip():
+            raise ValueError(f"the completion is empty: {completion!r}")
         whole = encode_prompt(tokenizer, prompt + completion)
         follows = whole[: len(ids)] == ids
         written = whole[len(ids) :] if follows else _encode_after_text(tokenizer, completion)
         return ids, [*written, *([] if written[-1:] == [end] else [end])]
 
     text = completion if isinstance(completion, str) else _only_message(completion)
+    if not text.strip():
+        raise ValueError(f"the completion is empty: {text!r}")
     opened = render(tokenizer, prompt, **template)
     messages = [*prompt, {"role": "assistant", "content": text}]
     if prompt[-1].get("role") == "assistant":

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,6 +129,37 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **template:
     if result is None:
         raise ValueError(f"the chat template does not keep apart the special tokens in {_short(messages)}")
     return Rendered(text, result)
+
+
+ROLES = ("user", "assistant", "system", "developer", "tool", "function", "ipython", "environment", "model")
+_READ_AS = {"enable_thinking": ("enable_thinking",), "date_string": ("date_string", "strftime_now")}
+
+
+def tell_unusual(
+    tokenizer: "PreTrainedTokenizerBase", chats: Sequence[Messages], template: Mapping[str, Any], *, of: int
+) -> None:
+    """Warns of what templates take without a word, and which is seldom meant.
+
+    Arguments that the template does not read, roles that are none, and prompts that end with the assistant's answer.
+
+    Args:
+      tokenizer: of the model.
+      chats: those of the prompts that are messages.
+      template: arguments of the chat template.
+      of: how many prompts there are.
+    """
+    told = []
+    text = tokenizer.get_chat_template(tools=template.get("tools")) if chats else ""
+    for name in [name for name, value in template.items() if value is not None and name in _READ_AS]:
+        if not any(word in text for word in _READ_AS[name]):
+            told.append(f"{name} changes nothing: " + ("the chat template does not read it" if chats else "no chats"))
+    roles = {str(message.get("role")): None for messages in chats for message in messages}
+    if unknown := [role for role in roles if role not in ROLES]:
+        told.append(f"messages have the role {', '.join(unknown)}; those that models know are {', '.join(ROLES[:5])}")
+    if continued := sum(messages[-1].get("role") == "assistant" for messages in chats):
+        told.append(f"{continued} of {of} prompts end with a message of the assistant, which completions go on from")
+    for line in told:
+        warnings.warn(line, stacklevel=3)
 
 
 def is_message(message: Any) -> bool:

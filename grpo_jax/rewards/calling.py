@@ -60,6 +60,7 @@ class Reads(NamedTuple):
     columns: tuple[str, ...] = ()  # all of these
     golds: tuple[str, ...] = ()  # of these the first that is there: gold answers, which are text or numbers
     calls: tuple[RewardFunction, ...] = ()  # functions that are given the same columns
+    told: Callable[[str], bool] | None = None  # whether it can tell a gold answer by its text; None where it always can
 
 
 def reading(
@@ -68,9 +69,10 @@ def reading(
     columns: Sequence[str] = (),
     golds: Sequence[str] = (),
     calls: Sequence[RewardFunction] = (),
+    told: Callable[[str], bool] | None = None,
 ) -> RewardFunction:
     """Says of a function what it reads (`Reads`), so that it is looked at before a run; see `run.inputs`."""
-    vars(function)["reads"] = Reads(tuple(columns), tuple(golds), tuple(calls))
+    vars(function)["reads"] = Reads(tuple(columns), tuple(golds), tuple(calls), told)
     return function
 
 

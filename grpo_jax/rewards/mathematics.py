@@ -116,7 +116,7 @@ def accuracy(
         )
 
     reward.__name__ = reward.__qualname__ = "accuracy"
-    return reading(reward, golds=golds)
+    return reading(reward, golds=golds, told=lambda gold: gold_answer(gold) is not None)
 
 
 def verdict(answer: Reading | None, gold: Reading | None) -> float | None:

@@ -114,6 +114,8 @@ def check_arguments(
 ) -> None:
     """Checks that each reward function, and each that it calls, gets the arguments that it requires, for every row.
 
+    Prints a warning if some rows have no gold answer that a function can tell.
+
     Args:
       functions: of a run or an evaluation; they may say what they read, see `rewards.calling.reading`.
       rows: as the functions see them.
@@ -121,8 +123,9 @@ def check_arguments(
 
     Raises:
       ValueError: for an argument without a default that is no column of the data; for a row that has none or a null
-        there, or an empty text as its `answer`; for a gold answer that is neither text nor a number; for a class, and
-        for a function that takes nothing of the completions: it is likely a maker that was not called.
+        there, or an empty text as its `answer`; for a gold answer that is neither text nor a number, and where there
+        is none in any row; for a class, and for a function that takes nothing of the completions: it is likely a maker
+        that was not called.
     """
     known = _PASSED | ({name for row in rows for name in row} - {prompt_column})
     for function in functions:
@@ -148,10 +151,14 @@ def check_arguments(
                 f"{', '.join(sorted(known - _PASSED))}"
             )
         gold = next((name for name in reads.golds if name in known), None)
+        untold: list[str] = []  # places of gold answers
+        looked_at = range(1, len(rows) + 1, max(len(rows) // _LOOKED_AT, 1) if reads.told else 1)
         for number, row in enumerate(rows, start=1):
             if gold is not None:
                 told = gold_column_of(row) if len(reads.golds) > 1 else None
-                _check_gold(row, told or gold, place_of(row, number))
+                text = _gold(row, told or gold, place_of(row, number))
+                if number in looked_at and (text is None or (reads.told and not reads.told(text))):
+                    untold.append(place_of(row, number))
             for name in required:
                 value = row.get(name)
                 if name not in _PASSED and (value is None or (name == "answer" and value == "")):
@@ -161,10 +168,18 @@ def check_arguments(
                         f"{found}; the row has the columns {', '.join(row)} (an argument with a default, such as None, "
                         "is not required)"
                     )
+        if untold:
+            found = f"have no gold answer that {name_of(function)} can tell, such as {untold[0]}"
+            if len(untold) == len(looked_at):
+                raise ValueError(f"all {len(untold)} rows that were looked at {found}: see its documentation")
+            print(f"warning: {len(untold)} of {len(looked_at)} rows {found}: it gives no reward for them")
 
 
-def _check_gold(row: Mapping[str, Any], name: str, where: str) -> None:
+_LOOKED_AT = 200  # rows whose gold answers are read before a run, where that takes a millisecond each
+
+
+def _gold(row: Mapping[str, Any], name: str, where: str) -> str | None:
     try:
-        gold_text(row.get(name))
+        return gold_text(row.get(name))
     except ValueError as error:
         raise ValueError(f"{where}: {name}: {error}") from None

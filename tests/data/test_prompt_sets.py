@@ -212,6 +212,22 @@ def test_a_prompt_that_cannot_be_encoded_is_refused_with_its_row():
         encode_rows(tokenizer, [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}])
 
 
+def test_what_templates_take_without_a_word_is_told(make_tokenizer):
+    answered = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    with pytest.warns(UserWarning, match="1 of 2 prompts end with a message of the assistant, which completions go on"):
+        encode_rows(make_tokenizer("qwen"), [{"prompt": answered}, {"prompt": answered[:1]}])
+    with pytest.warns(UserWarning, match="messages have the role human; those that models know are user, assistant"):
+        encode_rows(make_tokenizer("qwen"), [{"prompt": [{"role": "human", "content": "2+2?"}]}])
+    rows = [{"prompt": "2+2?"}]
+    with pytest.warns(UserWarning, match="enable_thinking changes nothing: the chat template does not read it"):
+        encode_rows(make_tokenizer("llama"), rows, chat=True, template={"enable_thinking": False})
+    with pytest.warns(UserWarning, match="date_string changes nothing: no chats"):
+        encode_rows(make_tokenizer("llama"), rows, template={"date_string": "today"})
+    encode_rows(make_tokenizer("qwen"), rows, chat=True, template={"enable_thinking": False, "date_string": None})
+    encode_rows(make_tokenizer("llama"), rows, chat=True, template={"date_string": "today"})
+    encode_rows(make_tokenizer("llama"), [], template={"date_string": "today"})
+
+
 def test_the_batch_of_a_step_has_the_rows_that_rewards_look_up():
     problems = encode_rows(tiny_tokenizer(), [{"prompt": f"{i}?"} for i in range(5)])
     batch = problems.batch(3, 1, 7, multiple=16)
@@ -259,10 +275,13 @@ def test_the_template_is_told_of_the_tools_and_the_arguments_of_a_row():
             {"tools": None, "chat_template_kwargs": {"mode": "m"}},
         )
     ]
-    prompts, _ = encode_demonstrations(tokenizer, rows, end=2, chat=True, template={"mode": "d"})
-    begins = ["d<|im_start|>", "weather d<|im_start|>", "weather d<|im_start|>", "m<|im_start|>"]
-    for ids, start in zip(prompts, begins, strict=True):
-        assert tokenizer.decode(ids).startswith(start)
+    prompts, _ = encode_demonstrations(tokenizer, rows, end=2, chat=True)
+    for ids, start in zip(prompts, ["", "weather ", "weather ", "m"], strict=True):
+        assert tokenizer.decode(ids).startswith(f"{start}<|im_start|>user")
+    assert encode_rows(tokenizer, rows, chat=True).prompts == prompts  # so that a run goes on from what was taught
+    given = encode_rows(tokenizer, rows, chat=True, template={"mode": "d", "tools": [{"function": {"name": "other"}}]})
+    assert {tokenizer.decode(ids)[:18] for ids in given.prompts} == {"other d<|im_start|"}
+    assert len({*map(tuple, encode_rows(tokenizer, rows).prompts)}) == 1  # plain text
     for wrong in ({"tools": "weather"}, {"tools": ["weather"]}, {"chat_template_kwargs": "m"}):
         with pytest.raises(ValueError, match=f"row 2: {next(iter(wrong))} is "):
             encode_demonstrations(tokenizer, [rows[0], rows[0] | wrong], end=2, chat=True)
@@ -272,6 +291,13 @@ def test_the_template_is_told_of_the_tools_and_the_arguments_of_a_row():
     ("row", "settings", "message"),
     [
         ({"completion": 4}, {}, "row 2: completion is text or a list of one message, got 4"),
+        ({"completion": " \n"}, {}, r"row 2: the completion is empty: ' \\n'"),
+        ({"completion": [{"role": "assistant", "content": ""}]}, {}, "row 2: the completion is empty: ''"),
+        (
+            {"completion": '[{"role": "assistant", "content": "a"}]'},
+            {},
+            "row 2: completion is text that writes out a list",
+        ),
         ({"completion": ["a"]}, {}, r"row 2: a completion is text or one message of the assistant, got .* \['a'\]"),
         ({"completion": [{"role": "assistant"}]}, {}, "row 2: the content of a completion is text"),
         ({"completion": []}, {}, "row 2: a completion is text or one message of the assistant"),

@@ -5,6 +5,7 @@ from transformers import AutoTokenizer
 
 from grpo_jax import rewards, testing
 from grpo_jax.data.rows import with_answer
+from grpo_jax.rewards.calling import reading
 from grpo_jax.rewards.rubrics import rubric
 from grpo_jax.run import inputs
 
@@ -124,7 +125,7 @@ def _of_target(completions, target):
     return [0.0] * len(completions)
 
 
-@pytest.mark.parametrize("answer", [["5"], {"value": 5}], ids=["list", "object"])
+@pytest.mark.parametrize("answer", [["5"], {"value": 5}, True], ids=["list", "object", "boolean"])
 def test_a_gold_answer_that_is_neither_text_nor_a_number_is_refused_with_its_place(answer):
     rows = [{"prompt": "a", "answer": 5, "solution": ["worked"]}, {"prompt": "b", "answer": answer}]
     message = f"row 2: answer: a gold answer is text or a number, got a {type(answer).__name__}"
@@ -134,6 +135,34 @@ def test_a_gold_answer_that_is_neither_text_nor_a_number_is_refused_with_its_pla
         inputs.check_arguments([rewards.accuracy()], rows, prompt_column="prompt")
     told = [with_answer(row, "5") for row in rows]  # as by --answer-column
     inputs.check_arguments([rewards.accuracy(), rewards.exact_answer()], told, prompt_column="prompt")
+
+
+@pytest.mark.parametrize(
+    ("make", "golds"),
+    [
+        (rewards.exact_answer, [None, float("nan"), "NaN"]),
+        (rewards.accuracy, [None, "nan", "it is 5 or 6, but not 7 or 8"]),
+    ],
+)
+def test_gold_answers_that_a_reward_cannot_tell_are_told_and_refused_if_there_are_no_others(make, golds, capsys):
+    """Each such row was masked at every step, without a word."""
+    rows = [{"prompt": "a", "answer": gold} for gold in ["5", *golds]]
+    inputs.check_arguments([make()], [rows[0]] * 3, prompt_column="prompt")
+    assert not capsys.readouterr().out
+    inputs.check_arguments([make()], rows, prompt_column="prompt")
+    told = f"warning: 3 of 4 rows have no gold answer that {make.__name__} can tell, such as row 2"
+    assert told in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=f"all 3 rows that were looked at have no gold answer that {make.__name__} can"
+    ):
+        inputs.check_arguments([make()], rows[1:], prompt_column="prompt")
+
+
+def test_a_part_of_the_gold_answers_is_read_where_that_takes_time():
+    read = []
+    reward = reading(lambda completions, **columns: [], golds=["answer"], told=lambda gold: not read.append(gold))
+    inputs.check_arguments([reward], [{"prompt": "a", "answer": i} for i in range(1001)], prompt_column="prompt")
+    assert read == [str(i) for i in range(0, 1001, 5)]
 
 
 def test_prompts_that_are_evaluated_and_trained_on_are_told(capsys):
