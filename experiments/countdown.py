@@ -105,7 +105,7 @@ def train(config: Config) -> dict[str, float]:
             experience = step.collect(loop.state, used.batch(config.seed, n, config.prompts_per_step))
             given, mask = used.reward(experience.rollout)
             loop.state, metrics = step.learn(loop.state, experience._replace(rewards=given, reward_mask=mask))
-            loop.log(metrics | used.logged.take() | {"learning_rate": rate(n * updates.count - loop.state.skipped)})
+            loop.log(metrics | used.logged.take() | learning_rates.rate_of_step(rate, loop.state, metrics))
         loop.log(used.evaluate(policy, loop.state.params, "validation"))
     return used.finish(policy, loop.state.params, config.samples)
 

@@ -189,7 +189,7 @@ def train(config: Config) -> Params:
                 read_by_teacher = data.make_prompts([hinted[row] for row in rows], rows, multiple=config.bucket)
                 experience = experience._replace(teacher_prompts=read_by_teacher)
             loop.state, statistics = step.learn(loop.state, experience)
-            loop.log(statistics | {"learning_rate": rate(n * updates.count - loop.state.skipped)})
+            loop.log(statistics | learning_rates.rate_of_step(rate, loop.state, statistics))
         with loop.exporting("model") as folder:
             config.save(
                 policy, loop.state, folder, base_model=config.model, tokenizer=tokenizer, eos_ids=sampler.eos_ids

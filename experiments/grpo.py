@@ -33,7 +33,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import data, packing, rewards, run
+from grpo_jax import data, packing, rewards, run, schedules
 from grpo_jax.freezing import bind
 from grpo_jax.models import hf, quantized, sharding
 from grpo_jax.models.settings import WeightSettings
@@ -214,7 +214,7 @@ def train(config: Config) -> Params:
                 packing.compile_ahead(step.learn, loop.state, experience, multiple=multiple)
                 more_shapes = False
             loop.state, learned = step.learn(loop.state, experience)
-            loop.log(metrics.beside(learned, logged) | {"learning_rate": rate(n * updates.count - loop.state.skipped)})
+            loop.log(metrics.beside(learned, logged) | schedules.rate_of_step(rate, loop.state, learned))
             loop.lap("learn")
         evaluate_and_keep_the_best()
         export(f"step_{loop.step}")

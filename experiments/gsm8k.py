@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 
-from grpo_jax import data, recipes, run, sampling, testing
+from grpo_jax import data, recipes, run, sampling, schedules, testing
 from grpo_jax.freezing import bind
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import ranges
@@ -134,8 +134,7 @@ def train(config: Config) -> dict[str, float]:
             given, mask = used.reward(experience.rollout)
             state, metrics = step.learn(loop.state, experience._replace(rewards=given, reward_mask=mask))
             loop.state = after(state, metrics)
-            rate = recipe.rate(n * recipe.updates.count - loop.state.skipped)
-            loop.log(metrics | used.logged.take() | {"learning_rate": rate})
+            loop.log(metrics | used.logged.take() | schedules.rate_of_step(recipe.rate, loop.state, metrics))
         loop.log(used.evaluate(policy, bind(loop.state.params, frozen), "validation"))
     save = functools.partial(config.save, policy, loop.state, base_model=config.model)
     results = used.finish(policy, bind(loop.state.params, frozen), config.samples, save=save)

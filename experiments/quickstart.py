@@ -167,7 +167,7 @@ def grpo(
                 loop.log({"validation": evaluate(loop.state.params, validation)["greedy"]})
             rows = data.batch_indices(config.seed, n, len(splits.train), config.prompts_per_step)
             loop.state, metrics = step(loop.state, arithmetic.encode(tokenizer, splits.train[rows]))
-            loop.log(metrics | {"learning_rate": rate(n * updates.count - loop.state.skipped)})
+            loop.log(metrics | learning_rates.rate_of_step(rate, loop.state, metrics))
         loop.log({"validation": evaluate(loop.state.params, validation)["greedy"]})
     return loop.state.params
 

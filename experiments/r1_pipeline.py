@@ -246,7 +246,7 @@ def grpo(
             given, mask = reward(experience.rollout)
             experience = experience._replace(rewards=jnp.asarray(given), reward_mask=jnp.asarray(mask))
             loop.state, metrics = step.learn(loop.state, packing.trim(experience, multiple=config.bucket))
-            loop.log(metrics | {"learning_rate": rate(n * updates.count - loop.state.skipped)})
+            loop.log(metrics | learning_rates.rate_of_step(rate, loop.state, metrics))
     return loop.state.params
 
 

@@ -113,7 +113,7 @@ def train(config: Config) -> Params:
                 loop.log(evaluate(bind(loop.state.params, frozen)))
             rows = data.batch_indices(config.seed, n, len(pairs), config.batch_size)
             loop.state, metrics = learn(loop.state, Experience(batch([pairs[row] for row in rows], config)))
-            loop.log(metrics | {"learning_rate": rate(n - loop.state.skipped)})
+            loop.log(metrics | learning_rates.rate_of_step(rate, loop.state, metrics))
         if held_out:
             loop.log(evaluate(bind(loop.state.params, frozen)))
         with loop.exporting("model") as folder:

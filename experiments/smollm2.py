@@ -187,7 +187,7 @@ def train(config: Config) -> dict[str, float]:
             experience = step.collect(loop.state, batch)
             given, mask = reward(experience.rollout)
             loop.state, statistics = step.learn(loop.state, experience._replace(rewards=given, reward_mask=mask))
-            loop.log(statistics | {"learning_rate": rate(n - loop.state.skipped)})
+            loop.log(statistics | learning_rates.rate_of_step(rate, loop.state, statistics))
         validate()
     test("after")
     found: dict[str, float] = learned(config.run_dir)

@@ -74,5 +74,5 @@ def fine_tune(
         del state
         for n in stage:
             stage.state, measured = learn(stage.state, Experience(batch(n)))
-            stage.log(measured | {"learning_rate": rate(n - stage.state.skipped)})
+            stage.log(measured | learning_rates.rate_of_step(rate, stage.state, measured))
     return stage.state.params

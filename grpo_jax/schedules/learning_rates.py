@@ -9,9 +9,11 @@ A step is a rollout with all its updates. An optimiser counts updates, so the sc
 from collections.abc import Callable
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
+import optax
 
-from grpo_jax.types import Array, Number
+from grpo_jax.types import Array, Metrics, Number, TrainState
 
 
 class Decay(Protocol):
@@ -65,7 +67,7 @@ def learning_rate(
       updates_per_step: updates that a step makes of its rollout: iterations times minibatches.
 
     Returns:
-      `update -> rate`, a schedule for optax. `schedule(n * updates_per_step - state.skipped)` is the rate of step `n`.
+      `update -> rate`, a schedule for optax; `rate_of_step` is the rate that a step had.
 
     Raises:
       ValueError: for a setting out of range, a decay without `steps`, or a final fraction without a decay.
@@ -84,7 +86,7 @@ def learning_rate(
         raise ValueError(f"a decay after {warmup_steps} steps of warm-up needs more steps than those, got {steps}")
 
     def schedule(update: Array | int) -> Array:
-        n = jnp.maximum(jnp.asarray(update) // updates_per_step, 0)
+        n = jnp.asarray(update) // updates_per_step
         rate = peak * jnp.minimum(1.0, (n + 1) / (warmup_steps + 1))
         if decay is constant or steps is None:
             return rate
@@ -92,3 +94,26 @@ def learning_rate(
         return rate * (final_fraction + (1 - final_fraction) * decay(progress))
 
     return schedule
+
+
+def rate_of_step(schedule: Callable[[Array | int], Array], state: TrainState, metrics: Metrics) -> dict[str, Array]:
+    """The metric `learning_rate` of a step: the rate of its first update, also where that was left out.
+
+        schedule(updates that the optimiser had made before the step)
+
+    The optimiser itself says how many it has made: neither an update that was not finite nor one of a batch without a
+    token that counts is among them, so that the number of the step does not tell.
+
+    Args:
+      schedule: `update -> rate`, the one that the optimiser goes by.
+      state: after the step.
+      metrics: of the step, as `learn` returns them.
+
+    Raises:
+      ValueError: if the optimiser goes by no schedule.
+    """
+    states = jax.tree.leaves(state.opt_state, is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState))
+    counts = [part.count for part in states if isinstance(part, optax.ScaleByScheduleState)]
+    if not counts:
+        raise ValueError("the optimiser was made with a number, and not with a schedule")
+    return {"learning_rate": schedule(counts[0] - jnp.asarray(metrics["grad_norm"].count, jnp.int32))}
