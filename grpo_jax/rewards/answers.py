@@ -68,15 +68,11 @@ def gold_text(value: Any) -> str | None:
     A whole number has no `.0`, which it gets where a column of whole numbers has a null.
 
     Raises:
-      ValueError: for what is neither text nor a number, such as a list of answers or a boolean.
+      ValueError: for what is neither text nor a number, such as a list of answers.
     """
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None
-    if (
-        getattr(value, "ndim", 0)
-        or isinstance(value, bool)
-        or (isinstance(value, Mapping | Sequence | Set) and not isinstance(value, str))
-    ):
+    if getattr(value, "ndim", 0) or (isinstance(value, Mapping | Sequence | Set) and not isinstance(value, str)):
         raise ValueError(f"a gold answer is text or a number, got a {type(value).__name__}: {value!r:.200}")
     whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
     text = str(int(value) if whole else value).strip()

@@ -7,6 +7,7 @@ import json
 import math
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -317,6 +318,32 @@ def test_a_reward_that_scores_no_row_is_left_out_of_the_weighted_sum():
     assert measured([elsewhere, correct])["eval/reward"] == 2 * 0.25
     assert measured([small, correct])["eval/reward"] == pytest.approx(0.9 + 2 * 0.25)
     assert math.isnan(measured([elsewhere], weights=None)["eval/reward"])
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special tokens", "added tokens"])
+def test_tags_that_are_tokens_of_their_own_are_read_in_an_evaluation(special):
+    """In one of a checkpoint and in that of a run; the end token is no text, special as the tags may be."""
+    tokenizer = testing.tiny_tokenizer()
+    tags = ["<answer>", "</answer>", "<think>", "</think>"]
+    tokenizer.add_tokens(tags, special_tokens=special)
+    written = [*tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<answer>"]), TOKEN["4"]]
+    written += [tokenizer.convert_tokens_to_ids("</answer>"), END]
+    follows = dict(zip([TOKEN["?"], *written[:-1]], written, strict=True))
+    nexts = jnp.array([follows.get(token, END) for token in range(len(tokenizer))])
+    policy = from_logits_fn(lambda params, tokens, mask: jax.nn.one_hot(nexts[tokens], len(tokenizer)) * 1e3)
+    functions = [rewards.exact_answer(), rewards.soft_format()]
+    rows = [{"prompt": "2+2?", "answer": "4"}, {"prompt": "2+3?", "answer": "5"}]
+    sampler = drawn(greedy=True, max_tokens=8)
+    items = make_evaluate(policy, sampler, tokenizer, rows, functions)({})
+    items = mark_right(items, extract=rewards.answer_of)
+    assert [item["completions"] for item in items] == [["<think></think><answer>4</answer>"]] * 2
+    assert [item["rewards"] for item in items] == [
+        {"exact_answer": [right], functions[1].__name__: [1.0]} for right in (1.0, 0.0)
+    ]
+    assert [item["answers"] for item in items] == [["4"]] * 2
+    evaluate = make_mean_rewards(policy, sampler, tokenizer, rows, functions, weights=[1.0, 0.5])
+    found = evaluate({}, rewards.TrainerState(0, 1))
+    assert found == {"eval/reward": 1.0, "eval/exact_answer": 0.5, f"eval/{functions[1].__name__}": 1.0}
 
 
 def test_answers_for_the_majority_go_on_from_the_tag_that_the_prompt_opens():
