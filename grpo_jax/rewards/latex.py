@@ -56,6 +56,7 @@ _JOINED = re.compile(
     r"[\s$]*(?:\\[)\]])?[\s$]*(?:[,;]|(?:[,;]\s*)?\(?(?:\\text\{\s*)?(?:and|or|&)(?:\s+(?:maybe|perhaps|possibly))?(?:\s*\})?)"
     r"[\s$]*(?:\\[(\[])?[\s$]*"
 )
+_NAMED = re.compile(r"(?<![\\\w])([a-zA-Z](?:_\{?\w{1,3}\}?)?)\s*=\s*\$?\s*\Z")  # before a box
 _ENVIRONMENT = re.compile(  # of bounded length, so that many that are not closed take linear time
     r"\$\$([^$]{1,500})\$\$|\\\[((?:[^\\]|\\[^\]]){1,500})\\\]"
     r"|(?<![\\\d])\$((?:\\\$|[^\n$]){1,500})(?<!\\)\$|\\\(((?:[^\\]|\\[^)]){1,500})\\\)"
@@ -80,11 +81,11 @@ def final_answer(text: str) -> Reading | None:
     r"""The answer of a completion: its last `\boxed{}`, or else the last LaTeX environment that "answer" announces.
 
     Boxes that only `,`, `;`, `and` or `or` join are one answer: `\boxed{1} and \boxed{2}` is
-    `1, 2`. A box within a box is part of it. None where there is no answer, the last box is not closed, more than
-    the box is written (`2\boxed{5}`, `\boxed{5}^2`, "half of \boxed{5}", see `surroundings`), the answer is denied
-    ("not $5$", "\boxed{5} is wrong"), supposed or asked ("is it \boxed{5}?"). What is unreadable is text. Between
-    "answer" and its LaTeX stand only words such as "is" and "therefore", `:`, `=` or `x =`, and nothing is denied,
-    supposed or doubted in that clause.
+    `1, 2`, and `x=\boxed{1}, y=\boxed{2}` is `x=1, y=2`. A box within a box is part of it. None where there is no
+    answer, the last box is not closed, more than the box is written (`2\boxed{5}`, `\boxed{5}^2`, "half of \boxed{5}",
+    see `surroundings`), the answer is denied ("not $5$", "\boxed{5} is wrong"), supposed or asked ("is it
+    \boxed{5}?"). What is unreadable is text. Between "answer" and its LaTeX stand only words such as "is" and
+    "therefore", `:`, `=` or `x =`, and nothing is denied, supposed or doubted in that clause.
     """
     boxes = list(_boxes(text))
     latex = _last(text, boxes) if boxes else _announced(text)
@@ -98,7 +99,7 @@ def gold_answer(gold: str) -> Reading | None:
     r"""The gold answer: what follows its last `####`, its last `\boxed{}`, or all of it where it is bare mathematics.
 
     Of a sentence it is the LaTeX that "answer" announces, the only LaTeX, the number that "answer is" announces, or
-    the only number. A phrase with several numbers (July 4, 1776) is text. None where it cannot be told.
+    the only date or number. A phrase with several numbers (Apollo 11 in 1969) is text. None where it cannot be told.
     """
     gold = gold.rpartition("####")[2].strip()
     if not re.search(r"(?<!\\)\$(?!\.?\d)", gold):
@@ -125,6 +126,9 @@ def _gold(gold: str) -> Reading | None:
         numbers = [match[1] for match in _ANSWER_IS.finditer(bare)][-1:] or _NUMERAL.findall(bare)
         if measures := _measures(bare):
             return Reading(bare, measures, words=True)
+        dates = list(_DATE.finditer(bare))
+        if len(dates) == 1 and not re.search(r"\d", _DATE.sub("", bare)) and not _NEGATION.search(bare):
+            return Reading(bare, _date(dates[0]), words=True)
         if not _ANSWER_IS.search(bare) and _COMPOUND.fullmatch(bare):
             return Reading(bare, re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", bare).casefold(), words=True)
         if _ANSWER_IS.search(bare):
@@ -169,13 +173,17 @@ def _last(text: str, boxes: list[tuple[int, int, str | None]]) -> str | None:
     while len(boxes) > 1 and boxes[-2][1:] == (start, content):  # said again and again
         boxes = boxes[:-1]
         start = boxes[-1][0]
-    contents = [_alone(text, start, content, text[end : end + REACH])]
+    contents, starts = [_alone(text, start, content, text[end : end + REACH])], [start]
     for earlier_start, earlier_end, earlier in reversed(boxes[:-1]):
-        if not _JOINED.fullmatch(text[earlier_end:start][:40]):
+        if not _JOINED.fullmatch(_NAMED.sub("", text[earlier_end:start][:40])):
             break
         start = earlier_start
         contents.append(_alone(text, start, earlier, ""))
+        starts.append(start)
     known = [content.strip() for content in reversed(contents) if content is not None]
+    names = [_NAMED.search(text[max(at - REACH, 0) : at]) for at in reversed(starts)]
+    if len(known) == len(names) > 1 and all(names) and not any("=" in content for content in known):
+        known = [f"{name[1]}={content}" for name, content in zip(names, known, strict=True) if name]
     return ", ".join(dict.fromkeys(known)) + _following(text, end) if len(known) == len(contents) else None
 
 
@@ -345,9 +353,29 @@ _PHRASE = re.compile(  # at most 12 words, and none of a sentence
 _MEASURE = r"\d+(?:\.\d+)?\s*[a-zA-Z]+\.?"
 _MEASURES = re.compile(rf"{_MEASURE}(?:\s*,?\s*(?:and\s+)?{_MEASURE}){{1,3}}")
 _COMPOUND = re.compile(r"(?:\d+(?:\.\d+)? [a-z]+\.?,? ?){2,}|-?\w+\s*\(\s*mod\s+\w+\s*\)", re.IGNORECASE)
+_MONTHS = (
+    "Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
+    "|Nov(?:ember)?|Dec(?:ember)?"
+)
+_DAY = r"(\d{1,2})(?:st|nd|rd|th)?(?![\w]|[./]\d)"
+_DATE = re.compile(
+    rf"(?:\b[A-Z][a-z]{{2,5}}day,?\s+)?(?:\b({_MONTHS})\.?\s+{_DAY}|(?<![\w.,/$]){_DAY}\s+(?:of\s+)?({_MONTHS})\b\.?)"
+    r"(?:,?\s+(\d{4})(?!\d))?"
+)
+_INTERVAL = re.compile(r"([\[\](])([^\[\](),;]+)[,;]([^\[\](),;]+)([\[\])])")
+_BARS = re.compile(r"(?:\\(?:left|right)\s*)?(?:\||\\(?:[lr]?vert|mid)(?![a-zA-Z]))\s*")
+_BOUNDED = re.compile(
+    r"\|\s*([a-vxyA-Y])\s*([-+]\s*\d{1,9}(?:\.\d{1,9})?)?\s*\|\s*(<|\\(?:leqslant|leq|le|lt)(?![a-zA-Z]))\s*"
+    r"((?:[\d./^+{} ]|\\(?:frac|sqrt|pi)(?![a-zA-Z])|[a-zA-Z](?![a-zA-Z])){1,100})"
+)
 _DELIMITED = [(r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"), ("**", "**")]
+_POWER = r"(\^\s*\{?-?\d\}?)?"
 _ENDING = re.compile(r"(?:\\[,;:! ]|\\q?quad|(?<!\.)\.(?!\.)|[,;:]|\s|(?<!\\)~)+$")
 _TEXT = r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname)\s*\{"
+_UNIT_FRACTION = re.compile(
+    rf"\\frac\s*\{{\s*([-+]?[\d.]*)\s*{_TEXT}([^{{}}\d]*)\}}\s*{_POWER}\s*\}}\s*"
+    rf"\{{\s*{_TEXT}([^{{}}\d]*)\}}\s*{_POWER}\s*\}}\s*$"
+)
 _ONLY_TEXT = re.compile(rf"{_TEXT}((?=.*(?:[$\\{{^*]|sqrt|\bpi\b)).*)\}}", re.DOTALL)
 _CURRENCY = re.compile(
     r"(?:\b(?:US|AU|CA))?(?:\\?\$|\\euro\b|\\pounds\b|[€£¥₹])\s*(?=[-+]?[\d.])"
@@ -412,8 +440,11 @@ def _read(latex: str, *, gold: bool) -> Reading | None:
     """
     answer = _rewritten(latex)
     text = _text(answer)
-    if measures := _measures(re.sub(rf"{_TEXT}([^{{}}]*)\}}", r" \1 ", answer)):
+    plain = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r" \1 ", answer)
+    if measures := _measures(plain):
         return Reading(answer, measures, words=True)
+    if date := _DATE.fullmatch(" ".join(plain.split())):
+        return Reading(answer, _date(date), words=True)
     if based := _based(answer):
         return based
     answer = re.sub(rf"{_TEXT}\s*([\d.,]+)\s*\}}", r"\1", answer)  # text that is a number: a person reads the digits
@@ -471,7 +502,50 @@ def _rewritten(latex: str) -> str:
         answer = _rows(environment[2]) or answer
     for pattern, form in _WRITTEN:
         answer = pattern.sub(form, answer)
-    return answer
+    return _within(_turned(_UNIT_FRACTION.sub(_unit_line, answer)))
+
+
+def _unit_line(fraction: re.Match[str]) -> str:
+    r"""A fraction of units in a line: `\frac{\text{m}}{\text{s}^2}` as `\text{ m/s^2}`."""
+    number, *units = (re.sub(r"[{}\s]", "", group or "") for group in fraction.groups())
+    before = fraction.string[: fraction.start()].rstrip()
+    if not (before or number) or (number and before[-1:].isalnum()):
+        return fraction.group()
+    return rf"{number}\text{{ {units[0]}{units[1]}/{units[2]}{units[3]}}}"
+
+
+def _turned(answer: str) -> str:
+    """Open ends of intervals as parentheses: `]1,2[` is `(1,2)` (ISO 80000-2 has both)."""
+    plain = re.sub(r"\\(?:left|right)\s*(?=[\[\]()])", "", answer)
+
+    def interval(found: re.Match[str]) -> str:
+        start, end = "(" if found[1] == "]" else found[1], ")" if found[4] == "[" else found[4]
+        return found[0] if start + end == found[1] + found[4] else f"{start}{found[2]},{found[3]}{end}"
+
+    turned = _INTERVAL.sub(interval, plain)
+    return answer if turned == plain else turned
+
+
+def _within(answer: str) -> str:
+    """`|x| < 5` as `-5 < x < 5`, and `|x - 1| < 5` as `-4 < x < 6`; letters of complex numbers stay."""
+    bounded = _BOUNDED.fullmatch(_BARS.sub("|", answer))
+    if bounded is None:
+        return answer
+    letter, shift, relation, bound = bounded[1], bounded[2] or "", bounded[3], bounded[4].strip()
+    if not shift:
+        bound = f"({bound})" if "+" in bound else bound
+        return f"-{bound} {relation} {letter} {relation} {bound}"
+    try:
+        middle, reach = -Fraction(shift.replace(" ", "")), Fraction(bound)
+    except (ValueError, ZeroDivisionError):
+        return answer
+    return f"{_fraction(middle - reach)} {relation} {letter} {relation} {_fraction(middle + reach)}"
+
+
+def _fraction(value: Fraction) -> str:
+    sign = "-" if value < 0 else ""
+    below = value.denominator
+    return f"{value}" if below == 1 else rf"{sign}\frac{{{abs(value.numerator)}}}{{{below}}}"
 
 
 def _rows(inside: str) -> str:
@@ -502,6 +576,12 @@ def _measures(text: str) -> str:
     found = re.findall(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", text)
     units = [canonical_unit(word) for _, word in found]
     return " ".join(f"{number} {unit}" for (number, _), unit in zip(found, units, strict=True)) if all(units) else ""
+
+
+def _date(found: re.Match[str]) -> str:
+    """A day by the same text however it is written: `4 July 1776` and `July 4th, 1776`."""
+    month, day, other_day, other_month, year = found.groups()
+    return f"{(month or other_month)[:3].casefold()} {int(day or other_day)} {year or ''}".strip()
 
 
 def unwrapped(answer: str) -> str:

@@ -31,9 +31,10 @@ def accuracy(
     Of a completion that thinks, only what follows the last `</think>` is read, and nothing where a `<think>`, its own
     or the prompt's, is not closed (TRL's function reads thoughts, too). Its answer is its last `\boxed{}`, or else the
     last LaTeX environment that the word "answer" announces. Boxes that only `,`, `;`, `and` or `or` join are one
-    answer: `\boxed{1} and \boxed{2}` is the set {1, 2}, and `\boxed{4}. \boxed{5}` is 5. An answer that the text denies
-    ("not $5$") is none. The gold answer is what follows `####`, its last box, or all of it where it is bare
-    mathematics, a number with a unit or a word; of a sentence the only LaTeX or the only number.
+    answer: `\boxed{1} and \boxed{2}` is the set {1, 2}, `x=\boxed{1}, y=\boxed{2}` is `x=1, y=2`, and
+    `\boxed{4}. \boxed{5}` is 5. An answer that the text denies ("not $5$") is none. The gold answer is what follows
+    `####`, its last box, or all of it where it is bare mathematics, a number with a unit or a word; of a sentence the
+    only LaTeX, the only date or the only number.
 
     Both are read as a person reads them (`rewards.latex`): `\frac12`, `2\sqrt2`, `1\,234`, `1\frac12`, `\$36`,
     `5\text{ million}` (5000000), `50\%` (50 or 0.5; `0.5\%` also 0.5), `2516_8` (equal to the digits `2516`, not to
@@ -43,7 +44,7 @@ def accuracy(
     number. `x` is not `X`, letters alone (`AB`) are a word and no product, and numbers on both sides of `=` have to
     be equal. `(B) 10` and `B. 10` are the choice `B`, and 10.
     Then math-verify compares them as numbers, sets, intervals, matrices, relations or formulas; `\frac{1}{2}`, `0.5`
-    and `\frac{2}{4}` are one answer, `1<x<2` is `2>x>1` and the interval `(1,2)`, and `i` is the imaginary unit where
+    and `\frac{2}{4}` are one answer, `1<x<2` is `2>x>1` and the interval `(1,2)` or `]1,2[`, `|x|<1` is `-1<x<1`, and `i` is the imaginary unit where
     there is no other letter. A list without brackets has no order, but beside a tuple, a vector or `a=1, b=2`, and as
     many items as the gold one. Words are compared as text, without case. Otherwise the rule is that of TRL's
     `accuracy_reward`.
