@@ -44,10 +44,10 @@ def accuracy(
     number. `x` is not `X`, letters alone (`AB`) are a word and no product, and numbers on both sides of `=` have to
     be equal. `(B) 10` and `B. 10` are the choice `B`, and 10.
     Then math-verify compares them as numbers, sets, intervals, matrices, relations or formulas; `\frac{1}{2}`, `0.5`
-    and `\frac{2}{4}` are one answer, `1<x<2` is `2>x>1` and the interval `(1,2)` or `]1,2[`, `|x|<1` is `-1<x<1`, and `i` is the imaginary unit where
-    there is no other letter. A list without brackets has no order, but beside a tuple, a vector or `a=1, b=2`, and as
-    many items as the gold one. Words are compared as text, without case. Otherwise the rule is that of TRL's
-    `accuracy_reward`.
+    and `\frac{2}{4}` are one answer, `1<x<2` is `2>x>1` and the interval `(1,2)` or `]1,2[`, `|x|<1` is `-1<x<1`, and
+    `i` is the imaginary unit where there is no other letter. A list without brackets has no order, but beside a tuple,
+    a vector or `a=1, b=2`, and as many items as the gold one. Words are compared as text, without case. Otherwise the
+    rule is that of TRL's `accuracy_reward`.
 
     An answer that is missing, unreadable or cannot be parsed scores 0, and so does one whose parsing takes longer than
     `timeout` or more than `memory`. Where the gold answer cannot be told, the item is masked; where it
