@@ -26,7 +26,7 @@ exec "$@"
 """
 
 
-def bubblewrap(read: Sequence[str] = ()) -> list[str]:
+def bubblewrap(read: Sequence[str] = (), *, processes: bool = True) -> list[str]:
     """The beginning of a command line that runs the rest of it in a sandbox, for Linux.
 
     The program has no network, sees no other processes, and has no environment but a
@@ -34,11 +34,12 @@ def bubblewrap(read: Sequence[str] = ()) -> list[str]:
     random devices, and an empty `/tmp` of its own, of 32 MiB and 1000 files, where it starts. There is no
     `/proc` and no home. It has no privileges, cannot gain any, and is killed, with
     its children, when its parent is. On x86_64 and aarch64 the kernel refuses it calls that it has no use for
-    (`harness.seccomp_filter`), such as `flock`. It does not limit memory or processes: programs in it do that first
-    (`harness.confine`).
+    (`harness.seccomp_filter`), such as `flock`. It does not limit memory: programs in it do that first
+    (`harness.confine`, `rewards.pool`).
 
     Args:
       read: files and folders to show, at their own paths.
+      processes: False refuses the program new processes, on the machines where the kernel does; threads are allowed.
 
     Raises:
       ValueError: if bubblewrap is missing or cannot make a sandbox here; the message says why.
@@ -49,7 +50,7 @@ def bubblewrap(read: Sequence[str] = ()) -> list[str]:
     if unshare is None or shutil.which("mount") is None:
         raise ValueError("there is no unshare or no mount here: install util-linux (Debian: apt install mount)")
     known = sys.platform == "linux" and platform.machine() in MACHINES
-    calls = seccomp_filter(platform.machine(), processes=True) if known else b""
+    calls = seccomp_filter(platform.machine(), processes=processes) if known else b""
     command = [unshare, "--user", "--map-root-user", "--mount", "/bin/sh", "-c", STAGE, "sh"]
     command += ["".join(f"\\0{byte:03o}" for byte in calls)]
     command += [

@@ -210,6 +210,8 @@ def verifier(*, partial: bool = False, pool: WorkerPool | None = None) -> Reward
 def sandboxed_pool(*, workers: int = 2, timeout: float = 5.0, memory: int = 2 * 2**30) -> WorkerPool:
     """Worker processes under bubblewrap, which see Python and its packages, read-only, and no network.
 
+    They can start no others (`sandbox.bubblewrap`).
+
     Args:
       workers: how many processes.
       timeout: seconds for an answer.
@@ -220,7 +222,8 @@ def sandboxed_pool(*, workers: int = 2, timeout: float = 5.0, memory: int = 2 * 
     """
     folders = {sys.prefix, sys.base_prefix, *site.getsitepackages(), str(pathlib.Path(__file__).parents[1])}
     try:
-        sandbox = bubblewrap(sorted(folder for folder in folders if pathlib.Path(folder).exists()))
+        shown = sorted(folder for folder in folders if pathlib.Path(folder).exists())
+        sandbox = bubblewrap(shown, processes=False)
     except ValueError as error:
         raise ValueError(
             f"{error}. Or pass pool=WorkerPool(), which accepts that scorers may run what the model wrote as you"

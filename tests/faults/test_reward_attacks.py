@@ -490,6 +490,18 @@ def test_a_pool_in_the_sandbox(tmp_path, monkeypatch):
     assert "Read-only" in outcomes[2].message
 
 
+def test_workers_of_reasoning_gym_start_no_processes():
+    """Nothing but the number of the answers would bound how many there are."""
+    pytest.importorskip("reasoning_gym")
+    from grpo_jax.tasks import reasoning_gym
+
+    with reasoning_gym.sandboxed_pool(workers=1, timeout=TIMEOUT) as pool:
+        outcomes = pool.map("os:fork", [{}, {}]) + pool.map("os:system", [{"command": "true"}])
+    assert [outcome.fault for outcome in outcomes[:2]] == ["error", "error"]
+    assert all("Operation not permitted" in outcome.message for outcome in outcomes[:2])
+    assert outcomes[2].value == -1.0  # no shell
+
+
 FRAMES = [f"__import__('sys')._getframe({depth}).f_locals" for depth in range(1, 5)]
 GYM_ATTACKS = {
     "the scorer": [f"setattr(type({frame}['self']), 'score_answer', lambda s, a, e: 1.0)" for frame in FRAMES],
