@@ -16,7 +16,7 @@ import time
 import grpo
 import tyro
 
-from grpo_jax import processes
+from grpo_jax import packing, processes
 from grpo_jax.train_step import Step
 
 processes._GRACE, processes._HEARTBEAT = 2, 10  # the tests do not wait as long as a run does
@@ -42,8 +42,20 @@ def once(make):
     return step
 
 
+def told(pack):
+    """`packing.pack`, which says on stderr what came of it."""
+
+    def packed(*arguments, **settings):
+        found = pack(*arguments, **settings)
+        print("packed as", None if found is None else found.segments.shape, file=sys.stderr)
+        return found
+
+    return packed
+
+
 def main(runs):
     grpo.make_train_step = once(grpo.make_train_step)
+    packing.pack = told(packing.pack)
     killed = [run.pop("killed", None) for run in runs]
     configs = [
         tyro.cli(

@@ -36,10 +36,10 @@ def length(completions):
 """
 SETTINGS = {
     "model": "model", "data": "data.jsonl", "reward": "my_rewards:brevity", "compute-dtype": "float32",
-    "attention": "reference", "mesh": "fsdp=2", "prompts-per-step": 4, "group-size": 2, "max-tokens": 6, "bucket": 32,
+    "attention": "reference", "mesh": "fsdp=2", "prompts-per-step": 4, "group-size": 2, "max-tokens": 12, "bucket": 32,
     "learning-rate": 1e-3, "warmup-steps": 1, "save-every": 1, "show-every": 1, "score-old": True, "steps": 3,
 }  # fmt: skip
-AHEAD = {"overlap": 1, "reward": "my_rewards:length"}
+AHEAD = {"overlap": 1, "reward": "my_rewards:length", "pack": True, "completion-bucket": 12}
 
 
 def run(folder, *runs, processes=1, killed=None):
@@ -78,6 +78,8 @@ def made(tmp_path_factory):
     """All runs, and what was printed: of two processes, of which one is killed at last; of two again; and of one."""
     folder = tmp_path_factory.mktemp("runs")
     testing.tiny_checkpoint(folder / "model")
+    ends = {"eos_token_id": [*range(0, 300, 3)]}  # a third of the tokens: completions are short, and can be packed
+    (folder / "model/generation_config.json").write_text(json.dumps(ends))
     rows = [{"prompt": f"What is {a} + {b}?"} for a in range(4) for b in range(4)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "my_rewards.py").write_text(REWARD)
@@ -140,6 +142,8 @@ def test_one_process_goes_on_with_the_run_of_two(made):
 
 
 @pytest.mark.slow
-def test_two_processes_sample_ahead_and_go_on_with_the_batch_in_flight(made):
+def test_two_processes_sample_ahead_and_go_on_with_the_batch_in_flight_and_pack_it_alike(made):
     assert "resumed at step 1 of 3" in made.two[0].stdout
     assert_equal_to_rounding(made, "ahead", "one_ahead")
+    shapes = [re.findall(r"^packed as (.*)$", process.stderr, re.MULTILINE) for process in (*made.two, made.one)]
+    assert shapes == [["(4, 1, 12)", "(4, 1, 12)", "None"]] * 3
