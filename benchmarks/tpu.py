@@ -104,7 +104,8 @@ def cut(row: Row, layers: int) -> Line:
         )
         plan, programs = memory.of_config(config)
     needs = zip(("collect", "learn"), memory.needs(plan, programs, config), strict=True)
-    return {"memory": plan._asdict(), **{name: need._asdict() for name, need in needs}}
+    decode = memory.of_a_token(programs, config)
+    return {"memory": plan._asdict(), **{name: need._asdict() for name, need in needs}, "decode": decode}
 
 
 def extended(first: Any, second: Any, layers: int) -> Any:
@@ -154,6 +155,15 @@ def least(row: Line) -> tuple[float, float]:
     return flops / (data * fsdp * tensor), received / tensor
 
 
+def read_at_least(row: Line) -> float:
+    """Bytes that a chip of a row reads for a token: weights of layers and head in bfloat16, and all that caches hold.
+
+    2 (weights of layers + weights of the head) / tensor + caches of prompts and completions
+    """
+    layers, head, _ = weights(row["model"])
+    return 2 * (layers + head) / parts(row)[2] + row["memory"]["prompt_cache"] + row["memory"]["completion_cache"]
+
+
 # ------------------------------------------------------------------------------ the report
 
 
@@ -190,6 +200,13 @@ def markdown(lines: list[Line]) -> str:
         "bfloat16, and the sum of their parts over `data`; over `tensor` activations are summed as well, which has no "
         "such count.",
     ]
+    if decoding := [row for row in rows if "decode" in row]:
+        text += [
+            "## A token of decoding beside the least",
+            report.table((*names, "GB", "weights and caches, GB", "ratio"), map(_of_a_token, decoding)),
+            "What the loop over tokens reads from a chip's memory and writes to it in a turn, with caches at their full "
+            "width, beside weights of layers and head in bfloat16 and the caches.",
+        ]
     if refused := report.of_kind(lines, "refused"):
         told = (f"- {line['model']} on {line['topology']}, {line['mesh']}: {line['why']}" for line in refused)
         text += ["## What the compiler refused", "\n".join(told)]
@@ -206,6 +223,11 @@ def _held(row: Line) -> list[str]:
     state = sum(memory[name] for name in ("parameters", "frozen", "optimizer", "reference"))
     sizes = (state, memory["sampling"], memory["learning"], memory["peak"], limit)
     return [*_names(row), str(row["prompts"]), *(f"{size / 1e9:.1f}" for size in sizes)]
+
+
+def _of_a_token(row: Line) -> list[str]:
+    least = read_at_least(row)
+    return [*_names(row), f"{row['decode'] / 1e9:.2f}", f"{least / 1e9:.2f}", f"{row['decode'] / least:.3f}"]
 
 
 def _beside_least(row: Line) -> list[str]:

@@ -424,6 +424,10 @@ def test_the_tables_of_tpus_name_what_bounds_a_program_and_what_does_not_fit(tmp
     assert "| 12.0 | 10.0 | 9.0 | 22.0 | 95.0 |" in text
     assert "data=4,fsdp=16: Ran out of memory" in text
     assert "| Qwen2.5-7B | v5p:2x2x1 | fsdp=4 | 0.937 | 0.919 |" in text
+    assert "A token of decoding" not in text  # of rows that were compiled before it was read
+    memory = a_row()["memory"] | {"completion_cache": 1e9}
+    text = tpu.markdown([a_row(mesh="fsdp=2,tensor=2", memory=memory, decode=9e9)])
+    assert "| Qwen2.5-7B | v5p:2x2x1 | fsdp=2,tensor=2 | 9.00 | 8.07 | 1.115 |" in text  # 7.07 of 14.14
     text = growth.markdown([a_row(model="small"), a_row(mesh="fsdp=2,tensor=2")])
     of_copies = tpu.least(a_row(mesh="data=2,fsdp=2"))
     layers, head, embedding = tpu.weights("Qwen2.5-7B")

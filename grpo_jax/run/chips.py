@@ -224,10 +224,7 @@ def _added(body: list[str], counter: int) -> int:
 
 
 def _received(computation: str, line: str, result: str, kind: str, start: str | None) -> tuple[str, float]:
-    sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * _WIDTHS.get(dtype, 1 if dtype.startswith("f8") else 4)
-        for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", result)
-    ]
+    sizes = _sizes(result)
     if kind == "collective-permute":
         return kind, max(sizes)
     size = max(sizes) if start else sum(sizes)
@@ -250,6 +247,159 @@ def _group_size(line: str) -> int:
         sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", groups[2]))
     raise ValueError(f"the chips that take part are not told in a form that is known: {line.strip()[:300]}")
+
+
+# ------------------------------------------------------------------- memory, from the compiled program
+
+
+class _Instruction(NamedTuple):
+    kind: str
+    result: str  # its shape, or those of its tuple
+    operands: list[str]
+    line: str
+
+
+# Names of what lies elsewhere, and the ends of what another instruction has begun.
+_FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done"}
+_SLICES = ("dynamic-slice", "slice", "gather")  # which read no more than their result
+
+
+def bytes_of_a_turn(program: Compiled, turns: int) -> float:
+    """Bytes that a chip reads from its memory and writes to it in a turn of the loop that turns so often at most.
+
+    Each instruction reads its operands and writes its result, a fusion those of all that is in it; of what is sliced or
+    updated in place that part. What lies in the memory on the chip (`S(1)` in a TPU's program) is not counted, and
+    loops within count as often as they turn. Of several loops it is the one with the most bytes.
+
+    Raises:
+      ValueError: if no loop turns so often.
+    """
+    text = program.as_text()
+    assert text is not None
+    bodies, _ = _computations(text)
+    read = {name: _instructions(lines) for name, lines in bodies.items()}
+    loops = [line for lines in bodies.values() for line in lines if " while(" in line]
+    found = [_accessed(bodies, read, _called(line, "body")) for line in loops if _most_turns(bodies, line) == turns]
+    if not found:
+        raise ValueError(f"no loop of the program turns {turns} times")
+    return max(found)
+
+
+def _instructions(lines: list[str]) -> dict[str, _Instruction]:
+    """The instructions of a computation by name, of which the last is its result."""
+    found, last = {}, None
+    for line in lines:
+        if match := re.match(r"\s*(ROOT )?%([\w.\-]+) = (.*)", line):
+            of_shape = _closed(match[3]) if match[3].startswith("(") else match[3].index(" ")
+            result, rest = match[3][:of_shape], match[3][of_shape:].lstrip()
+            kind, _, rest = rest.partition("(")
+            operands = rest[: _closed("(" + rest) - 2]
+            made = _Instruction(kind, result, re.findall(r"%([\w.\-]+)", operands) or [operands], line)
+            found[match[2]] = made
+            last = match[2] if match[1] else last
+    if last is not None:
+        found[last] = found.pop(last)
+    return found
+
+
+def _closed(text: str) -> int:
+    """Where the parenthesis that a text begins with has been closed."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return place + 1
+    raise ValueError(f"a parenthesis is not closed: {text[:300]}")
+
+
+def _called(line: str, name: str) -> str:
+    return re.findall(rf"{name}=%([\w.\-]+)", line)[0]
+
+
+def _accessed(bodies: dict[str, list[str]], read: dict[str, dict[str, _Instruction]], name: str) -> float:
+    """What the instructions of a computation read and write."""
+    total, here = 0.0, read[name]
+    for made in here.values():
+        if made.kind == "while":
+            total += _most_turns(bodies, made.line) * _accessed(bodies, read, _called(made.line, "body"))
+        elif made.kind in ("call", "conditional"):
+            names = [name.strip(" %") for pair in _CALLED.findall(made.line) for name in ",".join(pair).split(",")]
+            total += max(_accessed(bodies, read, name) for name in names if name)
+        elif made.kind not in _FREE:
+            total += _moved(read, here, made)
+    return total
+
+
+def _moved(read: dict[str, dict[str, _Instruction]], here: dict[str, _Instruction], made: _Instruction) -> float:
+    """What one instruction reads and writes."""
+    operands = [sum(_sizes(here[name].result, held=True)) for name in made.operands if name in here]
+    results = _sizes(made.result, held=True)
+    if made.kind == "fusion":
+        inner = _called(made.line, "calls")
+        parts = [_read(read, inner, n)[0] for n in range(len(operands))]
+        written = _written(read, inner)
+        return sum(map(min, operands, parts)) + sum(map(min, results, written))
+    if made.kind == "copy-start":  # (to, from, its mark)
+        return operands[0] + results[0]
+    if made.kind == "slice-start":  # ((from), to, its mark)
+        return min(operands[0], _sizes(made.result)[1]) + results[1]
+    if made.kind in _SLICES:
+        return min(operands[0], _sizes(made.result)[0]) + sum(operands[1:]) + results[0]
+    if made.kind == "dynamic-update-slice":
+        return sum(operands[1:]) + min(results[0], *_sizes(here[made.operands[1]].result))
+    return sum(operands) + sum(results)
+
+
+def _read(read: dict[str, dict[str, _Instruction]], name: str, number: int) -> tuple[float, bool]:
+    """Of a fusion's parameter: bytes that are read, infinite for all of it; and whether it is the result as well."""
+    here = read[name]
+    last = next(reversed(here))
+    total, waiting = 0.0, [key for key, x in here.items() if x.kind == "parameter" and x.operands == [str(number)]]
+    is_result = last in waiting
+    while waiting:
+        place = waiting.pop()
+        for key, user in here.items():
+            for n, operand in enumerate(user.operands):
+                if operand != place or user.kind == "parameter":
+                    continue
+                passes = user.kind == "bitcast"
+                if user.kind in _SLICES and n == 0:
+                    total += sum(_sizes(user.result))
+                elif user.kind == "fusion":
+                    part, passes = _read(read, _called(user.line, "calls"), n)
+                    total += part
+                elif not (passes or (user.kind == "dynamic-update-slice" and n == 0)):
+                    total = math.inf
+                if passes:
+                    waiting.append(key)
+                    is_result |= key == last
+    return total, is_result
+
+
+def _written(read: dict[str, dict[str, _Instruction]], name: str) -> list[float]:
+    """Of each result of a fusion: bytes that are written, infinite for all of it."""
+    here = read[name]
+
+    def of(key: str) -> float:
+        made = here[key]
+        if made.kind == "bitcast":
+            return of(made.operands[0])
+        if made.kind == "fusion" and len(found := _written(read, _called(made.line, "calls"))) == 1:
+            return found[0]
+        return _sizes(here[made.operands[1]].result)[0] if made.kind == "dynamic-update-slice" else math.inf
+
+    last = next(reversed(here))
+    return [of(key) for key in here[last].operands] if here[last].kind == "tuple" else [of(last)]
+
+
+def _sizes(shapes: str, *, held: bool = False) -> list[float]:
+    """Bytes of each of the arrays of a shape; with `held` 0 of what does not lie in the chip's memory."""
+    sizes = []
+    for dtype, dims, layout in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?", shapes):
+        elsewhere = held and re.search(r"S\([1-9]", layout) is not None
+        width = _WIDTHS.get(dtype, 1 if dtype.startswith("f8") else 4)
+        sizes.append(0.0 if elsewhere else width * math.prod(int(n) for n in dims.split(",") if n))
+    return sizes
 
 
 def table(name: str, need: Need, chip: Chip) -> str:

@@ -439,6 +439,9 @@ def main(config: Config) -> Plan:
         chip = chips.CHIPS[config.topology.partition(":")[0]]
         for name, need in zip(("collect", "learn"), needs(found, compiled, config), strict=True):
             print(chips.table(name, need, chip))
+        caches = found.prompt_cache + found.completion_cache
+        print(f"a token of decoding reads and writes {gib(of_a_token(compiled, config))} in all; weights and caches are "
+              f"{gib(found.weights + caches)}")  # fmt: skip
         if found.peak > chip.memory:
             raise ValueError(f"{_remedy(config)}: it takes {gib(found.peak)} of the {gib(chip.memory)} of a chip")
     if config.device_gib is not None:
@@ -544,6 +547,15 @@ def needs(plan: Plan, programs: Programs, config: Config) -> tuple[chips.Need, c
         chips.Need(products[0], decoding, chips.collectives(programs.collect)),
         chips.Need(products[1], learning, chips.collectives(programs.learn)),
     )
+
+
+def of_a_token(programs: Programs, config: Config) -> float:
+    """Bytes that a chip reads and writes for each token that it decodes, with caches at their full width.
+
+    As the program has it, beside which `needs` counts what it cannot do without. A TPU multiplies a head in float32 as
+    one in bfloat16, and may read it so: half of what a plan says of it.
+    """
+    return chips.bytes_of_a_turn(programs.collect, config.max_tokens)
 
 
 def _remedy(config: Config) -> str:

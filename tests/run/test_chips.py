@@ -106,6 +106,111 @@ def test_groups_of_chips_in_a_form_that_is_not_known_are_no_groups_of_one():
         chips.collectives(types.SimpleNamespace(as_text=lambda: text))
 
 
+DECODING = """\
+%of_a_layer (w: bf16[3,64,32], n: s32[]) -> bf16[64,32] {
+  %w = bf16[3,64,32]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %cut = bf16[1,64,32]{2,1,0} dynamic-slice(%w, %n, %n, %n), dynamic_slice_sizes={1,64,32}
+  ROOT %same = bf16[64,32]{1,0} bitcast(%cut)
+}
+
+%head (w: bf16[512,32]) -> bf16[512,32,1] {
+  %w = bf16[512,32]{1,0} parameter(0)
+  ROOT %same = bf16[512,32,1]{1,0,2} bitcast(%w)
+}
+
+%product (w: bf16[512,32], x: bf16[8,32]) -> f32[8,512] {
+  %w = bf16[512,32]{1,0} parameter(0)
+  %x = bf16[8,32]{1,0} parameter(1)
+  %inner = bf16[512,32,1]{1,0,2} fusion(%w), kind=kLoop, calls=%head
+  ROOT %found = f32[8,512]{1,0} convolution(%x, %inner), dim_labels=bf_oi0->bf
+}
+
+%write (cache: bf16[3,128,32], x: bf16[8,32], n: s32[]) -> (bf16[3,128,32], s32[]) {
+  %cache = bf16[3,128,32]{2,1,0} parameter(0)
+  %x = bf16[8,32]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %row = bf16[1,8,32]{2,1,0} bitcast(%x)
+  %after = bf16[3,128,32]{2,1,0} dynamic-update-slice(%cache, %row, %n, %n, %n)
+  ROOT %both = (bf16[3,128,32]{2,1,0}, s32[]) tuple(%after, %n)
+}
+
+%layers (state: (s32[], bf16[3,64,32], bf16[3,128,32])) -> (s32[], bf16[3,64,32], bf16[3,128,32]) {
+  %state = (s32[], bf16[3,64,32]{2,1,0}, bf16[3,128,32]{2,1,0}) parameter(0)
+  %n = s32[]{:S(6)} get-tuple-element(%state), index=0
+  %w = bf16[3,64,32]{2,1,0} get-tuple-element(%state), index=1
+  %cache = bf16[3,128,32]{2,1,0} get-tuple-element(%state), index=2
+  %layer = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} fusion(%w, %n), kind=kLoop, calls=%of_a_layer
+  %x = bf16[8,32]{1,0:S(1)} custom-call(%layer), custom_call_target="of the chip's own memory"
+  %written = (bf16[3,128,32]{2,1,0}, s32[]{:S(6)}) fusion(%cache, %x, %n), kind=kLoop, calls=%write
+  ROOT %next = (s32[], bf16[3,64,32]{2,1,0}, bf16[3,128,32]{2,1,0}) tuple(%n, %w, %cache)
+}
+
+%below_three (state: (s32[], bf16[3,64,32], bf16[3,128,32])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(3)
+  ROOT %compare = pred[] compare(%n, %constant.1), direction=LT
+}
+
+%token (state: (s32[], bf16[512,32])) -> (s32[], bf16[512,32]) {
+  %state = (s32[], bf16[512,32]{1,0}) parameter(0)
+  %begun = (s32[], bf16[3,64,32]{2,1,0}, bf16[3,128,32]{2,1,0}) tuple(%state, %state, %state)
+  %loop = (s32[], bf16[3,64,32]{2,1,0}, bf16[3,128,32]{2,1,0}) while(%begun), condition=%below_three, body=%layers
+  %w = bf16[512,32]{1,0} get-tuple-element(%state), index=1
+  %x = bf16[8,32]{1,0:S(1)} custom-call(), custom_call_target="of the chip's own memory"
+  %logits = f32[8,512]{1,0} fusion(%w, %x), kind=kOutput, calls=%product
+  %first = ((f32[8,512]{1,0}), f32[8,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%logits), slice={[0:8], [0:128]}
+  %begin = (f32[8,512]{1,0:S(1)}, f32[8,512]{1,0}, u32[]{:S(2)}) copy-start(%logits)
+  %copied = f32[8,512]{1,0:S(1)} copy-done(%begin)
+  %some = f32[8,128]{1,0} slice(%logits), slice={[0:8], [0:128]}
+  %put = f32[8,512]{1,0} dynamic-update-slice(%logits, %some, %n, %n)
+  ROOT %next = (s32[], bf16[512,32]{1,0}) tuple(%n, %w)
+}
+
+%below_512 (state: (s32[], bf16[512,32])) -> pred[] {
+  %constant.2 = s32[]{:T(128)} constant(512)
+  ROOT %compare = pred[] compare(%n, %constant.2), direction=LT
+}
+
+ENTRY %main (x: bf16[512,32]) -> bf16[512,32] {
+  %tokens = (s32[], bf16[512,32]{1,0}) while(%start), condition=%below_512, body=%token
+}
+"""
+
+
+def test_a_turn_reads_what_its_instructions_do_and_of_what_is_cut_or_written_in_place_a_part():
+    """Read and written are a layer of three, a row of the cache, the head, and logits of 8 x 512."""
+    program = types.SimpleNamespace(as_text=lambda: DECODING)
+    of_a_layer = 64 * 32 * 2 + 8 * 32 * 2
+    assert chips.bytes_of_a_turn(program, 3) == of_a_layer
+    logits, part = 8 * 512 * 4, 8 * 128 * 4
+    assert chips.bytes_of_a_turn(program, 512) == 3 * of_a_layer + 512 * 32 * 2 + 2 * logits + (1 + 2 + 2) * part
+    with pytest.raises(ValueError, match="no loop of the program turns 7 times"):
+        chips.bytes_of_a_turn(program, 7)
+
+
+def test_a_turn_of_a_program_that_runs_here_reads_a_layer_and_not_all_of_them():
+    def f(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    layers, D, N = 7, 256, 4
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((N, D), (layers, D, D)))
+    found = chips.bytes_of_a_turn(jax.jit(f).lower(*shapes).compile(), layers)
+    weights, rows = 4 * D * D, 4 * N * D
+    # Cut from the others, which is a copy on a CPU, and multiplied; with a few passes over the rows.
+    assert weights < found < 3 * weights + 10 * rows
+
+
+def test_without_loops_it_is_what_xla_says():
+    def f(x, w, v):
+        return jax.nn.softmax(jnp.tanh(x @ w) @ v)
+
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((128, 256), (256, 512), (512, 64)))
+    compiled = jax.jit(f).lower(*shapes).compile()
+    bodies, entry = chips._computations(compiled.as_text())
+    found = chips._accessed(bodies, {name: chips._instructions(lines) for name, lines in bodies.items()}, entry)
+    np.testing.assert_allclose(found, compiled.cost_analysis()["bytes accessed"], rtol=0.02)
+
+
 def test_products_are_counted_through_loops_and_recomputation():
     def f(x, w):
         def layer(x, w):
