@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import types
 
 import jax
 import pytest
@@ -16,6 +17,7 @@ from compiling import QUICKLY
 
 from grpo_jax.programs import give_back_freed
 from grpo_jax.rewards.sandbox import bubblewrap
+from grpo_jax.run import metrics, plots, training_loop
 
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
 
@@ -53,6 +55,22 @@ def pytest_unconfigure(config):
     """The worker processes have ended by now."""
     if hasattr(config, "compiled"):
         shutil.rmtree(config.compiled, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_curves():
+    """A run ends by drawing each of its metrics, some thirty panels in over a second; here it draws the first two.
+
+    Those of test_plots.py are drawn whole, and curves that a run asks for are.
+    """
+
+    def plot(run_dir, *, keys=None):
+        numbers = {name for line in metrics.read(run_dir) for name, x in line.items() if isinstance(x, int | float)}
+        return plots.plot(run_dir, keys=sorted(numbers - {"step"})[:2] if keys is None else keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_loop, "plots", types.SimpleNamespace(plot=plot))
+        yield
 
 
 @pytest.fixture(scope="session")

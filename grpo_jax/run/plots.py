@@ -32,21 +32,28 @@ def plot(run_dir: RunDir, path: RunDir | None = None, *, keys: Sequence[str] | N
         raise ValueError(f"cannot draw {keys} of {run_dir}, which measured {measured}")
     columns = min(len(keys), 4)
     height = math.ceil(len(keys) / columns)
-    figure = Figure(figsize=(3.2 * columns, 2.3 * height), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 2.3 * height))
     FigureCanvasAgg(figure)
     for index, key in enumerate(keys):
-        axes = figure.add_subplot(height, columns, index + 1)
+        row, column = divmod(index, columns)
+        axes = figure.add_axes(_place(row, column, height, columns))
         drawn = [row for row in rows if key in row]
         values = [math.nan if row[key] is None else row[key] for row in drawn]  # a gap where it was not finite
         axes.plot([row["step"] for row in drawn], values, linewidth=1.2, marker="." if len(drawn) < 50 else "")
         axes.set_title(key, fontsize=9, parse_math=False)
         axes.tick_params(labelsize=8)
+        axes.yaxis.get_offset_text().set_fontsize(8)
         axes.grid(alpha=0.3)
         if index + columns >= len(keys):
             axes.set_xlabel("step", fontsize=8)
     path = pathlib.Path(run_dir) / "metrics.png" if path is None else pathlib.Path(path)
     save(figure, path)
     return path
+
+
+def _place(row: int, column: int, height: int, columns: int) -> tuple[float, float, float, float]:
+    """Where a panel of 3.2 by 2.3 inches has its axes: fixed, as to fit margins to labels takes half of all drawing."""
+    return (column + 0.21) / columns, (height - row - 0.81) / height, 0.76 / columns, 0.62 / height
 
 
 def save(figure: Figure, path: RunDir) -> None:
