@@ -21,7 +21,7 @@ from grpo_jax.run import metrics, plots, training_loop
 
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
 
-_KEPT = 2 * 1024**3  # bytes of a process from which on its compiled programs are let go
+_KEPT = 3 * 1024**3  # bytes of a process from which on its compiled programs are let go
 
 
 def _resident():
@@ -36,16 +36,20 @@ def _resident():
 def pytest_configure(config):
     """One folder of compiled programs for all workers and for the runs that tests start.
 
-    Programs do without the lines of Python that made them: writing these down took an eighth of compiling.
+    The programs of single operations are in it, too: to read one takes half of compiling it, to write it nothing that
+    can be measured. Programs do without the lines of Python that made them: writing these down took an eighth of
+    compiling.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
+    gc.disable()  # until all is collected: what is imported and collected stays
 
 
 def pytest_collection_finish():
     """Modules and collected tests stay; looking through them again and again took a sixth of the time."""
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
@@ -87,11 +91,10 @@ def _forget_programs():
     """Compiled programs are let go between files where they take much: over all files it would be gigabytes.
 
     Until then they stay: the small programs of single operations are the same in most files, and to look for garbage
-    takes a fifth of a second.
+    takes a fifth of a second, or whole seconds where they are many.
     """
     yield
     if _resident() > _KEPT:
-        gc.collect()
         jax.clear_caches()
         gc.collect()
         give_back_freed()
