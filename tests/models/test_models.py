@@ -220,6 +220,10 @@ REPEATED = {
     *("window of Phi 3", "windows of experts' layers", "window of Mixtral", "windows of gpt-oss"),
     *("query norm of Gemma 3", "query norm of EXAONE 4", "query norm beside experts", "norms after, of EXAONE 4"),
     *("soft cap of Gemma 3", "rotation of gpt-oss"),
+    *("norms after, of OLMo 3", "norm of the whole width, of OLMo 3", "rotation of EXAONE 4"),
+    *("norms after, of Gemma 3", "norms before, of Gemma 3", "1 + w of Gemma 3", "gelu of Gemma 3"),
+    *("embedding scale of Gemma 3", "query scale of Gemma 3", "embedding multiplier", "attention multiplier"),
+    *("normalised weights of Mixtral", "normalised weights of gpt-oss", "layers of EXAONE 4 that do not rotate"),
 }
 
 

@@ -99,15 +99,23 @@ def test_adapters_have_moments_gradients_and_reference_of_their_own_size_alone(k
     assert found.weights > found.frozen - memory.size(frozen["embed_tokens"])  # what has no copy is read
 
 
-def test_the_old_policy_is_scored_in_the_parts_of_the_updates():
+def test_the_old_policy_is_scored_in_the_parts_of_the_updates(monkeypatch):
     widths = []
 
     def prefill(params, tokens, lengths):
         widths.append(len(tokens))
         return POLICY.prefill(params, tokens, lengths)
 
+    class Traced(Exception): ...
+
+    def compiled(*arguments, mesh, compiler_options):
+        memory.traced(*arguments, mesh=mesh)
+        raise Traced  # what was compiled would tell nothing more
+
+    monkeypatch.setattr(memory, "compiled", compiled)
     watched = POLICY._replace(prefill=prefill, forward=None)
-    plan(watched, reference=False, loss=losses.grpo(), updates=Updates(minibatches=4))
+    with pytest.raises(Traced):
+        plan(watched, reference=False, loss=losses.grpo(), updates=Updates(minibatches=4))
     assert set(widths) == {4, 1}  # all by the sampler, one by one elsewhere
 
 
