@@ -204,8 +204,8 @@ def markdown(lines: list[Line]) -> str:
         text += [
             "## A token of decoding beside the least",
             report.table((*names, "GB", "weights and caches, GB", "ratio"), map(_of_a_token, decoding)),
-            "What the loop over tokens reads from a chip's memory and writes to it in a turn, with caches at their full "
-            "width, beside weights of layers and head in bfloat16 and the caches.",
+            "What the loop over tokens reads from a chip's memory and writes to it in a turn, with caches at their "
+            "full width, beside weights of layers and head in bfloat16 and the caches.",
         ]
     if refused := report.of_kind(lines, "refused"):
         told = (f"- {line['model']} on {line['topology']}, {line['mesh']}: {line['why']}" for line in refused)

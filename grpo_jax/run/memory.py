@@ -440,8 +440,8 @@ def main(config: Config) -> Plan:
         for name, need in zip(("collect", "learn"), needs(found, compiled, config), strict=True):
             print(chips.table(name, need, chip))
         caches = found.prompt_cache + found.completion_cache
-        print(f"a token of decoding reads and writes {gib(of_a_token(compiled, config))} in all; weights and caches are "
-              f"{gib(found.weights + caches)}")  # fmt: skip
+        print(f"a token of decoding reads and writes {gib(of_a_token(compiled, config))} in all")
+        print(f"  weights and caches are {gib(found.weights + caches)}")
         if found.peak > chip.memory:
             raise ValueError(f"{_remedy(config)}: it takes {gib(found.peak)} of the {gib(chip.memory)} of a chip")
     if config.device_gib is not None:
