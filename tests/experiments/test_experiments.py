@@ -709,7 +709,7 @@ def test_demonstrations_are_read_as_prompts_are(files, base, tmp_path):
         ({"prompt": 7}, "2: prompt is text or a list of chat messages, got 7"),
         ({"prompt": {"a": 1}}, "2: prompt is text or a list"),
         ({"prompt": ["a", "b"]}, "2: a message of prompt has a role"),
-        ({"prompt": ""}, "2: the prompt has no tokens"),
+        ({"prompt": ""}, "2: prompt is empty: ''"),
         ({"completion": 7}, "2: completion is text or a list of one message, got 7"),
         ({"completion": {"a": 1}}, "2: completion is text or a list of one message"),
         ({"completion": None}, "2: no column completion"),
