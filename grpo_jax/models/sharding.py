@@ -261,20 +261,66 @@ def by_rows(mesh: Mesh | None, f: Callable[..., Tree]) -> Callable[..., Tree]:
 
         def on_a_device(ends: Params, of_rows: Any, *others: Any) -> Tree:
             whole = jax.tree.map(
-                lambda x, parts: (
-                    jax.lax.all_gather(x, "fsdp", axis=parts.index("fsdp"), tiled=True) if "fsdp" in parts else x
-                ),
-                ends,
-                parts,
+                lambda x, parts: _put_together(parts.index("fsdp"), x) if "fsdp" in parts else x, ends, parts
             )
             return f(whole, of_rows, *others)
 
         specs = (parts, places, *[PartitionSpec()] * len(others))
         return jax.shard_map(
             on_a_device, mesh=mesh, in_specs=specs, out_specs=places, axis_names=frozenset(ROWS), check_vma=False
-        )(ends, of_rows, *others)
+        )(*_before_layers(ends, of_rows), *others)
 
     return divided
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _put_together(axis: int, x: Array) -> Array:
+    """On each device, the parts that `fsdp` has along an axis; the gradient is summed into the parts."""
+    return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+
+
+def _put_together_forward(axis: int, x: Array) -> tuple[Array, None]:
+    return _put_together(axis, x), None
+
+
+def _put_together_backward(axis: int, _: None, cotangent: Array) -> tuple[Array]:
+    return (_summed_into_parts(cotangent, axis),)
+
+
+_put_together.defvjp(_put_together_forward, _put_together_backward)
+
+
+def _summed_into_parts(x: Array, axis: int) -> Array:
+    """The sum over `fsdp`, of which each device has its part along an axis.
+
+    That axis is turned to be the first: along another, a TPU's program sums all of it on every chip, which is twice the
+    bytes, and takes its part from that.
+    """
+    summed = jax.lax.psum_scatter(jnp.moveaxis(x, axis, 0), "fsdp", scatter_dimension=0, tiled=True)
+    return jnp.moveaxis(summed, 0, axis)
+
+
+@jax.custom_vjp
+def _before_layers(ends: Params, of_rows: Any) -> tuple[Params, Any]:
+    """Both as they are; that of the rows has its gradient after that of the ends.
+
+    Else the head's gradient, whole and in float32 on every device, waits for that of the layers to be summed.
+    """
+    return ends, of_rows
+
+
+def _before_layers_forward(ends: Params, of_rows: Any) -> tuple[tuple[Params, Any], None]:
+    return (ends, of_rows), None
+
+
+def _before_layers_backward(_: None, cotangents: tuple[Params, Any]) -> tuple[Params, Any]:
+    leaves, form = jax.tree.flatten(cotangents)
+    real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+    ordered = iter(jax.lax.optimization_barrier([x for x, is_real in zip(leaves, real, strict=True) if is_real]))
+    return jax.tree.unflatten(form, [next(ordered) if is_real else x for x, is_real in zip(leaves, real, strict=True)])
+
+
+_before_layers.defvjp(_before_layers_forward, _before_layers_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -314,7 +360,7 @@ def _look_up_backward(mesh: Mesh, kept: tuple[Array, Array], cotangent: Array) -
         total = jnp.zeros((V, D), jnp.float32).at[place].add(jnp.where(held[..., None], cotangent, 0))
         total = total.astype(like.dtype)
         if "fsdp" in (*places[0], *places[1]) and parts[1] is not None:
-            total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=1, tiled=True)
+            total = _summed_into_parts(total, 1)
         elif parts[1] is not None:  # the same rows on all of these devices
             n = D // mesh.shape["fsdp"]
             total = jax.lax.dynamic_slice_in_dim(total, n * jax.lax.axis_index("fsdp"), n, axis=1)
@@ -415,7 +461,13 @@ def _gather_forward(mesh: Mesh, parts: PartitionSpec, x: Array) -> tuple[Array, 
 
 
 def _gather_backward(mesh: Mesh, parts: PartitionSpec, _: None, cotangent: Array) -> tuple[Array]:
-    return (_lies(mesh, cotangent, parts) if jnp.issubdtype(cotangent.dtype, jnp.inexact) else cotangent,)
+    if not jnp.issubdtype(cotangent.dtype, jnp.inexact):
+        return (cotangent,)
+    if "fsdp" not in parts:
+        return (_lies(mesh, cotangent, parts),)
+    axis, others = parts.index("fsdp"), [axis for axis in parts if axis != "fsdp"]
+    first = _lies(mesh, jnp.moveaxis(cotangent, axis, 0), PartitionSpec("fsdp", *others))  # as `_summed_into_parts`
+    return (jnp.moveaxis(first, 0, axis),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -12,27 +12,44 @@ from jax.experimental import topologies
 
 from grpo_jax import losses, models, sampling, testing
 from grpo_jax.models import attention, sharding
-from grpo_jax.run import memory
+from grpo_jax.run import chips, memory
 from grpo_jax.train_step import make_train_step
 from grpo_jax.types import Prompts
 from grpo_jax.updates import init_state
 
+B, G, P, T = 4, 2, 32, 96
+SIZES = {"hidden_size": 4096, "intermediate_size": 8192, "vocab_size": 8192, "num_attention_heads": 8, "head_dim": 128}
+
 
 def compiled(axes):
-    """The HLO of `collect` and of `learn` for chips of a v5p."""
+    """`collect` and `learn` for chips of a v5p, and the shapes of the parameters."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     mesh = sharding.parse(axes, devices=devices if "=1" not in axes else devices[:1])
-    config = testing.tiny_hf_config("llama", hidden_size=256, num_attention_heads=4, head_dim=64, vocab_size=256)
+    config = testing.tiny_hf_config("llama", **SIZES)
     settings = {"dtype": jnp.bfloat16, "attention": attention.splash, "mesh": mesh}
     policy, optimizer = models.decoder(models.from_hf_config(config, **settings)), optax.sgd(0.1)
-    sampler = sampling.sampler(group_size=2, max_tokens=96, eos_ids=(0,))
+    sampler = sampling.sampler(group_size=G, max_tokens=T, eos_ids=(0,))
     step = make_train_step(policy, optimizer, sampler, loss=losses.grpo())
     state = jax.eval_shape(lambda key: init_state(policy.init(key), optimizer, key), jax.random.key(0))
-    prompts = Prompts(jax.ShapeDtypeStruct((4, 32), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32))
+    prompts = Prompts(jax.ShapeDtypeStruct((B, P), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32))
     collect, learn, _ = memory.traced(step, state, prompts, mesh=mesh)
-    return [program.lower().compile().as_text() for program in (collect, learn)]
+    return mesh, collect.lower().compile(), learn.lower().compile(), state.params
 
 
 if __name__ == "__main__":
-    for program in compiled(sys.argv[1]):
-        assert "tpu_custom_call" in program
+    mesh, collect, learn, params = compiled(sys.argv[1])
+    for program in (collect, learn):
+        assert "tpu_custom_call" in program.as_text()
+    matrices = [x.size for x in jax.tree.leaves(params["layers"]) if x.ndim == 3]
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+
+    # A token reads weights and caches, in bfloat16, and little else; some stay on the chip for all tokens.
+    caches = 2 * 2 * B * (P - 1 + G * T) * 2 * SIZES["head_dim"] / fsdp  # keys and values of two layers and two heads
+    least = 2 * (sum(matrices) + params["lm_head"].size + caches) / tensor
+    found = chips.bytes_of_a_turn(collect, T)
+    assert 0.7 * least < found < 1.3 * least, (found, least)
+
+    # Gradients of the layers and of the embedding are summed into their parts, of each matrix.
+    parts = 2 * (sum(matrices) + params["embed_tokens"]["embedding"].size) / tensor * (1 - 1 / fsdp)
+    sent = chips.collectives(learn)
+    assert sent.get("reduce-scatter", (0, 0.0))[1] >= parts, (sent, parts)
