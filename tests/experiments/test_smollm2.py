@@ -92,9 +92,9 @@ def test_it_trains_evaluates_exports_goes_on_and_draws(tmp_path, capsys):
     measured = {"minutes", "cpu_minutes", "peak_gib"}
     assert {key: again[key] for key in found.keys() - measured} == {key: found[key] for key in found.keys() - measured}
     assert "resumed at step 4 of 4" in capsys.readouterr().out
-    smollm2.main(smollm2.Config(collect=(config.run_dir,), results=tmp_path))
-    assert "| before -> after | GRPO, LoRA of rank 2, seed 0 |" in (tmp_path / "smollm2.md").read_text()
-    assert (tmp_path / "smollm2.png").stat().st_size > 10_000
+    smollm2.main(smollm2.Config(collect=(config.run_dir,), results=tmp_path / "results" / "runs"))
+    assert "| before -> after | GRPO, LoRA of rank 2, seed 0 |" in (tmp_path / "results" / "runs.md").read_text()
+    assert (tmp_path / "results" / "runs.png").stat().st_size > 10_000
 
 
 def test_the_readme_tells_the_committed_result():
