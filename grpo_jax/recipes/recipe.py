@@ -157,10 +157,9 @@ class Recipe:
         Raises:
           ValueError: if the source states no learning rate.
         """
-        rate: Any = self.rate  # which misses a learning rate that is not stated
-        rate = self.learning_rate if self.warmup_rollouts is None else rate
         return optax.adamw(
-            rate, **_stated({"b1": self.b1, "b2": self.b2, "eps": self.adam_eps, "weight_decay": self.weight_decay})
+            self.rate,
+            **_stated({"b1": self.b1, "b2": self.b2, "eps": self.adam_eps, "weight_decay": self.weight_decay}),
         )
 
     @property
