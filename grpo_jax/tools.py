@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get
 
 from grpo_jax import data
 from grpo_jax.data import Row
+from grpo_jax.data.rows import object_of
 from grpo_jax.data.templates import render
 from grpo_jax.environments import RAISED, Message, Respond, Turn
 from grpo_jax.event_loop import run_async
@@ -167,7 +168,7 @@ def any_calls(text: str) -> list[Call]:
 
 def _read(text: str, arguments: str) -> Call:
     try:
-        call = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse)
+        call = json.loads(text, object_pairs_hook=object_of, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         return Call(error=f"the call is not JSON: {error}")
     named = isinstance(call, dict) and isinstance(call.get("name"), str)
@@ -177,15 +178,6 @@ def _read(text: str, arguments: str) -> Call:
     if not isinstance(given, dict):
         return Call(error=f'"{arguments}" of {call["name"]} are an object of names and values')
     return Call(call["name"], given)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of a name that is there twice, either value may be meant."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {max(names, key=names.count)!r} twice")
-    return made
 
 
 def _refuse(constant: str) -> None:

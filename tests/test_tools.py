@@ -74,7 +74,9 @@ WRONG = {
     hermes(call("add", a=1, c=2)): "error: add: got an unexpected keyword argument 'c'",
     hermes(call("add", a="1")): "error: TypeError: can only concatenate str",
     hermes("[" * 100_000): "error: the call is not JSON: max",
-    hermes('{"name": "add", "arguments": {"a": 1, "b": 2, "a": 3}}'): "error: the call is not JSON: it has 'a' twice",
+    hermes(
+        '{"name": "add", "arguments": {"a": 1, "b": 2, "a": 3}}'
+    ): "error: the call is not JSON: an object has 'a' twice",
     hermes('{"name": "add", "arguments": {"a": NaN}}'): "error: the call is not JSON: NaN is none of its numbers",
     hermes('{"name": "add", "arguments": {"a": ' + "9" * 5000 + "}}"): "error: the call is not JSON: Exceeds the limit",
     '<tool_call>{"name": "add"': "error: <tool_call> is not closed",

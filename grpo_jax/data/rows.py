@@ -349,7 +349,7 @@ def _parsed(content: bytes, where: str) -> tuple[Any, bool]:
 
     try:
         text = content.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=object_of)
         if content.count(b"[") + content.count(b"{") > _DEEPEST and _is_deep(value):
             raise RecursionError
         if b"\\u" in content:  # half of a pair, which no UTF-8 and so no tokenizer can say
@@ -364,8 +364,12 @@ def _parsed(content: bytes, where: str) -> tuple[Any, bool]:
     return value, finite
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What Python's reader makes of an object, but for names that are there twice, of which it keeps the last."""
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as `json.loads(..., object_pairs_hook=object_of)` makes it.
+
+    Raises:
+      ValueError: for a name that is there twice: either value may be meant, and Python keeps the last.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
