@@ -254,9 +254,11 @@ _CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
         **dict.fromkeys("\u200b\u2060\ufeff", ""),
-        **dict.fromkeys("−﹣－", "-"),
+        **dict.fromkeys("−﹣", "-"),
         **{chr(code): rf"\frac{{{above}}}{{{below}}}" for code, (above, below) in _VULGAR.items()},
-        **{chr(ord("０") + digit): str(digit) for digit in range(10)},
+        **{chr(code + 0xFEE0): chr(code) for code in range(ord("!"), ord("~") + 1)},  # of full width, as in Chinese
+        "、": ",",
+        "。": ".",
         **{
             "×": r"\times ",
             "⋅": r"\cdot ",
@@ -267,13 +269,12 @@ _CHARACTERS = str.maketrans(
             "∞": r"\infty ",
         },
         **{
-            "≤": r"\le ",
-            "≥": r"\ge ",
+            **dict.fromkeys("≤⩽", r"\le "),
+            **dict.fromkeys("≥⩾", r"\ge "),
             "≠": r"\ne ",
             "≈": r"\approx ",
             "∪": r"\cup ",
             "∩": r"\cap ",
-            "％": "%",
             "±": r"\pm ",
         },
         **{
@@ -296,7 +297,13 @@ _WRITTEN = [
     for pattern, form in (  # other ways to write the same
         (r"\\sqrt\s*\(([^(){}]*)\)(?!\s*\^)", r"\\sqrt{\1}"),
         (r"∛\s*(?:(\d+)|\(([^()]*)\))", r"\\sqrt[3]{\1\2}"),
-        (rf"\\(?:{_SIZES})(?![a-zA-Z])\s*", ""),
+        (rf"\\(?:{_SIZES}|[bB]igg?[lmr]?)(?![a-zA-Z])\s*", ""),
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        # marks that the parser would leave out without a word
+        (r"(?:\\[lc]?dots[bcim]?(?![a-zA-Z])|\.{3}|…)", r"\\cdots "),
+        (r"(?<![a-zA-Z])([a-zA-Z]|[)}\]])['’′](?!['’′]|s\b)", r"\1^{\\prime}"),
+        (r"(?<![a-zA-Z])([a-zA-Z]|[)}\]])(?:['’′]{2}|″)(?!['’′])", r"\1^{\\prime\\prime}"),
         (r"\\degree(?![a-zA-Z])", r"^\\circ "),
         (r"\\text\s*\{\s*\^\\circ\s*\}", r"^\\circ "),
         (r"\\langle(?![a-zA-Z])", "("),
@@ -310,7 +317,7 @@ _WRITTEN = [
         (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
         (r"(?<![<>=!])>=", r"\\ge "),
         (r"(?<![<>=!])<=(?!>)", r"\\le "),
-        (r"!=", r"\\ne "),
+        (r"!=|=/=|<>", r"\\ne "),
         (
             r"^\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?:\\mid(?![a-z])|\\vert(?![a-z])|[:|])"
             r"([^,{}]*(?:[<>]|\\(?:le|ge|lt|gt|ne)q?(?![a-z]))[^,{}]*)\\\}$",
@@ -335,8 +342,16 @@ _WRITTEN = [
         (r"^\\(?:text|mathrm|textbf|mbox)\s*\{\s*([-+]?\d[^{}]*)\}$", r"\1"),
         (r"\\text\s*\{\s*infinity\s*\}", r"\\infty "),
         (
-            r"\\(sin|cos|tan|cot|sec|csc)\s*(?:\\left)?[({]?\s*([\d.]+)\s*\^\s*\{?\s*\\circ\s*\}?\s*(?:\\right)?[)}]?",
-            r"\\\1(\\frac{\2\\pi}{180})",
+            r"\\(sin|cos|tan|cot|sec|csc)((?:\s*\^\s*(?:\d|\{\d\}))?)\s*(?:\\left)?[({]?\s*([\d.]+)\s*"
+            r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\right)?[)}]?",
+            r"\\\1\2(\\frac{\3\\pi}{180})",
+        ),
+        (r"\\lg(?![a-zA-Z])", r"\\log"),
+        (r"(?<![\w.^/])(\d+)(?:\s|~|\\[,;: ])+(\d{1,2})\s*/\s*(\d+)(?![\w/.])", r"\1\\frac{\2}{\3}"),
+        (  # a multiplication sign ends the argument of a function
+            rf"\\({_NAMES})((?:\s*[_^]\s*(?:\w|\{{\w+\}}))*)\s*(\d+(?:\.\d+)?[a-zA-Z]?|[a-zA-Z]|\\(?:pi|theta|alpha|phi))"
+            r"\s*(?=\\cdot(?![a-zA-Z])|\\times(?![a-zA-Z])|\*)",
+            r"\\\1\2(\3)",
         ),
     )
 ]
@@ -388,10 +403,11 @@ _DEGREE = r"\^\s*\{?\s*\\circ\s*\}?"
 _SPACED = re.compile(r"(?<![\d.,\\])\d{1,3}(?:(?:\\[,;:! ]|\{,\}|,\s*\\!|\{\\,\}|~| )\s*\d{3})+(?!\d)")
 _DECIMAL = re.compile(r"([-+]?)\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?")
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+_ADJACENT = re.compile(r"(?<![_^\d])\d+(?:\s|~|\\[,;: ]|\\q?quad(?![a-z]))+\d+(?!\s*/|[\d.])")  # no mixed number
 _EXPONENT = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,4})(?!\w)")
 _SIGN_ROOT = re.compile(r" +(\d+)")  # what a person reads below the root in √23
 _REPEATING = re.compile(r"(\d{1,20})?\.(\d{0,20})\\(?:overline|bar|dot)\s*\{(\d{1,20})\}")
-_MIXED = re.compile(r"([-+]?)\s*(\d+)(?:(?:\s|~|\\[,;: ])+(\d+)\s*/\s*(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})\s*(\\?%)?")
+_MIXED = re.compile(r"([-+]?)\s*(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}\s*(\\?%)?")
 _FRACTION = re.compile(r"([-+]?)\s*(\d{1,20})?\s*\\frac\{(\d{1,20})\}\{(\d{1,20})\}")
 _EXACT = re.compile(r"\\(?:frac|sqrt|pi|ln|log|sin|cos|tan|cdot|times)(?![a-z])|[/^]")
 _ABOUT = re.compile(r"\s*[-+]?[\d.,]+%?")
@@ -423,7 +439,7 @@ _OTHER_OPTION = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 
 def read(latex: str, *, gold: bool = False) -> Reading | None:
     """The reading of an answer in LaTeX, or of what stands behind the letter of a choice; see `_read`."""
-    plain = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r"\1", unwrapped(latex.translate(_CHARACTERS)))
+    plain = re.sub(rf"{_TEXT}([^{{}}]*)\}}", r"\1", unwrapped(_ascii(latex)))
     if letter := _LETTER.fullmatch(plain):
         return Reading(letter[1], letter[1], option=letter[1])
     choice = _OPTION.fullmatch(plain)
@@ -481,11 +497,12 @@ def _read(latex: str, *, gold: bool) -> Reading | None:
     answer = _EXPONENT.sub(r"\1 \\times 10^{\2}", unwrapped(answer))
     answer = _REPEATING.sub(_repeating, answer)
     if mixed := _MIXED.fullmatch(answer):
-        sign, whole, *parts, percent = mixed.groups(default=None)
-        above, below = (part for part in parts if part is not None)
+        sign, whole, above, below, percent = mixed.groups()
         answer = rf"{sign}({whole}+\frac{{{above}}}{{{below}}})"
         if percent:  # of which the parser does not take what stands in parentheses
-            answer = rf"{sign}\frac{{{int(whole or 0) * int(below) + int(above)}}}{{{below}}}\%"
+            answer = rf"{sign}\frac{{{int(whole) * int(below) + int(above)}}}{{{below}}}\%"
+    elif _ADJACENT.search(answer):  # which the parser adds
+        return Reading(answer, text.casefold(), words=True)
     return Reading(answer, text, unit) if answer else None
 
 
@@ -494,7 +511,7 @@ def _rewritten(latex: str) -> str:
     scripts = _SCRIPT.sub(
         lambda m: f"^{{{m[1].translate(_PLAIN)}}}" if m[1] else f"_{{{m[2].translate(_PLAIN)}}}", latex
     )
-    answer = unwrapped(scripts.translate(_CHARACTERS))
+    answer = unwrapped(_ascii(scripts))
     text = _ONLY_TEXT.fullmatch(answer)
     if text and min(itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in text[1]), default=0) >= 0:
         answer = unwrapped(text[1])  # mathematics in it
@@ -503,6 +520,11 @@ def _rewritten(latex: str) -> str:
     for pattern, form in _WRITTEN:
         answer = pattern.sub(form, answer)
     return _within(_turned(_UNIT_FRACTION.sub(_unit_line, answer)))
+
+
+def _ascii(latex: str) -> str:
+    """The same with the digits of other scripts, the signs of full width and the mathematical symbols as LaTeX."""
+    return re.sub(r"(?![0-9])\d", lambda digit: str(int(digit[0])), latex.translate(_CHARACTERS))
 
 
 def _unit_line(fraction: re.Match[str]) -> str:
@@ -520,7 +542,7 @@ def _turned(answer: str) -> str:
 
     def interval(found: re.Match[str]) -> str:
         start, end = "(" if found[1] == "]" else found[1], ")" if found[4] == "[" else found[4]
-        return found[0] if start + end == found[1] + found[4] else f"{start}{found[2]},{found[3]}{end}"
+        return f"{start}{found[2]},{found[3]}{end}"
 
     turned = _INTERVAL.sub(interval, plain)
     return answer if turned == plain else turned

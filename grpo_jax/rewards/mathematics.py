@@ -46,8 +46,10 @@ def accuracy(
     Then math-verify compares them as numbers, sets, intervals, matrices, relations or formulas; `\frac{1}{2}`, `0.5`
     and `\frac{2}{4}` are one answer, `1<x<2` is `2>x>1` and the interval `(1,2)` or `]1,2[`, `|x|<1` is `-1<x<1`, and
     `i` is the imaginary unit where there is no other letter. A list without brackets has no order, but beside a tuple,
-    a vector or `a=1, b=2`, and as many items as the gold one. Words are compared as text, without case. Otherwise the
-    rule is that of TRL's `accuracy_reward`.
+    a vector or `a=1, b=2`, and as many items as the gold one; `\{1,2\}` is neither `(1,2)` nor `[1,2]`. Constants
+    without decimals are compared by 60 digits, `5 6` is no sum, dots (`1,2,\ldots,9`) are compared as text, and of
+    `P(A|B) = \frac{1}{2}` the name has to agree only where both sides have one. Words are compared as text, without
+    case. Otherwise the rule is that of TRL's `accuracy_reward`.
 
     An answer that is missing, unreadable or cannot be parsed scores 0, and so does one whose parsing takes longer than
     `timeout` or more than `memory`. Where the gold answer cannot be told, the item is masked; where it

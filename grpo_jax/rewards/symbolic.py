@@ -8,7 +8,7 @@ from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Expr, I
+from sympy import Expr, Float, I, Integral, Limit, Product, Sum
 
 # Both answers come as LaTeX alone, without units (`grpo_jax.rewards.latex`): what their own rules for units would cut
 # off (t, s, m, d after a number) is a variable here.
@@ -46,8 +46,9 @@ def accuracy(completion: str, gold: str | None, verdict: float | None, tolerance
             return 1.0
     gold, completion = (_PERCENT.sub(r"\\frac{\1}{\g<2>00}", latex) for latex in (gold, completion))
     gold, completion = _in_order(*_as_intervals(gold, completion))
-    if _counts_apart(gold, completion):
+    if _counts_apart(gold, completion) or _order_matters_to_one(gold, completion):
         return 0.0
+    gold, completion = _without_names(gold, completion)
     expected = parsed(gold)
     answer = parsed(completion) if completion else []
     if not expected or not answer or _contradicts(completion):
@@ -56,8 +57,11 @@ def accuracy(completion: str, gold: str | None, verdict: float | None, tolerance
         set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", latex))) <= {"i", "e"} for latex in (gold, completion)
     ):
         expected, answer = [[_complex(value) for value in values] for values in (expected, answer)]
+    exact = {_equal_constants(a, e) for e in expected for a in answer}
+    if True in exact:
+        return 1.0
     places = decimals + max(_leading_zeros(gold), _leading_zeros(completion))
-    if verify(expected, answer, float_rounding=places, timeout_seconds=None):
+    if exact != {False} and verify(expected, answer, float_rounding=places, timeout_seconds=None):
         return float(not any(_apart(a, e) for e in expected for a in answer))
     return float(tolerance > 0 and any(_close(a, e, tolerance) for e in expected for a in answer))
 
@@ -69,6 +73,24 @@ def parsed(latex: str) -> list[Any]:
         rf"\boxed{{{latex}}}", extraction_config=[LATEX], extraction_mode="first_match", parsing_timeout=None
     )
     return [answer for answer in answers if not isinstance(answer, str)]
+
+
+_IN_BRACKETS = re.compile(r"[(\[][^()\[\]]*[)\]]|\{[^{}]*\}")
+_NO_NAME = re.compile(
+    r"[<>!?]|\\(?:not|n?[lg]e?q?|[lg]t|[lg]eqslant|neq?|approx|n?sim|n?equiv|n?cong|(?:not)?in|to|implies|iff|mapsto"
+    r"|[a-zA-Z]*arrow)(?![a-zA-Z])"
+)
+
+
+def _without_names(gold: str, completion: str) -> tuple[str, str]:
+    """Both without the name before `=` where the parser knows one side's not: `P(A|B) = 1/2`. Two names must agree."""
+    sides = (gold, completion)
+    named = [parts for side in sides if len(parts := _split(side, "=")) == 2]
+    bare = [_IN_BRACKETS.sub("", name) for name, _ in named]  # relations in brackets are of the name, P(X > 3)
+    same = len({re.sub(r"\\(?:left|right)|\\,|\s", "", name.replace(r"\mid", "|")) for name, _ in named}) == 1
+    if not same or any(map(_NO_NAME.search, bare)) or all(map(parsed, sides)):
+        return sides
+    return _split(gold, "=")[-1], _split(completion, "=")[-1]
 
 
 def _complex(value: Any) -> Any:
@@ -144,7 +166,7 @@ def _named(latex: str) -> list[str]:
     return [pair[2] for pair in known] if pairs and len({pair[1] for pair in known}) == len(pairs) else []
 
 
-_NO_LIST = re.compile(r"\d,\d{3}(?!\d)|\\(?:pm|mp|l?dots|text|lor|land|cup)(?![a-zA-Z])|\b(?:and|or)\b")
+_NO_LIST = re.compile(r"\d,\d{3}(?!\d)|\\(?:pm|mp|cdots|text|lor|land|cup)(?![a-zA-Z])|\b(?:and|or)\b")
 
 
 def _items(latex: str) -> list[str]:
@@ -153,12 +175,12 @@ def _items(latex: str) -> list[str]:
     return items if len(items) > 1 else []
 
 
-def _split(latex: str) -> list[str]:
-    """The parts between commas that are in no brackets."""
+def _split(latex: str, mark: str = ",") -> list[str]:
+    """The parts between commas, or other marks, that are in no brackets."""
     parts, depth = [""], 0
     for token in re.findall(r"\\[a-zA-Z]+|\\.|.", latex, re.DOTALL):
         depth += (token in ("(", "[", "{", r"\{")) - (token in (")", "]", "}", r"\}"))
-        if token == "," and depth == 0:
+        if token == mark and depth == 0:
             parts.append("")
         else:
             parts[-1] += token
@@ -170,6 +192,16 @@ def _counts_apart(gold: str, completion: str) -> bool:
     single = [not _NO_LIST.search(latex) and not re.search(r"[,;{}()\[\]]", latex) for latex in (gold, completion)]
     counts = [len(_items(latex)) or int(one) for latex, one in zip((gold, completion), single, strict=True)]
     return all(counts) and counts[0] != counts[1]
+
+
+def _order_matters_to_one(gold: str, completion: str) -> bool:
+    r"""Whether one side is a set that is written out, \{1, 2\}, and the other a tuple, a list or an interval."""
+    for one, other in ((gold, completion), (completion, gold)):
+        bare = re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", one).strip()
+        braces = bare.startswith(r"\{") and bare.endswith(r"\}") and len(_split(bare)) == 1 < len(_split(bare[2:-2]))
+        if braces and _bracketed(other):
+            return True
+    return False
 
 
 def _union(latex: str) -> str:
@@ -239,6 +271,30 @@ def _apart(answer: Any, gold: Any) -> bool:
     if a is None or b is None or not (math.isfinite(a) and math.isfinite(b)) or "%" in f"{answer}{gold}":
         return False
     return abs(a - b) > 1e-3 * max(abs(a), abs(b))
+
+
+def _equal_constants(answer: Any, gold: Any) -> bool | None:
+    r"""Whether two exact constants are equal by 60 digits; None where they have letters or decimals, or for no verdict.
+
+    It tells what simplification may not see (`4\cos^2 36^\circ` is `\frac{3+\sqrt{5}}{2}`), and what 15 digits do not
+    show (`\pi + 10^{-18}` is not `\pi`). Of fractions agreement is no proof, and of sums and integrals, whose digits
+    are estimates, no difference is.
+    """
+    sides = (answer, gold)
+    if not all(isinstance(side, Expr) and not side.free_symbols and not side.has(Float) for side in sides):
+        return None
+    try:
+        a, b = (side.evalf(60) for side in sides)
+        if not (a.is_finite and b.is_finite):
+            return None
+        size = max(abs(a), abs(b))
+        apart = bool(abs(a - b) > size * Float("1e-55", 60))
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        return None
+    if apart:
+        return None if any(side.has(Sum, Integral, Product, Limit) for side in sides) else False
+    proof = 1e-20 < size < 1e20 and not all(side.doit().is_rational for side in sides)
+    return True if proof else None
 
 
 def _close(answer: Any, gold: Any, tolerance: float) -> bool:
