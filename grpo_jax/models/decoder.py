@@ -399,6 +399,8 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, 0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
+            # It traces a layer twice. Weights of a seed are what they are by it, and elsewhere it has no use.
+            check_constancy_invariants=self.is_initializing(),
         )(c)
         last_dtype = c.dtype if c.last_norm_dtype is None else c.last_norm_dtype
         self.norm = RMSNorm(dataclasses.replace(c, dtype=last_dtype))
