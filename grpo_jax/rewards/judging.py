@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import time
+import urllib.parse
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -50,7 +51,7 @@ def chat(
     Args:
       url: of the service, to which `/chat/completions` is added, such as `http://localhost:8000/v1`.
       model: its name there.
-      api_key: None for the environment's `OPENAI_API_KEY`, if there is one.
+      api_key: None for the environment's `OPENAI_API_KEY`, if there is one; white space around it is left out.
       timeout: seconds for one request, from connecting to the end of the answer.
       retries: requests after the first.
       backoff: seconds.
@@ -63,18 +64,18 @@ def chat(
       service refused this request (400, 413, 422), or the answer was cut short.
 
     Raises:
-      ValueError: for a setting out of range. From the function, for a status that no other request can change (401,
-        403, 404, a redirect, another 4xx).
+      ValueError: for a setting out of range, a URL or a key that no request can have. From the function, for a status
+        that no other request can change (401, 403, 404, a redirect, another 4xx).
     """
     if concurrency < 1 or retries < 0 or not timeout > 0:
         raise ValueError(
             "concurrency is at least 1, retries at least 0 and timeout above 0, "
             f"got {concurrency}, {retries} and {timeout}"
         )
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"the judge's url begins with http:// or https://, got {url!r}")
-    endpoint = url.rstrip("/") + "/chat/completions"
-    key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
+    endpoint = _endpoint(url)
+    key = ((os.environ.get("OPENAI_API_KEY") if api_key is None else api_key) or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("the judge's API key (not shown) has characters that are no part of a key")
     # The answer comes as it is: a compressed one could unfold to any size.
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -279,6 +280,19 @@ def _parsed(text: str, parse: Callable[[str], T | None]) -> tuple[T | None, str]
         return value, ""
     except Exception as error:
         return None, f"parse raised {type(error).__name__}: {error}, on {text[-200:]!r}"
+
+
+def _endpoint(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"the judge's url begins with http:// or https://, got {url!r}")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        whole = bool(parts.hostname) and parts.port != 0 and not re.search(r"[\s?#]", url)
+    except ValueError:  # a port that is none, a bracket that is not closed
+        whole = False
+    if not whole:
+        raise ValueError(f"the judge's url is that of a host, perhaps with a path, and nothing after it; got {url!r}")
+    return url.rstrip("/") + "/chat/completions"
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -180,7 +180,7 @@ def _last(text: str, boxes: list[tuple[int, int, str | None]]) -> str | None:
         start = earlier_start
         contents.append(_alone(text, start, earlier, ""))
         starts.append(start)
-    known = [content.strip() for content in reversed(contents) if content is not None]
+    known = [unwrapped(content) for content in reversed(contents) if content is not None]
     names = [_NAMED.search(text[max(at - REACH, 0) : at]) for at in reversed(starts)]
     if len(known) == len(names) > 1 and all(names) and not any("=" in content for content in known):
         known = [f"{name[1]}={content}" for name, content in zip(names, known, strict=True) if name]
@@ -226,7 +226,7 @@ def _announced(text: str) -> str | None:
 
 
 def _content(environment: re.Match[str]) -> str:
-    return next(group for group in environment.groups() if group is not None).strip()
+    return unwrapped(next(group for group in environment.groups() if group is not None))
 
 
 def _following(text: str, end: int) -> str:
@@ -466,7 +466,7 @@ def _read(latex: str, *, gold: bool) -> Reading | None:
     answer = re.sub(rf"{_TEXT}\s*([\d.,]+)\s*\}}", r"\1", answer)  # text that is a number: a person reads the digits
     answer = _DEGREES.sub(r"\1\\text{\2}", answer)
     answer = _with_braces(re.sub(r"\\[dtc]frac", r"\\frac", answer.replace(r"\displaystyle", "")))
-    words = re.sub(rf"{_TEXT}|[{{}}()]", "", answer).strip()
+    words = re.sub(rf"{_TEXT}|[{{}}()]", "", answer).strip().rstrip(".,;")
     if _WORD.fullmatch(words) and (len(words) > 3 or (answer != words and len(words) > 1)):
         return Reading(answer, " ".join(words.casefold().split()), words=True)
     if leading := _LEADING.match(answer):
@@ -584,7 +584,7 @@ def _text(answer: str) -> str:
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
     text = re.sub(r"(?:\\[,;:!]|\\q?quad|~|\s)+", " ", text)
     text = re.sub(r"\\pmod\s*(?:\{(\w+)\}|(\w))|\(\s*mod\s+(\w+)\s*\)", r"(mod\1\2\3)", text)
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).rstrip(".,;")
 
 
 def _whole(latex: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Expr, Float, I, Integral, Limit, Product, Sum
+from sympy import Basic, Derivative, Expr, Float, I, Integral, Limit, Product, Sum, Symbol
 
 # Both answers come as LaTeX alone, without units (`grpo_jax.rewards.latex`): what their own rules for units would cut
 # off (t, s, m, d after a number) is a variable here.
@@ -72,7 +72,13 @@ def parsed(latex: str) -> list[Any]:
     answers = parse(
         rf"\boxed{{{latex}}}", extraction_config=[LATEX], extraction_mode="first_match", parsing_timeout=None
     )
-    return [answer for answer in answers if not isinstance(answer, str)]
+    return [_with_derivatives(answer) for answer in answers if not isinstance(answer, str)]
+
+
+def _with_derivatives(value: Any) -> Any:
+    """The value with a letter for each derivative such as dy/dx, of one letter by another, which SymPy takes for 0."""
+    found = value.atoms(Derivative) if isinstance(value, Basic) else ()
+    return value.xreplace({d: Symbol(f"{d}") for d in found if d.expr.is_Symbol and d.expr not in d.variables})
 
 
 _IN_BRACKETS = re.compile(r"[(\[][^()\[\]]*[)\]]|\{[^{}]*\}")

@@ -315,6 +315,25 @@ def test_refuses_an_address_without_a_scheme():
         judge("localhost:8000/v1", "tiny")
 
 
+@pytest.mark.parametrize(
+    "url", ["http://", "http://[::1", "http://h:99999/v1", "http://h/v1?version=1", "http://a b/v1"]
+)
+def test_refuses_an_address_to_which_no_path_can_be_added(url):
+    with pytest.raises(ValueError, match="and nothing after it"):
+        judge(url, "tiny")
+
+
+def test_a_key_is_read_without_the_line_end_of_its_file_and_no_other_one_is_sent_or_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    with Service(lambda request, number: says("5")) as service:
+        assert grade(service, ["x"]) == [0.5]
+    assert service.headers[0]["Authorization"] == "Bearer sk-secret"
+    for key in ("sk-\nsecret", "sk-sécret", "sk-secret\0"):
+        with pytest.raises(ValueError, match="API key") as raised:
+            judge("http://localhost", "tiny", api_key=key)
+        assert "secret" not in str(raised.value)
+
+
 def test_no_more_requests_at_a_time_than_allowed():
     def slow(request, number):
         time.sleep(0.03)
