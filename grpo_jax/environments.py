@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from grpo_jax.event_loop import all_of, is_cancelled, leave_loop_if_held_up, run_async
+from grpo_jax.user_code import put_back
 
 if TYPE_CHECKING:  # the reader of data sets imports JAX, which a worker process does without
     from grpo_jax.data import Row
@@ -84,7 +85,8 @@ def answers(
         return [*map(_checked, together(conversations, timeout))]
     outcomes: dict[int, Any] = {}
     run = _run_async if inspect.iscoroutinefunction(respond) else _run_in_threads
-    run(respond, conversations, timeout, outcomes)
+    with put_back(f"the environment {getattr(respond, '__name__', type(respond).__name__)}"):
+        run(respond, conversations, timeout, outcomes)
     if len(outcomes) < len(conversations):
         leave_loop_if_held_up()
     late = Failure(f"it has not answered within {timeout:g} s")

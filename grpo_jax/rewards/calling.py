@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grpo_jax.event_loop import all_of, is_cancelled, run_async
+from grpo_jax.user_code import put_back
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> list[float | None], plain or async
 LogMetric = Callable[[str, float], None]
@@ -96,9 +97,9 @@ def call(
     """The values that each reward function gives to `count` completions; NaN where it gave none.
 
     Each function is given those of the arguments that it takes, in copies of its own, one per completion: a function
-    that writes into them changes nothing for other functions, other completions, or the data set. Functions that are
-    `async` wait together. None is asked about no completions, unless it has something to tell other processes: then
-    its attribute `takes_part` is True.
+    that writes into them changes nothing for other functions, other completions, or the data set. What one has changed
+    of the process is put back (`user_code.put_back`). Functions that are `async` wait together. None is asked about no
+    completions, unless it has something to tell other processes: then its attribute `takes_part` is True.
 
     Args:
       functions: plain or async.
@@ -115,8 +116,8 @@ def call(
         Other exceptions pass through, with a note that names the function, and Ctrl-C as it is.
 
     Warns:
-      RuntimeWarning: for NaN, which is also counted as `<name>/nan` where the arguments have a `log_metric`; and for
-        a function at work for longer than `report_after`.
+      RuntimeWarning: for NaN, which is also counted as `<name>/nan` where the arguments have a `log_metric`; for a
+        function at work for longer than `report_after`; and for one that has changed the working directory.
     """
     results: list[Any] = []
     try:
@@ -124,11 +125,11 @@ def call(
             if not count and not getattr(function, "takes_part", False):
                 results.append([])
                 continue
-            with noted(function, count), reported([function], count, report_after):
+            with noted(function, count), reported([function], count, report_after), _put_back([function]):
                 results.append(function(**accepted(function, arguments)))
         if any(map(inspect.isawaitable, results)):
             waiting = [f for f, result in zip(functions, results, strict=True) if inspect.isawaitable(result)]
-            with reported(waiting, count, report_after):
+            with reported(waiting, count, report_after), _put_back(waiting):
                 results = run_async(_gathered(functions, results, count))
     finally:
         for result in results:
@@ -213,6 +214,10 @@ def reported(functions: Sequence[RewardFunction], count: int, seconds: float | N
         yield
     finally:
         timer.cancel()
+
+
+def _put_back(functions: Sequence[RewardFunction]) -> contextlib.AbstractContextManager[None]:
+    return put_back(f"the reward {', '.join(map(name_of, functions))}")
 
 
 async def _gathered(functions: Sequence[RewardFunction], results: Sequence[Any], count: int) -> list[Any]:

@@ -1,7 +1,9 @@
 """A script's function as a command."""
 
 import dataclasses
+import io
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,8 +25,10 @@ def command(
     """Reads the settings from the command line and calls `function(config)`, with compiled programs kept on disk.
 
     An error of the input (`ValueError`, `OSError`, `ImportError`, `SyntaxError` of a module) ends in one line, unless
-    `--traceback` is given. Of an option that is given twice the last one counts, as in other commands; but one that
-    takes several values is refused, since the first ones would be lost.
+    `--traceback` is given; and so does `sys.exit(0)` of code that is called or imported, with another status than that
+    of a script that is done. What the terminal cannot write is written in escapes. Of an option that is given twice the
+    last one counts, as in other commands; but one that takes several values is refused, since the first ones would be
+    lost.
 
     Args:
       function: the script's.
@@ -40,12 +44,19 @@ def command(
         sys.exit(f"error: {lost} is given twice: write all of its values behind one, as in {lost} first second")
     compilation.enable_compilation_cache()
     compilation.trim_malloc()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # completions and paths are any text
     try:
         function(smoke(settings) if smoke is not None and settings.smoke else settings)
+    except SystemExit as error:
+        if error.code:
+            raise
+        *_, place = traceback.extract_tb(error.__traceback__)
+        sys.exit(f"error: {place.filename}, line {place.lineno}, ended the script with sys.exit() before it was done")
     except (ValueError, OSError, ImportError, SyntaxError) as error:
         if len(arguments) < len(sys.argv) - 1:
             raise
-        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK" not in note)
         sys.exit(f"error: {error}{notes}\n  (--traceback shows where)")
 
 

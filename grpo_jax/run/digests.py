@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -89,8 +90,8 @@ def of_run(
       rows: of the prompts, with all that rewards see; None where nothing but the prompts is learned from.
       held_out_rows: those to evaluate on.
       eos_ids: the tokens that end a completion.
-      code: functions of the user's, such as rewards, and modules, of whose files a change is told; this package's are
-        left out.
+      code: functions of the user's, such as rewards, and modules, of whose files, and of those that they have imported
+        from the same folder, a change is told; this package's are left out.
     """
     found = {
         "the data to train on": of_json(prompts),
@@ -108,15 +109,36 @@ def of_run(
 
 
 def of_code(code: Iterable[Callable[..., Any] | ModuleType]) -> dict[str, str]:
-    """Of the files of modules and of functions, by names that begin with `CODE`; none of this package."""
+    """Of the files of modules and of functions, by names that begin with `CODE`; none of this package.
+
+    With those of the modules that are imported and lie in the same folder, or below it, but for installed ones: a
+    reward's helpers are as much its code.
+    """
     modules = [f if isinstance(f, ModuleType) else sys.modules.get(getattr(f, "__module__", "")) for f in code]
-    files = {getattr(module, "__file__", None) for module in modules}
-    own = pathlib.Path(__file__).parents[1]
+    named = {file for file in map(_file_of, modules) if file is not None}
+    places = {file: file.name for file in named}
+    for file in filter(None, map(_file_of, [*sys.modules.values()])):
+        for folder in {file.parent for file in named if not _is_installed(file)} & {*file.parents}:
+            if not _is_installed(file):
+                places.setdefault(file, file.relative_to(folder).as_posix())
     found: dict[str, Any] = {}
-    for path in sorted(pathlib.Path(file) for file in files if file is not None):
-        if path.is_file() and own not in path.resolve().parents:
-            found.setdefault(f"{CODE}{path.name}", hashlib.sha256()).update(path.read_bytes())  # two may have one name
+    for file, place in sorted(places.items()):
+        found.setdefault(f"{CODE}{place}", hashlib.sha256()).update(file.read_bytes())  # two may have one name
     return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def _file_of(module: ModuleType | None) -> pathlib.Path | None:
+    """The file of a module; None for this package's, and where there is none."""
+    file = pathlib.Path(getattr(module, "__file__", None) or "")
+    own = pathlib.Path(__file__).parents[1]
+    return file.resolve() if file.is_file() and own not in file.resolve().parents else None
+
+
+def _is_installed(file: pathlib.Path) -> bool:
+    """Whether a file is Python's own or an installed package's."""
+    return bool({"site-packages", "dist-packages", "lib-dynload"} & {*file.parts}) or file.is_relative_to(
+        pathlib.Path(sysconfig.get_path("stdlib")).resolve()
+    )
 
 
 def changed_code(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from grpo_jax.user_code import put_back
+
 Arguments = tuple[list[Any], dict[str, Any]]
 
 
@@ -95,9 +97,11 @@ def _find(name: str, packages: Sequence[str]) -> tuple[Callable[..., Any], Argum
     modules = packages if module in packages and ":" not in name.partition("(")[0] else (module,)
     if str(pathlib.Path.cwd()) not in sys.path:
         sys.path.insert(0, str(pathlib.Path.cwd()))
-    if not _exists(module):
-        raise ValueError(f"{name!r} names a module {module}, which is neither in {pathlib.Path.cwd()} nor installed")
-    function = next((found for one in modules if callable(found := _attribute(one, path))), None)
+    with put_back(f"the module {module}"):
+        if not _exists(module):
+            folder = pathlib.Path.cwd()
+            raise ValueError(f"{name!r} names a module {module}, which is neither in {folder} nor installed")
+        function = next((found for one in modules if callable(found := _attribute(one, path))), None)
     if function is None:
         raise ValueError(f"{' and '.join(modules)} has no function {path!r}")
     return function, arguments

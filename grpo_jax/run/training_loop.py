@@ -100,7 +100,8 @@ def loop(
             "steps are at least 0, save_every and stop_after_skipped at least 1; got "
             f"{steps}, {save_every} and {stop_after_skipped}"
         )
-    folder = pathlib.Path(config.run_dir if run_dir is None else run_dir)
+    # Absolute: what is called in a step may change the working directory.
+    folder = pathlib.Path(config.run_dir if run_dir is None else run_dir).absolute()
     meta = {"config": metrics.settings(config), "digests": dict(digests or {})}
     with contextlib.ExitStack() as stack:
         first = processes.is_first()
@@ -137,12 +138,11 @@ def loop(
         del state  # which the loop's body replaces
         try:
             yield run
-        except Exception as error:
-            run._rescue(error)
+        except KeyboardInterrupt:  # ends it at once
             raise
-        except SystemExit as error:
-            if not error.code and run.step < steps:
-                run._rescue(error)
+        except BaseException as error:  # also sys.exit, and timeouts of libraries that are no Exception
+            run._rescue(error)
+            if isinstance(error, SystemExit) and not error.code and run.step < steps:
                 raise RuntimeError(f"something raised SystemExit in step {run.step} of {steps}") from error
             raise
         finally:
@@ -325,9 +325,11 @@ class Loop:
             return
         try:
             self.save()
-            print(f"{type(error).__name__}; the state of step {self.step} is saved in {self.run_dir}")
         except Exception as second:
             error.add_note(f"the state of step {self.step} could not be saved: {second}")
+            return
+        with contextlib.suppress(OSError, ValueError):  # of a standard output that is closed, or full
+            print(f"{type(error).__name__}; the state of step {self.step} is saved in {self.run_dir}")
 
     def _end(self, curves: Sequence[str] | None) -> None:
         """After the last step: a line for what was logged since, and the plot."""
@@ -341,7 +343,11 @@ class Loop:
         if (made := [line for line in self.history if line["step"] < self.steps]) and all(map(_refused, made)):
             raise FloatingPointError("none of the run's updates was finite, so that nothing was trained")
         if self.history and processes.is_first():
-            print(f"curves: {plots.plot(self.run_dir, keys=curves)}")
+            try:
+                told = f"curves: {plots.plot(self.run_dir, keys=curves)}"
+            except Exception as error:  # such as too many metrics for one picture; what follows the loop is to be had
+                told = f"could not draw the curves: {type(error).__name__}: {error}"
+            print(told)
 
 
 def _refused(line: Mapping[str, Any]) -> bool:

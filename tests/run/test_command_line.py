@@ -1,8 +1,12 @@
 """A script as a command: errors of the input end in one line."""
 
 import dataclasses
+import io
+import re
+import sys
 
 import pytest
+import rich
 
 from grpo_jax import run
 from grpo_jax.run import command_line
@@ -25,6 +29,7 @@ def _no_cache(monkeypatch):
 def fails(config):
     error = ValueError(f"number is even, got {config.number}")
     error.add_note("choose another")
+    error.add_note("-----\nFor simplicity, JAX has removed frames. Set JAX_TRACEBACK_FILTERING=off to include these.")
     raise error
 
 
@@ -43,6 +48,34 @@ def test_an_error_of_the_input_is_one_line_unless_its_traceback_is_asked_for(mon
     monkeypatch.setattr("sys.argv", ["script", "--number", "3", "--traceback"])
     with pytest.raises(ValueError, match="number is even"):
         run.command(fails, Config)
+
+
+@pytest.mark.parametrize("code", [0, None, 3])
+def test_a_script_that_imported_code_ends_is_not_done(monkeypatch, code):
+    """As a module of rewards does that runs its own main on import."""
+
+    def leaves(config):
+        sys.exit(code)
+
+    monkeypatch.setattr("sys.argv", ["script"])
+    with pytest.raises(SystemExit) as raised:
+        run.command(leaves, Config)
+    if code:
+        assert raised.value.code == code
+    else:
+        assert re.fullmatch(
+            rf"error: {re.escape(__file__)}, line \d+, ended the script with sys.exit\(\) before it was done",
+            raised.value.code,
+        )
+
+
+def test_what_a_terminal_cannot_write_is_written_in_escapes(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr("sys.argv", ["script"])
+    run.command(lambda config: rich.print("a completion: 五"), Config)
+    sys.stdout.flush()
+    assert written.getvalue() == b"a completion: \\u4e94\n"
 
 
 def test_values_behind_an_option_that_is_given_twice_are_not_lost(monkeypatch):

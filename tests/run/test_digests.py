@@ -69,6 +69,20 @@ def test_the_files_of_functions_are_digested_but_for_those_of_the_package(tmp_pa
     digests.check(before, digests.of_code([reward]))
 
 
+def test_a_change_of_what_code_imports_from_its_folder_is_seen(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine_helping").mkdir()
+    (tmp_path / "mine_helping" / "maths.py").write_text("limit = 1")
+    (tmp_path / "mine_helped.py").write_text("import numpy\nfrom mine_helping.maths import limit\ndef reward(): ...")
+    reward = importlib.import_module("mine_helped").reward
+    before = digests.of_code([reward])
+    assert list(before) == ["the code of mine_helped.py", "the code of mine_helping/maths.py"]
+    (tmp_path / "mine_helping" / "maths.py").write_text("limit = 2")
+    assert digests.changed_code(before, digests.of_code([reward])) == ["the code of mine_helping/maths.py"]
+    installed = digests.of_code([np.load])  # has its own file alone
+    assert len(installed) <= 1
+
+
 @pytest.mark.parametrize("changed", [0, 1])
 def test_a_change_of_either_of_two_files_of_one_name_is_seen(changed, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -214,6 +214,54 @@ def test_an_exception_saves_the_state_of_the_steps_that_are_whole(tmp_path, caps
     assert text(tmp_path) == text(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), BaseException("a timeout")])
+def test_what_is_no_exception_saves_the_state_too(tmp_path, error):
+    def fails(loop, n):
+        if n == 3:
+            raise error
+
+    with pytest.raises(type(error)):
+        train(Config(tmp_path), fails)
+    assert checkpoints(tmp_path) == [2, 3]
+
+
+def test_a_state_that_is_saved_is_not_called_lost_since_that_could_not_be_printed(tmp_path, monkeypatch):
+    def fails(loop, n):
+        if n == 3:
+            monkeypatch.setattr("builtins.print", lambda *text: (_ for _ in ()).throw(BrokenPipeError))
+            raise LookupError("nobody reads")
+
+    with pytest.raises(LookupError) as raised:
+        train(Config(tmp_path), fails)
+    monkeypatch.undo()
+    assert checkpoints(tmp_path) == [2, 3]
+    assert not hasattr(raised.value, "__notes__")
+
+
+def test_a_run_stays_in_its_folder_when_the_working_directory_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def leaves(loop, n):
+        if n == 3:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def export(loop):
+        with loop.exporting("model") as folder:
+            folder.mkdir()
+
+    train(Config(pathlib.Path("run")), leaves, export)
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert len(metrics.read(tmp_path / "run")) == 6
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_curves_that_cannot_be_drawn_do_not_keep_what_follows_the_run_from_it(tmp_path, capsys):
+    """A script exports its model after the loop, and would fail there again whenever it is started."""
+    train(Config(tmp_path), curves=["never measured"])
+    assert "could not draw the curves: ValueError: cannot draw ['never measured']" in capsys.readouterr().out
+
+
 def test_an_exception_after_the_update_repeats_the_step(tmp_path):
     def body(loop, n):
         loop.state, measured = learn(loop.state)
