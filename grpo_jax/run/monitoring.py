@@ -314,8 +314,11 @@ def updates_skipped(history: MetricLines) -> str | None:
     )
 
 
-def nothing_learned(history: MetricLines) -> str | None:
-    """At the last step the learning rate was 0, or the update changed no parameter (`update_norm`)."""
+def nothing_learned(history: MetricLines, *, window: int = 5) -> str | None:
+    """At the last step the learning rate was 0, or the update changed no parameter (`update_norm`).
+
+    Or the gradient was 0 over the last `window` steps, though rewards differed and no update was refused.
+    """
     line = history[-1] if history else {}
     if line.get("learning_rate") == 0:
         return (
@@ -326,6 +329,14 @@ def nothing_learned(history: MetricLines) -> str | None:
         return (
             "the update changed no parameter (`update_norm` is 0, `grad_norm` is not). Look at the learning rate, at "
             "parameters in bfloat16, which drop small changes, and at what is frozen"
+        )
+    refused, alike = (_last(history, name, window) for name in ("skipped", "zero_variance_groups"))
+    told_otherwise = any(refused) or _mean(alike) == 1
+    if (norms := _last(history, "grad_norm", window)) and not any(norms) and not told_otherwise:
+        return (
+            f"the gradient was 0 in each of the last {window} steps (`grad_norm`), so that nothing is trained, though "
+            "rewards may differ. Look at the weights of the rewards, at transforms that mask every token, at whether "
+            "the loss depends on the policy at all, and at the temperature"
         )
     return None
 
