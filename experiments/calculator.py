@@ -34,6 +34,7 @@ import transformers
 from grpo_jax import data, losses, models, rewards, run, sampling, tools
 from grpo_jax.advantages import from_rewards
 from grpo_jax.policies import Policy
+from grpo_jax.run import ranges
 from grpo_jax.statistics import summary
 from grpo_jax.study import results
 from grpo_jax.study.written import write_results
@@ -224,6 +225,7 @@ def train(
 
 def experiment(config: Config) -> list[results.Record]:
     """All seeds of both conditions; the CSV, the table and the figure."""
+    ranges.check(config)
     tokenizer = make_tokenizer()
     policy, rows = make_policy(tokenizer), []
     optimizer = optax.adam(config.learning_rate, b2=0.99)

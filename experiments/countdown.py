@@ -29,13 +29,15 @@ import optax
 
 from grpo_jax import advantages, data, losses, run, sampling, testing
 from grpo_jax.models import hf
-from grpo_jax.run import measured, ranges
+from grpo_jax.run import measured, ranges, resuming
 from grpo_jax.run.precision import compute_dtype
 from grpo_jax.schedules import learning_rates
 from grpo_jax.study.task_runs import TaskSettings
 from grpo_jax.tasks import countdown, dialogue, with_prompts
 from grpo_jax.train_step import make_train_step
 from grpo_jax.updates import Updates, init_state
+
+MAY_CHANGE = ("steps", "save_every", "evaluate_every", "micro_batches")  # of a run that is resumed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,7 @@ def train(config: Config) -> dict[str, float]:
     ranges.check(config)
     updates = Updates(minibatches=config.minibatches, micro_batches=config.micro_batches, max_grad_norm=1.0)
     updates.check(config.prompts_per_step)
+    resuming.check(config, allow=MAY_CHANGE)
     task = countdown.task(
         config.seed, train=config.train_rows, **dict.fromkeys(("validation", "test", "ood"), config.eval_rows)
     )
@@ -93,7 +96,7 @@ def train(config: Config) -> dict[str, float]:
     keys = ("reward", *(f"reward/{name}" for name in used.names), "validation/accuracy")
     settings = {
         "save_every": config.save_every,
-        "allow": ("steps", "save_every", "evaluate_every", "micro_batches"),
+        "allow": MAY_CHANGE,
         "digests": began_with,
         "keys": keys,
     }

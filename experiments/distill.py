@@ -47,7 +47,7 @@ from grpo_jax.freezing import bind
 from grpo_jax.models import hf, quantized
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.protocols import Advantage, Loss, VocabularyDivergence
-from grpo_jax.run import digests, inputs, ranges, resuming, teacher_files
+from grpo_jax.run import digests, files, inputs, ranges, resuming, teacher_files
 from grpo_jax.run.names import named_in, resolve
 from grpo_jax.run.precision import ComputeDtype, compute_dtype
 from grpo_jax.schedules import learning_rates
@@ -250,8 +250,8 @@ def check(config: Config, *, its_own: bool) -> None:
             f"--renew-every {config.renew_every} is of a model that is its own teacher: give --teacher-column, and "
             "leave out --teacher"
         )
-    if config.renew_share is not None and config.renew_every is None:
-        raise ValueError(f"--renew-share {config.renew_share} is of --renew-every")
+    if config.renew_share is not None and (config.renew_every is None or not 0 < config.renew_share <= 1):
+        raise ValueError(f"--renew-share {config.renew_share} is of --renew-every, above 0 and at most 1")
     if config.quantize_teacher is not None and its_own:
         raise ValueError(f"--quantize-teacher {config.quantize_teacher} is of a --teacher: the model is its own here")
 
@@ -263,6 +263,8 @@ def check_file(config: Config) -> None:
         raise ValueError(f"{flag} holds the likeliest tokens for given completions: --completion-column and --top-k")
     if config.write is not None and (config.teacher_file is not None or not config.teacher):
         raise ValueError("--write needs a --teacher, and no --teacher-file")
+    if config.write is not None and not files.is_writable(config.write):
+        raise ValueError(f"--write {config.write} cannot be written: name a file, in a folder that can")
     if config.teacher_column is not None or config.on_policy is not None:
         raise ValueError(
             f"{flag} is of a teacher that reads the prompts as they are: leave out --teacher-column and --on-policy"
@@ -291,16 +293,16 @@ def unused(experience: Experience) -> tuple[Array, Metrics]:
 
 def smoke(config: Config) -> Config:
     """Two tiny random models and the least of everything."""
-    files = config.run_dir / "tiny"
-    if not files.exists():
-        testing.tiny_checkpoint(files / "student")
-        testing.tiny_checkpoint(files / "teacher", seed=1)
+    made = config.run_dir / "tiny"
+    if not made.exists():
+        testing.tiny_checkpoint(made / "student")
+        testing.tiny_checkpoint(made / "teacher", seed=1)
     sums = [(f"{a} plus 2 is ", f"{a + 2}.") for a in range(8)]
     lines = [json.dumps({"prompt": sum_, "completion": end, "hint": f"{sum_}{end} {sum_}"}) for sum_, end in sums]
-    (files / "prompts.jsonl").write_text("\n".join(lines))
-    teacher = "" if config.teacher_file or config.teacher_column else str(files / "teacher")
+    (made / "prompts.jsonl").write_text("\n".join(lines))
+    teacher = "" if config.teacher_file or config.teacher_column else str(made / "teacher")
     return dataclasses.replace(
-        config, model=str(files / "student"), teacher=teacher, data=files / "prompts.jsonl", steps=4,
+        config, model=str(made / "student"), teacher=teacher, data=made / "prompts.jsonl", steps=4,
         prompts_per_step=4, max_tokens=8, minibatches=1, micro_batches=2, warmup_steps=0, save_every=2,
         learning_rate=1e-2, compute_dtype="float32", prompt_column="prompt", bucket=16, completion_bucket=8,
     )  # fmt: skip

@@ -211,6 +211,13 @@ def check(config: Config) -> None:
             raise ValueError(f"--filtered {config.filtered} is a folder: name a file")
     if config.output.exists() and not config.output.is_dir():
         raise ValueError(f"--output {config.output} is a file: name a folder")
+    for flag, path in (("--output", config.output), ("--filtered", config.filtered)):
+        if path is not None and not files.is_writable(path, folder=flag == "--output"):
+            raise ValueError(f"{flag} {path} cannot be written")
+    if not config.group_size:
+        ranges.tell_unused(config, ["temperature", "top_k", "top_p", "min_p", "slots", "k"], without="a --group-size")
+    if config.filtered is None:
+        ranges.tell_unused(config, ["low", "high"], without="--filtered")
     folder = pathlib.Path(config.model)
     models = sorted(path.parent.name for name in ("config", "adapter_config") for path in folder.glob(f"*/{name}.json"))
     models += ["checkpoints"] if any(folder.glob("checkpoints/*/meta")) else []

@@ -32,12 +32,15 @@ import jax
 from grpo_jax import data, recipes, run, sampling, schedules, testing
 from grpo_jax.freezing import bind
 from grpo_jax.models.settings import WeightSettings
-from grpo_jax.run import ranges
+from grpo_jax.run import ranges, resuming
 from grpo_jax.run.precision import compute_dtype
 from grpo_jax.study.task_runs import TaskSettings
 from grpo_jax.tasks import gsm8k, with_prompts
 from grpo_jax.train_step import Step, make_train_step
 from grpo_jax.updates import init_state
+
+# Of a run that is resumed.
+MAY_CHANGE = ("steps", "save_every", "evaluate_every", "samples", "micro_batches", "train", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,7 @@ def train(config: Config) -> dict[str, float]:
     """Trains, evaluates before and after, and returns the results."""
     ranges.check(config)
     recipe = make_recipe(config)
+    resuming.check(config, allow=MAY_CHANGE)
     rows = gsm8k.from_hub() if config.train is None else {}
     for split in ("train", "test"):
         if (path := getattr(config, split)) is not None:
@@ -120,7 +124,7 @@ def train(config: Config) -> dict[str, float]:
         init_state(params, recipe.optimizer, jax.random.key(config.seed), frozen=frozen, **recipe.initial),
         steps=config.steps,
         save_every=config.save_every,
-        allow=("steps", "save_every", "evaluate_every", "samples", "micro_batches", "train", "test"),
+        allow=MAY_CHANGE,
         digests=used.digests(bind(params, frozen)),
         # A reference that is renewed belongs to what changes.
         initial=("frozen",) if recipe.reference_updates else ("frozen", "ref_params"),

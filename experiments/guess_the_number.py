@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax import losses, models, run, sampling
+from grpo_jax.run import ranges
 from grpo_jax.sampling.traced_turns import TracedEnvironment
 from grpo_jax.study import results, runs
 from grpo_jax.study.written import write_results
@@ -102,6 +103,7 @@ def make_run(config: Config, *, told: bool) -> runs.Run:
 
 def experiment(config: Config) -> list[results.Record]:
     """Both conditions, each one program; the CSV, the table and the figure."""
+    ranges.check(config)
     rows: list[results.Record] = []
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     for condition, told in (("told higher or lower", True), ("told nothing", False)):

@@ -43,7 +43,7 @@ from grpo_jax import advantages, data, losses, rewards, run, sampling, testing
 from grpo_jax.freezing import bind
 from grpo_jax.models import hf
 from grpo_jax.models.settings import WeightSettings
-from grpo_jax.run import digests, metrics, ranges
+from grpo_jax.run import digests, metrics, ranges, resuming
 from grpo_jax.schedules import learning_rates
 from grpo_jax.study import evaluation, figures, items, results, tables
 from grpo_jax.tasks import Splits, draw_splits
@@ -126,6 +126,7 @@ def train(config: Config) -> dict[str, float]:
     """Evaluates, trains, evaluates again, and returns what was learned."""
     started = time.monotonic()
     ranges.check(config)
+    resuming.check(config)
     folder = model_folder(config)
     tokenizer = hf.load_tokenizer(folder)
     rows = splits(config)

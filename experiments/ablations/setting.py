@@ -41,7 +41,7 @@ import rich
 from grpo_jax import losses, models, rewards, sampling, statistics
 from grpo_jax.advantages import from_rewards, group_advantages
 from grpo_jax.protocols import Advantage, Estimator, Reward
-from grpo_jax.run import checkpoint, command
+from grpo_jax.run import checkpoint, command, ranges
 from grpo_jax.sampling import PolicySampler
 from grpo_jax.statistics import Mean
 from grpo_jax.study import figures, grid, intervals, ranking, results, runs, tables
@@ -427,6 +427,7 @@ def main(experiment: Callable[[Config], Any], description: str | None, default: 
 
 def configured(config: Config) -> Config:
     """The configuration, or that of a smoke run, whose results stay in the run folder."""
+    ranges.check(config)
     if config.estimate and not config.rank:
         raise ValueError("--estimate is of --rank")
     if config.rank:

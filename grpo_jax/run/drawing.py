@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from grpo_jax import sampling
+from grpo_jax.run import ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,10 +36,12 @@ class SamplingSettings:
     record_experts: bool = False  # tokens are scored by the experts that they were sampled by (router replay)
 
     def make_sampler(self, tokenizer: "PreTrainedTokenizerBase", eos_ids: Sequence[int]) -> sampling.PolicySampler:
-        """The sampler; see `sampling.sampler`, and with slots `sampling.continuous`."""
+        """The sampler; see `sampling.sampler`, and with slots `sampling.continuous`. What has no effect is told."""
         drawn = sampling.sampler(
             group_size=self.group_size, max_tokens=self.max_tokens, eos_ids=eos_ids, temperature=self.temperature,
             top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, record_experts=self.record_experts,
             stop=sampling.stop_strings(tokenizer, self.stop) if self.stop else None,
         )  # fmt: skip
+        if drawn.truncation is None:
+            ranges.tell_unused(self, ["replay_truncation"], without="--top-k, --top-p or --min-p")
         return dataclasses.replace(drawn, slots=self.slots)

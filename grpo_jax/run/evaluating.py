@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from grpo_jax import data
 from grpo_jax.data import Row
+from grpo_jax.run import ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +36,17 @@ class EvaluationSettings:
     def hold_out(
         self, rows: list[Row], read: Callable[[pathlib.Path], list[Row]], *, seed: int
     ) -> tuple[list[Row], list[Row]]:
-        """The rows to train on and those to evaluate on.
+        """The rows to train on and those to evaluate on; settings of an evaluation without one are told.
 
         Raises:
           ValueError: for both a file of them and a number, a group's size without either, and as `data.hold_out`.
         """
-        if self.evaluated_group is None and self.eval_group_size is not None:
-            raise ValueError(
-                f"--eval-group-size {self.eval_group_size} is of an evaluation: --eval-rows or --eval-data"
-            )
+        if self.evaluated_group is None:
+            if self.eval_group_size is not None:
+                raise ValueError(
+                    f"--eval-group-size {self.eval_group_size} is of an evaluation: --eval-rows or --eval-data"
+                )
+            ranges.tell_unused(self, ["eval_batch", "evaluate_every"], without="--eval-rows or --eval-data")
         if self.eval_data is None:
             return data.hold_out(rows, self.eval_rows, seed=seed) if self.eval_rows else (rows, [])
         if self.eval_rows:

@@ -24,6 +24,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     os.replace(half, path)
 
 
+def is_writable(path: str | os.PathLike[str], *, folder: bool = False) -> bool:
+    """Whether a file, or files in a folder, may be written, which need not be there yet: to be asked before long work.
+
+    Args:
+      path: of the file, or of the folder.
+      folder: True for a folder.
+    """
+    path = pathlib.Path(path).absolute()
+    above = next(place for place in ((path, *path.parents) if folder else path.parents) if place.exists())
+    return above.is_dir() and os.access(above, os.W_OK | os.X_OK) and (folder or not path.is_dir())
+
+
 def made_once(folder: str | os.PathLike[str], parts: Sequence[Part], make: Callable[[int, Part], Any]) -> list[Any]:
     """`make(number, part)` of each part, as JSON: read from `folder/00000.json` and on, or made and written there.
 

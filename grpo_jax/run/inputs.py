@@ -90,10 +90,12 @@ def check_rewards(
       group_size: completions of a prompt; None where nothing is evaluated.
 
     Raises:
-      ValueError: for two functions of one name, another number of weights, one that is not finite, or a function that
-        compares the completions of a group of another size.
+      ValueError: for no function at all, two of one name, another number of weights, one that is not finite, or a
+        function that compares the completions of a group of another size.
     """
     names = [name_of(function) for function in functions]
+    if not names:
+        raise ValueError("there is no reward function, so that nothing would be learned: name one, as module:function")
     if len(set(names)) < len(names):
         raise ValueError(f"reward functions have one name each, got {', '.join(names)}: set their __name__")
     if weights is not None and len(weights) != len(names):

@@ -11,9 +11,13 @@ advantage, running = config.make_advantage(rows, names, weights=weights, group_s
 """
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from grpo_jax import advantages, losses
 from grpo_jax.protocols import Advantage, Loss
@@ -83,7 +87,8 @@ class ObjectiveSettings:
           group_size: completions of a prompt.
 
         Raises:
-          ValueError: for settings of a baseline without one, and a group of 1 that would be compared with itself.
+          ValueError: for settings of a baseline without one, a group of 1 that would be compared with itself, and what
+            an estimator of this package refuses.
         """
         function = bound(self.advantage, "grpo_jax.advantages", "grpo_jax.schedules.running_advantages")
         settings: dict[str, Any] = {"weights": weights, "names": names}
@@ -111,7 +116,17 @@ class ObjectiveSettings:
                 f"{self.advantage} takes neither rewards and their mask nor an experience. A maker? Then write it with "
                 f"its arguments, as in '{self.advantage.partition('(')[0]}(...)'"
             )
+        _try(function, group_size)
         return advantages.from_function(function, **settings), None
+
+
+def _try(function: Callable[..., Any], group_size: int) -> None:
+    """Traces an estimator of this package, of which some settings are looked at when it is called."""
+    module = getattr(function.func if isinstance(function, functools.partial) else function, "__module__", "")
+    parameters = [*inspect.signature(function).parameters]
+    if module.startswith("grpo_jax.") and parameters[:2] == ["rewards", "mask"] and "experience" not in parameters:
+        shape = (2, group_size)
+        jax.eval_shape(lambda rewards, mask: function(rewards, mask), jnp.zeros(shape), jnp.ones(shape, bool))
 
 
 def _transform(name: str) -> Any:

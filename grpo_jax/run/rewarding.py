@@ -24,7 +24,7 @@ import numpy as np
 from grpo_jax import advantages, rewards
 from grpo_jax.protocols import Advantage
 from grpo_jax.rewards.conversations import Read
-from grpo_jax.run import inputs, metrics
+from grpo_jax.run import inputs, metrics, ranges
 from grpo_jax.run.names import resolve
 from grpo_jax.schedules import Scheduled
 from grpo_jax.types import Metrics, Rollout
@@ -86,6 +86,8 @@ class RewardSettings:
         if self.held_out_every < 1:
             raise ValueError(f"--held-out-every is at least 1, got {self.held_out_every}")
         inputs.check_rewards([*self.reward_functions, *self.verifiers])
+        if not self.verifiers:
+            ranges.tell_unused(self, ["held_out_every"], without="--held-out")
         settings: dict[str, Any] = {
             "prompt_column": prompt_column, "eos_ids": eos_ids, "report_after": self.reward_timeout, "read": read
         }  # fmt: skip

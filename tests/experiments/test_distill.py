@@ -153,6 +153,8 @@ def test_the_teacher_may_be_quantised(tmp_path):
             {"write": "x", "top_k": 4, "completion_column": "completion", "teacher_column": "hint"},
             "--write is of a teacher that reads the prompts as they are",
         ),
+        ({"write": ".", "top_k": 4, "completion_column": "completion"}, r"--write \. cannot be written: name a file"),
+        ({"teacher": "", "teacher_column": "hint", "renew_every": 2, "renew_share": 2.0}, "--renew-share 2.0 is of"),
         ({"teacher": ""}, "give --model, --teacher and --data, or --smoke"),
         ({"prompts_per_step": 3, "micro_batches": 2}, "3 prompts do not divide"),
     ],

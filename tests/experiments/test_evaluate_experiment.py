@@ -307,6 +307,8 @@ def test_the_command_line_evaluates_and_shows_the_samples(files, tmp_path):
         ({"group_size": 1, "k": (1,), "filtered": pathlib.Path("x")}, "--group-size is at least 2"),
         ({"filtered": pathlib.Path(".")}, "--filtered . is a folder"),
         ({"output": pathlib.Path("rows.jsonl")}, "--output rows.jsonl is a file"),
+        ({"filtered": pathlib.Path("rows.jsonl/kept")}, "--filtered rows.jsonl/kept cannot be written"),
+        ({"output": pathlib.Path("/dev/null/out")}, "--output /dev/null/out cannot be written"),
         ({"level": 2.0}, "--level is between 0 and 1, got 2.0"),
         ({"low": 0.5, "high": 0.5}, "--low is below --high, got 0.5 and 0.5"),
         ({"rows": -1}, "--rows is at least 1, got -1"),

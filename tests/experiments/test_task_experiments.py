@@ -1,5 +1,6 @@
 """The experiments on tasks, as far as a tiny random model goes: what they do, and nothing about what they reach."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.slow
 countdown, gsm8k = load("countdown"), load("gsm8k")
 
 
-def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys):
+def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys, monkeypatch):
     config = countdown.smoke(countdown.Config(run_dir=tmp_path / "run"))
     results = countdown.train(config)
     lines = metrics.read(tmp_path / "run")
@@ -43,6 +44,9 @@ def test_countdown_trains_evaluates_exports_and_goes_on(tmp_path, capsys):
     hf.load_pretrained(tmp_path / "run" / "model")
     assert countdown.train(config) == results  # nothing is left to train, and the evaluation repeats itself
     assert "resumed at step 4 of 4" in capsys.readouterr().out
+    monkeypatch.setattr(hf, "load_pretrained", lambda *args, **settings: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=r"beta: 0\.001 -> 0\.5"):
+        countdown.train(dataclasses.replace(config, beta=0.5))
 
 
 def test_a_run_on_a_task_is_not_resumed_on_other_weights(tmp_path):

@@ -18,6 +18,13 @@ def test_rows_are_held_out_of_the_data_or_come_from_a_file():
     assert EvaluationSettings().hold_out(ROWS, pytest.fail, seed=0) == (ROWS, [])
 
 
+def test_an_evaluation_that_is_asked_for_without_rows_is_told_to_be_none(capsys):
+    EvaluationSettings(evaluate_every=5).hold_out(ROWS, pytest.fail, seed=0)
+    assert "--evaluate-every 5 has no effect without --eval-rows or --eval-data" in capsys.readouterr().out
+    EvaluationSettings(evaluate_every=5, eval_rows=2).hold_out(ROWS, pytest.fail, seed=0)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -25,6 +25,19 @@ def test_parts_that_are_there_are_read_and_the_others_are_made_in_their_order(tm
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [f"{i:05d}.json" for i in range(4)]
 
 
+def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert files.is_writable(tmp_path / "file")
+    assert files.is_writable(tmp_path / "not" / "there" / "file")
+    assert files.is_writable(tmp_path / "not" / "there", folder=True)
+    assert not files.is_writable(tmp_path)
+    assert not files.is_writable(tmp_path / "file" / "below")
+    assert not files.is_writable(tmp_path / "file", folder=True)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write whatever the modes are
+    assert not files.is_writable(tmp_path / "file")
+    assert not files.is_writable(tmp_path, folder=True)
+
+
 def test_a_request_to_stop_ends_it_between_two_parts(tmp_path, monkeypatch, capsys):
     asked = iter([False, True])
 

@@ -46,6 +46,11 @@ def test_weights_that_are_not_finite_are_refused():
         inputs.check_rewards([length], weights=[float("nan")])
 
 
+def test_no_reward_at_all_is_refused():
+    with pytest.raises(ValueError, match="there is no reward function, so that nothing would be learned"):
+        inputs.check_rewards([])
+
+
 def test_a_maker_without_its_brackets_is_refused():
     class Scorer:
         def __init__(self, **settings): ...

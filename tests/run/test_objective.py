@@ -104,6 +104,19 @@ def test_settings_that_a_loss_does_not_have_are_refused_with_those_that_it_has(f
         ObjectiveSettings(**settings).make_loss(max_tokens=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("group_advantages(eps=-1)", "eps is at least 0, got -1"),
+        ("group_advantages(ddof=4)", "ddof is 0, the population's deviation, or 1, the sample's, got 4"),
+    ],
+)
+def test_numbers_of_an_estimator_are_looked_at_before_a_model_is_read(name, message):
+    """With `eps` below 0 the advantages of most groups would change their sign."""
+    with pytest.raises(ValueError, match=message):
+        ObjectiveSettings(advantage=name).make_advantage([{}], ["r"], weights=None, group_size=2)
+
+
 def advantages_of(name):
     made, running = ObjectiveSettings(advantage=name).make_advantage([{}], ["r"], weights=None, group_size=2)
     assert running is None

@@ -1,11 +1,13 @@
 """Numbers out of range are refused under the name that they have on the command line."""
 
 import dataclasses
+import importlib
 import importlib.util
 import math
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 
 from grpo_jax.run import ranges
@@ -22,6 +24,7 @@ class Config:
     seed: int = 0
     learning_rate: float | None = 1e-6
     temperature: float = 1.0
+    reward_timeout: float = 300.0
     max_grad_norm: float = 1.0
     reward_weights: tuple[float, ...] | None = None
     group_size: int = 2
@@ -43,6 +46,12 @@ class Config:
         ({"reward_weights": (1.0, math.nan)}, "--reward-weights is a number, got nan"),
         ({"anything": math.nan}, "--anything is a number, got nan"),
         ({"group_size": 0}, "--group-size is at least 1, got 0"),
+        ({"seed": 2**32}, "--seed is at most 4294967295, got 4294967296"),  # a key would be that of the seed 0
+        ({"steps": 2**31}, "--steps is at most 2147483647, got 2147483648"),
+        ({"temperature": 1e-45}, "--temperature is computed with in float32, .* has no 1e-45"),  # 0 on the device
+        ({"learning_rate": 1e-50}, "--learning-rate is computed with in float32, .* has no 1e-50"),
+        ({"anything": -1e39}, "--anything is computed with in float32, .* has no -1e\\+39"),
+        ({"reward_timeout": 1e10}, "--reward-timeout is at most 9223372036.0, got 10000000000.0"),  # no timer takes it
         ({"run_dir": pathlib.Path("gs://bucket/run")}, "--run-dir is a path, got gs:/bucket/run: mount the bucket"),
     ],
 )
@@ -51,8 +60,33 @@ def test_a_number_out_of_range_is_told(changes, message):
         ranges.check(dataclasses.replace(Config(), **changes))
 
 
+def test_settings_that_have_no_effect_are_told(capsys):
+    ranges.tell_unused(Config(flag=True, save_every=50, steps=7), ["flag", "save_every", "steps"], without="--that")
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: --flag has no effect without --that", "warning: --steps 7 has no effect without --that"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["calculator", "guess_the_number"])
+def test_scripts_that_save_nothing_look_at_their_numbers_too(name, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    module = importlib.import_module(name)
+    with pytest.raises(ValueError, match="--seeds is at least 1, got 0"):
+        module.experiment(module.Config(results=tmp_path, seeds=0))
+
+
+def test_a_learning_rate_whose_updates_are_lost_is_told(capsys):
+    """Of weights of 0.02, an update of 1e-12 changes none, and the metrics look as they always do."""
+    assert np.float32(0.02) - np.float32(ranges.LEAST_RATE / 2) == np.float32(0.02)
+    ranges.check(Config(learning_rate=1e-12))
+    assert "warning: --learning-rate 1e-12 is about what an update of Adam moves a weight by" in capsys.readouterr().out
+    ranges.check(Config(learning_rate=1e-7))
+    assert capsys.readouterr().out == ""
+
+
 def test_what_is_in_range_passes():
     ranges.check(Config(max_grad_norm=math.inf, learning_rate=None))
+    ranges.check(Config(seed=2**32 - 1, steps=2**31 - 1, learning_rate=1e-30, reward_timeout=9e9))
     ranges.check(Config(group_size=0), group_size=0)
 
 
