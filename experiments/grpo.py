@@ -235,8 +235,8 @@ def check(config: Config) -> tuple[Updates, Mesh | None, Sequence[str]]:
         raise ValueError(f"--attention {config.attention} cannot keep packed completions apart: leave out --pack")
     if config.server is not None and (config.sample_weights is not None or config.memory_gib is not None):
         raise ValueError("--sample-weights and --memory-gib are about sampling in this process, not by a --server")
-    if several and talks:
-        raise ValueError("conversations go through the host of one process: leave out --coordinator")
+    if several and talks and config.overlap:
+        raise ValueError(f"conversations of several processes are not held ahead: leave out --overlap {config.overlap}")
     if config.step_reward is not None and (talks or several):
         alone = "leave out --tools, --environment and --coordinator"
         raise ValueError(f"--step-reward {config.step_reward} grades completions of one turn on one process: {alone}")

@@ -4,8 +4,9 @@
         train(config)                                   # the same in each process
 
 The arrays of a mesh go from device to device within the programs. What is left is little, and goes over the service by
-which JAX brought the processes together: rewards, metrics, and whether one of them has failed. A device does not wait
-for it. Every process calls these functions in the same order; in a single process each of them does nothing.
+which JAX brought the processes together: rewards, what environments answered, metrics, and whether one of them has
+failed. A device waits for it between the turns of conversations alone. Every process calls these functions in the same
+order; in a single process each of them does nothing.
 """
 
 import collections
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed  # the service's keys and values have no public name; Orbax takes them from here, too
 from jax.experimental import multihost_utils
@@ -232,6 +234,18 @@ def own_rows(tree: Tree, of: Array) -> tuple[np.ndarray, Tree]:
         return rows
 
     return own, jax.tree.map(rows_of, tree)
+
+
+def beside(array: Any, x: np.ndarray) -> Array:
+    """An array of leading axis `B`, which each process has whole, with its rows where those of another lie.
+
+    Each process puts down the rows that are on its devices. Where the other lies on no mesh, nor does this.
+    """
+    where = getattr(array, "sharding", None)
+    if not isinstance(where, jax.NamedSharding):
+        return jnp.asarray(x)
+    rows = jax.NamedSharding(where.mesh, jax.P(*where.spec[:1]))
+    return jax.make_array_from_callback(x.shape, rows, x.__getitem__)
 
 
 def _held(array: Any) -> np.ndarray:

@@ -30,6 +30,7 @@ def test_a_process_by_itself_exchanges_with_itself_and_looks_after_every_row():
     own, (found,) = processes.own_rows((jax.numpy.asarray(rows),), of=rows)
     np.testing.assert_array_equal(own, range(3))
     np.testing.assert_array_equal(found, rows)
+    np.testing.assert_array_equal(processes.beside(rows, rows[:, 0]), rows[:, 0])
     with pytest.raises(KeyError), processes.alike("failing"):
         raise KeyError("its own kind")
 
@@ -125,6 +126,10 @@ with processes.joined(f"127.0.0.1:{port}", 2, index, wait=60):
     x = sharding.batch(mesh, rows)
     own, found = processes.own_rows(x, of=x)
     assert own.tolist() == [[0, 1], [2, 3]][index] and (found == rows[own]).all(), (own, found)
+    y = processes.beside(x, rows[..., 0])
+    own, found = processes.own_rows(y, of=y)
+    assert own.tolist() == [[0, 1], [2, 3]][index] and (found == rows[own, :, 0]).all(), (own, found)
+    assert y.sharding.is_equivalent_to(x.sharding, 2), y.sharding
     divided = jax.NamedSharding(mesh, jax.P(None, "data"))
     groups = jax.make_array_from_callback((1, 2, 2), divided, rows[:1, :2].__getitem__)
     own, found = processes.own_rows(groups, of=groups)
@@ -133,6 +138,8 @@ with processes.joined(f"127.0.0.1:{port}", 2, index, wait=60):
     assert (np.concatenate(list(processes.blocks(x))) == rows).all()
     for n in range(3):
         assert processes.exchange("n", [n, index]) == [[n, 0], [n, 1]]
+    long = [[n] * 2**22 for n in range(2)]  # some answers of environments to a whole batch: 12 MB
+    assert processes.exchange("long", long[index]) == long
     try:
         with processes.alike("one"):
             if index == 1:

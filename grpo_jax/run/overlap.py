@@ -16,7 +16,8 @@ resumed run learns from the same bits.
 What goes through the host, as conversations and servers do, is collected by a thread: environments answer while the
 device learns. Which policy a batch is of does not depend on who is faster. What the thread raises is raised where the
 batch is needed, at the head of a step, where the state is whole and can be saved; a run that ended so samples that
-batch anew, from the policy of then.
+batch anew, from the policy of then. Over several processes such samplers are refused: each process would start the
+thread's programs and those of `learn` in an order of its own, and what they send would meet another's.
 """
 
 import concurrent.futures
@@ -83,10 +84,16 @@ def ahead(
       there, an `Ahead`.
 
     Raises:
-      ValueError: for a depth below 1; as the sampler, for one of the host that has no `blank`.
+      ValueError: for a depth below 1; in a run of several processes, for a sampler of the host; as the sampler, for one
+        of the host that has no `blank`.
     """
     if depth < 1:
         raise ValueError(f"depth is at least 1, got {depth}; without batches in flight: overlap.in_turn")
+    if step.on_host and jax.process_count() > 1:
+        raise ValueError(
+            f"a thread would collect ahead through the host, and the {jax.process_count()} processes would start its "
+            "programs and those of `learn` in other orders: overlap.in_turn, or a sampler that is traced"
+        )
     fit: Callable[[Experience], Experience] = functools.partial(resize_prompts, width=width)
     first_prompts = batch(0)  # not within a trace: several processes put the values of arrays onto a mesh
     form = jax.eval_shape(fit, jax.eval_shape(step.shaped or step.collect, state, first_prompts))

@@ -257,14 +257,9 @@ class EngineSampler:
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, prompts, key))):
             raise ValueError("a server cannot be called from a program: call `step.collect` without jit")
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"a server is given the weights by one process, and this run has {jax.process_count()}: use the "
-                "devices of one"
-            )
-        tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths).tolist()
         with self.lock:
             self.refresh(policy, params)
+            tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths).tolist()
             groups = self.draw(
                 [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)],
                 seeds=seeds_of(key, len(lengths)),
@@ -281,7 +276,16 @@ class EngineSampler:
         )
 
     def refresh(self, policy: Policy, params: Params) -> None:
-        """Gives the server the params if its own are others and too old; to be called once a batch."""
+        """Gives the server the params if its own are others and too old; to be called once a batch.
+
+        Raises:
+          ValueError: in a run of several processes.
+        """
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"a server is given the weights by one process, and this run has {jax.process_count()}: use the "
+                "devices of one"
+            )
         has = [leaf() for leaf in self.given["leaves"]]
         if has and all(a is b for a, b in zip(has, jax.tree.leaves(params), strict=True)):
             return

@@ -8,6 +8,7 @@ log-probs are those of the tokens that are trained on.
 import copy
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax import processes
 from grpo_jax.data.batches import bucket
 from grpo_jax.data.between_turns import Between, between_texts
 from grpo_jax.environments import Failure, Message, Respond, Turn, answers
@@ -73,18 +75,17 @@ class ConversationSampler:
     def __call__(self, policy: Policy, params: Params, prompts: Prompts, key: PRNGKey) -> Rollout:
         """Draws `group_size` conversations for each prompt, on the host between programs.
 
+        Of several processes (`grpo_jax.processes`) each asks its environment about the conversations of its own
+        prompts, and all of them get the rollout of all; its rows lie where those of the prompts do.
+
         Raises:
-          ValueError: under jit; in a run of several processes; if the prompts do not name their rows.
+          ValueError: under jit; if the prompts do not name their rows; in a run of several processes, of a server.
+          ProcessError: for what was raised in another process and is no failure of an environment.
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, prompts, key))):
             raise ValueError(
                 "conversations go through the host, which a program cannot: call `step.collect` without jit, or use "
                 "an environment that is traced"
-            )
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"conversations are held by one process, and this run has {jax.process_count()}: use the devices of "
-                "one, or an environment that is traced"
             )
         if "row" not in prompts.info:
             raise ValueError("the prompts do not name their rows of the data set: make_prompts(prompts, rows)")
@@ -122,14 +123,15 @@ def conversations(
     `max_tokens` are used up: within a turn, or since an answer does not fit with one more token after it, and is then
     left out; and when the environment would go on after `max_turns`. Where the environment fails (raises, gives no
     text, more than `max_answer_tokens`, or nothing within `timeout`), the conversation is masked whole, counted as the
-    metric `environment_failed`, and reported as a warning.
+    metric `environment_failed`, and reported as a warning, of several processes by the one that has asked.
 
     Args:
       sampler: of the turns; its `max_tokens` are those of a conversation, the environment's included. That of a server
         (`servers.engine_sampler`) is asked for a turn of all conversations at a time, with their tokens so far.
       respond: `(row, messages) -> Turn | None`, plain or async; see `environments`. The row is a copy that belongs to
         the conversation, so that an environment may keep its state in it. Messages are the prompt's and one for each
-        turn since, the policy's as text without the end token.
+        turn since, the policy's as text without the end token. Of several processes one alone is asked about a
+        conversation, in all of its turns.
       tokenizer: of the policy.
       rows: of the data set, into which `prompts.info["row"]` points.
       max_turns: `K`, of the policy in one conversation.
@@ -207,11 +209,12 @@ def _renew(policy: Policy, rows: Rows, fresh: Array, last: Array) -> Rows:
 class _Conversation:
     """One conversation as far as it has come."""
 
+    own: bool  # whether this process asks the environment about it
     row: dict[str, Any]
-    messages: list[Message]
-    tokens: list[int]
-    mask: list[bool]
-    log_probs: list[float]
+    messages: list[Message]  # of another process's, the prompt's alone
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    mask: list[bool] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
     turn: int = 0  # where the policy's present turn begins
     ends: list[int] = dataclasses.field(default_factory=list)
     rewards: list[float | None] = dataclasses.field(default_factory=list)
@@ -233,9 +236,10 @@ def _converse(
     widest = bucket(min(made.max_answer_tokens, T), 64)
     params, prompt_cache = _prefill(policy, params, prompts)
     keys = completion_keys(key, B, G).reshape(-1)
-    lengths = np.asarray(prompts.lengths)
-    last = np.asarray(prompts.tokens)[np.arange(B), lengths - 1]
-    begun = [_begin(made, row) for row in np.repeat(np.asarray(prompts.info["row"]), G).tolist()]
+    tokens, lengths, numbers = processes.whole((prompts.tokens, prompts.lengths, prompts.info["row"]))
+    last = tokens[np.arange(B), lengths - 1]
+    own, _ = processes.own_rows((), of=prompts.tokens)
+    begun = [_begin(made, number, own=b in own) for b, number in enumerate(numbers.tolist()) for _ in range(G)]
 
     # Together, a row of the cache is a completion of its group; in slots each has a copy of its prompt's cache.
     together = sampler.slots is None
@@ -262,7 +266,7 @@ def _converse(
         rows, written = _decode(
             policy, sampler, params, row_prompts, row_lengths, row_keys, rows, jnp.asarray(active), jnp.asarray(enough)
         )
-        texts = _take_turns(made, begun, held, jax.device_get(written))
+        texts = _take_turns(made, begun, held, processes.whole(written))
         if any(texts.values()):
             S = bucket(max(map(len, texts.values())), 64)
             padded, counts = np.zeros((*shape, S), np.int32), np.zeros(shape, np.int32)
@@ -281,7 +285,7 @@ def _converse_with_server(
     B, G, T = prompts.tokens.shape[0], sampler.group_size, sampler.max_tokens
     sampler.refresh(policy, params)
     rows = np.repeat(np.asarray(prompts.info["row"]), G).tolist()
-    begun = [_begin(made, row) for row in rows]
+    begun = [_begin(made, row, own=True) for row in rows]
     lengths, tokens = np.asarray(prompts.lengths).tolist(), np.asarray(prompts.tokens)
     heads = [tokens[i // G, : lengths[i // G]].tolist() for i in range(B * G)]
     held = np.arange(B * G)  # -1 for a conversation that is over
@@ -305,7 +309,7 @@ def _converse_with_server(
     return _rollout(prompts, begun, (B, G, T), made.max_turns)
 
 
-def _begin(made: ConversationSampler, row: int) -> _Conversation:
+def _begin(made: ConversationSampler, row: int, *, own: bool) -> _Conversation:
     given = copy.deepcopy(dict(made.rows[row]))
     prompt = given[made.prompt_column]
     if not isinstance(prompt, str) and made.between is None:
@@ -314,7 +318,7 @@ def _begin(made: ConversationSampler, row: int) -> _Conversation:
             f"{str(prompt)[:200]!r}"
         )
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-    return _Conversation(given, messages, [], [], [])
+    return _Conversation(own, given, messages)
 
 
 def _take_turns(
@@ -322,7 +326,8 @@ def _take_turns(
 ) -> dict[int, list[int]]:
     """Takes up what was written, asks the environment where a turn has ended, and returns the tokens that follow.
 
-    Conversations that are over leave their rows.
+    Conversations that are over leave their rows. Every process takes up what was written in all of them, and is told
+    what came of those that others have asked about: all hold the same, and decode on alike.
     """
     over, waiting = [], []
     for place in zip(*np.nonzero(held >= 0), strict=True):
@@ -337,38 +342,61 @@ def _take_turns(
             conversation.truncated = True
             over.append(number)
     for number in waiting:
+        begun[number].ends.append(len(begun[number].tokens))
+    told: list[_Told] = []
+    if waiting:
+        with processes.alike("asking"):
+            told = _ask(made, {number: begun[number] for number in waiting if begun[number].own})
+        told = [*itertools.chain(*processes.exchange("answers", told))]
+    following = {}
+    for number, tokens, rewards, truncated, failed in told:
         conversation = begun[number]
+        conversation.rewards, conversation.truncated, conversation.failed = rewards, truncated, failed
+        if tokens is None:
+            over.append(number)
+        else:
+            conversation.wrote(tokens, [0.0] * len(tokens), False)
+            conversation.turn = len(conversation.tokens)
+            following[number] = tokens
+    held[np.isin(held, over)] = -1
+    return following
+
+
+# Of a conversation: its number, the tokens that follow (None where it is over), rewards of turns, truncated, failed.
+_Told = tuple[int, list[int] | None, list[float | None], bool, bool]
+
+
+def _ask(made: ConversationSampler, waiting: Mapping[int, _Conversation]) -> list[_Told]:
+    """Asks the environment about conversations, by their numbers, in which a turn of the policy has ended."""
+    for conversation in waiting.values():
         turn = [token for token in conversation.tokens[conversation.turn :] if token not in made.sampler.eos_ids]
         text = str(made.tokenizer.decode(turn, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         conversation.messages.append({"role": "assistant", "content": text})
-        conversation.ends.append(len(conversation.tokens))
-    asked = [(begun[number].row, copy.deepcopy(begun[number].messages)) for number in waiting]
-    given = answers(made.respond, asked, timeout=made.timeout) if waiting else []
-    following, failures = {}, []
-    for number, answer in zip(waiting, given, strict=True):
-        tokens = _follow(made, begun[number], answer)
+    asked = [(conversation.row, copy.deepcopy(conversation.messages)) for conversation in waiting.values()]
+    given = answers(made.respond, asked, timeout=made.timeout) if asked else []
+    told: list[_Told] = []
+    failures = []
+    for (number, conversation), answer in zip(waiting.items(), given, strict=True):
+        tokens = _follow(made, conversation, answer)
         if isinstance(tokens, Failure):
-            begun[number].failed = True
             failures.append(tokens.message)
-        if isinstance(tokens, list):
-            following[number] = tokens
-        else:
-            over.append(number)
+        following = tokens if isinstance(tokens, list) else None
+        failed = isinstance(tokens, Failure)
+        told.append((number, following, conversation.rewards, conversation.truncated, failed))
     if failures:
         warnings.warn(
             f"the environment failed in {len(failures)} of {len(given)} conversations, which are masked; first: "
             f"{failures[0]}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-    held[np.isin(held, over)] = -1
-    return following
+    return told
 
 
 def _follow(
     made: ConversationSampler, conversation: _Conversation, answer: Turn | Failure
 ) -> list[int] | Failure | None:
-    """Adds an answer to its conversation and returns its tokens; None where the conversation is over."""
+    """Adds an answer's messages and rewards to its conversation; its tokens, or None where the conversation is over."""
     conversation.rewards.append(None if isinstance(answer, Failure) else answer.reward)
     if isinstance(answer, Failure):
         return answer
@@ -399,8 +427,6 @@ def _follow(
         conversation.truncated = True
         return None
     conversation.messages += content
-    conversation.wrote(tokens, [0.0] * len(tokens), False)
-    conversation.turn = len(conversation.tokens)
     return tokens
 
 
@@ -425,14 +451,15 @@ def _shortened(between: Between, messages: Sequence[Message], last: int, most: i
 
 
 def _rollout(prompts: Prompts, begun: Sequence[_Conversation], shape: tuple[int, int, int], K: int) -> Rollout:
+    def each(values: Any) -> Array:
+        table = np.asarray(values)
+        return processes.beside(prompts.lengths, table.reshape(*shape[:2], *table.shape[1:]))
+
     def padded(values: Sequence[Sequence[Any]], width: int, dtype: Any) -> Array:
         table = np.zeros((len(values), width), dtype)
         for i, row in enumerate(values):
             table[i, : len(row)] = row
-        return jnp.asarray(table.reshape(*shape[:2], width))
-
-    def flags(values: Sequence[bool]) -> Array:
-        return jnp.asarray(np.array(values).reshape(shape[:2]))
+        return each(table)
 
     given = [[reward is not None and not c.failed for reward in c.rewards] for c in begun]
     rewards = [[0.0 if reward is None or c.failed else reward for reward in c.rewards] for c in begun]
@@ -440,15 +467,15 @@ def _rollout(prompts: Prompts, begun: Sequence[_Conversation], shape: tuple[int,
         ends=padded([c.ends for c in begun], K, np.int32),
         rewards=padded(rewards, K, np.float32),
         mask=padded(given, K, bool),
-        failed=flags([c.failed for c in begun]),
+        failed=each([c.failed for c in begun]),
     )
     return Rollout(
         prompts,
         tokens=padded([c.tokens for c in begun], shape[2], np.int32),
-        lengths=jnp.asarray(np.array([len(c.tokens) for c in begun], np.int32).reshape(shape[:2])),
+        lengths=each(np.array([len(c.tokens) for c in begun], np.int32)),
         mask=padded([[written and not c.failed for written in c.mask] for c in begun], shape[2], bool),
         log_probs=padded([c.log_probs for c in begun], shape[2], np.float32),
-        truncated=flags([c.truncated for c in begun]),
+        truncated=each([c.truncated for c in begun]),
         turns=turns,
     )
 

@@ -2,18 +2,22 @@
 
     python tests/experiments/runs_of_grpo.py '[{"run-dir": "a", ...}, {"run-dir": "b", ...}]'
 
-The runs make the same step, which is compiled once. `"killed": [1, 0.2]`, which is no setting, kills the process 0.2 s
-after it is asked for the rewards of step 1.
+Runs that sample in the same way make the same step, which is compiled once. The rollouts of conversations are written
+to `rollout_<n>_of_<processes>.npz`, whole. `"killed": [1, 0.2]`, which is no setting, kills the process 0.2 s after it
+is asked for the rewards of step 1.
 """
 
 import json
 import os
+import pathlib
 import signal
 import sys
 import threading
 import time
 
 import grpo
+import jax
+import numpy as np
 import tyro
 
 from grpo_jax import packing, processes
@@ -30,16 +34,32 @@ class Jitted(Step):
 
 
 def once(make):
-    """`make_train_step` of runs that are alike: the step of the first."""
-    made = []
+    """`make_train_step` of runs that are alike: the step of the first that samples in this way."""
+    made = {}
 
-    def step(*arguments, **settings):
-        if not made:
-            jitted = make(*arguments, **settings).jit()
-            made.append(Jitted(jitted.collect, jitted.learn, jitted.on_host))
-        return made[0]
+    def step(policy, optimizer, sampler, **settings):
+        way = type(sampler), getattr(sampler, "sampler", sampler).slots
+        if way not in made:
+            jitted = make(policy, optimizer, sampler, **settings).jit()
+            collect = written(jitted.collect) if jitted.on_host else jitted.collect
+            made[way] = Jitted(collect, jitted.learn, jitted.on_host)
+        return made[way]
 
     return step
+
+
+def written(collect):
+    """`collect`, whose rollouts the first process writes to a file."""
+
+    def collected(state, prompts):
+        experience = collect(state, prompts)
+        arrays = jax.tree.leaves(processes.whole(experience.rollout))
+        if processes.is_first():
+            number = len([*pathlib.Path().glob(f"rollout_*_of_{jax.process_count()}.npz")])
+            np.savez(f"rollout_{number}_of_{jax.process_count()}.npz", *arrays)
+        return experience
+
+    return collected
 
 
 def told(pack):

@@ -497,8 +497,10 @@ def test_a_mesh_is_asked_for_where_there_are_several_processes(files, tmp_path, 
     ):
         with pytest.raises(ValueError, match=message):
             grpo.check(settings(files, tmp_path, mesh="fsdp=2", **changes))
-    with pytest.raises(ValueError, match="conversations go through the host of one process: leave out --coordinator"):
-        grpo.check(settings(files, tmp_path, mesh="fsdp=2", tools=("my_tools:add",)))
+    talking = {"mesh": "fsdp=2", "tools": ("my_tools:add",)}
+    assert grpo.check(settings(files, tmp_path, **talking))[1] is mesh
+    with pytest.raises(ValueError, match="of several processes are not held ahead: leave out --overlap 2"):
+        grpo.check(settings(files, tmp_path, **talking, overlap=2))
 
 
 def test_a_wrong_number_of_rewards_is_told(files, tmp_path):

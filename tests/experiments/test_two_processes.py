@@ -21,6 +21,7 @@ from grpo_jax import testing
 ROOT = pathlib.Path(__file__).parents[2]
 REWARD = """
 import jax
+from grpo_jax.environments import Turn
 
 def asked_for(step):
     pass
@@ -33,6 +34,13 @@ def brevity(completions, trainer_state):
 
 def length(completions):
     return [1.0 * len(completion) for completion in completions]
+
+def respond(row, messages):
+    row["asked"] = row.get("asked", 0) + 1
+    if row["prompt"] == "What is 3 + 1?" and row["asked"] > 1:
+        raise KeyError("of one environment")
+    said = messages[-1]["content"]
+    return Turn(f"no, {len(said)}" if len(said) % 3 else None, row["asked"] + 0.1)
 """
 SETTINGS = {
     "model": "model", "data": "data.jsonl", "reward": "my_rewards:brevity", "compute-dtype": "float32",
@@ -40,6 +48,16 @@ SETTINGS = {
     "learning-rate": 1e-3, "warmup-steps": 1, "save-every": 1, "show-every": 1, "score-old": True, "steps": 3,
 }  # fmt: skip
 AHEAD = {"overlap": 1, "reward": "my_rewards:length", "pack": True, "completion-bucket": 12}
+TALK = {
+    "environment": "my_rewards:respond", "reward": "grpo_jax.rewards:environment", "max-tokens": 60, "max-turns": 4,
+    "max-answer-tokens": 20, "eval-rows": 2, "evaluate-every": 2, "eval-batch": 2, "steps": 2,
+}  # fmt: skip
+
+
+def talks(name):
+    """Runs of conversations, all together and in slots."""
+    slots = {"slots": 4, "eval-rows": 0, "steps": 1}
+    return {"run-dir": f"{name}_talk", **TALK}, {"run-dir": f"{name}_talk_in_slots", **TALK, **slots}
 
 
 def run(folder, *runs, processes=1, killed=None):
@@ -85,12 +103,12 @@ def made(tmp_path_factory):
     (folder / "my_rewards.py").write_text(REWARD)
 
     killed = random.randrange(2), random.randrange(1, 3), round(random.uniform(0, 0.4), 3)  # which, step, seconds
-    runs = ({"run-dir": "two"}, {"run-dir": "ahead", **AHEAD, "steps": 1}, {"run-dir": "ahead", **AHEAD})
+    runs = ({"run-dir": "two"}, {"run-dir": "ahead", **AHEAD, "steps": 1}, {"run-dir": "ahead", **AHEAD}, *talks("two"))
     two = run(folder, *runs, {"run-dir": "killed"}, processes=2, killed=killed)
     assert two[killed[0]].returncode == -9, [process.stderr[-9000:] for process in two]
     shutil.copytree(folder / "killed", folder / "alone")
     resumed = run(folder, {"run-dir": "killed"}, processes=2)
-    runs = ({"run-dir": "one"}, {"run-dir": "one_ahead", **AHEAD}, {"run-dir": "alone"})
+    runs = ({"run-dir": "one"}, {"run-dir": "one_ahead", **AHEAD}, {"run-dir": "alone"}, *talks("one"))
     (one,) = run(folder, *runs)
     for process in (*resumed, one):
         assert process.returncode == 0, process.stderr[-3000:]
@@ -102,13 +120,14 @@ def lines(file):
 
 
 def completions(made, name):
-    return [line["completion"] for line in lines(made.folder / name / "completions.jsonl")]
+    return [line.get("completion", line.get("turns")) for line in lines(made.folder / name / "completions.jsonl")]
 
 
-def assert_equal_to_rounding(made, found, expected):
+def assert_equal_to_rounding(made, found, expected, steps=3):
     assert completions(made, found) == completions(made, expected)
     kept, other = (
-        safetensors.numpy.load_file(made.folder / name / "step_3/model.safetensors") for name in (expected, found)
+        safetensors.numpy.load_file(made.folder / name / f"step_{steps}/model.safetensors")
+        for name in (expected, found)
     )
     for name, tensor in kept.items():
         np.testing.assert_allclose(other[name], tensor, rtol=0, atol=1e-6, err_msg=name)
@@ -147,3 +166,20 @@ def test_two_processes_sample_ahead_and_go_on_with_the_batch_in_flight_and_pack_
     assert_equal_to_rounding(made, "ahead", "one_ahead")
     shapes = [re.findall(r"^packed as (.*)$", process.stderr, re.MULTILINE) for process in (*made.two, made.one)]
     assert shapes == [["(4, 1, 12)", "(4, 1, 12)", "None"]] * 3
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_conversations_of_one_also_where_an_environment_fails_in_one_of_them(made):
+    for n in range(3):
+        one, two = (np.load(made.folder / f"rollout_{n}_of_{processes}.npz") for processes in (1, 2))
+        for name, array in one.items():  # tokens, masks, turns and rewards; and log-probs
+            np.testing.assert_allclose(two[name], array, rtol=0, atol=1e-5 if array.dtype == np.float32 else 0)
+    assert_equal_to_rounding(made, "two_talk", "one_talk", steps=2)
+    assert_equal_to_rounding(made, "two_talk_in_slots", "one_talk_in_slots", steps=1)
+    one, two = (lines(made.folder / name / "metrics.jsonl") for name in ("one_talk", "two_talk"))
+    assert [line.get("environment_failed") for line in two] == [0.0, 0.25, None]
+    for name in ("reward", "turns", "eval/reward"):
+        assert [line.get(name) for line in two] == pytest.approx([line.get(name) for line in one]), name
+    assert max(line["turns"] for line in two[:2]) > 1.5
+    failed = ["KeyError: 'of one environment'" in process.stderr for process in (*made.two, made.one)]
+    assert (sum(failed[:2]), failed[2]) == (1, True), failed

@@ -89,6 +89,12 @@ def test_a_batch_is_of_the_policy_some_updates_before_and_a_state_that_is_kept_g
     assert all(name.startswith("collect") for name in threads)
 
 
+def test_a_sampler_of_the_host_is_refused_where_there_are_several_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="the 2 processes would start its programs and those of `learn` in other orde"):
+        overlap.ahead(Step(collect, learn, True, collect), batch, state_of(), width=WIDTH)
+
+
 def test_a_depth_that_is_none_is_refused():
     with pytest.raises(ValueError, match="depth is at least 1, got 0"):
         overlap.ahead(Step(collect, learn), batch, state_of(), width=WIDTH, depth=0)

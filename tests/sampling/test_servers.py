@@ -211,8 +211,10 @@ def test_requests_that_fail_are_sent_again_and_answers_that_cannot_be_used_are_t
     with pytest.raises(ValueError, match=r"call `step\.collect` without jit"):
         jax.jit(lambda params: made(POLICY, params, PROMPTS, jax.random.key(0)))(PARAMS)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="by one process, and this run has 2: use the devices of one"):
-        made(POLICY, PARAMS, PROMPTS, jax.random.key(0))
+    talking = sampling.conversations(made, lambda row, messages: None, tiny_tokenizer(259), [], max_turns=2)
+    for drawing in (made, talking):
+        with pytest.raises(ValueError, match="by one process, and this run has 2: use the devices of one"):
+            drawing(POLICY, PARAMS, make_prompts([[20, 30]], rows=[0]), jax.random.key(0))
 
 
 def drawn_once(server, folder, talks):

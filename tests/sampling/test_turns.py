@@ -1,7 +1,10 @@
 """Conversations: their tokens are those that were sampled and those that were answered, with the scorer's log-probs."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import json
+import threading
 import time
 
 import jax
@@ -10,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import data, losses, make_train_step, sampling
+from grpo_jax import data, losses, make_train_step, processes, sampling
 from grpo_jax.environments import Turn
 from grpo_jax.policies import from_logits_fn
 from grpo_jax.sampling import conversations, turn_rewards, turns
@@ -310,7 +313,7 @@ def test_results_of_tools_are_cut_to_fit_and_where_they_cannot_the_conversation_
 
     def follow(contents):
         made = conversations(sampler_of(), answer, TOKENIZER, TEXTS, max_turns=3, between=between, max_answer_tokens=90)
-        talk = turns._Conversation({}, [], [5, END], [True] * 2, [-1.0] * 2, ends=[2], rewards=[])
+        talk = turns._Conversation(True, {}, [], [5, END], [True] * 2, [-1.0] * 2, ends=[2], rewards=[])
         tokens = turns._follow(made, talk, Turn([{"role": "tool", "content": text} for text in contents]))
         return talk, tokens
 
@@ -320,7 +323,7 @@ def test_results_of_tools_are_cut_to_fit_and_where_they_cannot_the_conversation_
     assert talk.messages[1]["content"].startswith("yes yes")
     left = 8000 - len(talk.messages[1]["content"].split(" ... (")[0])
     assert talk.messages[1]["content"].endswith(f" ... ({left} characters left out)")
-    assert tokens == between(talk.messages, END) == talk.tokens[2:]
+    assert tokens == between(talk.messages, END)
     talk, tokens = follow(["error: there is no tool"] * 100)
     assert (tokens, talk.truncated, talk.messages) == (None, True, [])
 
@@ -329,7 +332,7 @@ def test_an_answer_after_the_last_turn_is_not_looked_at_and_one_without_tokens_i
     def follow(text, max_turns, between):
         settings = {"max_turns": max_turns, "between": between, "max_answer_tokens": 90}
         made = conversations(sampler_of(), answer, TOKENIZER, TEXTS, **settings)
-        talk = turns._Conversation({}, [], [5, END], [True] * 2, [-1.0] * 2, ends=[2], rewards=[])
+        talk = turns._Conversation(True, {}, [], [5, END], [True] * 2, [-1.0] * 2, ends=[2], rewards=[])
         return talk, turns._follow(made, talk, Turn([{"role": "user", "content": text}], 0.5))
 
     talk, tokens = follow("yes " * 2000, 1, data.between_turns(TOKENIZER))
@@ -403,11 +406,94 @@ def test_a_program_cannot_hold_a_conversation_of_the_host():
         jax.jit(lambda params: made(DECODER, params, PROMPTS, jax.random.key(0)))(params_of("decoder"))
 
 
-def test_conversations_are_those_of_one_process(monkeypatch):
-    made = conversations(sampler_of(), answer, TOKENIZER, ROWS.rows, max_turns=2)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="held by one process, and this run has 2: use the devices of one, or an envi"):
-        made(DECODER, None, PROMPTS, jax.random.key(0))
+@pytest.fixture
+def by_two(monkeypatch):
+    """Runs `of(index)` in two threads that are two processes: the first's prompts are 0 and 2, the second's is 1.
+
+    Returns what each came to, be it an exception. One that waits for the other in vain raises.
+    """
+    playing, said, both = threading.local(), {}, threading.Barrier(2, timeout=20)
+
+    def exchange(name, value):
+        said[playing.index] = name, json.dumps(value)
+        both.wait()
+        names, values = zip(said[0], said[1], strict=True)
+        both.wait()
+        assert names[0] == names[1]
+        return [*map(json.loads, values)]
+
+    def own_rows(tree, of):
+        return np.arange(of.shape[0])[playing.index :: 2], tree
+
+    def play(of):
+        def one(index):
+            playing.index = index
+            try:
+                return of(index)
+            except Exception as error:
+                return error
+
+        with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(2) as threads:
+            patch.setattr(processes, "exchange", exchange)
+            patch.setattr(processes, "own_rows", own_rows)
+            return [*threads.map(one, range(2))]
+
+    return play
+
+
+def asked_of(seen, respond=answer):
+    """An environment that notes the answers of the rows that it was asked about."""
+
+    def noted(row, messages):
+        seen.append(row["answer"])
+        return respond(row, messages)
+
+    return noted
+
+
+@pytest.mark.parametrize("slots", [None, 5])
+def test_processes_ask_about_their_own_prompts_and_hold_the_conversations_of_one(by_two, slots):
+    seen = [], []
+    sampler = dataclasses.replace(sampler_of(), slots=slots)
+    for rollout in by_two(lambda index: converse(asked_of(seen[index]), sampler=sampler)):
+        jax.tree.map(np.testing.assert_array_equal, rollout, conversed(slots=slots))
+    of_prompts = [ROWS.rows[row]["answer"] for row in np.asarray(PROMPTS.info["row"])]
+    assert [{*asked} for asked in seen] == [{of_prompts[0], of_prompts[2]}, {of_prompts[1]}]
+    whole = []
+    converse(asked_of(whole), sampler=sampler)
+    assert sorted(seen[0] + seen[1]) == sorted(whole)
+
+
+def test_an_environment_that_fails_in_one_process_masks_the_conversations_that_it_would_in_one(by_two):
+    def sometimes(row, messages):
+        return raises(row, messages) if row["answer"] == 2 and len(messages) > 2 else answer(row, messages)
+
+    with pytest.warns(RuntimeWarning, match="KeyError: 'no such city'") as told:
+        both = by_two(lambda index: converse(sometimes))
+    with pytest.warns(RuntimeWarning) as told_by_one:
+        one = converse(sometimes)
+    assert one.turns.failed.any()
+    assert not one.turns.failed.all()
+    assert len(told) == len(told_by_one)
+    for rollout in both:
+        jax.tree.map(np.testing.assert_array_equal, rollout, one)
+
+
+def test_what_is_no_failure_of_an_environment_is_raised_in_all_processes(by_two):
+    def respond(index):
+        def together(asked, timeout):
+            if index == 1:
+                raise OSError("no room for another process")
+            return [answer(*one) for one in asked]
+
+        made = asked_of([])
+        made.together = together
+        return made
+
+    first, second = by_two(lambda index: converse(respond(index)))
+    assert isinstance(second, OSError)
+    assert isinstance(first, processes.ProcessError)
+    assert str(first) == "in process 1: OSError: no room for another process"
 
 
 @pytest.mark.parametrize(
