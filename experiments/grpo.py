@@ -112,6 +112,9 @@ def train(config: Config) -> Params:
     gap = config.score_old or config.server is not None
     transforms = [*config.transforms(), *([measured.sampler_gap()] if gap else [])]
     score_old = config.overlap > 0 or gap
+    if updates.count == 1 and not score_old and ":" not in config.loss:  # the ratio is 1
+        several = "several updates of a rollout: --iterations or --minibatches"
+        ranges.tell_unused(config, ["epsilon", "epsilon_high"], without=several)
     tokenizer = hf.load_tokenizer(config.model)
     rows, held_out = config.hold_out(config.read(config.data), config.read, seed=config.seed)
     talk = config.talk(tokenizer, rows)
@@ -123,6 +126,7 @@ def train(config: Config) -> Params:
     both = data.PromptSet([*prompts.rows, *held_out.rows], [*prompts.prompts, *held_out.prompts])
     inputs.check_arguments([*functions, *config.verifiers], both.rows, prompt_column=config.prompt_column)
     inputs.check_tokens(config.model, tokenizer, both.prompts, max_tokens=config.max_tokens, rows=both.rows)
+    inputs.check_experts(config.model, record_experts=config.record_experts, load_balance=config.load_balance)
     inputs.tell_repeated(prompts.prompts, held_out.prompts)
     chats = config.has_chats(both.rows)
     own = config.make_sampler(tokenizer, hf.eos_ids(config.model, tokenizer, chat=chats, template=config.template))

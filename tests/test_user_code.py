@@ -65,19 +65,34 @@ def test_what_is_printed_is_seen_again_after_a_function_that_caught_it(capsys):
     assert capsys.readouterr().out == "seen\nseen\n"
 
 
-@pytest.mark.parametrize("ends", ["pass", "raise KeyError"])
-def test_a_fork_that_comes_back_from_a_function_does_not_go_on_with_the_run(ends):
-    """In a process without JAX, which warns of forks."""
-    program = f"""
-import importlib.util, os
+def in_a_process(program):
+    """Of `put_back` without JAX, which warns of forks."""
+    loaded = f"""
+import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("user_code", {user_code.__file__!r})
 user_code = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(user_code)
+"""
+    return subprocess.run([sys.executable, "-c", loaded + program], capture_output=True, text=True, check=True)
+
+
+def test_a_stream_that_a_function_has_closed_is_open_again():
+    done = in_a_process("""
+with user_code.put_back("closes"):
+    sys.stdout.close(), sys.stderr.close()
+print("the run goes on")
+print("with its errors", file=sys.stderr)
+""")
+    assert (done.stdout, done.stderr) == ("the run goes on\n", "with its errors\n")
+
+
+@pytest.mark.parametrize("ends", ["pass", "raise KeyError"])
+def test_a_fork_that_comes_back_from_a_function_does_not_go_on_with_the_run(ends):
+    done = in_a_process(f"""
 with user_code.put_back("forks"):
     if (child := os.fork()) == 0:
         {ends}
 print("the run goes on after", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+""")
     assert done.stdout == "the run goes on after 1\n"
     assert "a process that forks forked came back from it, and ends" in done.stderr

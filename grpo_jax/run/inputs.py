@@ -9,6 +9,7 @@ import transformers
 
 from grpo_jax.data import place_of
 from grpo_jax.data.rows import gold_column_of
+from grpo_jax.models import from_hf_config
 from grpo_jax.rewards import group_size_of, name_of
 from grpo_jax.rewards.answers import gold_text
 from grpo_jax.rewards.calling import reads_of
@@ -64,6 +65,23 @@ def check_tokens(
             f"warning: the longest prompt ({longest} tokens) and a completion of {max_tokens} pass the {positions} "
             f"positions that {model} was made for"
         )
+
+
+def check_experts(model: str, **settings: Any) -> None:
+    """Checks that a model is a mixture of experts, if there are settings of one.
+
+    Args:
+      model: a folder or a repository; its configuration is read.
+      settings: by their names on the command line; False, 0 and None are not given.
+
+    Raises:
+      ValueError: with those that are given, for another model.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value]
+    if not given:
+        return
+    if from_hf_config(transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)).experts is None:
+        raise ValueError(f"{model} is no mixture of experts: leave out {' and '.join(given)}")
 
 
 def tell_repeated(prompts: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> None:

@@ -54,7 +54,8 @@ LEAST_RATE = 1e-9  # half of what float32 tells apart beside a weight of 0.02, w
 def check(config: Any, **least: int) -> None:
     """Refuses numbers that are NaN, infinite, too small or too large, and paths that are URLs: a folder would be made.
 
-    A learning rate of which float32 would lose most updates is told.
+    A learning rate of which float32 would lose most updates is told; a weight decay that would take whole weights away
+    is refused.
 
     Too large is what would be another number in a program: a whole one beyond int32, a seed beyond 32 bits, of which
     the rest would be cut off, and one that float32 makes 0 or infinite.
@@ -96,6 +97,9 @@ def check(config: Any, **least: int) -> None:
                     f"{flag} is computed with in float32, which goes from {LEAST:.2g} to {LARGEST:.2g} and has no "
                     f"{number}"
                 )
+    rate, decay = getattr(config, "learning_rate", None), getattr(config, "weight_decay", 0.0)
+    if (taken := (1e-6 if rate is None else rate) * decay) >= 1:
+        raise ValueError(f"--weight-decay {decay} takes {taken:.3g} of each weight away in an update")
     writers.check_installed(tensorboard=getattr(config, "tensorboard", False), wandb=getattr(config, "wandb", None))
 
 

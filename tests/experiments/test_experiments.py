@@ -472,6 +472,8 @@ def test_the_attention_that_was_asked_for_is_the_networks(files, tmp_path):
         ({"lora_alpha": 16.0}, r"--lora-alpha 16.0 is of adapters"),
         ({"model": "no/such folder"}, r"neither a folder nor the id of a repository"),
         ({"decay": "cosine", "warmup_steps": 99}, r"a decay after 99 steps of warm-up needs more steps than those"),
+        ({"load_balance": 0.1, "record_experts": True}, r"no mixture of experts: leave out --record-experts and --lo"),
+        ({"reward": ()}, r"there is no reward function"),
         ({"learning_rate": 0.0}, r"the learning rate is above 0, got 0.0"),
         ({"reward": ("grpo_jax.rewards:exact_answer(column='final')",)}, r"exact_answer requires final, and the data"),
     ],

@@ -39,6 +39,15 @@ def test_positions_beyond_those_of_the_model_are_told(model, capsys):
     assert "the longest prompt (10 tokens) and a completion of 100000 pass the" in capsys.readouterr().out
 
 
+def test_settings_of_experts_are_refused_for_a_model_without(model, tmp_path):
+    inputs.check_experts(str(model), record_experts=False, load_balance=0.0)
+    with pytest.raises(ValueError, match="is no mixture of experts: leave out --load-balance"):
+        inputs.check_experts(str(model), record_experts=False, load_balance=0.1)
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    testing.tiny_hf_config("qwen3_moe", **sizes).save_pretrained(tmp_path)
+    inputs.check_experts(str(tmp_path), record_experts=True, load_balance=0.1)
+
+
 def test_weights_that_are_not_finite_are_refused():
     def length(completions, **columns): ...
 

@@ -23,6 +23,7 @@ class Config:
     steps: int = 0
     seed: int = 0
     learning_rate: float | None = 1e-6
+    weight_decay: float = 0.0
     temperature: float = 1.0
     reward_timeout: float = 300.0
     max_grad_norm: float = 1.0
@@ -52,6 +53,7 @@ class Config:
         ({"learning_rate": 1e-50}, "--learning-rate is computed with in float32, .* has no 1e-50"),
         ({"anything": -1e39}, "--anything is computed with in float32, .* has no -1e\\+39"),
         ({"reward_timeout": 1e10}, "--reward-timeout is at most 9223372036.0, got 10000000000.0"),  # no timer takes it
+        ({"weight_decay": 1e10}, "--weight-decay 10000000000.0 takes 1e\\+04 of each weight away in an update"),
         ({"run_dir": pathlib.Path("gs://bucket/run")}, "--run-dir is a path, got gs:/bucket/run: mount the bucket"),
     ],
 )
@@ -86,6 +88,7 @@ def test_a_learning_rate_whose_updates_are_lost_is_told(capsys):
 
 def test_what_is_in_range_passes():
     ranges.check(Config(max_grad_norm=math.inf, learning_rate=None))
+    ranges.check(Config(weight_decay=100.0))
     ranges.check(Config(seed=2**32 - 1, steps=2**31 - 1, learning_rate=1e-30, reward_timeout=9e9))
     ranges.check(Config(group_size=0), group_size=0)
 
