@@ -89,18 +89,20 @@ def test_each_name_of_the_package_is_there_for_readers_and_for_type_checkers():
     assert declared == {name: f"grpo_jax.{module}" for name, module in grpo_jax._HOME.items()}
 
 
-@pytest.mark.parametrize(
-    ("statement", "not_loaded"),
-    [
-        ("import grpo_jax", "flax optax orbax transformers matplotlib rich grpo_jax.losses grpo_jax.models"),
-        ("import grpo_jax.losses", "flax optax orbax transformers matplotlib rich grpo_jax.models"),
-        ("import grpo_jax.rewards", "transformers flax orbax grpo_jax.models"),
-        ("import grpo_jax.data, grpo_jax.tasks", "transformers flax orbax grpo_jax.models"),
-    ],
-    ids=["grpo_jax", "losses", "rewards", "data"],
-)
-def test_an_import_loads_only_what_it_names(statement, not_loaded):
+# One after the other: what a statement loads by itself is among what it and those before it have loaded.
+STATEMENTS = {
+    "import grpo_jax": "flax optax orbax transformers matplotlib rich grpo_jax.losses grpo_jax.models",
+    "import grpo_jax.losses": "flax optax orbax transformers matplotlib rich grpo_jax.models",
+    "import grpo_jax.rewards": "transformers flax orbax grpo_jax.models grpo_jax.data",
+    "import grpo_jax.data, grpo_jax.tasks": "transformers flax orbax grpo_jax.models",
+}
+
+
+def test_an_import_loads_only_what_it_names():
     """In a process of its own, since this one has loaded everything already."""
-    program = f"{statement}, sys\nprint(*(name for name in {not_loaded.split()} if name in sys.modules))"
+    program = "import sys\n" + "".join(
+        f"{statement}\nprint({statement!r}, *(name for name in {not_loaded.split()} if name in sys.modules))\n"
+        for statement, not_loaded in STATEMENTS.items()
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    assert done.stdout.splitlines() == list(STATEMENTS)

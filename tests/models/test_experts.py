@@ -188,8 +188,8 @@ def test_adapters_of_experts_compute_and_learn_as_the_model_that_they_are_merged
 def test_codes_of_experts_become_floats_within_their_layer_only():
     """The compiled program makes floats of one layer's experts at a time, never of the stack."""
     policy = testing.tiny_policy("qwen3_moe", **LORA, num_hidden_layers=3)
-    params = quantized.quantize(jit(policy.init)(jax.random.key(0)), "int8")
-    adapters, base = lora.adapt(policy, params, rank=2, key=jax.random.key(1))
+    params = jax.eval_shape(lambda key: quantized.quantize(policy.init(key), "int8"), jax.random.key(0))
+    adapters, base = jax.eval_shape(lambda x: lora.adapt(policy, x, rank=2, key=jax.random.key(1)), params)
     tokens = jnp.ones((1, 1, 4), jnp.int32)
 
     def value(adapters, base):
