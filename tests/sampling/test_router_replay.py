@@ -23,6 +23,11 @@ def policy_of(dtype=jnp.float32):
     return policy, jax.jit(policy.init)(jax.random.key(0))
 
 
+@jax.jit
+def log_probs(params, rollout, packed):
+    return score(policy_of()[0], params, rollout, packing=packed).log_probs
+
+
 @pytest.mark.parametrize("slots", [None, 4])
 def test_a_sampler_records_the_experts_by_which_each_token_was_predicted(slots):
     """Recorded ones are the scorer's own, and with them the log-probs are those sampled; packed or not."""
@@ -38,17 +43,17 @@ def test_a_sampler_records_the_experts_by_which_each_token_was_predicted(slots):
     last = jnp.take_along_axis(PROMPTS.tokens, PROMPTS.lengths[:, None] - 1, axis=1)
     read = read.at[..., 0].set(last)
     positions = PROMPTS.lengths[:, None, None] - 1 + jnp.broadcast_to(jnp.arange(9), read.shape)
-    prompt_cache = policy.prefill(params, PROMPTS.tokens, PROMPTS.lengths)
+    prompt_cache = jax.jit(policy.prefill)(params, PROMPTS.tokens, PROMPTS.lengths)
     _, _, routes = jax.jit(policy.extend_routed)(params, read, positions, prompt_cache)
     np.testing.assert_array_equal(
         np.sort(rollout.experts)[rollout.mask], np.sort(routes.experts)[rollout.mask]
     )  # the order of two is that of their weights
 
     for packed in (None, packing.pack(rollout, multiple=2)):
-        replayed = score(policy, params, rollout, packing=packed).log_probs
+        replayed = log_probs(params, rollout, packed)
         np.testing.assert_allclose(replayed, rollout.log_probs, rtol=0, atol=2e-5)
         others = rollout._replace(experts=(rollout.experts + 1) % 8)
-        moved = score(policy, params, others, packing=packed).log_probs
+        moved = log_probs(params, others, packed)
         assert np.max(np.abs(moved - rollout.log_probs)) > 0.01  # the scorer takes what it is given
 
 
