@@ -135,7 +135,9 @@ def verdict(answer: Reading | None, gold: Reading | None) -> float | None:
         return 1.0
     if gold.base:
         return 0.0  # a bare number is its digits
-    if (gold.words and answer.words) or (answer.unit and gold.unit and not same_unit(answer.unit, gold.unit)):
+    both = "%" in answer.latex and "%" in gold.latex  # what it is of, students, need not be said twice
+    units = [side.unit or ("%" if "%" in side.latex and not both else "") for side in (answer, gold)]
+    if (gold.words and answer.words) or (all(units) and not same_unit(*units)):
         return float(gold.words and answer.words and answer.text.casefold() == gold.text.casefold())
     if any(side.words and any(map(str.isdecimal, side.text)) for side in (answer, gold)):
         return 0.0  # a number beside words that may change it

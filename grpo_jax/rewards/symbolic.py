@@ -205,7 +205,7 @@ def _order_matters_to_one(gold: str, completion: str) -> bool:
     for one, other in ((gold, completion), (completion, gold)):
         bare = re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", one).strip()
         braces = bare.startswith(r"\{") and bare.endswith(r"\}") and len(_split(bare)) == 1 < len(_split(bare[2:-2]))
-        if braces and _bracketed(other):
+        if braces and (_bracketed(other) or _union(other)):
             return True
     return False
 

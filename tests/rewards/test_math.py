@@ -565,6 +565,8 @@ READ = {
         (boxed(r"5\text{ cubic feet}"), r"5\text{ square feet}", 0.0),
         (boxed(r"5\text{ N}"), r"5\text{ J}", 0.0),
         (boxed(r"5\text{ m/s}^2"), r"5\text{ m/s}", 0.0),
+        (boxed(r"5\%"), r"5\text{ cm}", 0.0),
+        (boxed(r"5^\circ"), "5%", 0.0),
     ],
     "units that agree": [
         (boxed(r"5\text{ square meters}"), r"5\text{ m}^2", 1.0),
@@ -575,6 +577,7 @@ READ = {
         (boxed(r"5\text{ m}^2"), "5", 1.0),
         (boxed(r"5\text{ cm}^2"), r"5 \text{ cm}^{2}", 1.0),
         (boxed(r"5\text{ sq cm}"), r"5\text{ cm}^2", 1.0),
+        (boxed(r"5\%"), r"5\%\text{ of the students}", 1.0),
         (boxed(r"5\text{ meters squared}"), r"5\text{ m}^2", 1.0),
         (boxed(r"5\text{ dollars}"), "5", 1.0),
         (boxed(r"5\text{ inches}"), "5", 1.0),
@@ -856,6 +859,7 @@ READ = {
         (boxed(r"\{3,2,1\}"), "(1,2,3)", 0.0),
         (boxed("(1,2)"), r"\left\{1,2\right\}", 0.0),
         (boxed(r"\{(1,2),(3,4)\}"), "(3,4),(1,2)", 1.0),
+        (boxed(r"\{5,6\}"), "5<x<6", 0.0),
         (boxed("1,2"), r"\lbrace 2,1\rbrace", 1.0),
     ],
     "exact constants": [
