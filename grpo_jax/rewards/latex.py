@@ -471,9 +471,14 @@ def _read(latex: str, *, gold: bool) -> Reading | None:
         return Reading(answer, " ".join(words.casefold().split()), words=True)
     if leading := _LEADING.match(answer):
         answer = answer[leading.end() :]
-    exact, _, about = answer.rpartition(r"\approx")
-    if _ABOUT.fullmatch(about) and _EXACT.search(exact):
-        answer = exact.rstrip()
+    for sign, dots in ((r"\approx", ""), ("=", r"\cdots")):  # 1/3 = 0.333...
+        exact, _, about = answer.rpartition(sign)
+        if (
+            about.rstrip().endswith(dots)
+            and _ABOUT.fullmatch(about.rstrip().removesuffix(dots))
+            and _EXACT.search(exact)
+        ):
+            answer = exact.rstrip()
     answer = re.sub(r"\\approx(?![a-z])", "=", answer)
     if _NO_NUMBER.search(answer):
         return Reading(answer, text.casefold(), words=True)

@@ -83,7 +83,7 @@ def _with_derivatives(value: Any) -> Any:
 
 _IN_BRACKETS = re.compile(r"[(\[][^()\[\]]*[)\]]|\{[^{}]*\}")
 _NO_NAME = re.compile(
-    r"[<>!?]|\\(?:not|n?[lg]e?q?|[lg]t|[lg]eqslant|neq?|approx|n?sim|n?equiv|n?cong|(?:not)?in|to|implies|iff|mapsto"
+    r"[<>!?]|\\(?:not|n?[lg]e?q?|[lg]t|[lg]eqslant|neq?|approx|n?sim|n?equiv|n?cong|(?:not)?in|neg|lnot|to|implies|iff|mapsto"
     r"|[a-zA-Z]*arrow)(?![a-zA-Z])"
 )
 
