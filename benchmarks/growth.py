@@ -11,7 +11,9 @@ than its `fsdp`, with as many prompts for each chip (weak scaling):
     state                                           1 / n
     latency                                         a collective goes over half of a ring in each direction of a torus
 
-and, where the prompts of all chips together stay as many (strong scaling), products and caches divided, too.
+and, where the prompts of all chips together stay as many (strong scaling), products and caches divided, too. Fewer
+chips then have more prompts each, which they learn from in so many micro-batches: each gathers the weights and sums its
+gradients, and what learning holds stays.
 In the time that is written down nothing overlaps but what is read from memory and what is computed from it. The
 compiler overlaps what is sent as well, where it can.
 
@@ -64,6 +66,7 @@ def grown(row: Line, chips: int, *, prompts: int | None = None) -> Grown:
     after = chips // tensor if data == 1 else min(before, chips // tensor)
     copies = chips // (after * tensor)
     share = 1.0 if prompts is None else prompts / (copies * after) / (row["prompts"] / (data * before))  # of a chip's
+    turns = max(1.0, share)  # micro-batches
     wholes = (after - 1) / after / ((before - 1) / before)
     if tensor > 1:  # activations are summed, whose size stays
         summed, together = share, tensor
@@ -78,20 +81,24 @@ def grown(row: Line, chips: int, *, prompts: int | None = None) -> Grown:
     updated = 2 * (memory["parameters"] + memory["optimizer"] + memory["gradients"])
     read = {
         "collect": row["collect"]["memory"] + (share - 1) * caches,
-        "learn": row["learn"]["memory"] + (before / after - 1) * updated,
+        "learn": row["learn"]["memory"] + (before / after - 1) * updated + (turns - 1) * 3 * memory["weights"],
     }
     work, exchange, latency = {}, {}, 0.0
     for name in ("collect", "learn"):
-        sent = {kind: (count, size) for kind, (count, size) in row[name]["sent"].items()}
+        times = turns if name == "learn" else 1.0
+        sent = {kind: (times * count, times * size) for kind, (count, size) in row[name]["sent"].items()}
         received = sum(size * (summed if kind == "all-reduce" else wholes) for kind, (_, size) in sent.items())
         work[name] = max(share * row[name]["flops"] / chip.flops, read[name] / chip.bandwidth)
         exchange[name] = received / chip.links
         for kind, (count, _) in sent.items():
             latency += HOP * count * _hops(kind, together if kind == "all-reduce" else after)
     learning = memory["learning"] + memory["gradients"] * (before / after - 1)
+    if turns > 1:  # the sum beside those of a micro-batch
+        learning += memory["gradients"] * before / after
+    sampling = memory["sampling"] + (turns - 1) * (memory["prompt_cache"] + memory["completion_cache"])
     return Grown(
         work["collect"], exchange["collect"], work["learn"], exchange["learn"], latency,
-        memory=state * before / after + max(memory["sampling"], learning),
+        memory=state * before / after + max(sampling, learning),
     )  # fmt: skip
 
 
@@ -115,7 +122,8 @@ def markdown(rows: list[Line]) -> str:
         weak = [(n, grown(row, n)) for n in CHIPS if n > tensor]
         fitting = [(n, step) for n, step in weak if step.memory <= LIMIT]
         prompts = row["prompts"]
-        strong = [(n, grown(row, n, prompts=prompts)) for n, _ in fitting if n // tensor <= prompts * GROUP]
+        strong = [(n, grown(row, n, prompts=prompts)) for n, _ in weak if n // tensor <= prompts * GROUP]
+        strong = [(n, step) for n, step in strong if step.memory <= LIMIT]
         each = "chip" if tensor == 1 else f"{tensor} chips"
         text += [
             f"## {row['model']}, a prompt of {GROUP} completions for each {each}",

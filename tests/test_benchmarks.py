@@ -404,6 +404,15 @@ def test_over_more_chips_each_holds_less_of_the_state_and_receives_more_of_the_w
     np.testing.assert_allclose(over_tensor.exchange, (30e9 * (3 / 4) / (1 / 2) + 4 / 2) / 600e9)
 
 
+def test_fewer_chips_learn_from_as_many_prompts_in_micro_batches():
+    held = a_row()["memory"] | {"completion_cache": 2e9}
+    found = growth.grown(a_row(memory=held), 4, prompts=24)  # three times as many for each
+    np.testing.assert_allclose(found.compute, 3.0)
+    np.testing.assert_allclose(found.exchange, 3 * (30e9 + 4) / 600e9)
+    np.testing.assert_allclose(found.latency, 1e-6 * 1.5 * 4 ** (1 / 3) * (10 + 3 * (100 + 2)))
+    assert found.memory == 12e9 + max(10e9 + 2 * 2e9, 9e9 + 4e9)
+
+
 def test_over_more_copies_parts_of_gradients_are_summed_and_the_state_stays():
     row = a_row(mesh="data=2,fsdp=2")
     of_four = growth.grown(row, 4)
