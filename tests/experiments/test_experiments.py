@@ -485,6 +485,23 @@ def test_bad_input_is_refused_before_the_model_is_loaded(files, tmp_path, monkey
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_clip_of_one_update_and_other_settings_without_effect_are_told(files, tmp_path, monkeypatch, capsys):
+    """With one update of a rollout the ratio is 1, whatever it is clipped to."""
+
+    class Loaded(Exception): ...
+
+    def load(*arguments, **settings):
+        raise Loaded
+
+    monkeypatch.setattr(hf, "load_pretrained", load)
+    for changes in ({"minibatches": 1}, {"minibatches": 2}, {"minibatches": 1, "overlap": 1}):
+        with pytest.raises(Loaded):
+            grpo.train(settings(files, tmp_path, epsilon=0.1, held_out_every=3, **changes))
+        said = capsys.readouterr().out
+        assert ("--epsilon 0.1 has no effect without several updates" in said) == (changes == {"minibatches": 1})
+        assert "--held-out-every 3 has no effect without --held-out" in said
+
+
 def test_a_mesh_is_asked_for_where_there_are_several_processes(files, tmp_path, monkeypatch):
     for name in ("process_count", "device_count"):
         monkeypatch.setattr(jax, name, lambda: 2)
