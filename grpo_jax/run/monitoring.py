@@ -315,7 +315,7 @@ def updates_skipped(history: MetricLines) -> str | None:
 
 
 def nothing_learned(history: MetricLines, *, window: int = 5) -> str | None:
-    """At the last step the learning rate was 0, or the update changed no parameter (`update_norm`).
+    """At the last step the learning rate was 0, or the update changed no parameter (`unchanged`).
 
     Or the gradient was 0 over the last `window` steps, though rewards differed and no update was refused.
     """
@@ -325,10 +325,10 @@ def nothing_learned(history: MetricLines, *, window: int = 5) -> str | None:
             "the learning rate is 0 (`learning_rate`), so this step trains nothing. Look at the schedule: a warm-up "
             "should begin above 0, and a decay should not end before the run does"
         )
-    if line.get("update_norm") == 0 and line.get("grad_norm", 0) != 0:
+    if line.get("unchanged") and not line.get("skipped"):
         return (
-            "the update changed no parameter (`update_norm` is 0, `grad_norm` is not). Look at the learning rate, at "
-            "parameters in bfloat16, which drop small changes, and at what is frozen"
+            "the update changed no parameter (`unchanged`), though `grad_norm` is above 0. Look at the learning rate, "
+            "at parameters in bfloat16, which drop small changes, and at what is frozen"
         )
     refused, alike = (_last(history, name, window) for name in ("skipped", "zero_variance_groups"))
     told_otherwise = any(refused) or _mean(alike) == 1

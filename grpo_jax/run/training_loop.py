@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from grpo_jax import processes
 from grpo_jax.run import (
@@ -40,6 +41,7 @@ from grpo_jax.run import (
     resuming,
     writers,
 )
+from grpo_jax.run.fingerprints import fingerprint
 from grpo_jax.statistics import Mean, summary
 from grpo_jax.types import Metrics, TrainState
 
@@ -189,6 +191,7 @@ class Loop:
         self._timing: dict[str, float] = {}
         self._tokens: float | None = None
         self._began = self._mark = time.monotonic()
+        self._fingerprint = fingerprint(state.params)
         self._programs = compilation.count_compilations()
         self._trace = contextlib.ExitStack()
 
@@ -282,6 +285,9 @@ class Loop:
                 f"step {self.step} ended with a state of step {int(self.state.step)}: assign to loop.state, once in "
                 "each step, the state that `learn` returns"
             )
+        before, self._fingerprint = self._fingerprint, fingerprint(self.state.params)
+        if self._line.get("grad_norm") and np.array_equal(before, self._fingerprint):
+            self._line["unchanged"] = 1.0
         seconds = time.monotonic() - self._began
         rate = None if self._tokens is None else self._tokens / seconds
         timing = self._timing | {"seconds": seconds, "tokens_per_second": rate, "programs": self._programs()}

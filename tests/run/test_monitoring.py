@@ -42,7 +42,6 @@ def healthy(steps=STEPS, seed=0):
             "judge/failed": 0.02,
             "skipped": 0.0,
             "grad_norm": 1.0,
-            "update_norm": 0.01,
             "learning_rate": 1e-6,
         })  # fmt: skip
     return history
@@ -119,7 +118,7 @@ FAULTS = {
     "environment": (changed(40, environment_failed=0.5), "environment_failing", 49, ["`environment_failed`", "masked"]),
     "timeouts": (changed(40, accuracy__timeouts=3.0), "reward_failing", 49, ["`accuracy/timeouts`", "time limit"]),
     "no learning rate": (changed(40, learning_rate=0.0), "nothing_learned", 40, ["learning rate is 0", "schedule"]),
-    "no change": (changed(40, update_norm=0.0), "nothing_learned", 40, ["changed no parameter", "bfloat16"]),
+    "no change": (changed(40, unchanged=1.0), "nothing_learned", 40, ["changed no parameter", "bfloat16"]),
     "no gradient": (changed(40, grad_norm=0.0), "nothing_learned", 44, ["the gradient was 0", "mask every token"]),
     "skipped": (changed(40, skipped=1.0), "updates_skipped", 40, ["100% of the updates of step 40", "learning rate"]),
 }  # fmt: skip

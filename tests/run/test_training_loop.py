@@ -400,6 +400,21 @@ def test_warnings_are_printed_with_their_step(tmp_path, capsys):
     assert capsys.readouterr().out.count("step 1: the learning rate is 0") == 1
 
 
+@pytest.mark.parametrize(("dtype", "step", "lost"), [(jnp.bfloat16, 1e-4, True), (jnp.float32, 1e-4, False)])
+def test_an_update_that_the_dtype_drops_whole_is_told(tmp_path, capsys, dtype, step, lost):
+    def add(loop, n):
+        moved = {"w": loop.state.params["w"] + jnp.asarray(step, dtype)}
+        loop.state = loop.state._replace(params=moved, step=loop.state.step + 1)
+        loop.log({"grad_norm": 1.0, "skipped": 0.0})
+
+    state = initial()._replace(params={"w": jnp.ones(8, dtype)})
+    with run.loop(Config(tmp_path), state, steps=2, save_every=2) as loop:
+        for n in loop:
+            add(loop, n)
+    assert ("step 1: the update changed no parameter" in capsys.readouterr().out) == lost
+    assert all(("unchanged" in line) == lost for line in metrics.read(tmp_path))
+
+
 # ------------------------------------------------------------------ what it resumes on
 
 
