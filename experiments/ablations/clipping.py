@@ -1,7 +1,8 @@
 """Clipping: bounds of the ratio, with 1, 2 and 4 iterations over a rollout, where clipping acts.
 
 python experiments/ablations/clipping.py
-python experiments/ablations/clipping.py --rank   # each at its best rate; --estimate tells the time before
+python experiments/ablations/clipping.py --rank --rates 3e-5 1e-4 3e-4 1e-3   # each at its best rate; --estimate
+                                                                              # tells the time before
 
 Two CPU cores take a few minutes for the first. What came of it: `experiments/README.md`.
 """

@@ -3,7 +3,8 @@
 python experiments/ablations/rank_all.py --estimate     # how long each takes here
 python experiments/ablations/rank_all.py                # killed, the same command goes on where it was
 
-What came of the KL term and the objectives: `docs/pages/results/ablations.md`. The other two have no results yet.
+What came of them: `docs/pages/results/ablations.md`. Several iterations over a rollout do best at lower rates, so that
+the results of clipping were made with others: see `clipping.py`.
 """
 
 import advantages
