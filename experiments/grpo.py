@@ -112,9 +112,7 @@ def train(config: Config) -> Params:
     gap = config.score_old or config.server is not None
     transforms = [*config.transforms(), *([measured.sampler_gap()] if gap else [])]
     score_old = config.overlap > 0 or gap
-    if updates.count == 1 and not score_old and ":" not in config.loss:  # the ratio is 1
-        several = "several updates of a rollout: --iterations or --minibatches"
-        ranges.tell_unused(config, ["epsilon", "epsilon_high"], without=several)
+    config.tell_unclipped(updates=updates.count, score_old=score_old)
     tokenizer = hf.load_tokenizer(config.model)
     rows, held_out = config.hold_out(config.read(config.data), config.read, seed=config.seed)
     talk = config.talk(tokenizer, rows)
@@ -137,7 +135,6 @@ def train(config: Config) -> Params:
     seen = {"eos_ids": sampler.eos_ids, "prompt_column": config.prompt_column}
     reward = config.make_reward(prompts.rows, tokenizer, read=talk.read, **seen)
     of_steps = config.make_step_rewards(prompts.rows, tokenizer, **seen)
-
     dtype = compute_dtype(config.compute_dtype, float16=True)
     policy, params, frozen = config.load(
         config.model, compute_dtype=dtype, seed=config.seed, attention=attention, mesh=mesh
@@ -242,8 +239,9 @@ def check(config: Config) -> tuple[Updates, Mesh | None, Sequence[str]]:
     if several and talks and config.overlap:
         raise ValueError(f"conversations of several processes are not held ahead: leave out --overlap {config.overlap}")
     if config.step_reward is not None and (talks or several):
-        alone = "leave out --tools, --environment and --coordinator"
-        raise ValueError(f"--step-reward {config.step_reward} grades completions of one turn on one process: {alone}")
+        raise ValueError(
+            "--step-reward grades one turn in one process: leave out --tools, --environment, --coordinator"
+        )
     allow = MAY_CHANGE if config.decay == "constant" else MAY_CHANGE[1:]  # a decay goes by the number of steps
     resuming.check(config, allow=allow)
     return updates, mesh, allow

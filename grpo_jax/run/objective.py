@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from grpo_jax import advantages, losses
 from grpo_jax.protocols import Advantage, Loss
+from grpo_jax.run import ranges
 from grpo_jax.run.names import bound, make_with, required
 from grpo_jax.schedules import Scheduled, running_advantages
 from grpo_jax.schedules.running_advantages import RunningAdvantage
@@ -61,6 +62,17 @@ class ObjectiveSettings:
         else:
             loss = make_with(make, self.loss, stated, offered={"max_tokens": max_tokens})
         return losses.plus(loss, losses.load_balance(self.load_balance)) if self.load_balance else loss
+
+    def tell_unclipped(self, *, updates: int, score_old: bool) -> None:
+        """Prints a warning of bounds for a ratio that is 1: a loss of this package, and one update of each rollout.
+
+        Args:
+          updates: of a rollout.
+          score_old: whether the old policy is another than the one that is trained, as of `make_train_step`.
+        """
+        if updates == 1 and not score_old and ":" not in self.loss:
+            several = "several updates of a rollout: --iterations or --minibatches"
+            ranges.tell_unused(self, ["epsilon", "epsilon_high"], without=several)
 
     def transforms(self) -> list[Any]:
         """The transforms by their names.
