@@ -239,9 +239,7 @@ def check(config: Config) -> tuple[Updates, Mesh | None, Sequence[str]]:
     if several and talks and config.overlap:
         raise ValueError(f"conversations of several processes are not held ahead: leave out --overlap {config.overlap}")
     if config.step_reward is not None and (talks or several):
-        raise ValueError(
-            "--step-reward grades one turn in one process: leave out --tools, --environment, --coordinator"
-        )
+        raise ValueError("--step-reward grades one turn in one process: no --tools, --environment or --coordinator")
     allow = MAY_CHANGE if config.decay == "constant" else MAY_CHANGE[1:]  # a decay goes by the number of steps
     resuming.check(config, allow=allow)
     return updates, mesh, allow
