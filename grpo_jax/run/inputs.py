@@ -10,6 +10,7 @@ import transformers
 from grpo_jax.data import place_of
 from grpo_jax.data.rows import gold_column_of
 from grpo_jax.models import from_hf_config
+from grpo_jax.models.hf.folders import CONFIG, local_folder, read_config
 from grpo_jax.rewards import group_size_of, name_of
 from grpo_jax.rewards.answers import gold_text
 from grpo_jax.rewards.calling import reads_of
@@ -80,7 +81,7 @@ def check_experts(model: str, **settings: Any) -> None:
     given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value]
     if not given:
         return
-    if from_hf_config(transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)).experts is None:
+    if from_hf_config(read_config(local_folder(model, None, [CONFIG]))).experts is None:
         raise ValueError(f"{model} is no mixture of experts: leave out {' and '.join(given)}")
 
 

@@ -273,3 +273,9 @@ def test_what_a_held_out_verifier_logs_itself_is_no_verdict_that_falls():
         reward=lambda step: 0.6 + 0.02 * (step - 40),
     )
     assert monitoring.held_out_disagrees(history[:50]) is None
+
+
+def test_an_update_that_was_refused_is_not_told_as_one_that_changed_nothing():
+    line = {"step": 3, "grad_norm": 1.0, "unchanged": 1.0}
+    assert "changed no parameter" in monitoring.nothing_learned([line])
+    assert monitoring.nothing_learned([line | {"skipped": 1.0}]) is None
