@@ -1,4 +1,4 @@
-"""What all tests share. Most of their time goes into compiling, so that is done once and without optimisation.
+"""What all tests share. Most of their time goes into tracing and compiling, which is done once, without optimisation.
 
 `XLA_FLAGS= pytest` optimises as a run does. CI does so for the slow tests; its smoke runs and quickstart know nothing
 of this file.
@@ -14,12 +14,16 @@ import types
 import jax
 import pytest
 from compiling import QUICKLY
+from same_programs import Alike
 
 from grpo_jax.programs import give_back_freed
 from grpo_jax.rewards.sandbox import bubblewrap
 from grpo_jax.run import metrics, plots, training_loop
 
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
+
+_SHARED = jax.jit = Alike(jax.jit)
+_SHARED.install()
 
 _KEPT = 3 * 1024**3  # bytes of a process from which on its compiled programs are let go
 
@@ -95,6 +99,7 @@ def _forget_programs():
     """
     yield
     if _resident() > _KEPT:
+        _SHARED.known.clear()
         jax.clear_caches()
         gc.collect()
         give_back_freed()
