@@ -81,6 +81,7 @@ def test_the_prompts_of_a_smoke_run_are_always_those_of_the_script(tmp_path):
         config.data.write_text("as an earlier script wrote them")
 
 
+@pytest.mark.slow
 def test_the_sampled_form_runs_and_logs_its_own_estimate(tmp_path):
     config = distill.smoke(distill.Config(run_dir=tmp_path))
     distill.train(dataclasses.replace(config, divergence="sampled", early=0.5, minibatches=2, steps=2))

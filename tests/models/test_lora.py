@@ -342,6 +342,7 @@ def test_learning_takes_less_than_whole_training_by_gradients_and_moments_and_no
         assert not made, made
 
 
+@pytest.mark.slow
 def test_many_adapters_over_one_base_train_as_each_alone():
     policy, params = base()
     ranks = (1, 3)

@@ -83,7 +83,7 @@ def test_a_change_of_what_code_imports_from_its_folder_is_seen(tmp_path, monkeyp
     assert len(installed) <= 1
 
 
-@pytest.mark.parametrize("changed", [0, 1])
+@pytest.mark.parametrize("changed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_change_of_either_of_two_files_of_one_name_is_seen(changed, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     packages = [f"mine_{changed}_of_maths", f"mine_{changed}_of_code"]  # modules stay imported

@@ -28,7 +28,7 @@ def log_probs(params, rollout, packed):
     return score(policy_of()[0], params, rollout, packing=packed).log_probs
 
 
-@pytest.mark.parametrize("slots", [None, 4])
+@pytest.mark.parametrize("slots", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_sampler_records_the_experts_by_which_each_token_was_predicted(slots):
     """Recorded ones are the scorer's own, and with them the log-probs are those sampled; packed or not."""
     policy, params = policy_of()

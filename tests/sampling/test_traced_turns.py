@@ -101,6 +101,7 @@ def whole_game(key):
     return jax.lax.scan(one, init_state(TINIER.init(key), optimizer, key), jnp.arange(3))
 
 
+@pytest.mark.slow
 def test_whole_runs_are_scanned_and_mapped_over_seeds():
     keys = jax.random.split(jax.random.key(3), 2)
     _, rewards = jax.jit(jax.vmap(whole_game))(keys)

@@ -39,6 +39,7 @@ def test_on_paper_is_the_size_of_the_arrays():
     }
 
 
+@pytest.mark.slow
 def test_a_footprint_is_what_is_kept_with_the_larger_program():
     line = footprints.footprint(init, STEP, PROMPTS)
     state = init(jax.random.key(0))
