@@ -116,9 +116,13 @@ def test_medians_ratios_and_targets_are_those_of_the_lines():
     }  # fmt: skip
     assert report.medians(lines, "W2", "ours") is None
     assert report.targets(lines) == [
-        ("W1", "whole step", "1.5x faster", "2.00x", True),
+        ("W1", "whole step", "2x faster", "2.00x", True),
         ("W1", "peak memory, warm", "at most 1 of TRL's", "0.59", True),
     ]
+    for products, reached in ((1.0, False), (1.3, False), (1.4, True)):  # generation takes half of a step
+        found = report.targets([*lines, a_step("floor", products)])
+        ratio = f"{2 / products:.2f}"
+        assert found[2:] == [("W1", "generation alone", "at most 1.5 of its products", ratio, reached)]
     slower = [line | {"whole": 8.0} if line["system"] == "ours" else line for line in lines]
     assert not report.targets(slower)[0][-1]
 
