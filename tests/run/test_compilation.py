@@ -107,7 +107,7 @@ for block in blocks[:-1]:  # the last holds the others where they are
     c.free(ctypes.c_void_p(block))
 before = resident()
 jax.jit(lambda x: jax.numpy.sin(x) @ x).lower(jax.ShapeDtypeStruct((3, 3), "float32")).compile()
-print(seconds, before - resident(), flush=True)
+os.write(1, f"{seconds} {before - resident()}\\n".encode())  # in one piece, beside the other process
 if process == 0:
     os._exit(0)
 os.wait()
