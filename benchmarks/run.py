@@ -214,12 +214,28 @@ def machine(tunix_python: str | None = None) -> Line:
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
+        **first_core(Path("/sys/devices/system/cpu/cpu0")),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **versions,
         "commit": commit.stdout.strip(),
     }
+
+
+def first_core(folder: Path) -> dict[str, int | str]:
+    """Threads and caches of a core, as Linux tells them in its folder; nothing where it does not."""
+    found: dict[str, int | str] = {}
+    if (siblings := folder / "topology/thread_siblings").exists():
+        found["threads_a_core"] = int(siblings.read_text().replace(",", ""), 16).bit_count()
+    caches = sorted((folder / "cache").glob("index*/size"))
+    if caches:
+        levels = [(cache.with_name("level").read_text(), cache.with_name("type").read_text()) for cache in caches]
+        found["caches"] = ", ".join(
+            f"L{level.strip()} {kind.strip().lower()} {cache.read_text().strip()}"
+            for cache, (level, kind) in zip(caches, levels, strict=True)
+        )
+    return found
 
 
 def version_of(package: str) -> str | None:

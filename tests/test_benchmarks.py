@@ -277,6 +277,17 @@ def test_the_first_line_names_the_machine():
     assert found["jax"] == jax.__version__
 
 
+def test_the_first_core_tells_its_threads_and_caches(tmp_path):
+    files = {"topology/thread_siblings": "0,00000005"}
+    for n, (level, kind, size) in enumerate([(1, "Data", "32K"), (3, "Unified", "16384K")]):
+        files |= {f"cache/index{n}/level": f"{level}", f"cache/index{n}/type": kind, f"cache/index{n}/size": size}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert run.first_core(tmp_path) == {"threads_a_core": 2, "caches": "L1 data 32K, L3 unified 16384K"}
+    assert run.first_core(tmp_path / "cache") == {}
+
+
 def test_first_steps_count_every_second_and_are_compared_in_mean_and_in_the_steady_half():
     def line(system, whole, **fields):
         return {"kind": "first_steps", "cell": "W3", "system": system, "whole": whole, **fields}
