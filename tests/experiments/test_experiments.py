@@ -937,7 +937,8 @@ def _flipped(path, read):
 
 
 @pytest.mark.slow
-def test_packing_and_a_profile_change_nothing_of_a_run_but_what_lies_beside_it(files, tmp_path):
+def test_packing_and_a_profile_change_nothing_of_a_run_but_what_lies_beside_it(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "jit", jax.jit.jit)  # programs that no other test has made: they are counted
     for name, changes in (("plain", {}), ("other", {"pack": True, "completion_bucket": 2, "profile": True})):
         # So hot that a tiny model ends its completions at different lengths.
         grpo.train(settings(files, tmp_path / name, steps=3, max_tokens=16, temperature=3.0, seed=1, **changes))
