@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.types import Array, Params
@@ -59,6 +60,8 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of `data * fsdp * tensor` devices.
 
+    On a slice of TPUs each size is laid onto whole axes of the slice where that can be; else an axis is split.
+
     Args:
       data: copies of the parameters.
       fsdp: parts of the parameters, with rows of their own.
@@ -75,7 +78,12 @@ def mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax
             f"data={data}, fsdp={fsdp}, tensor={tensor} makes {math.prod(shape)} devices and there are {len(devices)}: "
             "the product of the three, each at least 1, is the number of devices"
         )
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    except NotImplementedError:  # a TPU slice none of whose own axes, or products of them, has a size that is asked for
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def parse(text: str, *, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -74,6 +74,24 @@ def test_rows_are_divided_by_prompts_and_else_by_completions(B, G, expected):
 # ------------------------------------------------------------------- what is refused
 
 
+class Chip:
+    """As much of a TPU v5p's chip as says where in its slice it lies."""
+
+    platform, device_kind, process_index, core_on_chip, slice_index = "tpu", "TPU v5", 0, 0, 0
+
+    def __init__(self, number, coords):
+        self.id, self.coords = number, coords
+
+
+@pytest.mark.parametrize("sizes", [(1, 16, 4), (1, 32, 2), (2, 8, 4), (64, 1, 1)])
+def test_a_mesh_is_laid_onto_the_axes_of_a_slice_and_splits_them_where_it_must(sizes):
+    """JAX refuses a size that is no product of the slice's axes, as 32 and 2 on 4 x 4 x 4."""
+    chips = [Chip(n, coords) for n, coords in enumerate(itertools.product(range(4), repeat=3))]
+    found = sharding.mesh(**dict(zip(sharding.AXES, sizes, strict=True)), devices=chips).devices
+    assert found.shape == sizes
+    assert {chip.coords for chip in found.flat} == {chip.coords for chip in chips}
+
+
 def test_a_mesh_is_of_the_devices_there_are():
     with pytest.raises(ValueError, match="data=2, fsdp=4, tensor=1 makes 8 devices and there are 1"):
         sharding.mesh(data=2, fsdp=4, devices=jax.devices()[:1])
