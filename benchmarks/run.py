@@ -225,17 +225,17 @@ def machine(tunix_python: str | None = None) -> Line:
 
 def first_core(folder: Path) -> dict[str, int | str]:
     """Threads and caches of a core, as Linux tells them in its folder; nothing where it does not."""
-    found: dict[str, int | str] = {}
-    if (siblings := folder / "topology/thread_siblings").exists():
-        found["threads_a_core"] = int(siblings.read_text().replace(",", ""), 16).bit_count()
-    caches = sorted((folder / "cache").glob("index*/size"))
-    if caches:
-        levels = [(cache.with_name("level").read_text(), cache.with_name("type").read_text()) for cache in caches]
-        found["caches"] = ", ".join(
-            f"L{level.strip()} {kind.strip().lower()} {cache.read_text().strip()}"
-            for cache, (level, kind) in zip(caches, levels, strict=True)
-        )
-    return found
+
+    def told(path: Path) -> str:
+        return path.read_text().strip().lower()
+
+    siblings, caches = folder / "topology/thread_siblings", sorted((folder / "cache").glob("index*"))
+    if not siblings.exists() or not caches:
+        return {}
+    return {
+        "threads_a_core": int(told(siblings).replace(",", ""), 16).bit_count(),
+        "caches": ", ".join(f"L{told(x / 'level')} {told(x / 'type')} {told(x / 'size').upper()}" for x in caches),
+    }
 
 
 def version_of(package: str) -> str | None:

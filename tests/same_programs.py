@@ -2,8 +2,8 @@
 
 Most runs that tests start make a step that another run has made, and to trace and lower it takes seconds. Functions are
 alike if their code is the same and so are their settings: numbers, texts, what compares equal, and functions that are
-alike. Arrays, and what can be changed, are alike only if they are the same object; and so is what tests have put in
-place of something that the code looks up by name.
+alike; lists and dicts by what they hold when `jax.jit` is called. Arrays, sets, empty lists and other objects are alike
+only if they are the same, and so is what tests have put in place of something that the code looks up by name.
 """
 
 import dataclasses

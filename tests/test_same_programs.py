@@ -40,6 +40,9 @@ def test_functions_of_the_same_code_and_settings_share_a_program(jit):
 )  # fmt: skip
 def test_what_differs_or_may_change_has_a_program_of_its_own(jit, one, other):
     assert jit(scaled(one)) is not jit(scaled(other))
+
+
+def test_other_options_are_another_program(jit):
     assert jit(scaled(1.0), static_argnums=0) is not jit(scaled(1.0))
 
 
@@ -54,7 +57,6 @@ def test_what_a_test_replaces_is_not_shared_and_what_it_puts_back_is(jit):
 
 
 def test_a_program_is_traced_anew_where_a_test_replaces_what_its_code_looks_up(monkeypatch):
-
     class Names:
         bias = 1.0
 

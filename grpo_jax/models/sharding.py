@@ -81,7 +81,7 @@ def mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax
     types = (AxisType.Auto,) * 3
     try:
         return jax.make_mesh(shape, AXES, types, devices=devices)
-    except NotImplementedError:  # a TPU slice none of whose own axes, or products of them, has a size that is asked for
+    except NotImplementedError:  # a size that no whole axes of a TPU slice make
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
 

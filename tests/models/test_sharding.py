@@ -71,9 +71,6 @@ def test_rows_are_divided_by_prompts_and_else_by_completions(B, G, expected):
     assert sharding.rows(abstract(data=2, fsdp=4), B, G) == expected
 
 
-# ------------------------------------------------------------------- what is refused
-
-
 class Chip:
     """As much of a TPU v5p's chip as says where in its slice it lies."""
 
@@ -90,6 +87,9 @@ def test_a_mesh_is_laid_onto_the_axes_of_a_slice_and_splits_them_where_it_must(s
     found = sharding.mesh(**dict(zip(sharding.AXES, sizes, strict=True)), devices=chips).devices
     assert found.shape == sizes
     assert {chip.coords for chip in found.flat} == {chip.coords for chip in chips}
+
+
+# ------------------------------------------------------------------- what is refused
 
 
 def test_a_mesh_is_of_the_devices_there_are():
