@@ -5,8 +5,10 @@ with run.loop(config, state, digests=of_run(tokenizer, params, prompts=prompts),
 ```
 """
 
+import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import sys
@@ -117,10 +119,12 @@ def of_code(code: Iterable[Callable[..., Any] | ModuleType]) -> dict[str, str]:
     modules = [f if isinstance(f, ModuleType) else sys.modules.get(getattr(f, "__module__", "")) for f in code]
     named = {file for file in map(_file_of, modules) if file is not None}
     places = {file: file.name for file in named}
-    for file in filter(None, map(_file_of, [*sys.modules.values()])):
-        for folder in {file.parent for file in named if not _is_installed(file)} & {*file.parents}:
-            if not _is_installed(file):
-                places.setdefault(file, file.relative_to(folder).as_posix())
+    folders = {file.parent for file in named if not _is_installed(file.parent)}
+    below = tuple(os.path.join(folder, "") for folder in folders)
+    for file in filter(None, map(_file_of, [*sys.modules.values()] if folders else [])):
+        if str(file).startswith(below) and not _is_installed(file.parent):
+            folder = max(folders & {*file.parents}, key=lambda folder: len(folder.parts))
+            places.setdefault(file, file.relative_to(folder).as_posix())
     found: dict[str, Any] = {}
     for file, place in sorted(places.items()):
         found.setdefault(f"{CODE}{place}", hashlib.sha256()).update(file.read_bytes())  # two may have one name
@@ -129,14 +133,23 @@ def of_code(code: Iterable[Callable[..., Any] | ModuleType]) -> dict[str, str]:
 
 def _file_of(module: ModuleType | None) -> pathlib.Path | None:
     """The file of a module; None for this package's, and where there is none."""
-    file = pathlib.Path(getattr(module, "__file__", None) or "")
-    own = pathlib.Path(__file__).parents[1]
-    return file.resolve() if file.is_file() and own not in file.resolve().parents else None
+    folder, name = os.path.split(getattr(module, "__file__", None) or "")
+    if not name or (place := _folder(os.path.abspath(folder))) is None:
+        return None
+    return place / name if (place / name).is_file() else None
 
 
-def _is_installed(file: pathlib.Path) -> bool:
-    """Whether a file is Python's own or an installed package's."""
-    return bool({"site-packages", "dist-packages", "lib-dynload"} & {*file.parts}) or file.is_relative_to(
+@functools.cache  # some two thousand modules lie in some three hundred folders
+def _folder(path: str) -> pathlib.Path | None:
+    """A folder without its links; None for this package's."""
+    folder, own = pathlib.Path(path).resolve(), pathlib.Path(__file__).resolve().parents[1]
+    return None if folder.is_relative_to(own) else folder
+
+
+@functools.cache
+def _is_installed(folder: pathlib.Path) -> bool:
+    """Whether a folder is of Python's own or of an installed package's files."""
+    return bool({"site-packages", "dist-packages", "lib-dynload"} & {*folder.parts}) or folder.is_relative_to(
         pathlib.Path(sysconfig.get_path("stdlib")).resolve()
     )
 
