@@ -4,6 +4,7 @@
 of this file.
 """
 
+import functools
 import gc
 import os
 import pathlib
@@ -14,6 +15,7 @@ import types
 import jax
 import pytest
 from compiling import QUICKLY
+from jax._src.interpreters import mlir
 from same_programs import Alike
 
 from grpo_jax.programs import give_back_freed
@@ -22,10 +24,16 @@ from grpo_jax.run import metrics, plots, training_loop
 
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
 
+# A program is written in a context that knows all of JAX's operations. To make one for each program took most of the
+# time of lowering a small one, of which the tests have some ten thousand.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
 _SHARED = jax.jit = Alike(jax.jit)
 _SHARED.install()
 
-_KEPT = 3 * 1024**3  # bytes of a process from which on its compiled programs are let go
+# Bytes of a process from which on its compiled programs are let go: all workers together take half of the machine's.
+_PAGE, _WORKERS = os.sysconf("SC_PAGE_SIZE"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_KEPT = min(5 * 1024**3, os.sysconf("SC_PHYS_PAGES") * _PAGE // 2 // _WORKERS)
 
 
 def _resident():
@@ -34,7 +42,7 @@ def _resident():
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     except FileNotFoundError:
         return float("inf")
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return pages * _PAGE
 
 
 def pytest_configure(config):
@@ -100,6 +108,7 @@ def _forget_programs():
     yield
     if _resident() > _KEPT:
         _SHARED.known.clear()
+        mlir.make_ir_context.cache_clear()
         jax.clear_caches()
         gc.collect()
         give_back_freed()
