@@ -127,6 +127,7 @@ def test_rounds_draw_other_noise():
     assert len({tokens.tobytes() for tokens in seen}) == len(seen) == 5
 
 
+@pytest.mark.slow
 def test_places_left_over_count_nowhere():
     """A batch that could not be filled gives the gradient and metrics of its groups alone."""
     experience, _ = programs(1)[0](state_of(), prompts_of(2))

@@ -116,7 +116,7 @@ def whole_like(part, whole):
 @pytest.mark.parametrize(
     ("kind", "training"),
     [("plain JAX", training) for training in ("GRPO", "SFT", "DPO", "PPO", "reward model")]
-    + [("nnx", "GRPO"), pytest.param("decoder", "GRPO", marks=pytest.mark.slow)],
+    + [pytest.param(kind, "GRPO", marks=pytest.mark.slow) for kind in ("nnx", "decoder")],
 )
 def test_training_with_frozen_parameters_equals_whole_training_without_their_changes(kind, training):
     policy, pattern = POLICIES[kind]

@@ -245,7 +245,7 @@ def test_a_tree_is_refused_where_shared_tokens_would_be_counted_once():
         jax.eval_shape(lambda params: score(policy, params, rollout, packing=packing.tree(rollout, multiple=1)), params)
 
 
-@pytest.mark.parametrize("layout", ["trimmed", "packed and trimmed"])
+@pytest.mark.parametrize("layout", [pytest.param("trimmed", marks=pytest.mark.slow), "packed and trimmed"])
 def test_a_step_learns_the_same_from_less_padding(layout):
     policy = testing.tiny_policy("qwen3")
     optimizer = optax.sgd(0.1)

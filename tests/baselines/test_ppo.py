@@ -289,6 +289,7 @@ def compiled_learn(minibatches=2, micro_batches=1, **settings):
     return jax.jit(step_of(kl_weight=0.1, iterations=2, **split, **settings).learn)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_neither_the_updates_nor_the_metrics():
     experience = experience_of()
     experience = experience._replace(reward_mask=experience.reward_mask.at[2].set(False))

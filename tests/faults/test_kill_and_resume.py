@@ -72,6 +72,7 @@ def assert_ended_as_if_undisturbed(folder: pathlib.Path, name: str) -> None:
     assert sorted(os.listdir(folder / name)) == sorted(os.listdir(folder / "undisturbed"))
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_files_and_resumed_a_run_ends_as_if_undisturbed(outcome):
     *killed, last = outcome.processes["between_files"]
     assert all(process.status == -9 for process in killed)

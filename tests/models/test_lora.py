@@ -316,6 +316,7 @@ def wide_policy():
     return tiny_policy(hidden_size=256, intermediate_size=384, num_hidden_layers=4, head_dim=64)
 
 
+@pytest.mark.slow
 def test_learning_takes_less_than_whole_training_by_gradients_and_moments_and_no_merged_stack_is_made():
     policy = wide_policy()
     params = jax.eval_shape(policy.init, jax.random.key(0))

@@ -40,6 +40,7 @@ def error(policy):
     return float(jnp.mean(jnp.abs(score(policy, params_of(), rollout_of(), entropy=False).log_probs - whole)))
 
 
+@pytest.mark.slow
 def test_float16_is_nearer_to_float32_than_bfloat16_is():
     bfloat16, float16 = error(policy_in(jnp.bfloat16)), error(policy_in(jnp.float16))
     assert 3 * float16 < bfloat16  # it has 3 bits more

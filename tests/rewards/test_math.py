@@ -999,6 +999,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 def test_no_hostile_completion_scores_or_hinders_the_others(tmp_path):
     """S2 and S3: a 32k-token completion has some 35,000 characters and more of such text."""
     reward = accuracy(workers=2, timeout=1.0)

@@ -83,7 +83,8 @@ def test_a_teacher_is_kept_in_the_place_of_the_reference_and_scored_in_learning(
     assert whole.peak == whole.parameters + whole.optimizer + whole.reference + max(whole.sampling, whole.learning)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(None, marks=pytest.mark.slow), "nf4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "nf4"])
 def test_adapters_have_moments_gradients_and_reference_of_their_own_size_alone(kind, planned):
     weights = WeightSettings(lora_rank=2, quantize=kind)
     policy = testing.tiny_policy("qwen2", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -125,6 +126,7 @@ def test_micro_batches_and_no_reference_take_less(planned):
     assert less.reference == 0
 
 
+@pytest.mark.slow
 def test_keeping_activations_takes_more(planned):
     kept = models.decoder(dataclasses.replace(POLICY.config, remat=False))
     assert plan(kept).activations > planned.activations

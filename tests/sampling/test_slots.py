@@ -43,7 +43,13 @@ prompts = testing.random_prompts(0, B, 6, vocab_size=9)
 
 @pytest.mark.parametrize(
     ("slots", "kind"),
-    [(1, "qwen2"), (5, "qwen2"), (100, "qwen2"), (5, "qwen2_window"), (5, "a function of logits")],
+    [
+        (1, "qwen2"),
+        (5, "qwen2"),
+        pytest.param(100, "qwen2", marks=pytest.mark.slow),
+        (5, "qwen2_window"),
+        (5, "a function of logits"),
+    ],
 )
 def test_slots_change_nothing_of_what_is_drawn(kind, slots):
     policy, params = model(kind)

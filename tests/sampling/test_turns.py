@@ -156,6 +156,7 @@ def test_tokens_are_those_that_were_sampled_and_what_the_template_writes_around_
     assert len(lengths) >= 3
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_chat_is_the_text_that_the_template_makes_of_its_messages():
     """Turns that end with the template's own token, against transformers' rendering of the whole."""
     rollout = converse(sampler=sampler_of(eos_ids=(END,), max_tokens=600))

@@ -68,6 +68,7 @@ def test_the_programs_hold_what_they_return_and_learning_the_rewards():
     assert memory.size(rollout) + rewards <= learning < memory.size(rollout) + rewards + 1000
 
 
+@pytest.mark.slow
 def test_seconds_are_medians_without_the_first_step(monkeypatch):
     """By a clock on which the steps take 100, 1, 9 and 2 seconds to sample and ten times that to learn."""
     taken = [seconds for n in (100.0, 1.0, 9.0, 2.0) for seconds in (n, 10 * n)]

@@ -265,6 +265,7 @@ def over_a_base():
     )
 
 
+@pytest.mark.slow
 def test_runs_that_are_mapped_over_share_one_base_and_are_the_separate_runs():
     run, rates = over_a_base(), jnp.array([1.0, 0.3])
     base = jax.random.normal(jax.random.key(5), (V, V))
