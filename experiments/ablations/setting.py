@@ -232,7 +232,10 @@ def evaluate(
 def warm_up(
     key: PRNGKey, terms: int, steps: int, teacher: modular_sums.TeacherRates = TEACHER, modulus: int = 10
 ) -> Params:
-    """A model from nothing, after `steps` of supervised learning from the teacher, 128 demonstrations each."""
+    """A model from nothing, after `steps` of supervised learning from the teacher, 128 demonstrations each.
+
+    The first of the steps has rate 0, unlike in a run: the models of the committed results were made so.
+    """
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(20, steps // 2), steps, 1.5e-4)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
     learn = make_learn(policy, optimizer, loss=losses.sft(), updates=UPDATES)
