@@ -31,9 +31,7 @@ mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 _SHARED = jax.jit = Alike(jax.jit)
 _SHARED.install()
 
-# Bytes of a process from which on its compiled programs are let go: all workers together take half of the machine's.
-_PAGE, _WORKERS = os.sysconf("SC_PAGE_SIZE"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_KEPT = min(5 * 1024**3, os.sysconf("SC_PHYS_PAGES") * _PAGE // 2 // _WORKERS)
+_KEPT = 3 * 1024**3  # bytes of a process from which on its compiled programs are let go
 
 
 def _resident():
@@ -42,7 +40,7 @@ def _resident():
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     except FileNotFoundError:
         return float("inf")
-    return pages * _PAGE
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def pytest_configure(config):
