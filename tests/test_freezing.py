@@ -184,7 +184,7 @@ def test_the_guard_refuses_a_loss_that_is_not_finite_because_of_what_is_frozen()
 
 
 def test_what_is_frozen_is_an_argument_of_the_program_and_no_constant_of_it():
-    """The same program serves another base, and holds none: its text has no array of the base's size."""
+    """The same program serves another base, and computes with that one."""
     policy, pattern = POLICIES["plain JAX"]
     traced = []
 
@@ -193,10 +193,14 @@ def test_what_is_frozen_is_an_argument_of_the_program_and_no_constant_of_it():
         return last_even(rollout)
 
     step = jax.jit(make_train_step(policy, SGD, sampling.sampler(**SIZES), reward=reward, loss=losses.grpo()))
-    for seed in range(2):
-        params, frozen = partition(policy.init(jax.random.key(seed)), pattern)
-        step(init_state(params, SGD, jax.random.key(1), frozen=frozen), prompts_of(0))
+    (params, one), (_, other) = (partition(policy.init(jax.random.key(seed)), pattern) for seed in range(2))
+    learned = [
+        step(init_state(params, SGD, jax.random.key(1), frozen=frozen), prompts_of(0))[0].params
+        for frozen in (one, other)
+    ]
     assert len(traced) == 1
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(*learned)
 
 
 def test_a_step_with_frozen_parameters_is_one_program_and_may_be_vmapped_over_what_is_trained():
