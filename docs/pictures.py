@@ -1,5 +1,6 @@
 """The pictures of the objectives' pages, drawn from the losses themselves when the site is built."""
 
+import functools
 import io
 from collections.abc import Callable, Iterator
 
@@ -15,11 +16,12 @@ from grpo_jax.protocols import Loss, Penalty
 from grpo_jax.types import Array, Experience, Rollout, Scores
 
 BLUE, VERMILION, GREEN, PURPLE, BLACK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#222222", "#b0b0b0"
+COMPARED = losses.grpo()  # in grey, with each of the others
 MAX_TOKENS = 200  # the limit of sampling in these pictures
 WIDE, NARROW = jnp.linspace(jnp.log(0.1), jnp.log(10), 401), jnp.linspace(-0.004, 0.004, 401)
 
 OBJECTIVES: dict[str, tuple[Loss, Array]] = {
-    "grpo": (losses.grpo(), WIDE),
+    "grpo": (COMPARED, WIDE),
     "grpo_delta": (losses.grpo(delta=4.0), WIDE),
     "bnpo": (losses.bnpo(), WIDE),
     "dr_grpo": (losses.dr_grpo(MAX_TOKENS), WIDE),
@@ -67,17 +69,21 @@ def push(loss: Loss, log_ratio: Array, advantages: Array, mask: Array, log_ref: 
     return -jax.grad(lambda x: losses.value(loss(Scores(x), experience)[0]))(log_probs)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def by_ratio(loss: Loss, log_ratios: Array, advantage: float) -> Array:
     """The weight of the token of a completion of one token, relative to ratio 1."""
     mask, advantages = jnp.ones((1, 1, 1), bool), jnp.full((1, 1), advantage)
-    at = jax.jit(lambda log_ratio: push(loss, jnp.full((1, 1, 1), log_ratio), advantages, mask)[0, 0, 0])
-    return jax.vmap(at)(log_ratios) / at(0.0)
+
+    def at(log_ratio: Array) -> Array:
+        return push(loss, jnp.full((1, 1, 1), log_ratio), advantages, mask)[0, 0, 0]
+
+    return jax.vmap(at)(log_ratios) / at(jnp.zeros(()))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def by_length(loss: Loss) -> Array:
     """`[n, 2]`: the weight of a token of a completion of `n` tokens, and of one of its neighbour of 50 tokens."""
 
-    @jax.jit
     def at(n: Array) -> Array:
         mask = jnp.arange(MAX_TOKENS) < jnp.full((2, 4), 50).at[0, 0].set(n)[..., None]
         return push(loss, jnp.zeros(mask.shape), jnp.ones((2, 4)), mask)[0, :2, 0]
@@ -91,11 +97,11 @@ def by_length(loss: Loss) -> Array:
 def objective(name: str, loss: Loss, log_ratios: Array) -> str:
     """Three panels: the weight by the ratio for either sign of the advantage, and by the length."""
     figure, (positive, negative, length) = _figure(3, height=2.6)
-    ratios, grey = jnp.exp(log_ratios), losses.grpo()
+    ratios = jnp.exp(log_ratios)
     for axes, advantage in ((positive, 1.0), (negative, -1.0)):
         axes.plot(ratios, ratios, ":", color=GREY, linewidth=1.2)
         if name != "grpo":
-            axes.plot(ratios, by_ratio(grey, log_ratios, advantage), color=GREY, linewidth=4, solid_capstyle="butt")
+            axes.plot(ratios, by_ratio(COMPARED, log_ratios, advantage), color=GREY, linewidth=4, solid_capstyle="butt")
         axes.plot(ratios, by_ratio(loss, log_ratios, advantage), color=BLUE)
         axes.plot(1, 1, "o", color=BLACK, markersize=4)
         (_narrow_axes if log_ratios is NARROW else _wide_axes)(axes)
@@ -103,7 +109,7 @@ def objective(name: str, loss: Loss, log_ratios: Array) -> str:
         axes.set_title(f"{'positive' if advantage > 0 else 'negative'} advantage")
     positive.set_ylabel("weight of the gradient")
     if name != "grpo":
-        _plot_lengths(length, by_length(grey)[:, 0], GREY, linewidth=4)
+        _plot_lengths(length, by_length(COMPARED)[:, 0], GREY, linewidth=4)
     _plot_lengths(length, by_length(loss)[:, 0], BLUE)
     _length_axes(length, (0.25, 0.5, 1, 2, 5, 10, 50))
     length.set_title("one token of a completion")

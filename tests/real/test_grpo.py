@@ -18,8 +18,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def test_the_format_is_learned_in_a_few_steps_and_in_less_than_four_gib(smollm2, tmp_path):
     settings = {
-        "model": smollm2, "run-dir": tmp_path / "run", "steps": 8, "learning-rate": 2e-5, "warmup-steps": 1,
-        "test-rows": 4, "samples": 2, "validation-rows": 2, "evaluate-every": 8, "save-every": 8,
+        "model": smollm2, "run-dir": tmp_path / "run", "steps": 5, "learning-rate": 2e-5, "warmup-steps": 1,
+        "test-rows": 4, "samples": 2, "validation-rows": 2, "evaluate-every": 5, "save-every": 5,
     }  # fmt: skip
     options = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, ROOT / "experiments" / "smollm2.py", *options]
