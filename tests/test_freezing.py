@@ -115,8 +115,11 @@ def whole_like(part, whole):
 
 @pytest.mark.parametrize(
     ("kind", "training"),
-    [("plain JAX", training) for training in ("GRPO", "SFT", "DPO", "PPO", "reward model")]
-    + [pytest.param(kind, "GRPO", marks=pytest.mark.slow) for kind in ("nnx", "decoder")],
+    [("plain JAX", training) for training in ("GRPO", "SFT", "DPO", "reward model")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("plain JAX", "PPO"), ("nnx", "GRPO"), ("decoder", "GRPO"))
+    ],
 )
 def test_training_with_frozen_parameters_equals_whole_training_without_their_changes(kind, training):
     policy, pattern = POLICIES[kind]

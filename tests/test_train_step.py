@@ -332,7 +332,7 @@ def test_a_donated_state_is_used_in_place_and_its_reference_stays():
 AGGREGATES = (completion_mean, token_mean, prompt_mean, constant_length(11))
 
 
-@pytest.mark.parametrize(("minibatches", "micro_batches"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("minibatches", "micro_batches"), [pytest.param(1, 4, marks=pytest.mark.slow), (2, 2)])
 def test_micro_batches_give_the_same_gradient_and_metrics_for_every_aggregate(minibatches, micro_batches):
     """Of unequal lengths, off-policy, with a reference and with completions that nobody scored."""
     experience = experience_of()

@@ -118,6 +118,7 @@ def test_a_divergence_and_a_teachers_likeliest_tokens_are_of_whole_distributions
         np.testing.assert_array_equal(getattr(cut, field), getattr(whole, field))
 
 
+@pytest.mark.slow
 def test_a_step_replays_the_truncation_of_its_sampler_for_policy_and_reference():
     optimizer = optax.sgd(0.0)
     state = init_state(HEAD_PARAMS, optimizer, jax.random.key(0), reference=True)

@@ -237,6 +237,7 @@ def test_no_pair_that_counts_leaves_everything_as_it_was():
     assert (after.step, after.skipped, statistics.summary(metrics)["loss"]) == (1, 0, 0)
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_preferred_and_then_teaches_it_to_a_policy():
     """Pairs of random groups, by whether they end in an even token; a new critic's params, one trace, then GRPO."""
     optimizer = optax.adam(0.1)

@@ -45,6 +45,7 @@ def test_given_completions_of_chats_end_as_those_of_supervised_learning(tmp_path
     assert distill.read(dataclasses.replace(config, completion_column=None), tokenizer)[1] is None
 
 
+@pytest.mark.slow
 def test_the_smoke_mode_moves_the_model_towards_its_teacher_and_exports_it(tmp_path):
     config = distill.smoke(distill.Config(run_dir=tmp_path))
     params = distill.train(config)

@@ -615,6 +615,7 @@ def test_supervised_learning_lowers_the_loss_on_completions_and_exports(files, t
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
 
 
+@pytest.mark.slow
 def test_supervised_learning_of_adapters_exports_the_merged_model(files, tmp_path):
     config = sft.Config(
         model=str(files / "model"), data=files / "pairs.jsonl", run_dir=tmp_path, epochs=8, batch_size=4, bucket=8,

@@ -149,7 +149,8 @@ def test_the_router_chooses_in_float32_where_the_rest_is_in_bfloat16():
 LORA = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(None, marks=pytest.mark.slow), "nf4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "nf4"])
 def test_adapters_of_experts_compute_and_learn_as_the_model_that_they_are_merged_into(kind):
     """By the chain rule, as those of other layers; over codes as over what the codes stand for."""
     policy = testing.tiny_policy("qwen3_moe", **LORA, num_hidden_layers=1)

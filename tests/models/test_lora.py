@@ -294,6 +294,7 @@ def grpo_step(policy, optimizer=SGD, **settings):
     )
 
 
+@pytest.mark.slow
 def test_a_step_measures_what_the_merged_model_does_and_keeps_a_reference_of_the_adapters_alone():
     policy, params = base()
     adapters, frozen = random_adapters(policy, params)

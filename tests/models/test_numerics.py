@@ -58,6 +58,7 @@ def test_the_last_norm_in_float32_is_not_rounded():
     np.testing.assert_array_equal(cast, hidden)  # the sampler's copy rounds no more
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_token_that_is_read_often_is_summed_in_float32():
     """In bfloat16 a sum of equal numbers ends at 256 of them."""
     tokens, positions = jnp.full((1, 1, 1000), 7), jnp.arange(1000)[None, None]

@@ -120,6 +120,7 @@ def test_the_old_policy_is_scored_in_the_parts_of_the_updates(monkeypatch):
     assert set(widths) == {4, 1}  # all by the sampler, one by one elsewhere
 
 
+@pytest.mark.slow
 def test_micro_batches_and_no_reference_take_less(planned):
     less = plan(reference=False, loss=losses.grpo(), updates=Updates(micro_batches=4))
     assert less.learning < planned.learning

@@ -47,7 +47,7 @@ prompts = testing.random_prompts(0, B, 6, vocab_size=9)
         (1, "qwen2"),
         (5, "qwen2"),
         pytest.param(100, "qwen2", marks=pytest.mark.slow),
-        (5, "qwen2_window"),
+        pytest.param(5, "qwen2_window", marks=pytest.mark.slow),
         (5, "a function of logits"),
     ],
 )

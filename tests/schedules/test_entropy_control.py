@@ -74,6 +74,7 @@ def make_run(target):
     return run_step, initial
 
 
+@pytest.mark.slow
 def test_the_bonus_holds_the_entropy_that_falls_without_it():
     entropies = {}
     for target in (0.0, 1.0):

@@ -112,6 +112,7 @@ def test_a_scheduled_beta_is_the_loss_with_the_beta_of_that_step(name):
         np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_scheduled_clip_acts_on_every_update_of_a_step():
     clip = Scheduled(lambda step, extra: losses.grpo(epsilon=jnp.where(step < 5, 1e-3, 10.0)))
     updates = Updates(iterations=3, minibatches=2)
