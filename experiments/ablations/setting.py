@@ -340,6 +340,7 @@ def rank(
     are one program. A run that was killed goes on where it was, at the newest evaluation of the condition.
     """
     seeds = config.rate_seeds + config.rank_seeds
+    tried = ranking.at_each_rate(conditions, config.rates)
     params = starts(config, terms, seeds)
     first, others = (
         {"params": jax.tree.map(lambda x, part=part: x[part], params)}
@@ -349,9 +350,8 @@ def rank(
         return estimate(config, conditions, first | _for_each(shared, config.rate_seeds))
     at_once = config.rate_seeds * len(config.rates)  # a condition at all rates
     path = grid.run_grid(
-        config.run_dir / f"{name}_rates", ranking.at_each_rate(conditions, config.rates),
-        seeds=range(config.rate_seeds), per_seed=first | _for_each(shared, config.rate_seeds), at_once=at_once,
-        show=("greedy",),
+        config.run_dir / f"{name}_rates", tried, seeds=range(config.rate_seeds),
+        per_seed=first | _for_each(shared, config.rate_seeds), at_once=at_once, show=("greedy",),
     )  # fmt: skip
     rows = results.read(path)
     best = ranking.best_rates(rows, "greedy", results.average)

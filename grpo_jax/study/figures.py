@@ -129,10 +129,15 @@ def rates(
     figure = Figure(figsize=(2.4 * columns, 1.9 * height + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     shared: Axes | None = None
+    tried = sorted({rate for values in of_rates.values() for rate in values})
     for place, condition in enumerate(others):
         axes = _panel(figure, (height, columns, place + 1), condition, shared)
         shared = shared or axes
         axes.set_xscale("log")
+        axes.set_xticks(
+            tried, [f"{rate:g}" for rate in tried], fontsize=7
+        )  # those of powers of ten may all lie outside
+        axes.minorticks_off()
         axes.set_ylabel(name if place % columns == 0 else "", fontsize=8)
         axes.set_xlabel("learning rate" if place + columns >= len(others) else "", fontsize=8)
         for drawn, colour in ((against, GREY), (condition, PALETTE[0])):

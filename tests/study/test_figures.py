@@ -30,13 +30,13 @@ def drawn(monkeypatch, tmp_path):
     """Draws, and returns the figure."""
     kept = []
 
-    def curves(rows, names, **settings):
+    def draw(data, names, kind=figures.curves, **settings):
         with monkeypatch.context() as patched:
             patched.setattr(figures, "save", lambda figure, path: kept.append(figure))
-            figures.curves(rows, names, tmp_path / "x.png", **settings)
+            kind(data, names, tmp_path / "x.png", **settings)
         return kept[-1]
 
-    return curves
+    return draw
 
 
 def test_a_figure_is_a_png_and_knows_what_there_is(tmp_path):
@@ -136,3 +136,19 @@ def test_no_two_colours_look_the_same_to_a_dichromat(kind):
     assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 0.08
     red, green = dichromat("#d62728", kind), dichromat("#8c564b", kind)
     assert np.linalg.norm(red - green) < 0.2  # two colours of Matplotlib's default are closer than most of these
+
+
+def test_accuracy_over_rates_is_marked_at_the_rates_that_were_tried_and_nowhere_else(drawn):
+    scores = {3e-4: np.array([0.5, 0.7]), 0.0015: np.array([0.1, 0.2])}
+    of_rates = {"a": scores, "b": scores, "c": {7e-4: np.array([0.4, 0.4])}}
+    figure = drawn(of_rates, "score", figures.rates, against="a")
+    assert [axes.get_title() for axes in figure.axes] == ["b", "c"]
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["0.0003", "0.0007", "0.0015"]
+        assert not len(axes.get_xticks(minor=True))
+    grey, blue = figure.axes[1].lines
+    np.testing.assert_allclose(grey.get_xdata(), [3e-4, 0.0015])
+    np.testing.assert_allclose(grey.get_ydata(), [0.6, 0.15])
+    np.testing.assert_allclose((blue.get_xdata(), blue.get_ydata()), [[7e-4], [0.4]])
+    with pytest.raises(ValueError, match="no condition 'd'"):
+        drawn(of_rates, "score", figures.rates, against="d")
