@@ -55,8 +55,8 @@ TALK = {
 
 
 def talks(name):
-    """Runs of conversations, all together and in slots."""
-    slots = {"slots": 4, "eval-rows": 0, "steps": 1}
+    """Runs of conversations: all together, and in slots with an environment that each process has a worker for."""
+    slots = {"slots": 4, "eval-rows": 0, "steps": 1, "environment-workers": 1}
     return {"run-dir": f"{name}_talk", **TALK}, {"run-dir": f"{name}_talk_in_slots", **TALK, **slots}
 
 
