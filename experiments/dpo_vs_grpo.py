@@ -21,7 +21,7 @@ line runs with two learning rates, and DPO with two betas, all with 8 seeds. `dp
 accuracy over the run, which says more than that at the end where several lines reach all of it. It is chosen on the
 seeds and problems that it is shown on: a little kind to every line, and to all alike.
 
-What came of it: `experiments/README.md`.
+What came of it: `docs/pages/results/neighbours.md`.
 """
 
 import dataclasses

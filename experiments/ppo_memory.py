@@ -11,7 +11,7 @@ small one, of half the width and half the layers. Of each size and method:
   are micro-batches, the second copy that they are summed in is among them;
 - measured: seconds and, on a GPU, the peak of the device's memory, at the sizes that are run at all.
 
-Written are `ppo_memory.csv` and `.md`. What came of it: `experiments/README.md`.
+Written are `ppo_memory.csv` and `.md`. What came of it: `docs/pages/results/neighbours.md`.
 """
 
 import dataclasses

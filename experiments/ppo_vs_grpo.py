@@ -12,7 +12,7 @@ Written are `ppo_vs_grpo.csv`, `.md` and `.png` (by step) and `ppo_vs_grpo_by_se
 Seconds a step are those of all seeds in one program, without the evaluation: the fastest chunk less the
 fastest evaluation, since what else the machine does can only add to them.
 
-What came of it: `experiments/README.md`.
+What came of it: `docs/pages/results/neighbours.md`.
 """
 
 import dataclasses

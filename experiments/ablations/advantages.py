@@ -3,7 +3,7 @@
 python experiments/ablations/advantages.py
 python experiments/ablations/advantages.py --rank   # each at its best rate; --estimate tells the time before
 
-Two CPU cores take a few minutes for the first. What came of it: `experiments/README.md`.
+Two CPU cores take a few minutes for the first. What came of it: `docs/pages/results/ablations.md`.
 """
 
 import setting

@@ -4,7 +4,7 @@ python experiments/ablations/clipping.py
 python experiments/ablations/clipping.py --rank --rates 3e-5 1e-4 3e-4 1e-3   # each at its best rate; --estimate
                                                                               # tells the time before
 
-Two CPU cores take a few minutes for the first. What came of it: `experiments/README.md`.
+Two CPU cores take a few minutes for the first. What came of it: `docs/pages/results/ablations.md`.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 python experiments/ablations/dynamic_sampling.py
 
-Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
+Two CPU cores take a few minutes. What came of it: `docs/pages/results/ablations.md`.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 python experiments/ablations/objectives.py
 python experiments/ablations/objectives.py --rank              # with those of 2026; --estimate tells the time before
 
-Two CPU cores take a few minutes for the first. What came of it: `experiments/README.md`.
+Two CPU cores take a few minutes for the first. What came of it: `docs/pages/results/ablations.md`.
 """
 
 import dataclasses

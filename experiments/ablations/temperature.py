@@ -2,7 +2,8 @@
 
 python experiments/ablations/temperature.py
 
-Two CPU cores take a few minutes. What came of it: `experiments/README.md`.
+Two CPU cores take a few minutes. What came of it, and of ranking the temperatures where exploration decides:
+`docs/pages/results/ablations.md`.
 """
 
 import setting
