@@ -17,8 +17,8 @@ and 200 steps are just enough: in a trial of three seeds all of them had left ch
 
     python experiments/ablations/temperature.py --task exploration --seeds 3 --warmup-steps 100 --steps 200
 
-at temperature 1. At 3e-4 two seeds did not in 100 steps, and at 3e-3 all three fell below chance within 80. Temperatures
-are ranked on it, over 300 steps: `docs/pages/results/ablations.md`.
+at temperature 1. At 3e-4 two seeds did not in 100 steps, and at 3e-3 all three fell below chance within 80.
+Temperatures are ranked on this task, over 300 steps: `docs/pages/results/ablations.md`.
 
 A run is 100 steps of 8 prompts x 8 completions unless the ablation says otherwise. Problems
 are drawn anew at each step and for the evaluation, from 10^terms: in 100 steps a run sees at most 8%
