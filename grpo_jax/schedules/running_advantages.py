@@ -81,6 +81,10 @@ def spo(
     (`movement.make_movement`), summed over the steps. Where a batch is sampled ahead of an update, as by `run.overlap`,
     its divergence spans two updates, and the path counts each of them twice.
 
+    The authors' code (verl-recipe, `spo`) has a half-life of 0.06 and a highest decay of 0.96, both fixed, and the
+    lowest as a setting. It keeps the completions of each prompt: its `D` is the mean of |log p then - log p now| over
+    their tokens.
+
     Args:
       of_row: as `of_rows` makes it.
       decay: from 0 to 1, at every observation, if there is no half-life.
