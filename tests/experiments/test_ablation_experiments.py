@@ -73,6 +73,13 @@ def test_conditions_are_ranked_at_their_best_rates_on_seeds_of_their_own(load, t
         assert (config.results / f"clipping_{figure}.png").stat().st_size > 5_000
 
 
+def test_a_grid_of_one_rate_is_refused_before_models_are_warmed_up(load):
+    setting = load("temperature").setting
+    with pytest.raises(ValueError, match="at least 2 learning rates"):
+        setting.configured(setting.Config(rank=True, rates=(1e-4,)))
+    setting.configured(setting.Config(rates=(1e-4,)))  # nothing is ranked
+
+
 @pytest.mark.slow
 def test_runs_at_once_take_memory_in_proportion(load):
     setting = load("temperature").setting

@@ -12,7 +12,7 @@ import pytest
 from grpo_jax.models import hf
 from grpo_jax.run import metrics
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("error")]  # CI runs notebooks beside them, which may warn
 ROOT = pathlib.Path(__file__).parents[2]
 
 

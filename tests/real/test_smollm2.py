@@ -20,7 +20,7 @@ from grpo_jax.models import hf
 from grpo_jax.scoring import score
 from grpo_jax.types import Prompts
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("error")]  # CI runs notebooks beside them, which may warn
 
 
 class Reference(NamedTuple):
