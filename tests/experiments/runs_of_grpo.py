@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tyro
 
-from grpo_jax import packing, processes
+from grpo_jax import packing, processes, tools
 from grpo_jax.train_step import Step
 
 processes._GRACE, processes._HEARTBEAT = 2, 10  # the tests do not wait as long as a run does
@@ -73,8 +73,14 @@ def told(pack):
     return packed
 
 
+def calls(text):
+    """What an untrained model writes, as a call of a tool."""
+    return [tools.Call("size", {"text": text})] if len(text) % 3 else []
+
+
 def main(runs):
     grpo.make_train_step = once(grpo.make_train_step)
+    tools.call_format = lambda tokenizer: calls
     packing.pack = told(packing.pack)
     killed = [run.pop("killed", None) for run in runs]
     configs = [

@@ -41,6 +41,14 @@ def respond(row, messages):
         raise KeyError("of one environment")
     said = messages[-1]["content"]
     return Turn(f"no, {len(said)}" if len(said) % 3 else None, row["asked"] + 0.1)
+
+def size(text: str) -> str:
+    \"""Letters of a text.
+
+    Args:
+        text: any.
+    \"""
+    return str(len(text))
 """
 SETTINGS = {
     "model": "model", "data": "data.jsonl", "reward": "my_rewards:brevity", "compute-dtype": "float32",
@@ -48,16 +56,17 @@ SETTINGS = {
     "learning-rate": 1e-3, "warmup-steps": 1, "save-every": 1, "show-every": 1, "score-old": True, "steps": 3,
 }  # fmt: skip
 AHEAD = {"overlap": 1, "reward": "my_rewards:length", "pack": True, "completion-bucket": 12}
-TALK = {
-    "environment": "my_rewards:respond", "reward": "grpo_jax.rewards:environment", "max-tokens": 60, "max-turns": 4,
-    "max-answer-tokens": 20, "eval-rows": 2, "evaluate-every": 2, "eval-batch": 2, "steps": 2,
+TALK = {"max-tokens": 60, "max-turns": 4, "max-answer-tokens": 20}
+ENVIRONMENT = {
+    "environment": "my_rewards:respond", "reward": "grpo_jax.rewards:environment", "environment-workers": 1,
+    "eval-rows": 2, "evaluate-every": 2, "eval-batch": 2, "steps": 2,
 }  # fmt: skip
+TOOL = {"tools": "my_rewards:size", "reward": "my_rewards:length", "chat": True, "slots": 4, "steps": 1}
 
 
 def talks(name):
-    """Runs of conversations: all together, and in slots with an environment that each process has a worker for."""
-    slots = {"slots": 4, "eval-rows": 0, "steps": 1, "environment-workers": 1}
-    return {"run-dir": f"{name}_talk", **TALK}, {"run-dir": f"{name}_talk_in_slots", **TALK, **slots}
+    """Runs of conversations: with an environment that each process has a worker for, and in slots, with a tool."""
+    return {"run-dir": f"{name}_talk", **TALK, **ENVIRONMENT}, {"run-dir": f"{name}_tool_in_slots", **TALK, **TOOL}
 
 
 def run(folder, *runs, processes=1, killed=None):
@@ -175,7 +184,9 @@ def test_two_processes_hold_the_conversations_of_one_also_where_an_environment_f
         for name, array in one.items():  # tokens, masks, turns and rewards; and log-probs
             np.testing.assert_allclose(two[name], array, rtol=0, atol=1e-5 if array.dtype == np.float32 else 0)
     assert_equal_to_rounding(made, "two_talk", "one_talk", steps=2)
-    assert_equal_to_rounding(made, "two_talk_in_slots", "one_talk_in_slots", steps=1)
+    assert_equal_to_rounding(made, "two_tool_in_slots", "one_tool_in_slots", steps=1)
+    read = [turn["text"] for talk in completions(made, "two_tool_in_slots") for turn in talk if turn["by"] != "policy"]
+    assert len([text for text in read if re.search(r"tool\W+\d", text)]) > 3, read
     one, two = (lines(made.folder / name / "metrics.jsonl") for name in ("one_talk", "two_talk"))
     assert [line.get("environment_failed") for line in two] == [0.0, 0.25, None]
     for name in ("reward", "turns", "eval/reward"):
