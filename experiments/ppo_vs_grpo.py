@@ -133,7 +133,7 @@ def ppo_run(
         step,
         lambda key, n, hyper: make_problems(jax.random.fold_in(key, n), prompts, terms=terms),
         num_steps=config.steps,
-        evaluate=lambda params, hyper: setting.evaluate(params["policy"], terms, make_problems),
+        evaluate=lambda params, hyper: setting.evaluate(params["policy"], config),
         evaluate_every=config.steps // config.evaluations,
     )
 
@@ -153,8 +153,7 @@ def from_nothing(critic: Policy, key: PRNGKey, params: Params) -> Params:
 
 def seconds_per_step(config: Config, timing: Sequence[Record]) -> dict[str, float]:
     """By condition. The first chunk, which compiles, is left out."""
-    task = {"terms": setting.terms_of(config, setting.STANDARD), "make_problems": setting.problems_of(config)}
-    evaluate = jax.jit(jax.vmap(functools.partial(setting.evaluate, **task)))
+    evaluate = jax.jit(jax.vmap(functools.partial(setting.evaluate, config=config)))
     params = jax.block_until_ready(setting.starts(config))
     evaluation = min(footprints.timed(evaluate, params)[0] for _ in range(10))
     chunks: dict[str, list[float]] = {}

@@ -45,8 +45,7 @@ def experiment(config: Config) -> None:
     ]
     names = ("greedy", "sampled")
     teacher = jax.jit(learned, static_argnums=1)(jax.random.key(2_000_000), config)  # a seed of none of the starts
-    terms, problems = setting.terms_of(config, setting.STANDARD), setting.problems_of(config)
-    accuracy = jax.jit(setting.evaluate, static_argnums=(1, 2))(teacher, terms, problems)
+    accuracy = jax.jit(setting.evaluate, static_argnums=1)(teacher, config)
     print(f"the teacher's greedy accuracy is {accuracy['greedy']:.3f}")
     setting.run(
         "distillation", config, conditions, metrics=names, curves=names, against="GRPO", shared={"teacher": teacher}

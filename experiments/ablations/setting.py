@@ -70,6 +70,7 @@ class Config:
     seeds: int = 8
     steps: int = 100  # of a run, if not under --rank
     evaluations: int = 10  # of a run, besides that of the start
+    problems: int = 512  # of an evaluation
     warmup_steps: int = 400
     task: Literal["elicitation", "exploration"] = "elicitation"  # see above; the second one has 2 terms throughout
     smoke: bool = False  # two seeds and a few steps of everything, to see that it runs
@@ -156,7 +157,7 @@ def make(
         step,
         lambda key, n, hyper: make_problems(jax.random.fold_in(key, n), prompts, terms=terms),
         num_steps=config.steps,
-        evaluate=lambda params, hyper: evaluate(params, terms, problems_of(config), ranked=config.rank),
+        evaluate=lambda params, hyper: evaluate(params, config, terms),
         evaluate_every=config.steps // config.evaluations,
     )
 
@@ -205,17 +206,17 @@ def measure(experience: Experience) -> tuple[Experience, Metrics]:
     }
 
 
-def evaluate(
-    params: Params, terms: int, make_problems: Callable[..., Prompts], *, ranked: bool = False
-) -> dict[str, Array]:
-    """Accuracy on problems that are the same for all runs: of 512, greedy and sampled at temperature 1.
+def evaluate(params: Params, config: Config, terms: int = STANDARD) -> dict[str, Array]:
+    """Accuracy on problems that are the same for all runs, greedy and sampled at temperature 1.
 
-    Where runs are `ranked`, which goes by the greedy accuracy, of 256 and greedy alone: a quarter of the time.
+    Runs under `--rank`, which goes by the greedy accuracy, have half of the problems and are greedy alone: a quarter of
+    the time.
     """
-    problems = make_problems(jax.random.key(2**31 - 1), 256 if ranked else 512, terms=terms)
+    terms, number = terms_of(config, terms), config.problems // 2 if config.rank else config.problems
+    problems = problems_of(config)(jax.random.key(2**31 - 1), number, terms=terms)
     draw, accuracy = sampler(terms, group_size=1), modular_sums.accuracy()
     greedy = dataclasses.replace(draw, greedy=True)(policy, params, problems, jax.random.key(0))
-    if ranked:
+    if config.rank:
         return {"greedy": accuracy(greedy).mean()}
     sampled = draw(policy, params, problems, jax.random.key(0))
     return {"greedy": accuracy(greedy).mean(), "sampled": accuracy(sampled).mean(), "length": sampled.lengths.mean()}
@@ -433,5 +434,6 @@ def configured(config: Config) -> Config:
         config = dataclasses.replace(config, steps=config.rank_steps, evaluations=config.rank_evaluations)
     if not config.smoke:
         return config
-    small = {"seeds": 2, "steps": 10, "warmup_steps": 10, "rates": config.rates[:2], "rate_seeds": 2, "rank_seeds": 2}
-    return dataclasses.replace(config, **small, evaluations=2, results=config.run_dir / "results")
+    seeds = {"seeds": 2, "rate_seeds": 2, "rank_seeds": 2}
+    small = {"steps": 10, "warmup_steps": 10, "rates": config.rates[:2], "evaluations": 2, "problems": 16}
+    return dataclasses.replace(config, **seeds, **small, results=config.run_dir / "results")
