@@ -9,10 +9,7 @@ import pytest
 MEASURE = """
 import pathlib, sys, jax, jax.numpy as jnp, optax
 from grpo_jax import losses, models, sampling, testing
-from grpo_jax.compiler_options import saving_memory
 from grpo_jax.run import memory
-from grpo_jax.scoring import Teacher
-from grpo_jax.train_step import make_train_step
 from grpo_jax.updates import Updates, init_state
 
 def status(name):
@@ -26,28 +23,20 @@ policy = testing.tiny_policy("qwen3", **fields)
 policy = models.decoder(policy.config.__class__(**policy.config.__dict__ | {"remat": remat}))
 optimizer, loss = optax.adamw(1e-3), losses.grpo(penalty=losses.k3(0.04))
 sampler = sampling.sampler(group_size=8, max_tokens=128, eos_ids=(0,))
-updates = Updates(micro_batches=micro_batches)
-planned = memory.plan(policy, optimizer, sampler, loss=loss, prompts=8, prompt_tokens=64, reference=True,
-                      updates=updates)
-step = make_train_step(policy, optimizer, sampler, loss=loss, updates=updates)
+plan, programs = memory.planned(policy, optimizer, sampler, loss=loss, prompts=8, prompt_tokens=64, reference=True,
+                                updates=Updates(micro_batches=micro_batches))
 prompts = testing.random_prompts(0, 8, 64)
 make = jax.jit(lambda key: init_state(policy.init(key), optimizer, key, reference=True))
-abstract = jax.eval_shape(make, jax.random.key(0))
-experience = jax.eval_shape(step.collect, abstract, prompts)
-given = jnp.zeros((8, 8, 1)), jnp.ones((8, 8, 1), bool)
-experience = experience._replace(rewards=given[0], reward_mask=given[1])
 make = make.lower(jax.random.key(0)).compile()
-collect = jax.jit(step.collect).lower(abstract, prompts).compile()
-learn = jax.jit(step.learn, donate_argnums=0, compiler_options=saving_memory())
-learn = learn.lower(abstract, experience).compile()
+rewards, reward_mask = jnp.zeros((8, 8, 1)), jnp.ones((8, 8, 1), bool)
 before = status("VmRSS")
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
 state = make(jax.random.key(0))
 for _ in range(2):
-    experience = collect(state, prompts)._replace(rewards=given[0], reward_mask=given[1])
-    state, metrics = learn(state, experience)
+    experience = programs.collect(state, prompts)._replace(rewards=rewards, reward_mask=reward_mask)
+    state, metrics = programs.learn(state, experience)
     jax.block_until_ready(state)
-print(status("VmHWM") - before, planned.peak)
+print(status("VmHWM") - before, plan.peak)
 """
 
 
