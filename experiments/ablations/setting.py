@@ -434,6 +434,6 @@ def configured(config: Config) -> Config:
         config = dataclasses.replace(config, steps=config.rank_steps, evaluations=config.rank_evaluations)
     if not config.smoke:
         return config
-    seeds = {"seeds": 2, "rate_seeds": 2, "rank_seeds": 2}
-    small = {"steps": 10, "warmup_steps": 10, "rates": config.rates[:2], "evaluations": 2, "problems": 16}
+    seeds = {"seeds": 2, "rate_seeds": 2, "rank_seeds": 4}  # a condition at both rates is as many runs as rank it
+    small = {"steps": 4, "warmup_steps": 4, "rates": config.rates[:2], "evaluations": 2, "problems": 16}
     return dataclasses.replace(config, **seeds, **small, results=config.run_dir / "results")

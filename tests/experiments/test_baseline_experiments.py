@@ -178,7 +178,7 @@ def test_a_smoke_run_leaves_results_table_and_figures_in_the_run_folder(tmp_path
     assert {path.name for path in folder.iterdir()} == written
     rows = results.read(folder / f"{module.NAME}.csv")
     assert {row["seed"] for row in rows} == {0, 1}
-    assert max(row["step"] for row in rows) == 10
+    assert max(row["step"] for row in rows) == 4
 
 
 @pytest.mark.smoke
