@@ -361,9 +361,9 @@ def main(config: Config) -> dict[str, Any]:
     """`train`, or a few steps of it."""
     if config.smoke:  # stages with the same settings share their programs
         config = dataclasses.replace(
-            config, base_steps=60, cold_start_steps=60, sft_steps=60, sft_learning_rate=config.base_learning_rate,
+            config, base_steps=30, cold_start_steps=30, sft_steps=30, sft_learning_rate=config.base_learning_rate,
             sft_batch=32, rl_steps=4, final_steps=4, final_temperature=1.0, prompts_per_step=4, group_size=4,
-            sampled_prompts=96, samples=4, distill_steps=60, test_rows=64, test_batch=64, save_every=30,
+            sampled_prompts=96, samples=4, distill_steps=30, test_rows=64, test_batch=64, save_every=15,
         )  # fmt: skip
     return train(config)
 

@@ -19,8 +19,8 @@ from grpo_jax.types import Prompts, Rollout
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "r1_pipeline.py"
 STEPS = {
-    "0_base": 60, "1_cold_start": 60, "2_reasoning_rl": 4, "3_rejection_sampling": 60, "4_final_rl": 4,
-    "5_student": 60, "6_distilled": 60,
+    "0_base": 30, "1_cold_start": 30, "2_reasoning_rl": 4, "3_rejection_sampling": 30, "4_final_rl": 4,
+    "5_student": 30, "6_distilled": 30,
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_a_run_killed_in_the_third_stage_goes_on_there_and_ends_as_one_that_was_
     run_dir, save = tmp_path / "run", checkpoint.save
 
     def killed(checkpoints, state, meta, **settings):
-        if "3_rejection_sampling" in str(checkpoints.directory) and int(state.step) == 60:
+        if "3_rejection_sampling" in str(checkpoints.directory) and int(state.step) == 30:
             raise KeyboardInterrupt
         save(checkpoints, state, meta, **settings)
 
@@ -155,8 +155,8 @@ def test_a_run_killed_in_the_third_stage_goes_on_there_and_ends_as_one_that_was_
         metrics, "append", lambda folder, n, *given: (steps.append((folder.name, n)), append(folder, n, *given))
     )
     assert pipeline.main(make_config(run_dir)) == finished[1]
-    assert steps == [("3_rejection_sampling", n) for n in range(30, 60)] + [("4_final_rl", n) for n in range(4)] + [
-        (stage, n) for stage in ("5_student", "6_distilled") for n in range(60)
+    assert steps == [("3_rejection_sampling", n) for n in range(15, 30)] + [("4_final_rl", n) for n in range(4)] + [
+        (stage, n) for stage in ("5_student", "6_distilled") for n in range(30)
     ]
     assert outcome(run_dir) == outcome(finished[0])
     assert before == [path.stat().st_mtime_ns for path in kept]
