@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
     cells,
     decode,
+    distillation,
     first_steps,
     floor,
     gpu,
@@ -493,3 +494,14 @@ def test_rows_that_were_compiled_are_not_compiled_again(tmp_path, monkeypatch):
     assert asked == rows
     assert tpu.main(config).read_text().count("| 459 (") == len(rows)
     assert asked == [*rows, rows[1]]  # whose compiler had failed
+
+
+@pytest.mark.slow
+def test_distillation_is_timed_and_planned_beside_grpo(monkeypatch):
+    ways = [name for name in distillation.WAYS if name == "reverse KL" or name.startswith("GRPO, ")]
+    monkeypatch.setattr(distillation, "WAYS", {name: distillation.WAYS[name] for name in ways})
+    grpo, distilled = distillation.steps(CELL, repeats=1)
+    assert [grpo["learned from"], distilled["learned from"]] == ways
+    assert grpo["a step of GRPO"] == 1
+    assert min(distilled["collect s"], distilled["learn s"], distilled["a step of GRPO"]) > 0
+    assert distilled["peak MiB"] >= distilled["learning MiB"] > 0
