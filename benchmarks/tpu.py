@@ -5,9 +5,6 @@ runs on any machine (`pip install -e ".[tpu]"`), and read as `python -m grpo_jax
 memory of a chip at the worst moment, matrix products, what is read and written at least, collectives by kind with the
 bytes that a chip receives, and the least time of each by what bounds it. Nothing is run, and no weights are read.
 
-So that a row takes minutes, what is compiled are cuts of 4 and of 8 layers. All layers are one loop: each number is
-followed from the two to the layers of the model, on a line.
-
 Each row is compiled in a process of its own and appended to `results/tpu.jsonl`; rows that are there are not compiled
 again, so that the command can be stopped. `results/tpu.md` is made from the lines. A model whose state alone, 12 bytes
 a weight, is more than a topology has is no row.
@@ -22,7 +19,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tyro
 
@@ -52,7 +49,6 @@ class Row(NamedTuple):
 
 
 GROUP, PROMPT_TOKENS, MAX_TOKENS = 8, 256, 512
-CUTS = (4, 8)  # layers of what is compiled; with 2, other moments than those of all layers are the worst
 
 ROWS = (
     Row("Qwen2.5-7B", "v5p:4x4x4", "data=4,fsdp=16", 64),
@@ -74,21 +70,9 @@ ROWS = (
 
 
 def compiled(row: Row) -> Line:
-    """What the programs of a row ask of each chip, followed from the cuts to all layers."""
+    """What the programs of a row ask of each chip."""
     started = time.process_time()
-    layers = json.loads((CONFIGS / MODELS[row.model]).read_text())["num_hidden_layers"]
-    try:
-        found = extended(cut(row, CUTS[0]), cut(row, CUTS[1]), layers)
-    except ValueError as error:  # with what the compiler says of what does not fit
-        return {"kind": "refused", **row._asdict(), "why": str(error).splitlines()[-1].strip()}
-    found["memory"]["peak"] = memory.Plan(**found["memory"]).peak
-    seconds = round(time.process_time() - started, 1)
-    return {"kind": "tpu", **row._asdict(), "layers": layers, "cuts": CUTS, "cpu_seconds": seconds, **found}
-
-
-def cut(row: Row, layers: int) -> Line:
-    """What the programs of a row ask of each chip where the model has so many layers."""
-    fields = json.loads((CONFIGS / MODELS[row.model]).read_text()) | {"num_hidden_layers": layers}
+    fields = json.loads((CONFIGS / MODELS[row.model]).read_text())
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(fields))
         config = memory.Config(
@@ -102,22 +86,20 @@ def cut(row: Row, layers: int) -> Line:
             mesh=row.mesh,
             topology=row.topology,
         )
-        plan, programs = memory.of_config(config)
+        try:
+            plan, programs = memory.of_config(config)
+        except ValueError as error:  # with what the compiler says of what does not fit
+            return {"kind": "refused", **row._asdict(), "why": str(error).splitlines()[-1].strip()}
     needs = zip(("collect", "learn"), memory.needs(plan, programs, config), strict=True)
-    decode = memory.of_a_token(programs, config)
-    return {"memory": plan._asdict(), **{name: need._asdict() for name, need in needs}, "decode": decode}
-
-
-def extended(first: Any, second: Any, layers: int) -> Any:
-    """Numbers of so many layers, on the line through those of the two cuts; in dicts and lists of them."""
-    if isinstance(first, dict):
-        nothing = [0, 0.0]  # of a kind of collective that one of them does not have
-        names = [*first, *(name for name in second if name not in first)]
-        return {name: extended(first.get(name, nothing), second.get(name, nothing), layers) for name in names}
-    if isinstance(first, list | tuple):
-        return [extended(*numbers, layers) for numbers in zip(first, second, strict=True)]
-    found = first + (second - first) * (layers - CUTS[0]) / (CUTS[1] - CUTS[0])
-    return round(found) if isinstance(first, int) else found
+    return {
+        "kind": "tpu",
+        **row._asdict(),
+        "layers": fields["num_hidden_layers"],
+        "cpu_seconds": round(time.process_time() - started, 1),
+        "memory": {**plan._asdict(), "peak": plan.peak},
+        **{name: need._asdict() for name, need in needs},
+        "decode": memory.of_a_token(programs, config),
+    }
 
 
 def parts(row: Line) -> tuple[int, int, int]:
@@ -177,8 +159,7 @@ def markdown(lines: list[Line]) -> str:
         "Written by `benchmarks/tpu.py` from the lines beside it. Nothing was run: what the programs ask of each chip "
         "is read from them, as `python -m grpo_jax.run.memory` does. "
         f"Groups of {GROUP}, {PROMPT_TOKENS} + {MAX_TOKENS} tokens, all of which are drawn; bfloat16, AdamW on float32 "
-        "weights, no reference, splash attention, layers recomputed. "
-        f"Compiled were cuts of {CUTS[0]} and {CUTS[1]} layers, and each number is followed on a line to all of them.",
+        "weights, no reference, splash attention, layers recomputed.",
         "\n".join(f"- {name}: {value}" for name, value in machine.items() if name != "kind"),
         "## Memory of a chip at the worst moment, in GB",
         report.table((*names, "prompts", "state", "collect besides", "learn besides", "peak", "of"), map(_held, rows)),

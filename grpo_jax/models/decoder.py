@@ -521,6 +521,22 @@ def _constrain_layers(c: DecoderConfig, cache: KeyValues) -> KeyValues:
     return jax.tree.map(jax.vmap(lambda x: sharding.constrain(c.mesh, x, None, "tensor", None)), cache)
 
 
+def _with_kernels_cast(c: DecoderConfig, params: Params) -> Params:
+    """Params over devices, whose layers' kernels are in the compute dtype before the loop over the layers.
+
+    Their gradients come out of the loop as they are computed, too. Were they cast within it, they would be float32
+    there, of all layers, and a TPU's compiler takes the cast before the loop all the same.
+    """
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        return leaf.astype(c.dtype) if path[-1].key == "kernel" and not quantized.is_quantized(leaf) else leaf
+
+    if c.mesh is None:
+        return params
+    layers = jax.tree_util.tree_map_with_path(cast, params["layers"], is_leaf=quantized.is_quantized)
+    return params | {"layers": layers}
+
+
 def _of_layers(given: Array | None) -> Array | None:
     """Experts `[B, G, S, L, k]` as `[L, B, G, S, k]`."""
     return None if given is None else jnp.moveaxis(given, 3, 0)
@@ -636,6 +652,7 @@ def decoder(config: DecoderConfig) -> Policy:
         held = jnp.broadcast_to(lengths[:, None] - 1, positions.shape[:2])
         stream = Stream(tokens, MaskInputs(positions, positions, held, segments, descendants=descendants))
         streams = of_prompts(prompts, lengths), stream
+        params = _with_kernels_cast(config, params)
         hidden, _, _, routed = apply({"params": params}, streams, given=_of_layers(given), counted=counted)
         return hidden, _routes(routed)
 

@@ -1,5 +1,6 @@
 """Where arrays lie on several devices, and that what is computed there is what one device computes."""
 
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -8,14 +9,18 @@ import subprocess
 import sys
 
 import jax
+import jax.extend
+import jax.numpy as jnp
 import pytest
 from compiling import QUICKLY
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from grpo_jax import testing
+from grpo_jax import data, models, testing
 from grpo_jax.freezing import named_leaves
 from grpo_jax.models import attention, lora, quantized, sharding
 from grpo_jax.models.families import FAMILIES
+from grpo_jax.scoring import score
+from grpo_jax.types import Rollout
 
 SCRIPT = pathlib.Path(__file__).parent / "on_eight_devices.py"
 
@@ -125,6 +130,35 @@ def test_rows_that_leave_devices_idle_are_refused_with_the_numbers():
     sharding.check_rows(abstract(data=2, fsdp=4), 2, 4)
     with pytest.raises(ValueError, match=r"4 prompts at a time x 3 completions .* data=2, fsdp=4"):
         sharding.check_rows(abstract(data=2, fsdp=4), 4, 3)
+
+
+# ------------------------------------------------------------------- over devices
+
+
+def scans(jaxpr):
+    """The loops of a program, those within others included."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from scans(inner)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_gradients_of_kernels_leave_the_loop_over_layers_in_the_dtype_that_they_are_computed_in(family):
+    """In float32 there, of all layers, they took more room than all else of learning in bfloat16."""
+    config = testing.tiny_policy(family, dtype=jnp.bfloat16).config
+    policy = models.decoder(dataclasses.replace(config, mesh=sharding.mesh(devices=jax.devices()[:1])))
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    prompts = data.make_prompts([[5, 6, 7]] * 2)
+    tokens = jnp.full((2, 2, 4), 8)
+    whole, nothing = jnp.full((2, 2), 4), jnp.zeros((2, 2, 4))
+    rollout = Rollout(prompts, tokens, whole, jnp.ones_like(tokens, bool), nothing, jnp.zeros((2, 2), bool))
+    program = jax.make_jaxpr(jax.grad(lambda params: score(policy, params, rollout).log_probs.sum()))(params)
+    kernels = {leaf.shape for path, leaf in named_leaves(params) if path.endswith("kernel")}
+    found = [x.aval.dtype for eqn in scans(program.jaxpr) for x in eqn.outvars if x.aval.shape in kernels]
+    assert len(found) >= len(kernels)
+    assert set(found) == {jnp.dtype(jnp.bfloat16)}
 
 
 # ------------------------------------------------------------------- eight devices
