@@ -5,8 +5,8 @@
 A row for each way to be compared with the teacher, on W1 and small of the benchmarks: seconds of `collect` and `learn`,
 and the step as a multiple of GRPO's, whose reference is scored as the teacher is. The ways take turns, so that what
 else the machine does falls on all of them. MiB are those of the plan of a step's memory, which is read from the very
-programs that run: at the worst moment of learning beside the state, and the peak of all. All ways are held at once, which
-is 8 GB on small.
+programs that run: at the worst moment of learning beside the state, and the peak of all. All ways are held at once,
+which is 8 GB on small.
 """
 
 import statistics
