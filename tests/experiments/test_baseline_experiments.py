@@ -44,7 +44,7 @@ def tell(sampler, policy, params, prompts, key):
 @pytest.mark.parametrize("module", [ppo_vs_grpo, dpo_vs_grpo], ids=lambda module: module.NAME)
 def test_every_condition_samples_64_completions_a_step(monkeypatch, module):
     monkeypatch.setattr(PolicySampler, "__call__", tell)
-    monkeypatch.setattr(setting, "evaluate", lambda params, terms, problems, **settings: {})
+    monkeypatch.setattr(setting, "evaluate", lambda params, config, terms=0: {})
     config = setting.Config(steps=10)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(setting.policy.init, key)
