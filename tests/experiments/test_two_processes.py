@@ -102,7 +102,7 @@ def run(folder, *runs, processes=1, killed=None):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """All runs, and what was printed: of two processes, of which one is killed at last; of two again; and of one."""
+    """All runs, and what was printed: of two processes, of which one is killed at last; of one; and of two again."""
     folder = tmp_path_factory.mktemp("runs")
     testing.tiny_checkpoint(folder / "model")
     ends = {"eos_token_id": [*range(0, 300, 3)]}  # a third of the tokens: completions are short, and can be packed
@@ -113,12 +113,13 @@ def made(tmp_path_factory):
 
     killed = random.randrange(2), random.randrange(1, 3), round(random.uniform(0, 0.4), 3)  # which, step, seconds
     runs = ({"run-dir": "two"}, {"run-dir": "ahead", **AHEAD, "steps": 1}, {"run-dir": "ahead", **AHEAD}, *talks("two"))
-    two = run(folder, *runs, {"run-dir": "killed"}, processes=2, killed=killed)
+    fewer = {"run-dir": "elastic", "steps": 1}, {"run-dir": "elastic", "steps": 2}, {"run-dir": "elastic"}
+    two = run(folder, *runs, fewer[0], {"run-dir": "killed"}, processes=2, killed=killed)
     assert two[killed[0]].returncode == -9, [process.stderr[-9000:] for process in two]
     shutil.copytree(folder / "killed", folder / "alone")
-    resumed = run(folder, {"run-dir": "killed"}, processes=2)
     runs = ({"run-dir": "one"}, {"run-dir": "one_ahead", **AHEAD}, {"run-dir": "alone"}, *talks("one"))
-    (one,) = run(folder, *runs)
+    (one,) = run(folder, *runs, fewer[1])
+    resumed = run(folder, {"run-dir": "killed"}, fewer[2], processes=2)
     for process in (*resumed, one):
         assert process.returncode == 0, process.stderr[-3000:]
     return types.SimpleNamespace(folder=folder, killed=killed, two=two, resumed=resumed, one=one)
@@ -167,6 +168,14 @@ def test_a_process_that_is_killed_at_any_point_ends_the_other_and_both_go_on_to_
 def test_one_process_goes_on_with_the_run_of_two(made):
     assert re.search(r"resumed at step [12] of 3", made.one.stdout), made.one.stdout
     assert_equal_to_rounding(made, "alone", "one")
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_may_change_again_and_again(made):
+    """Two, then one, then two."""
+    assert "resumed at step 1 of 2" in made.one.stdout, made.one.stdout
+    assert "resumed at step 2 of 3" in made.resumed[0].stdout, made.resumed[0].stdout
+    assert_equal_to_rounding(made, "elastic", "one")
 
 
 @pytest.mark.slow
