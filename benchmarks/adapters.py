@@ -26,14 +26,13 @@ import optax
 
 from benchmarks import cells, worker
 from benchmarks.cells import Cell, Model
-from benchmarks.ours import MICRO_BATCHES, prompts_of
+from benchmarks.ours import MICRO_BATCHES, prompts_of, rewarded
 from grpo_jax import losses, models, sampling
 from grpo_jax.models import quantized
 from grpo_jax.models.settings import WeightSettings
 from grpo_jax.run import memory
 from grpo_jax.study.footprints import timed
 from grpo_jax.train_step import make_train_step
-from grpo_jax.types import Experience
 from grpo_jax.updates import Updates, init_state
 
 VARIANTS = {
@@ -76,7 +75,7 @@ def steps(cell: Cell, repeats: int = 4) -> Iterator[dict[str, Any]]:
         for _ in range(repeats + 1):
             for name, state in states.items():
                 sampling_took, experience = timed(jitted.collect, state, prompts)
-                learning_took, (states[name], _) = timed(jitted.learn, state, _rewarded(experience, rng))
+                learning_took, (states[name], _) = timed(jitted.learn, state, rewarded(experience, rng))
                 seconds[name].append((sampling_took, learning_took))
             for name, peer in running.items():
                 took = worker.ask(peer, {})
@@ -120,12 +119,6 @@ def peers(cell: Cell) -> Iterator[dict[str, worker.Worker]]:
         finally:
             for process in running.values():
                 worker.stop(process)
-
-
-def _rewarded(experience: Experience, rng: np.random.Generator) -> Experience:
-    shape = (*experience.rollout.tokens.shape[:2], 1)
-    rewards = jnp.asarray(rng.random(shape, np.float32))
-    return experience._replace(rewards=rewards, reward_mask=jnp.ones(shape, bool))
 
 
 def fits() -> Iterator[dict[str, Any]]:

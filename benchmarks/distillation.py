@@ -18,15 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import cells
+from benchmarks import cells, report
 from benchmarks.cells import Cell
-from benchmarks.ours import MICRO_BATCHES, prompts_of
+from benchmarks.ours import MICRO_BATCHES, prompts_of, rewarded
 from grpo_jax import losses, models, sampling
 from grpo_jax.protocols import Loss
 from grpo_jax.run import memory
 from grpo_jax.scoring import Teacher
 from grpo_jax.study.footprints import timed
-from grpo_jax.types import Experience
 from grpo_jax.updates import Updates, init_state
 
 
@@ -72,7 +71,7 @@ def steps(cell: Cell, repeats: int = 5) -> Iterator[dict[str, Any]]:
     for _ in range(repeats + 1):
         for name, (_, programs) in planned.items():
             sampling_took, experience = timed(programs.collect, states[name], prompts)
-            learning_took, (states[name], _) = timed(programs.learn, states[name], _rewarded(experience, rng))
+            learning_took, (states[name], _) = timed(programs.learn, states[name], rewarded(experience, rng))
             seconds[name].append((sampling_took, learning_took))
     of_grpo = statistics.median(map(sum, seconds[next(iter(WAYS))][1:]))
     for name, times in seconds.items():
@@ -89,18 +88,11 @@ def steps(cell: Cell, repeats: int = 5) -> Iterator[dict[str, Any]]:
         }
 
 
-def _rewarded(experience: Experience, rng: np.random.Generator) -> Experience:
-    shape = (*experience.rollout.tokens.shape[:2], 1)
-    rewards = jnp.asarray(rng.random(shape, np.float32))
-    return experience._replace(rewards=rewards, reward_mask=jnp.ones(shape, bool))
-
-
 def main() -> None:
-    """Prints a table, a line as soon as it is there."""
-    for number, row in enumerate(row for name in ("W1", "small") for row in steps(cells.CELLS[name])):
-        if number == 0:
-            print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
-        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+    """Prints a table of each cell."""
+    for name in ("W1", "small"):
+        rows = [*steps(cells.CELLS[name])]
+        print(report.table([*rows[0]], ([*map(str, row.values())] for row in rows)), flush=True)
 
 
 if __name__ == "__main__":

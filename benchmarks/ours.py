@@ -148,6 +148,13 @@ def prompts_of(cell: Cell, step: int) -> Prompts:
     return Prompts(jnp.asarray(tokens, jnp.int32), jnp.full(cell.prompts, cell.prompt_tokens, jnp.int32))
 
 
+def rewarded(experience: Experience, rng: np.random.Generator) -> Experience:
+    """The experience with a reward of each completion, drawn from 0 to 1."""
+    shape = (*experience.rollout.tokens.shape[:2], 1)
+    rewards = jnp.asarray(rng.random(shape, np.float32))
+    return experience._replace(rewards=rewards, reward_mask=jnp.ones(shape, bool))
+
+
 def agreement(cell: Cell, checkpoint: Path) -> worker.Line:
     """The largest difference between the sampler's log-probs and the scorer's, by compute dtype."""
 

@@ -522,7 +522,7 @@ def _constrain_layers(c: DecoderConfig, cache: KeyValues) -> KeyValues:
 
 
 def _with_kernels_cast(c: DecoderConfig, params: Params) -> Params:
-    """Params over devices, whose layers' kernels are in the compute dtype before the loop over the layers.
+    """Params over devices or on a TPU, whose layers' kernels are in the compute dtype before the loop over the layers.
 
     Their gradients come out of the loop as they are computed, too. Were they cast within it, they would be float32
     there, of all layers, and a TPU's compiler takes the cast before the loop all the same.
@@ -531,7 +531,7 @@ def _with_kernels_cast(c: DecoderConfig, params: Params) -> Params:
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         return leaf.astype(c.dtype) if path[-1].key == "kernel" and not quantized.is_quantized(leaf) else leaf
 
-    if c.mesh is None:
+    if c.mesh is None and jax.default_backend() != "tpu":
         return params
     layers = jax.tree_util.tree_map_with_path(cast, params["layers"], is_leaf=quantized.is_quantized)
     return params | {"layers": layers}
