@@ -686,7 +686,7 @@ def decoder(config: DecoderConfig) -> Policy:
     return Policy(
         config, init, cast, prefill, init_cache, extend, unembed, gather_prompts, reset_rows, gather_rows, compact,
         for_decoding=for_decoding,
-        by_rows=functools.partial(sharding.by_rows, config.mesh),
+        by_rows=functools.partial(sharding.by_rows, config.mesh, config.dtype),
         extend_routed=None if config.experts is None else extend_routed,
         forward=forward,
     )  # fmt: skip

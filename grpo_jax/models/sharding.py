@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from grpo_jax.types import Array, Params
 
@@ -246,7 +247,7 @@ def constrain(mesh: Mesh | None, x: Array, *last: str | None) -> Array:
     return _lies(mesh, x, PartitionSpec(*of_rows, *[None] * (len(leading) - len(of_rows)), *fits))
 
 
-def by_rows(mesh: Mesh | None, f: Callable[..., Tree]) -> Callable[..., Tree]:
+def by_rows(mesh: Mesh | None, dtype: DTypeLike, f: Callable[..., Tree]) -> Callable[..., Tree]:
     """`f(params, of_rows, *others)`, of the rows that a device has, on each device.
 
     A loop in `f` then adds up the gradient of `params` on each device, and the devices' sums are added after it; else
@@ -254,6 +255,7 @@ def by_rows(mesh: Mesh | None, f: Callable[..., Tree]) -> Callable[..., Tree]:
 
     Args:
       mesh: None gives `f` itself.
+      dtype: that devices send their sums in.
       f: of the embedding and the head, gathered; of a tree of arrays `[B, G, ...]`; and of what is whole. Returns a
         tree of arrays `[B, G, ...]`.
     """
@@ -262,15 +264,12 @@ def by_rows(mesh: Mesh | None, f: Callable[..., Tree]) -> Callable[..., Tree]:
 
     def divided(params: Params, of_rows: Any, *others: Any) -> Tree:
         ends = _map(params, lambda name, leaf: leaf if re.search(_ENDS, name) else None)
-        parts = _map(
-            ends, lambda name, leaf: PartitionSpec(*[a if a == "fsdp" else None for a in spec(mesh, name, leaf.shape)])
-        )
+        where = _map(ends, lambda name, leaf: spec(mesh, name, leaf.shape))
+        parts = jax.tree.map(lambda at: PartitionSpec(*[a if a == "fsdp" else None for a in at]), where)
         places = PartitionSpec(*rows(mesh, *jax.tree.leaves(of_rows)[0].shape[:2]))
 
         def on_a_device(ends: Params, of_rows: Any, *others: Any) -> Tree:
-            whole = jax.tree.map(
-                lambda x, parts: _put_together(parts.index("fsdp"), x) if "fsdp" in parts else x, ends, parts
-            )
+            whole = jax.tree.map(lambda x, at: _put_together(at, dtype, x) if "fsdp" in at else x, ends, where)
             return f(whole, of_rows, *others)
 
         specs = (parts, places, *[PartitionSpec()] * len(others))
@@ -281,31 +280,45 @@ def by_rows(mesh: Mesh | None, f: Callable[..., Tree]) -> Callable[..., Tree]:
     return divided
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _put_together(axis: int, x: Array) -> Array:
-    """On each device, the parts that `fsdp` has along an axis; the gradient is summed into the parts."""
-    return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _put_together(where: PartitionSpec, dtype: DTypeLike, x: Array) -> Array:
+    """On each device, the parts that `fsdp` has of a matrix; the gradient is summed into the parts in a dtype."""
+    axis = where.index("fsdp")
+    return _of_tensor(where, lambda x: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True), x)
 
 
-def _put_together_forward(axis: int, x: Array) -> tuple[Array, None]:
-    return _put_together(axis, x), None
+def _put_together_forward(where: PartitionSpec, dtype: DTypeLike, x: Array) -> tuple[Array, None]:
+    return _put_together(where, dtype, x), None
 
 
-def _put_together_backward(axis: int, _: None, cotangent: Array) -> tuple[Array]:
-    return (_summed_into_parts(cotangent, axis),)
+def _put_together_backward(where: PartitionSpec, dtype: DTypeLike, _: None, cotangent: Array) -> tuple[Array]:
+    summed = _of_tensor(where, lambda x: _summed_into_parts(x, where.index("fsdp")), cotangent.astype(dtype))
+    return (summed.astype(cotangent.dtype),)
+
+
+def _of_tensor(where: PartitionSpec, f: Callable[[Array], Array], x: Array) -> Array:
+    """`f` of the part that each device of `tensor` has, within a function of the other axes' parts.
+
+    Else the compiler gathers it over `tensor` before it sends it over the others.
+    """
+    parts = PartitionSpec(*[a if a == "tensor" else None for a in where])
+    return jax.shard_map(f, in_specs=parts, out_specs=parts, axis_names=frozenset({"tensor"}), check_vma=False)(x)
 
 
 _put_together.defvjp(_put_together_forward, _put_together_backward)
 
 
 def _summed_into_parts(x: Array, axis: int) -> Array:
-    """The sum over `fsdp`, of which each device has its part along an axis.
+    """The sum over `fsdp` of matrices, of which each device has its part along an axis.
 
-    That axis is turned to be the first: along another, a TPU's program sums all of it on every chip, which is twice the
-    bytes, and takes its part from that.
+    The parts get a first axis of their own, and the other axis of the matrix is padded: where parts lie within the
+    lanes, or have a number of columns that is no multiple of four times 128, a TPU's program sums all of it on every
+    chip, which is twice the bytes, and takes its part from that.
     """
-    summed = jax.lax.psum_scatter(jnp.moveaxis(x, axis, 0), "fsdp", scatter_dimension=0, tiled=True)
-    return jnp.moveaxis(summed, 0, axis)
+    columns = x.shape[1 - axis]
+    first = jnp.pad(jnp.moveaxis(x, axis, 0), ((0, 0), (0, -columns % 512)))
+    parts = first.reshape(jax.lax.axis_size("fsdp"), -1, first.shape[1])
+    return jnp.moveaxis(jax.lax.psum_scatter(parts, "fsdp")[:, :columns], 0, axis)
 
 
 @jax.custom_vjp
