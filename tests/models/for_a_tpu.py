@@ -26,7 +26,6 @@ def traced(axes, width):
     """`collect` and `learn` for chips of a v5p, their mesh, and the shapes of the parameters."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     mesh = sharding.parse(axes, devices=devices if "=1" not in axes else devices[:1])
-    # Of the vocabulary's columns no device has a multiple of 512, as of Qwen2.5-0.5B's.
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": 2 * width + 256}
     config = testing.tiny_hf_config("llama", **sizes, num_attention_heads=8, head_dim=HEAD)
     settings = {"dtype": jnp.bfloat16, "attention": attention.splash, "mesh": mesh}
@@ -60,7 +59,9 @@ if __name__ == "__main__":
     learn = learn.lower().compile()
     assert "tpu_custom_call" in learn.as_text()
     ends = params["embed_tokens"]["embedding"].size + params["lm_head"].size
+    columns = params["lm_head"].shape[1] // tensor  # no multiple of 512, as of Qwen2.5-0.5B
     parts = 2 / tensor * (1 - 1 / fsdp)
     sent = {kind: received for kind, (_, received) in chips.collectives(learn).items()}
-    assert sent.get("reduce-scatter", 0.0) >= parts * (matrices(params) + ends), (sent, parts, ends)
+    padded = -(-columns // 512) * 512 / columns
+    assert abs(sent.get("reduce-scatter", 0.0) - parts * (matrices(params) + padded * ends)) < 1e5, (sent, parts, ends)
     assert sent.get("all-gather", 0.0) <= 1.05 * parts * (2 * matrices(params) + ends), (sent, parts, ends)
