@@ -292,7 +292,7 @@ def _put_together_forward(where: PartitionSpec, dtype: DTypeLike, x: Array) -> t
 
 
 def _put_together_backward(where: PartitionSpec, dtype: DTypeLike, _: None, cotangent: Array) -> tuple[Array]:
-    summed = _of_tensor(where, lambda x: _summed_into_parts(x, where.index("fsdp")), cotangent.astype(dtype))
+    summed = _of_tensor(where, lambda x: _summed_into_parts(x, where.index("fsdp"), dtype), cotangent)
     return (summed.astype(cotangent.dtype),)
 
 
@@ -308,17 +308,25 @@ def _of_tensor(where: PartitionSpec, f: Callable[[Array], Array], x: Array) -> A
 _put_together.defvjp(_put_together_forward, _put_together_backward)
 
 
-def _summed_into_parts(x: Array, axis: int) -> Array:
-    """The sum over `fsdp` of matrices, of which each device has its part along an axis.
+def _summed_into_parts(x: Array, axis: int, dtype: DTypeLike) -> Array:
+    """The sum over `fsdp` of matrices, of which each device has its part along an axis, sent in a dtype.
 
     The parts get a first axis of their own, and the other axis of the matrix is padded: where parts lie within the
     lanes, or have a number of columns that is no multiple of four times 128, a TPU's program sums all of it on every
-    chip, which is twice the bytes, and takes its part from that.
+    chip, which is twice the bytes, and takes its part from that. It goes in pieces, of a multiple of eight rows: of the
+    whole matrix in that dtype there would be a copy.
     """
-    columns = x.shape[1 - axis]
-    first = jnp.pad(jnp.moveaxis(x, axis, 0), ((0, 0), (0, -columns % 512)))
-    parts = first.reshape(jax.lax.axis_size("fsdp"), -1, first.shape[1])
-    return jnp.moveaxis(jax.lax.psum_scatter(parts, "fsdp")[:, :columns], 0, axis)
+    parts = x.reshape(*x.shape[:axis], jax.lax.axis_size("fsdp"), -1, *x.shape[axis + 1 :])
+    rows, columns = parts.shape[axis + 1], x.shape[1 - axis]
+    pieces = max(1, math.gcd(rows, 64) // 8)
+
+    def of_piece(n: Array) -> Array:
+        piece = jax.lax.dynamic_slice_in_dim(parts, n * (rows // pieces), rows // pieces, axis + 1).astype(dtype)
+        first = jnp.moveaxis(piece, (axis, axis + 1), (0, 1))
+        padded = jnp.pad(first, ((0, 0), (0, 0), (0, -columns % 512)))
+        return jax.lax.psum_scatter(padded, "fsdp")[:, :columns]
+
+    return jnp.moveaxis(jax.lax.map(of_piece, jnp.arange(pieces)).reshape(rows, columns), 0, axis)
 
 
 @jax.custom_vjp
@@ -379,12 +387,12 @@ def _look_up_backward(mesh: Mesh, kept: tuple[Array, Array], cotangent: Array) -
         place, held = _own(parts, V, tokens)
         # In float32: in bfloat16 the sum over more than 256 equal tokens stands still.
         total = jnp.zeros((V, D), jnp.float32).at[place].add(jnp.where(held[..., None], cotangent, 0))
-        total = total.astype(like.dtype)
         if "fsdp" in (*places[0], *places[1]) and parts[1] is not None:
-            total = _summed_into_parts(total, 1)
+            total = _summed_into_parts(total, 1, like.dtype)
         elif parts[1] is not None:  # the same rows on all of these devices
             n = D // mesh.shape["fsdp"]
             total = jax.lax.dynamic_slice_in_dim(total, n * jax.lax.axis_index("fsdp"), n, axis=1)
+        total = total.astype(like.dtype)
         return jax.lax.psum(total, summed) if summed else total
 
     of_rows = PartitionSpec(*places)
