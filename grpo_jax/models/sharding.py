@@ -296,6 +296,9 @@ def _put_together_backward(where: PartitionSpec, dtype: DTypeLike, _: None, cota
     return (summed.astype(cotangent.dtype),)
 
 
+_put_together.defvjp(_put_together_forward, _put_together_backward)
+
+
 def _of_tensor(where: PartitionSpec, f: Callable[[Array], Array], x: Array) -> Array:
     """`f` of the part that each device of `tensor` has, within a function of the other axes' parts.
 
@@ -303,9 +306,6 @@ def _of_tensor(where: PartitionSpec, f: Callable[[Array], Array], x: Array) -> A
     """
     parts = PartitionSpec(*[a if a == "tensor" else None for a in where])
     return jax.shard_map(f, in_specs=parts, out_specs=parts, axis_names=frozenset({"tensor"}), check_vma=False)(x)
-
-
-_put_together.defvjp(_put_together_forward, _put_together_backward)
 
 
 def _summed_into_parts(x: Array, axis: int, dtype: DTypeLike) -> Array:
